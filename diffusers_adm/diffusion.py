@@ -1,0 +1,235 @@
+"""The maths of Gaussian diffusion: noise schedule, forward process, posterior, learned variance, likelihood.
+
+Functions on tensors. `index` counts the steps of a [`NoiseSchedule`], 0 being the least noisy; it is an int, or a tensor
+`(batch,)` of one index an image. Tables are float64; what is read from them enters the maths as float32.
+
+Notation: alpha_bar, the cumulative product of (1 - beta) [Ho et al. 2020, eq. 4]; x_0, the clean image; x_t, the noised
+one; epsilon, the noise.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from .respacing import respaced_timesteps
+
+
+VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """
+    Tables of a noise schedule over the timesteps that are visited; all are `(steps,)`, least noisy step first.
+
+    Args:
+        timesteps: The training timestep of each step, which is what a network is given.
+        beta: Variance of the noise that a step adds.
+        log_beta: Its logarithm.
+        alpha_bar: Cumulative product of (1 - beta).
+        alpha_bar_prev: The same one step earlier; 1 before the first.
+        signal_scale: sqrt(alpha_bar), the coefficient of x_0 in x_t [Ho et al. 2020, eq. 4].
+        noise_scale: sqrt(1 - alpha_bar), the coefficient of epsilon in x_t.
+        x_0_from_x_t: sqrt(1 / alpha_bar), the coefficient of x_t in x_0.
+        x_0_from_epsilon: sqrt(1 / alpha_bar - 1), the coefficient of -epsilon in x_0.
+        posterior_variance: Variance of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7].
+        posterior_log_variance: Its logarithm; the first, which would be -inf, repeats the second.
+        posterior_mean_x0: Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) [eq. 7].
+        posterior_mean_xt: Coefficient of x_t in it.
+    """
+
+    timesteps: torch.Tensor
+    beta: torch.Tensor
+    log_beta: torch.Tensor
+    alpha_bar: torch.Tensor
+    alpha_bar_prev: torch.Tensor
+    signal_scale: torch.Tensor
+    noise_scale: torch.Tensor
+    x_0_from_x_t: torch.Tensor
+    x_0_from_epsilon: torch.Tensor
+    posterior_variance: torch.Tensor
+    posterior_log_variance: torch.Tensor
+    posterior_mean_x0: torch.Tensor
+    posterior_mean_xt: torch.Tensor
+
+    @classmethod
+    def from_betas(cls, beta: torch.Tensor, timesteps: list[int] | None = None) -> "NoiseSchedule":
+        """
+        Args:
+            beta: Betas of all training timesteps, `(num_train_timesteps,)`, float64.
+            timesteps: The training timesteps that are visited, ascending; all if `None`. The betas of the shorter
+                process are those that leave alpha_bar as it is [Nichol & Dhariwal 2021, eq. 19].
+        """
+        timesteps = torch.arange(len(beta)) if timesteps is None else torch.tensor(timesteps)
+        alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / alpha_bar_prev
+        posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # A process of a single step has no second one to repeat; its variance is then beta, the upper bound.
+        first = posterior_variance[1:2] if len(beta) > 1 else beta
+        return cls(
+            timesteps=timesteps,
+            beta=beta,
+            log_beta=beta.log(),
+            alpha_bar=alpha_bar,
+            alpha_bar_prev=alpha_bar_prev,
+            signal_scale=alpha_bar.sqrt(),
+            noise_scale=(1 - alpha_bar).sqrt(),
+            x_0_from_x_t=alpha_bar.rsqrt(),
+            x_0_from_epsilon=(1 / alpha_bar - 1).sqrt(),
+            posterior_variance=posterior_variance,
+            posterior_log_variance=torch.cat([first, posterior_variance[1:]]).log(),
+            posterior_mean_x0=beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            posterior_mean_xt=(1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar),
+        )
+
+    @classmethod
+    def from_config(cls, config: dict, timestep_respacing: str | list[int] = "") -> "NoiseSchedule":
+        """
+        Args:
+            config: A diffusers scheduler's `config`. Its betas are computed here in float64: the scheduler's own are
+                rounded to float32, which alone moves a loss by 1e-4.
+            timestep_respacing: The timesteps that are visited: a published string, or an ascending list.
+
+        Raises:
+            ValueError: If the config's `beta_schedule` is unknown, or the respacing impossible.
+        """
+        beta = betas_from_config(config)
+        if isinstance(timestep_respacing, str):
+            timestep_respacing = respaced_timesteps(timestep_respacing, len(beta))
+        return cls.from_betas(beta, timestep_respacing)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """A copy on a device, in float32 already, for loops that index by a tensor there."""
+        tables = {field.name: getattr(self, field.name) for field in fields(self)}
+        tables = {name: table.float() if table.is_floating_point() else table for name, table in tables.items()}
+        return NoiseSchedule(**{name: table.to(device) for name, table in tables.items()})
+
+
+def betas_from_config(config: dict) -> torch.Tensor:
+    """
+    The betas that a diffusers scheduler's config describes, in float64.
+
+    Returns:
+        `(num_train_timesteps,)`, each in (0, 1).
+
+    Raises:
+        ValueError: If `beta_schedule` is unknown, or the config rescales betas to a zero terminal SNR.
+    """
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
+    start, end = config["beta_start"], config["beta_end"]
+    if schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    if schedule == "squaredcos_cap_v2":  # the paper's "cosine" [Nichol & Dhariwal 2021, eq. 17]
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(
+        f"beta_schedule={schedule!r} is not supported: 'linear', 'scaled_linear' and 'squaredcos_cap_v2' are."
+    )
+
+
+def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
+    """The table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
+    if isinstance(index, int):
+        return table[index].float().item()
+    values = table.to(index.device)[index].float()
+    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
+
+
+def add_noise(schedule: NoiseSchedule, x_0: torch.Tensor, index: int | torch.Tensor, noise: torch.Tensor):
+    """A draw from q(x_t | x_0) [Ho et al. 2020, eq. 4]; shapes `(batch, channels, height, width)`."""
+    return read_table(schedule.signal_scale, index, x_0) * x_0 + read_table(schedule.noise_scale, index, x_0) * noise
+
+
+def x_0_from_epsilon(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, epsilon: torch.Tensor):
+    """The clean image that x_t and its noise imply; shapes `(batch, channels, height, width)`."""
+    return read_table(schedule.x_0_from_x_t, index, x_t) * x_t - read_table(schedule.x_0_from_epsilon, index, x_t) * epsilon
+
+
+def epsilon_from_x_0(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
+    """The noise that x_t and its clean image imply; shapes `(batch, channels, height, width)`."""
+    return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(schedule.x_0_from_epsilon, index, x_t)
+
+
+def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
+    """Mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7]; shapes `(batch, channels, height, width)`."""
+    return read_table(schedule.posterior_mean_x0, index, x_t) * x_0 + read_table(schedule.posterior_mean_xt, index, x_t) * x_t
+
+
+def learned_log_variance(schedule: NoiseSchedule, index: int | torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """
+    The learned log-variance of p(x_{t-1} | x_t) [Nichol & Dhariwal 2021, eq. 15].
+
+    Args:
+        fraction: The network's second half, `(batch, channels, height, width)`; -1 stands for the posterior's variance
+            (lower bound), 1 for beta (upper bound).
+    """
+    lower = read_table(schedule.posterior_log_variance, index, fraction)
+    upper = read_table(schedule.log_beta, index, fraction)
+    fraction = (fraction + 1) / 2
+    return fraction * upper + (1 - fraction) * lower
+
+
+def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Tensor:
+    """
+    Table of the log-variances of p(x_{t-1} | x_t) that are not learned, `(steps,)`, float64.
+
+    Args:
+        variance_type: `"fixed_large"` (beta) or `"fixed_small"` (the posterior's). At the first step both are the
+            posterior's at the second, as published: guidance there is as strong as one step earlier.
+    """
+    if variance_type == "fixed_small":
+        return schedule.posterior_log_variance
+    return torch.cat([schedule.posterior_log_variance[:1], schedule.log_beta[1:]])
+
+
+def mean_bits(values: torch.Tensor) -> torch.Tensor:
+    """Mean over all but the batch dimension, from nats to bits: `(batch,)`."""
+    return values.flatten(1).mean(dim=1) / math.log(2)
+
+
+def gaussian_kl(
+    mean: torch.Tensor, log_variance: torch.Tensor, other_mean: torch.Tensor, other_log_variance: torch.Tensor
+) -> torch.Tensor:
+    """KL divergence of the first diagonal Gaussian from the second, elementwise, in nats."""
+    return 0.5 * (
+        other_log_variance
+        - log_variance
+        - 1
+        + torch.exp(log_variance - other_log_variance)
+        + (mean - other_mean) ** 2 * torch.exp(-other_log_variance)
+    )
+
+
+def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """
+    Log-likelihood of 8-bit images under a Gaussian whose density is gathered into the 256 bins [Ho et al. 2020,
+    eq. 13], elementwise, in nats.
+
+    Args:
+        x_0: Images in [-1, 1] whose values are multiples of 2 / 255 from -1, `(batch, channels, height, width)`.
+        mean, log_variance: Of the Gaussian; same shape, or one that broadcasts.
+    """
+    centred = x_0 - mean
+    inverse_std = torch.exp(-0.5 * log_variance)
+    upper = _approximate_normal_cdf(inverse_std * (centred + 1 / 255))
+    lower = _approximate_normal_cdf(inverse_std * (centred - 1 / 255))
+    # The outermost bins reach to infinity; the clamp keeps the logarithm of an empty bin finite, as published.
+    probability = torch.where(x_0 < -0.999, upper, torch.where(x_0 > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def _approximate_normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    # Page's (1977) approximation, which the published losses use; the exact one moves them by 1e-4.
+    return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))

@@ -1,0 +1,2 @@
+from .noisy_classifier import NoisyClassifier, NoisyClassifierOutput
+from .unet_adm import ADMUNet2DModel, ADMUNet2DOutput

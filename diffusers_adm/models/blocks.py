@@ -1,0 +1,349 @@
+"""The building blocks of ADM: timestep embedding, residual block, self-attention and the encoder that the UNet and the
+noisy classifier share.
+
+Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
+
+
+TIME_SCALE_SHIFTS = ("scale_shift", "default")
+RESAMPLE_TYPES = ("resnet", "conv")
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Zeroes a layer's parameters, so that at initialisation the branch that it closes adds nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def rescaled_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
+    """Closes a residual connection; the factor is sqrt(2) in the ablation of Table 1, else 1."""
+    total = residual + branch
+    return total if output_scale_factor == 1.0 else total / output_scale_factor
+
+
+class ADMGroupNorm(nn.GroupNorm):
+    """Group normalisation in float32, whatever the dtype of its input and weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = F.group_norm(hidden_states.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(hidden_states.dtype)
+
+
+class ADMTimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the timestep (cosines first), then a two-layer perceptron."""
+
+    def __init__(self, model_channels: int):
+        super().__init__()
+        self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(model_channels, 4 * model_channels)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        # The sinusoids need float32: bfloat16 cannot tell timestep 998 from 999.
+        return self.mlp(self.time_proj(timestep).to(sample.dtype))  # (batch, 4 * model_channels)
+
+
+class ADMDownsample2D(nn.Module):
+    """Halves height and width by a strided convolution: the alternative to a residual block that downsamples."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden_states)
+
+
+class ADMUpsample2D(nn.Module):
+    """Doubles height and width, then convolves: the alternative to a residual block that upsamples."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class ADMResnetBlock2D(nn.Module):
+    """Residual block conditioned on an embedding; with `resample` it also halves or doubles height and width (BigGAN).
+
+    With `time_scale_shift="scale_shift"` the embedding scales and shifts the normalised features (AdaGN, eq. 3 of the
+    paper); with `"default"` it is added before normalisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        norm_num_groups: int,
+        dropout: float,
+        time_scale_shift: str,
+        output_scale_factor: float,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.time_scale_shift = time_scale_shift
+        self.output_scale_factor = output_scale_factor
+        self.resample = resample
+        self.act = nn.SiLU()
+
+        self.norm1 = ADMGroupNorm(norm_num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_channels, out_channels * (2 if time_scale_shift == "scale_shift" else 1))
+        self.norm2 = ADMGroupNorm(norm_num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def _resample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(hidden_states, 2)
+        if self.resample == "up":
+            return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        return hidden_states
+
+    def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        residual = self._resample(hidden_states)                              # (batch, in_channels, height, width)
+        hidden_states = self._resample(self.act(self.norm1(hidden_states)))   # (batch, in_channels, height, width)
+        hidden_states = self.conv1(hidden_states)                             # (batch, out_channels, height, width)
+
+        emb = self.time_emb_proj(self.act(emb))[:, :, None, None]             # (batch, (2 *) out_channels, 1, 1)
+        if self.time_scale_shift == "scale_shift":
+            scale, shift = emb.chunk(2, dim=1)
+            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
+        else:
+            hidden_states = self.norm2(hidden_states + emb)
+        hidden_states = self.conv2(self.dropout(self.act(hidden_states)))     # (batch, out_channels, height, width)
+
+        return rescaled_sum(self.conv_shortcut(residual), hidden_states, self.output_scale_factor)
+
+
+class ADMAttnProcessor:
+    """Scaled dot-product attention through diffusers' attention dispatch, so that every backend of it can be chosen."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "ADMAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = attn.to_qkv(hidden_states)                                      # (batch, tokens, 3 * channels)
+        query, key, value = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (batch, tokens, heads, head_dim) each
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states.flatten(2))                          # (batch, tokens, out_channels)
+
+
+class ADMAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention over tokens. The rows of `to_qkv` are ordered (qkv, head, dim)."""
+
+    _default_processor_cls = ADMAttnProcessor
+    _available_processors = [ADMAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, channels: int, heads: int, out_channels: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, out_channels or channels)
+        self.set_processor(ADMAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class ADMAttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, with a residual connection."""
+
+    def __init__(self, channels: int, heads: int, norm_num_groups: int, output_scale_factor: float):
+        super().__init__()
+        self.output_scale_factor = output_scale_factor
+        self.norm = ADMGroupNorm(norm_num_groups, channels)
+        self.attn = ADMAttention(channels, heads)
+        zero_init(self.attn.to_out)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)          # (batch, height * width, channels)
+        attended = self.attn(tokens).transpose(1, 2)                          # (batch, channels, height * width)
+        attended = attended.unflatten(2, hidden_states.shape[2:])             # (batch, channels, height, width)
+        return rescaled_sum(hidden_states, attended, self.output_scale_factor)
+
+
+class ADMBlock(nn.Module):
+    """A residual block, followed by self-attention where the level has it."""
+
+    def __init__(self, resnet: ADMResnetBlock2D, attention: ADMAttentionBlock | None = None):
+        super().__init__()
+        self.resnet = resnet
+        self.attention = attention
+
+    def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.resnet(hidden_states, emb)
+        if self.attention is not None:
+            hidden_states = self.attention(hidden_states)
+        return hidden_states
+
+
+class ADMUpBlock(ADMBlock):
+    """A decoder's block: takes in a skip connection, and doubles height and width where it ends a level."""
+
+    def __init__(
+        self,
+        resnet: ADMResnetBlock2D,
+        attention: ADMAttentionBlock | None = None,
+        upsampler: ADMResnetBlock2D | ADMUpsample2D | None = None,
+    ):
+        super().__init__(resnet, attention)
+        self.upsampler = upsampler
+
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        hidden_states = super().forward(torch.cat([hidden_states, skip], dim=1), emb)
+        if self.upsampler is not None:
+            hidden_states = self.upsampler(hidden_states, emb)
+        return hidden_states
+
+
+class ADMBlockFactory:
+    """Builds the blocks of one model: holds what they all share, and decides where attention goes and with which heads.
+
+    Raises:
+        ValueError: if the options that it is given do not describe a model.
+    """
+
+    def __init__(
+        self,
+        sample_size: int,
+        model_channels: int,
+        channel_mult: tuple[float, ...],
+        attention_resolutions: tuple[int, ...],
+        attention_head_dim: int | None,
+        num_attention_heads: int | None,
+        norm_num_groups: int,
+        dropout: float,
+        resnet_time_scale_shift: str,
+        output_scale_factor: float,
+    ):
+        if (attention_head_dim is None) == (num_attention_heads is None):
+            raise ValueError(
+                "Give the heads of attention either by their width or by their number: got"
+                f" attention_head_dim={attention_head_dim} and num_attention_heads={num_attention_heads}."
+            )
+        if resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
+            raise ValueError(f"resnet_time_scale_shift={resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}.")
+        if sample_size % 2 ** (len(channel_mult) - 1):
+            raise ValueError(
+                f"sample_size={sample_size} cannot be halved {len(channel_mult) - 1} times, as the"
+                f" {len(channel_mult)} levels of channel_mult={tuple(channel_mult)} need."
+            )
+        self.resolutions = [sample_size // 2**level for level in range(len(channel_mult))]
+        unknown = sorted(set(attention_resolutions) - set(self.resolutions))
+        if unknown:
+            raise ValueError(f"attention_resolutions {unknown} are not among this model's: {self.resolutions}.")
+        self.channels = [int(mult * model_channels) for mult in channel_mult]
+        for channels in self.channels:
+            if channels < 1 or channels % norm_num_groups:
+                raise ValueError(
+                    f"{channels} channels cannot be normalised in norm_num_groups={norm_num_groups} groups:"
+                    f" model_channels={model_channels}, channel_mult={tuple(channel_mult)}."
+                )
+        self.emb_channels = 4 * model_channels
+        self.attention_levels = [resolution in attention_resolutions for resolution in self.resolutions]
+        self.attention_head_dim = attention_head_dim
+        self.num_attention_heads = num_attention_heads
+        self.norm_num_groups = norm_num_groups
+        self.dropout = dropout
+        self.time_scale_shift = resnet_time_scale_shift
+        self.output_scale_factor = output_scale_factor
+
+    def resnet(self, in_channels: int, out_channels: int, resample: str | None = None) -> ADMResnetBlock2D:
+        return ADMResnetBlock2D(
+            in_channels,
+            out_channels,
+            self.emb_channels,
+            self.norm_num_groups,
+            self.dropout,
+            self.time_scale_shift,
+            self.output_scale_factor,
+            resample,
+        )
+
+    def attention(self, channels: int) -> ADMAttentionBlock:
+        heads = self.heads(channels)
+        return ADMAttentionBlock(channels, heads, self.norm_num_groups, self.output_scale_factor)
+
+    def attention_at(self, level: int) -> ADMAttentionBlock | None:
+        return self.attention(self.channels[level]) if self.attention_levels[level] else None
+
+    def heads(self, channels: int) -> int:
+        heads = self.num_attention_heads or channels // self.attention_head_dim
+        if heads < 1 or channels % heads or (self.attention_head_dim and heads * self.attention_head_dim != channels):
+            raise ValueError(
+                f"{channels} channels cannot be divided into heads: attention_head_dim={self.attention_head_dim},"
+                f" num_attention_heads={self.num_attention_heads}."
+            )
+        return heads
+
+
+class ADMEncoder(nn.Module):
+    """The contracting half of the UNet and its middle: all of the classifier but its pooling."""
+
+    def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
+        super().__init__()
+        if downsample_type not in RESAMPLE_TYPES:
+            raise ValueError(f"downsample_type={downsample_type!r} is not one of {RESAMPLE_TYPES}.")
+        self.gradient_checkpointing = False
+        channels = blocks.channels[0]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        self.skip_channels = [channels]  # of conv_in's output, then of every down block's
+        for level, level_channels in enumerate(blocks.channels):
+            for _ in range(layers_per_block):
+                resnet = blocks.resnet(channels, level_channels)
+                self.down_blocks.append(ADMBlock(resnet, blocks.attention_at(level)))
+                channels = level_channels
+                self.skip_channels.append(channels)
+            if level < len(blocks.channels) - 1:
+                if downsample_type == "resnet":
+                    self.down_blocks.append(ADMBlock(blocks.resnet(channels, channels, resample="down")))
+                else:
+                    self.down_blocks.append(ADMDownsample2D(channels))
+                self.skip_channels.append(channels)
+        self.mid_blocks = nn.ModuleList(
+            [
+                ADMBlock(blocks.resnet(channels, channels), blocks.attention(channels)),
+                ADMBlock(blocks.resnet(channels, channels)),
+            ]
+        )
+
+    def forward(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns the features at the lowest resolution, and the skip connections in the order of their making."""
+        hidden_states = self.conv_in(sample)                                  # (batch, channels, height, width)
+        skips = [hidden_states]
+        for block in self.down_blocks:
+            hidden_states = self._run(block, hidden_states, emb)              # (batch, channels, height/2^k, width/2^k)
+            skips.append(hidden_states)
+        for block in self.mid_blocks:
+            hidden_states = self._run(block, hidden_states, emb)
+        return hidden_states, skips
+
+    def _run(self, block: nn.Module, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states, emb)
+        return block(hidden_states, emb)
+
+
+def check_image_size(sample: torch.Tensor, num_levels: int) -> None:
+    """Raises a ValueError unless height and width can be halved between all levels."""
+    factor = 2 ** (num_levels - 1)
+    height, width = sample.shape[2:]
+    if height % factor or width % factor:
+        raise ValueError(f"Height and width must be multiples of {factor}: got {height}x{width}.")

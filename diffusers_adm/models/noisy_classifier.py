@@ -1,0 +1,181 @@
+"""The noise-aware classifier that guides ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3)."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from .blocks import ADMAttention, ADMBlockFactory, ADMEncoder, ADMGroupNorm, ADMTimeEmbedding, check_image_size, zero_init
+
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+SPATIAL_POOL_CHANNELS = 2048
+
+
+@dataclass
+class NoisyClassifierOutput(BaseOutput):
+    """
+    Output of [`NoisyClassifier`].
+
+    Args:
+        logits: `(batch, num_classes)`, before the softmax.
+    """
+
+    logits: torch.Tensor
+
+
+class ADMAttentionPool(nn.Module):
+    """Self-attention over all positions and their mean; what the mean attends to gives the logits (as CLIP pools)."""
+
+    def __init__(self, resolution: int, channels: int, heads: int, num_classes: int):
+        super().__init__()
+        self.resolution = resolution
+        self.positional_embedding = nn.Parameter(torch.randn(resolution**2 + 1, channels) / channels**0.5)
+        self.attn = ADMAttention(channels, heads, num_classes)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.shape[2:] != (self.resolution, self.resolution):
+            height, width = hidden_states.shape[2:]
+            raise ValueError(
+                f"pool='attention' takes images of the model's sample_size only: its features must be"
+                f" {self.resolution}x{self.resolution}, got {height}x{width}."
+            )
+        tokens = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (batch, 1 + height * width, channels)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)
+        return self.attn(tokens)[:, 0]  # (batch, num_classes)
+
+
+class ADMAveragePool(nn.Module):
+    """Mean over all positions, then a linear layer (pool "adaptive")."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.fc = zero_init(nn.Linear(channels, num_classes))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc(hidden_states.mean(dim=(2, 3)))  # (batch, num_classes)
+
+
+class ADMSpatialPool(nn.Module):
+    """Means over all positions after every block of the encoder, then two linear layers (pools "spatial[_v2]")."""
+
+    def __init__(self, channels: int, num_classes: int, norm_num_groups: int | None):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, SPATIAL_POOL_CHANNELS)
+        self.norm = ADMGroupNorm(norm_num_groups, SPATIAL_POOL_CHANNELS) if norm_num_groups else nn.Identity()
+        self.act = nn.SiLU() if norm_num_groups else nn.ReLU()
+        self.fc2 = nn.Linear(SPATIAL_POOL_CHANNELS, num_classes)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        means = torch.cat([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (batch, sum of channels)
+        return self.fc2(self.act(self.norm(self.fc1(means))))  # (batch, num_classes)
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin, AttentionMixin):
+    r"""
+    Classifies noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and t.
+    It is the encoder of [`ADMUNet2DModel`] and a pooling head (arXiv 2105.05233, section 4.3). The defaults are the
+    released 64x64 classifier.
+
+    Args:
+        sample_size: Height and width that the model is made for, in pixels. With `pool="attention"` it takes no other.
+        in_channels: Channels of the image.
+        num_classes: Number of classes.
+        pool: What makes logits of the encoder's features. `"attention"`: attention pooling over the last features;
+            `"adaptive"`: their mean; `"spatial"`: the means of all blocks' features, through two linear layers;
+            `"spatial_v2"`: the same with normalisation between the two.
+        model_channels: Width that `channel_mult` multiplies.
+        channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
+        layers_per_block: Residual blocks a level.
+        attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
+        attention_head_dim: Channels a head; the alternative to `num_attention_heads`.
+        num_attention_heads: Heads of every attention layer; the alternative to `attention_head_dim`.
+        norm_num_groups: Groups of the group normalisation.
+        dropout: Dropout probability of the residual blocks.
+        resnet_time_scale_shift: `"scale_shift"` (AdaGN) or `"default"` (the embedding is added).
+        downsample_type: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
+        output_scale_factor: What every residual sum is divided by; `2 ** 0.5` is the paper's residual rescaling.
+
+    Raises:
+        ValueError: If the arguments do not describe a model.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMAttentionPool"]
+    _repeated_blocks = ["ADMResnetBlock2D", "ADMAttentionBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        pool: str = "attention",
+        model_channels: int = 128,
+        channel_mult: tuple[float, ...] = (1, 2, 3, 4),
+        layers_per_block: int = 4,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        attention_head_dim: int | None = 64,
+        num_attention_heads: int | None = None,
+        norm_num_groups: int = 32,
+        dropout: float = 0.0,
+        resnet_time_scale_shift: str = "scale_shift",
+        downsample_type: str = "resnet",
+        output_scale_factor: float = 1.0,
+    ):
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r} is not one of {POOLS}.")
+        blocks = ADMBlockFactory(
+            sample_size,
+            model_channels,
+            channel_mult,
+            attention_resolutions,
+            attention_head_dim,
+            num_attention_heads,
+            norm_num_groups,
+            dropout,
+            resnet_time_scale_shift,
+            output_scale_factor,
+        )
+        channels = blocks.channels[-1]
+        self.time_embedding = ADMTimeEmbedding(model_channels)
+        self.encoder = ADMEncoder(blocks, in_channels, layers_per_block, downsample_type)
+        if pool in ("attention", "adaptive"):
+            self.norm_out = ADMGroupNorm(norm_num_groups, channels)
+            self.act = nn.SiLU()
+        if pool == "attention":
+            self.pooling = ADMAttentionPool(blocks.resolutions[-1], channels, blocks.heads(channels), num_classes)
+        elif pool == "adaptive":
+            self.pooling = ADMAveragePool(channels, num_classes)
+        else:
+            pool_groups = norm_num_groups if pool == "spatial_v2" else None
+            self.pooling = ADMSpatialPool(sum(self.encoder.skip_channels) + channels, num_classes, pool_groups)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
+    ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample: Noised images, `(batch, in_channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`, or one for all.
+            return_dict: Whether to return a [`NoisyClassifierOutput`] instead of a tuple.
+
+        Raises:
+            ValueError: If the image cannot be halved between all levels, or is not of the size that
+                `pool="attention"` was made for.
+        """
+        check_image_size(sample, len(self.config.channel_mult))
+        emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
+        hidden_states, skips = self.encoder(sample, emb)  # (batch, channels, height / 2**k, width / 2**k)
+        if self.config.pool in ("attention", "adaptive"):
+            logits = self.pooling(self.act(self.norm_out(hidden_states)))  # (batch, num_classes)
+        else:
+            logits = self.pooling([*skips, hidden_states])  # (batch, num_classes)
+        return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)

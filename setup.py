@@ -1,0 +1,44 @@
+"""Packaging of diffusers_adm: `pipelines/`, `training/` and `model_cards/` are subpackages that live at the top level."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+setup(
+    name="diffusers-adm",
+    version="0.1.0",
+    description="ADM and classifier guidance (Dhariwal & Nichol 2021) for diffusers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["diffusers_adm*"]),
+        "diffusers_adm.pipelines",
+        "diffusers_adm.training",
+        "diffusers_adm.model_cards",
+    ],
+    package_dir={
+        "diffusers_adm": "diffusers_adm",
+        "diffusers_adm.pipelines": "pipelines",
+        "diffusers_adm.training": "training",
+        "diffusers_adm.model_cards": "model_cards",
+    },
+    package_data={"diffusers_adm.model_cards": ["*/*", "*/*/*"]},
+    install_requires=[
+        "diffusers>=0.42.1",
+        "huggingface_hub",
+        "numpy",
+        "Pillow",
+        "safetensors",
+        "torch>=2.6",
+        "torchvision",
+    ],
+    extras_require={
+        "train": ["accelerate>=1.0", "datasets>=4.0", "tensorboard"],
+        "eval": ["scipy"],
+        "test": ["accelerate>=1.0", "build", "datasets>=4.0", "peft", "pytest", "ruff==0.15.6", "tensorboard"],
+    },
+    entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
+)
