@@ -1,0 +1,87 @@
+"""Trains the noise-aware classifier that guides sampling: `accelerate launch training/train_classifier.py --help`.
+
+Cross-entropy on noised images at uniformly drawn timesteps, AdamW with weight decay, learning rate annealed linearly
+(Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.models.noisy_classifier import POOLS
+from diffusers_adm.training.data import load_images
+from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_training_arguments(parser)
+    parser.set_defaults(crop="random", learning_rate=3e-4, lr_scheduler="linear", adam_weight_decay=0.05)
+    group = parser.add_argument_group("classifier")
+    group.add_argument("--pool", choices=POOLS, default="attention")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    images = load_images(args, args.train_split, augment=True)
+    if images.class_names is None:
+        raise ValueError("The dataset has no labels: name them by --label_column.")
+    classifier = NoisyClassifier(
+        sample_size=args.resolution,
+        in_channels=args.in_channels,
+        num_classes=len(images.class_names),
+        pool=args.pool,
+        model_channels=args.model_channels,
+        channel_mult=args.channel_mult,
+        layers_per_block=args.layers_per_block,
+        attention_resolutions=args.attention_resolutions,
+        attention_head_dim=args.attention_head_dim,
+        norm_num_groups=args.norm_num_groups,
+        dropout=args.dropout,
+    )
+    trainer = Trainer(args, classifier, images.dataset)
+    accelerator = trainer.accelerator
+    schedule = NoiseSchedule.from_config(build_noise_scheduler(args).config).to(accelerator.device)
+
+    def noised_logits(model: torch.nn.Module, x_0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x_t = add_noise(schedule, x_0, timestep, torch.randn_like(x_0))  # (batch, channels, resolution, resolution)
+        return model(x_t, timestep).logits.float()  # (batch, num_classes)
+
+    def losses(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        timestep = torch.randint(len(schedule), batch["label"].shape, device=batch["label"].device)  # (batch,)
+        logits = noised_logits(model, batch["image"], timestep)
+        correct = logits.argmax(dim=1) == batch["label"]
+        return {"loss": F.cross_entropy(logits, batch["label"], reduction="none"), "accuracy": correct.float()}
+
+    validate = None
+    if args.validation_split:
+        held_out = load_images(args, args.validation_split, augment=False).dataset
+        loader = accelerator.prepare(DataLoader(held_out, batch_size=args.train_batch_size))
+
+        @torch.no_grad()
+        def validate(step: int) -> None:
+            """Accuracy on the held-out split by quarter of the timesteps, least noise first."""
+            trainer.model.eval()
+            quarters, hits = [], []
+            for batch in loader:
+                timestep = torch.randint(len(schedule), batch["label"].shape, device=batch["label"].device)
+                hit = noised_logits(trainer.model, batch["image"], timestep).argmax(dim=1) == batch["label"]
+                timestep, hit = accelerator.gather_for_metrics((timestep, hit))
+                quarters.append(4 * timestep // len(schedule))
+                hits.append(hit)
+            quarters, hits = torch.cat(quarters), torch.cat(hits).float()
+            trainer.log(
+                {f"validation_accuracy_quarter_{q}": hits[quarters == q].mean().item() for q in range(4)}
+            )
+
+    trainer.train(losses, validate)
+    if accelerator.is_main_process:
+        trainer.unwrapped_model.save_pretrained(args.output_dir / "classifier")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,69 @@
+"""Trains an ADM UNet on labelled images: `accelerate launch training/train_unet.py --help`.
+
+The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), a moving average of constant rate, and, with
+`--label_dropout`, a null class, so that one network is both the conditional and the unconditional model.
+"""
+
+import argparse
+
+import torch
+
+from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.losses import drop_labels, hybrid_loss
+from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.training.data import load_images
+from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("UNet")
+    group.add_argument("--class_conditional", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--label_dropout", type=float, default=0.0, help="Probability of training without the label.")
+    group.add_argument("--learn_sigma", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--ema_decay", type=float, default=0.9999)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    images = load_images(args, args.train_split, augment=True)
+    if args.class_conditional and images.class_names is None:
+        raise ValueError("The dataset has no labels: name them by --label_column, or pass --no-class_conditional.")
+    if args.label_dropout and not args.class_conditional:
+        raise ValueError("--label_dropout needs a class-conditional model.")
+    noise_scheduler = build_noise_scheduler(args, args.learn_sigma)
+    unet = ADMUNet2DModel(
+        sample_size=args.resolution,
+        in_channels=args.in_channels,
+        out_channels=args.in_channels * (2 if args.learn_sigma else 1),
+        model_channels=args.model_channels,
+        channel_mult=args.channel_mult,
+        layers_per_block=args.layers_per_block,
+        attention_resolutions=args.attention_resolutions,
+        attention_head_dim=args.attention_head_dim,
+        norm_num_groups=args.norm_num_groups,
+        num_class_embeds=len(images.class_names) if args.class_conditional else None,
+        use_null_class=args.label_dropout > 0,
+        dropout=args.dropout,
+    )
+    trainer = Trainer(args, unet, images.dataset, args.ema_decay)
+    schedule = NoiseSchedule.from_config(noise_scheduler.config).to(trainer.accelerator.device)
+
+    def losses(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        x_0 = batch["image"]  # (batch, channels, resolution, resolution)
+        timestep = torch.randint(len(schedule), x_0.shape[:1], device=x_0.device)  # (batch,)
+        noise = torch.randn_like(x_0)
+        x_t = add_noise(schedule, x_0, timestep, noise)
+        labels = batch["label"] if args.class_conditional else None
+        if args.label_dropout:
+            labels = drop_labels(labels, unet.null_class, args.label_dropout)
+        loss = hybrid_loss(model(x_t, timestep, labels).sample, schedule, x_0, x_t, timestep, noise)
+        terms = {"loss": loss.total, "simple": loss.simple}
+        return terms if loss.vlb is None else {**terms, "vlb": loss.vlb}
+
+    trainer.train(losses)
+
+
+if __name__ == "__main__":
+    main(parse_args())
