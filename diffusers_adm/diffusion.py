@@ -15,9 +15,6 @@ import torch
 from .respacing import respaced_timesteps
 
 
-VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small")
-
-
 @dataclass(frozen=True)
 class NoiseSchedule:
     """
@@ -62,7 +59,15 @@ class NoiseSchedule:
                 process are those that leave alpha_bar as it is [Nichol & Dhariwal 2021, eq. 19].
         """
         timesteps = torch.arange(len(beta)) if timesteps is None else torch.tensor(timesteps)
-        alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
+        return cls.from_alpha_bar(torch.cumprod(1 - beta, dim=0)[timesteps], timesteps)
+
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: torch.Tensor, timesteps: torch.Tensor) -> "NoiseSchedule":
+        """
+        Args:
+            alpha_bar: `(steps,)`, float64, descending.
+            timesteps: The training timestep of each, `(steps,)`.
+        """
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         beta = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -167,6 +172,27 @@ def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torc
     return read_table(schedule.posterior_mean_x0, index, x_t) * x_0 + read_table(schedule.posterior_mean_xt, index, x_t) * x_t
 
 
+def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Splits a network's output into the prediction and, where it was learned, the variance.
+
+    Args:
+        model_output: `(batch, channels or 2 * channels, height, width)`.
+        channels: Channels of the image.
+
+    Raises:
+        ValueError: If the output has another number of channels.
+    """
+    if model_output.shape[1] == channels:
+        return model_output, None
+    if model_output.shape[1] != 2 * channels:
+        raise ValueError(
+            f"The network's output has {model_output.shape[1]} channels; for images of {channels} it must have"
+            f" {channels}, or {2 * channels} with learned variance."
+        )
+    return model_output.split(channels, dim=1)
+
+
 def learned_log_variance(schedule: NoiseSchedule, index: int | torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
     """
     The learned log-variance of p(x_{t-1} | x_t) [Nichol & Dhariwal 2021, eq. 15].
@@ -186,12 +212,12 @@ def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Ten
     Table of the log-variances of p(x_{t-1} | x_t) that are not learned, `(steps,)`, float64.
 
     Args:
-        variance_type: `"fixed_large"` (beta) or `"fixed_small"` (the posterior's). At the first step both are the
+        variance_type: `"fixed_large"` (beta), or `"fixed_small[_log]"` (the posterior's). At the first step both are the
             posterior's at the second, as published: guidance there is as strong as one step earlier.
     """
-    if variance_type == "fixed_small":
-        return schedule.posterior_log_variance
-    return torch.cat([schedule.posterior_log_variance[:1], schedule.log_beta[1:]])
+    if variance_type == "fixed_large":
+        return torch.cat([schedule.posterior_log_variance[:1], schedule.log_beta[1:]])
+    return schedule.posterior_log_variance
 
 
 def mean_bits(values: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from .diffusion import (
     mean_bits,
     posterior_mean,
     read_table,
+    split_learned_variance,
     x_0_from_epsilon,
 )
 
@@ -93,27 +94,6 @@ def vlb_bits(
     kl = mean_bits(gaussian_kl(true_mean, true_log_variance, predicted_mean, predicted_log_variance))
     nll = mean_bits(-discretized_log_likelihood(x_0, predicted_mean, predicted_log_variance))
     return torch.where(index == 0, nll, kl)
-
-
-def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Splits a network's output into the prediction and, where it was learned, the variance.
-
-    Args:
-        model_output: `(batch, channels or 2 * channels, height, width)`.
-        channels: Channels of the image.
-
-    Raises:
-        ValueError: If the output has another number of channels.
-    """
-    if model_output.shape[1] == channels:
-        return model_output, None
-    if model_output.shape[1] != 2 * channels:
-        raise ValueError(
-            f"The network's output has {model_output.shape[1]} channels; for images of {channels} it must have"
-            f" {channels}, or {2 * channels} with learned variance."
-        )
-    return model_output.split(channels, dim=1)
 
 
 def drop_labels(

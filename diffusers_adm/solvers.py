@@ -1,0 +1,227 @@
+"""diffusers' schedulers, made to sample as the published code does, with a place for guidance in each step.
+
+A solver is a local copy of a scheduler for one run; the scheduler itself is never changed.
+"""
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+
+from .diffusion import (
+    NoiseSchedule,
+    epsilon_from_x_0,
+    fixed_log_variance,
+    learned_log_variance,
+    read_table,
+    split_learned_variance,
+    x_0_from_epsilon,
+)
+from .guidance import shift_epsilon, shift_mean
+from .respacing import evenly_spaced_timesteps, respaced_timesteps
+
+
+SIGMA_SCHEDULERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, *SIGMA_SCHEDULERS)
+PREDICTION_TYPES = ("epsilon", "sample")
+VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
+
+
+class DDPMSolver:
+    """
+    One run of ancestral sampling; guidance shifts the mean (Algorithm 1 of Dhariwal & Nichol 2021).
+
+    Args:
+        scheduler: What the run is asked of.
+        schedule: The timesteps that it visits.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, schedule: NoiseSchedule):
+        self.schedule = schedule
+        self.scheduler = respaced_copy(scheduler, schedule)
+        self.variance_type = scheduler.config.variance_type
+        if self.variance_type not in VARIANCE_TYPES:
+            raise ValueError(f"variance_type={self.variance_type!r} is not supported: {VARIANCE_TYPES} are.")
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        index: int,
+        x_t: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Draws x_{t-1}.
+
+        Args:
+            model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`, float32.
+            index: Of the step in the schedule: 0 is the least noisy, so a run counts it down.
+            x_t: `(batch, channels, height, width)`, float32.
+            gradient: Of log p(y | x_t) times the guidance scale, same shape; `None` without guidance.
+            generator: Of the noise, one for all images or one an image.
+        """
+        prediction, fraction = split_learned_variance(model_output, x_t.shape[1])
+        learned = self.variance_type == "learned_range"
+        # The stock step clips x_0 before it takes the mean, as the published code does, and guidance comes after.
+        output = self.scheduler.step(model_output if learned else prediction, index, x_t, generator=generator)
+        if gradient is None:
+            return output.prev_sample
+        if learned:
+            log_variance = learned_log_variance(self.schedule, index, fraction)
+        else:
+            log_variance = read_table(fixed_log_variance(self.schedule, self.variance_type), index, x_t)
+        return shift_mean(output.prev_sample, log_variance, gradient)
+
+
+class EpsilonSolver:
+    """
+    One run of any other scheduler; guidance shifts epsilon (Algorithm 2 of Dhariwal & Nichol 2021).
+
+    Args:
+        scheduler: What the run is asked of.
+        schedule: The timesteps that it visits.
+        prepared: The local copy that takes the steps: it is given x_0 and does not clip it.
+        timesteps: What the copy calls the schedule's timesteps, in the same order.
+        **step_kwargs: Of the copy's `step`.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        schedule: NoiseSchedule,
+        prepared: SchedulerMixin,
+        timesteps: list[int] | torch.Tensor,
+        **step_kwargs,
+    ):
+        config = scheduler.config
+        self.schedule = schedule
+        self.scheduler = prepared
+        self.timesteps = timesteps
+        self.step_kwargs = step_kwargs
+        self.takes_generator = not isinstance(scheduler, UniPCMultistepScheduler)
+        self.predicts_x_0 = config.prediction_type == "sample"
+        # What the published code calls clip_denoised; schedulers without the option clip too, as it does by default.
+        clips = config.get("clip_sample", True) and not config.get("thresholding", False)
+        self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        index: int,
+        x_t: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Draws x_{t-1}; arguments as in `DDPMSolver.step`."""
+        prediction, _ = split_learned_variance(model_output, x_t.shape[1])
+        # Clipped before guidance and never after. The copy is given x_0, from which it derives epsilon anew.
+        x_0 = prediction if self.predicts_x_0 else x_0_from_epsilon(self.schedule, x_t, index, prediction)
+        if self.clip_range is not None:
+            x_0 = x_0.clamp(-self.clip_range, self.clip_range)
+        if gradient is not None:
+            epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
+            epsilon = shift_epsilon(epsilon, read_table(self.schedule.noise_scale, index, x_t), gradient)
+            x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)
+        step_kwargs = {**self.step_kwargs, "generator": generator} if self.takes_generator else self.step_kwargs
+        return self.scheduler.step(x_0, self.timesteps[index], x_t, **step_kwargs).prev_sample
+
+
+def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -> EpsilonSolver:
+    """DDIM over any list of timesteps."""
+    prepared = respaced_copy(
+        scheduler,
+        schedule,
+        prediction_type="sample",
+        clip_sample=False,
+        timestep_spacing="leading",
+        steps_offset=0,
+    )
+    prepared.set_timesteps(len(schedule))
+    return EpsilonSolver(scheduler, schedule, prepared, list(range(len(schedule))), eta=eta)
+
+
+def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:
+    """A multistep solver that keeps its own noise levels (`sigmas`) and places its own timesteps."""
+    changes = {"variance_type": None} if "variance_type" in scheduler.config else {}
+    prepared = type(scheduler).from_config(scheduler.config, prediction_type="sample", **changes)
+    prepared.set_timesteps(num_inference_steps, device=device)
+    prepared.set_begin_index(0)
+    timesteps = prepared.timesteps.flip(0)
+    # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
+    sigmas = prepared.sigmas[: len(timesteps)].double().cpu().flip(0)
+    schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps.cpu())
+    return EpsilonSolver(scheduler, schedule, prepared, timesteps)
+
+
+def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:
+    """
+    A scheduler for which the visited timesteps are all there are, numbered from 0: its previous timestep is then always
+    the one before in the list, which a stock scheduler gets wrong for most lists.
+    """
+    copy = type(scheduler).from_config(
+        scheduler.config, num_train_timesteps=len(schedule), trained_betas=schedule.beta.tolist(), **changes
+    )
+    copy.alphas_cumprod = schedule.alpha_bar  # in float64, where its own is rounded
+    return copy
+
+
+def build_solver(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int | None,
+    timestep_respacing: str | None,
+    eta: float,
+    device: torch.device,
+) -> DDPMSolver | EpsilonSolver:
+    """
+    Prepares a scheduler for one run.
+
+    Args:
+        scheduler: One of `SUPPORTED_SCHEDULERS`; left as it is.
+        num_inference_steps: Number of steps, in [1, num_train_timesteps].
+        timestep_respacing: A published respacing string, for DDPM and DDIM; wins over `num_inference_steps`.
+        eta: Of DDIM, in [0, 1]: 0 is deterministic, 1 as noisy as DDPM.
+        device: Of the samples.
+
+    Raises:
+        ValueError: If the scheduler is not supported, or cannot be told what is asked of it.
+    """
+    check_scheduler(scheduler)
+    config = scheduler.config
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} is not in [0, 1].")
+    if eta and not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {type(scheduler).__name__}.")
+    num_train_timesteps = config.num_train_timesteps
+    if timestep_respacing is None and not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the timesteps of the"
+            " model."
+        )
+    if isinstance(scheduler, SIGMA_SCHEDULERS):
+        if timestep_respacing is not None:
+            raise ValueError(
+                f"timestep_respacing={timestep_respacing!r} is for DDPMScheduler and DDIMScheduler;"
+                f" {type(scheduler).__name__} places its own num_inference_steps."
+            )
+        return sigma_solver(scheduler, num_inference_steps, device)
+
+    if timestep_respacing is not None:
+        timesteps = respaced_timesteps(timestep_respacing, num_train_timesteps)
+    elif isinstance(scheduler, DDIMScheduler):
+        timesteps = evenly_spaced_timesteps(num_inference_steps, num_train_timesteps)
+    else:
+        timesteps = respaced_timesteps(str(num_inference_steps), num_train_timesteps)
+    schedule = NoiseSchedule.from_config(config, timesteps)
+    if isinstance(scheduler, DDIMScheduler):
+        return ddim_solver(scheduler, schedule, eta)
+    return DDPMSolver(scheduler, schedule)
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError unless the scheduler is one that is known to sample right."""
+    if not isinstance(scheduler, SUPPORTED_SCHEDULERS):
+        names = ", ".join(supported.__name__ for supported in SUPPORTED_SCHEDULERS)
+        raise ValueError(f"{type(scheduler).__name__} is not supported; these schedulers are: {names}.")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type={scheduler.config.prediction_type!r} is not one of {PREDICTION_TYPES}.")
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError("use_flow_sigmas=True is for flow matching; these are diffusion models.")

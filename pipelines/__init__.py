@@ -1,0 +1,1 @@
+from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline

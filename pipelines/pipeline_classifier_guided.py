@@ -1,0 +1,333 @@
+"""Class-guided sampling with ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
+
+import difflib
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.solvers import build_solver, check_scheduler
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+ClassLabels = int | str | list | torch.Tensor | np.ndarray
+
+
+class ClassifierGuidedPipeline(DiffusionPipeline):
+    r"""
+    Draws images with an ADM UNet, guided towards a class by a noise-aware classifier: each step is shifted by the
+    gradient of log p(y | x_t), which moves the mean of DDPM's steps (Algorithm 1 of arXiv 2105.05233) or the noise that
+    any other solver takes (Algorithm 2). With a seed, the published implementation's images are drawn.
+
+    Args:
+        unet: [`ADMUNet2DModel`], class-conditional or not.
+        scheduler: `DDPMScheduler`, `DDIMScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`. Its
+            `clip_sample` and `clip_sample_range` clip the predicted x_0 before guidance, never after.
+        classifier: [`NoisyClassifier`]; without one nothing is guided.
+        id2label: Name of each class by its number; synonyms are separated by commas.
+        guidance_scale: Scale of guidance where a call gives none.
+        num_inference_steps: Number of steps where a call gives none.
+        timestep_respacing: Published respacing string that takes the place of `num_inference_steps` on DDPM and DDIM
+            where a call gives neither.
+
+    Raises:
+        ValueError: If UNet, classifier and scheduler do not fit together.
+    """
+
+    model_cpu_offload_seq = "unet->classifier"
+    _optional_components = ["classifier"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ADMUNet2DModel,
+        scheduler: SchedulerMixin,
+        classifier: NoisyClassifier | None = None,
+        id2label: dict[int, str] | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 250,
+        timestep_respacing: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_to_config(
+            # JSON has made strings of the keys of a saved pipeline.
+            id2label=None if id2label is None else {int(label): name for label, name in id2label.items()},
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            timestep_respacing=timestep_respacing,
+        )
+        self._check_components()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @property
+    def guidance_scale(self) -> float | list[float]:
+        """Of the run under way, read afresh every step, so that a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the run under way."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run under way skips the steps that are left; a callback may set `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def label2id(self) -> dict[str, list[int]]:
+        """The classes that bear each name, synonyms apart."""
+        label2id: dict[str, list[int]] = {}
+        for label, names in (self.config.id2label or {}).items():
+            for name in {names.strip(), *(part.strip() for part in names.split(","))}:
+                label2id.setdefault(name, []).append(int(label))
+        return label2id
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float | list[float] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        timestep_respacing: str | None = None,
+        condition_unet: bool = True,
+        eta: float = 0.0,
+        batch_size: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draws one image a label.
+
+        Args:
+            class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
+                `batch_size` of them from `generator`, before the noise.
+            guidance_scale: How strongly the classifier guides: one number, or one an image. 0 is no guidance. `None`
+                means the pipeline's default, which is 0 without a classifier.
+            num_inference_steps: In [1, num_train_timesteps]. DDPM spaces them evenly, both ends included; DDIM takes
+                an integer stride where one gives that number. `None` means the pipeline's default.
+            timestep_respacing: The steps of DDPM or DDIM as a published string, such as `"250"`, `"ddim25"` or
+                `"90,60,60,20,20"` (`""` is all steps); wins over `num_inference_steps`.
+            condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,
+                so that the classifier alone carries the label.
+            eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
+            batch_size: Number of images, where neither `class_labels` nor `latents` says it.
+            height: In pixels; the UNet's `sample_size` by default.
+            width: In pixels; the UNet's `sample_size` by default.
+            generator: One for all images, or a list of one an image: an image is then the same in any batch.
+            latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
+            output_type: `"pil"`; `"np"`, `(batch, height, width, channels)` in [0, 1]; `"pt"`, `(batch, channels,
+                height, width)` in [0, 1]; or `"latent"`, x_0 as it is.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; what
+                it returns under "latents" takes their place.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError: If an argument is out of its range, or does not fit the models.
+        """
+        # 1. Check what was given.
+        self._check_components()
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {self._callback_tensor_inputs}."
+            )
+        null_class = self.unet.null_class
+        if not condition_unet and self.unet.config.num_class_embeds is not None and null_class is None:
+            raise ValueError("condition_unet=False needs a UNet that has a null class (use_null_class), or no classes.")
+        unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
+        labels = None if class_labels is None else self.class_ids(class_labels)
+        batch_size = self._batch_size(batch_size, labels, latents)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for {batch_size} images.")
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale if self.classifier is not None else 0.0
+        scales = self._scales(guidance_scale, batch_size)
+        height, width = height or self.unet.config.sample_size, width or self.unet.config.sample_size
+        factor = 2 ** (len(self.unet.config.channel_mult) - 1)
+        if height % factor or width % factor:
+            raise ValueError(f"height={height} and width={width} must be multiples of {factor}.")
+
+        # 2. Prepare the steps.
+        device = self._execution_device
+        if timestep_respacing is None and num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+            timestep_respacing = self._default_respacing()
+        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device)
+        timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
+        self._num_timesteps = len(timesteps)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 3. Prepare labels and x_T, in this order: a seed's labels and noise come from one stream.
+        num_classes = self._num_classes(unet_takes_labels, any(scales))
+        if labels is None and num_classes is not None:
+            labels = self._draw_labels(num_classes, batch_size, generator)
+        elif labels is not None:
+            self._check_labels(labels, num_classes)
+        if labels is not None:
+            labels = torch.tensor(labels, device=device)  # (batch,)
+        unet_labels = labels if unet_takes_labels else None
+        if null_class is not None and not condition_unet:
+            unet_labels = torch.full((batch_size,), null_class, device=device)
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
+        latents = latents.to(device, torch.float32)
+
+        # 4. Sample.
+        scales_seen, rows, row_scales = None, None, None
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, index in enumerate(reversed(range(len(timesteps)))):
+                if self.interrupt:
+                    continue
+                timestep = timesteps[index].expand(batch_size)  # (batch,)
+                model_output = self.unet(latents.to(self.unet.dtype), timestep, unet_labels).sample.float()
+
+                # The gradient of log p(y | x_t), of those images alone that are guided.
+                if self.guidance_scale is not scales_seen:
+                    scales_seen = self.guidance_scale
+                    scales = self._scales(scales_seen, batch_size)
+                    rows = [row for row, scale in enumerate(scales) if scale]
+                    row_scales = latents.new_tensor([scales[row] for row in rows])[:, None, None, None]
+                gradient = None
+                if len(rows) == batch_size:
+                    gradient = row_scales * classifier_gradient(self.classifier, latents, timestep, labels)
+                elif rows:
+                    guided = classifier_gradient(self.classifier, latents[rows], timestep[rows], labels[rows])
+                    gradient = torch.zeros_like(latents)
+                    gradient[rows] = row_scales * guided
+
+                latents = solver.step(model_output, index, latents, gradient, generator)
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    outputs = callback_on_step_end(self, step, timesteps[index], callback_kwargs)
+                    latents = outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 5. Make images of x_0.
+        images = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def class_ids(self, class_labels: ClassLabels) -> list[int]:
+        """
+        Class numbers of labels that are given by number or name.
+
+        Args:
+            class_labels: One, a list (nested ones are flattened), or an integer tensor or array.
+
+        Raises:
+            ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)):
+            return [label for entry in class_labels for label in self.class_ids(entry)]
+        if isinstance(class_labels, str):
+            return [self._class_id(class_labels)]
+        if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
+            return [int(class_labels)]
+        raise ValueError(f"class_labels must be integers or names: got {class_labels!r}.")
+
+    def _class_id(self, name: str) -> int:
+        label2id = self.label2id
+        if not label2id:
+            raise ValueError(f"class_labels={name!r} is a name, but the pipeline knows none (id2label).")
+        if name not in label2id:
+            near = difflib.get_close_matches(name, label2id, n=3)
+            raise ValueError(f"No class is called {name!r}" + (f"; near it are {near}." if near else "."))
+        if len(label2id[name]) > 1:
+            raise ValueError(f"Several classes are called {name!r}: give one of the numbers {label2id[name]}.")
+        return label2id[name][0]
+
+    def _check_components(self) -> None:
+        check_scheduler(self.scheduler)
+        unet, classifier = self.unet.config, self.classifier.config if self.classifier is not None else None
+        if unet.low_res_conditioning:
+            raise ValueError("The UNet is an upsampler (low_res_conditioning=True); this pipeline draws from noise alone.")
+        if self.scheduler.config.get("variance_type") == "learned_range" and not self.unet.learns_variance:
+            raise ValueError(
+                f"The scheduler's variance_type is 'learned_range', but the UNet's out_channels={unet.out_channels}"
+                f" hold no variance beside in_channels={unet.in_channels}: use 'fixed_large' or 'fixed_small'."
+            )
+        for name in ("sample_size", "in_channels"):
+            if classifier is not None and unet[name] != classifier[name]:
+                raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
+
+    def _batch_size(self, batch_size: int, labels: list[int] | None, latents: torch.Tensor | None) -> int:
+        counts = {}
+        if labels is not None:
+            counts["class_labels"] = len(labels)
+        if latents is not None:
+            counts["latents"] = latents.shape[0]
+        if batch_size != 1 or not counts:
+            counts["batch_size"] = batch_size
+        if len(set(counts.values())) > 1 or min(counts.values()) < 1:
+            given = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
+        return next(iter(counts.values()))
+
+    def _scales(self, guidance_scale: float | list[float] | torch.Tensor, batch_size: int) -> list[float]:
+        scales = torch.as_tensor(guidance_scale, dtype=torch.float64).flatten().tolist()
+        if len(scales) == 1:
+            scales = scales * batch_size
+        if len(scales) != batch_size:
+            raise ValueError(f"{len(scales)} guidance scales were given for {batch_size} images.")
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"guidance_scale={guidance_scale} is not finite.")
+        if any(scales) and self.classifier is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
+        return scales
+
+    def _default_respacing(self) -> str | None:
+        return self.config.timestep_respacing
+
+    def _num_classes(self, unet_takes_labels: bool, guided: bool) -> int | None:
+        """Number of labels that every model that receives one knows; of all models if none receives any."""
+        unet_classes = self.unet.config.num_class_embeds
+        classifier_classes = self.classifier.config.num_classes if self.classifier is not None else None
+        receivers = [unet_classes] if unet_takes_labels else []
+        receivers += [classifier_classes] if guided else []
+        known = receivers or [count for count in (unet_classes, classifier_classes) if count is not None]
+        return min(known) if known else None
+
+    def _check_labels(self, labels: list[int], num_classes: int | None) -> None:
+        if num_classes is None:
+            raise ValueError("class_labels were given, but neither UNet nor classifier knows classes.")
+        wrong = [label for label in labels if not 0 <= label < num_classes]
+        if wrong:
+            raise ValueError(f"class_labels {wrong} are not in [0, {num_classes - 1}].")
+
+    def _draw_labels(
+        self, num_classes: int, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[int]:
+        if isinstance(generator, list):
+            return [label for one in generator for label in self._draw_labels(num_classes, 1, one)]
+        device = generator.device if generator is not None else "cpu"
+        return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
