@@ -159,17 +159,25 @@ def add_noise(schedule: NoiseSchedule, x_0: torch.Tensor, index: int | torch.Ten
 
 def x_0_from_epsilon(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, epsilon: torch.Tensor):
     """The clean image that x_t and its noise imply; shapes `(batch, channels, height, width)`."""
-    return read_table(schedule.x_0_from_x_t, index, x_t) * x_t - read_table(schedule.x_0_from_epsilon, index, x_t) * epsilon
+    return (
+        read_table(schedule.x_0_from_x_t, index, x_t) * x_t
+        - read_table(schedule.x_0_from_epsilon, index, x_t) * epsilon
+    )
 
 
 def epsilon_from_x_0(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
     """The noise that x_t and its clean image imply; shapes `(batch, channels, height, width)`."""
-    return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(schedule.x_0_from_epsilon, index, x_t)
+    return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(
+        schedule.x_0_from_epsilon, index, x_t
+    )
 
 
 def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
     """Mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7]; shapes `(batch, channels, height, width)`."""
-    return read_table(schedule.posterior_mean_x0, index, x_t) * x_0 + read_table(schedule.posterior_mean_xt, index, x_t) * x_t
+    return (
+        read_table(schedule.posterior_mean_x0, index, x_t) * x_0
+        + read_table(schedule.posterior_mean_xt, index, x_t) * x_t
+    )
 
 
 def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,7 +4,13 @@ A solver is a local copy of a scheduler for one run; the scheduler itself is nev
 """
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from .diffusion import (
     NoiseSchedule,

@@ -154,7 +154,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         null_class = self.unet.null_class
         if not condition_unet and self.unet.config.num_class_embeds is not None and null_class is None:
-            raise ValueError("condition_unet=False needs a UNet that has a null class (use_null_class), or no classes.")
+            raise ValueError(
+                "condition_unet=False needs a UNet that has a null class (use_null_class), or no classes."
+            )
         unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
         labels = None if class_labels is None else self.class_ids(class_labels)
         batch_size = self._batch_size(batch_size, labels, latents)
@@ -270,7 +272,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler)
         unet, classifier = self.unet.config, self.classifier.config if self.classifier is not None else None
         if unet.low_res_conditioning:
-            raise ValueError("The UNet is an upsampler (low_res_conditioning=True); this pipeline draws from noise alone.")
+            raise ValueError(
+                "The UNet is an upsampler (low_res_conditioning=True); this pipeline draws from noise alone."
+            )
         if self.scheduler.config.get("variance_type") == "learned_range" and not self.unet.learns_variance:
             raise ValueError(
                 f"The scheduler's variance_type is 'learned_range', but the UNet's out_channels={unet.out_channels}"

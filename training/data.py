@@ -35,7 +35,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that load_dataset reads (parquet, images).")
     group.add_argument("--dataset_config_name", default=None)
-    group.add_argument("--train_data_dir", help="Folder of images in one subfolder a class, instead of a dataset name.")
+    group.add_argument(
+        "--train_data_dir", help="Folder of images in one subfolder a class, instead of a dataset name."
+    )
     group.add_argument("--cache_dir", default=None)
     group.add_argument("--train_split", default="train")
     group.add_argument("--validation_split", default=None, help="Split of the same dataset, held out from training.")
@@ -44,7 +46,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resolution", type=int, default=64)
     group.add_argument("--in_channels", type=int, choices=(1, 3), default=3, help="1 for grey images, 3 for colour.")
     group.add_argument(
-        "--crop", choices=CROPS, default="center", help="center: the paper's for UNets; random: for classifiers; pad: small images on black."
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
     )
     group.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--dataloader_num_workers", type=int, default=0)

@@ -54,7 +54,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam_beta2", type=float, default=0.999)
     group.add_argument("--adam_weight_decay", type=float, default=0.0)
     group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; default: never.")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; default: never."
+    )
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
     group.add_argument("--seed", type=int, default=0)
 
@@ -213,7 +215,9 @@ class Trainer:
                         self.ema.step(self.unwrapped_model.parameters())
                 self.global_step += 1
                 if self.global_step % args.logging_steps == 0:
-                    means = {name: accelerator.reduce(total, "mean").item() / micro_batches for name, total in sums.items()}
+                    means = {
+                        name: accelerator.reduce(total, "mean").item() / micro_batches for name, total in sums.items()
+                    }
                     images = (self.global_step - logged_step) * accelerator.gradient_accumulation_steps
                     images *= args.train_batch_size * accelerator.num_processes
                     means["grad_norm"] = grad_norm.item()

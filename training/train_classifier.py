@@ -74,9 +74,7 @@ def main(args: argparse.Namespace) -> None:
                 quarters.append(4 * timestep // len(schedule))
                 hits.append(hit)
             quarters, hits = torch.cat(quarters), torch.cat(hits).float()
-            trainer.log(
-                {f"validation_accuracy_quarter_{q}": hits[quarters == q].mean().item() for q in range(4)}
-            )
+            trainer.log({f"validation_accuracy_quarter_{q}": hits[quarters == q].mean().item() for q in range(4)})
 
     trainer.train(losses, validate)
     if accelerator.is_main_process:

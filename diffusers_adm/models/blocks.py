@@ -113,17 +113,17 @@ class ADMResnetBlock2D(nn.Module):
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        residual = self._resample(hidden_states)                              # (batch, in_channels, height, width)
-        hidden_states = self._resample(self.act(self.norm1(hidden_states)))   # (batch, in_channels, height, width)
-        hidden_states = self.conv1(hidden_states)                             # (batch, out_channels, height, width)
+        residual = self._resample(hidden_states)  # (batch, in_channels, height, width)
+        hidden_states = self._resample(self.act(self.norm1(hidden_states)))  # (batch, in_channels, height, width)
+        hidden_states = self.conv1(hidden_states)  # (batch, out_channels, height, width)
 
-        emb = self.time_emb_proj(self.act(emb))[:, :, None, None]             # (batch, (2 *) out_channels, 1, 1)
+        emb = self.time_emb_proj(self.act(emb))[:, :, None, None]  # (batch, (2 *) out_channels, 1, 1)
         if self.time_scale_shift == "scale_shift":
             scale, shift = emb.chunk(2, dim=1)
             hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
         else:
             hidden_states = self.norm2(hidden_states + emb)
-        hidden_states = self.conv2(self.dropout(self.act(hidden_states)))     # (batch, out_channels, height, width)
+        hidden_states = self.conv2(self.dropout(self.act(hidden_states)))  # (batch, out_channels, height, width)
 
         return rescaled_sum(self.conv_shortcut(residual), hidden_states, self.output_scale_factor)
 
@@ -135,12 +135,12 @@ class ADMAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "ADMAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = attn.to_qkv(hidden_states)                                      # (batch, tokens, 3 * channels)
+        qkv = attn.to_qkv(hidden_states)  # (batch, tokens, 3 * channels)
         query, key, value = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (batch, tokens, heads, head_dim) each
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attn.to_out(hidden_states.flatten(2))                          # (batch, tokens, out_channels)
+        return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, out_channels)
 
 
 class ADMAttention(nn.Module, AttentionModuleMixin):
@@ -172,9 +172,9 @@ class ADMAttentionBlock(nn.Module):
         zero_init(self.attn.to_out)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)          # (batch, height * width, channels)
-        attended = self.attn(tokens).transpose(1, 2)                          # (batch, channels, height * width)
-        attended = attended.unflatten(2, hidden_states.shape[2:])             # (batch, channels, height, width)
+        tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        attended = self.attn(tokens).transpose(1, 2)  # (batch, channels, height * width)
+        attended = attended.unflatten(2, hidden_states.shape[2:])  # (batch, channels, height, width)
         return rescaled_sum(hidden_states, attended, self.output_scale_factor)
 
 
@@ -326,10 +326,10 @@ class ADMEncoder(nn.Module):
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the features at the lowest resolution, and the skip connections in the order of their making."""
-        hidden_states = self.conv_in(sample)                                  # (batch, channels, height, width)
+        hidden_states = self.conv_in(sample)  # (batch, channels, height, width)
         skips = [hidden_states]
         for block in self.down_blocks:
-            hidden_states = self._run(block, hidden_states, emb)              # (batch, channels, height/2^k, width/2^k)
+            hidden_states = self._run(block, hidden_states, emb)  # (batch, channels, height/2^k, width/2^k)
             skips.append(hidden_states)
         for block in self.mid_blocks:
             hidden_states = self._run(block, hidden_states, emb)

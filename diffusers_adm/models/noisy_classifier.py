@@ -9,7 +9,15 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .blocks import ADMAttention, ADMBlockFactory, ADMEncoder, ADMGroupNorm, ADMTimeEmbedding, check_image_size, zero_init
+from .blocks import (
+    ADMAttention,
+    ADMBlockFactory,
+    ADMEncoder,
+    ADMGroupNorm,
+    ADMTimeEmbedding,
+    check_image_size,
+    zero_init,
+)
 
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
