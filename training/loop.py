@@ -1,6 +1,7 @@
 """What the training scripts share: arguments, one loop over optimizer steps, checkpoints, logs."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -90,30 +91,58 @@ def build_noise_scheduler(args: argparse.Namespace, learn_sigma: bool = True) ->
     )
 
 
+def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
+    """`save_pretrained` under another name, then renamed: whoever reads the folder finds all of it."""
+    partial = folder.with_name("partial-" + folder.name)
+    model.save_pretrained(partial)
+    replace_folder(partial, folder)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of another, which is removed last."""
+    old = folder.with_name("old-" + folder.name)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """What a script does first: sets up the processes, then seeds them, before anything is drawn at random."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    set_seed(args.seed, device_specific=True)
+    return accelerator
+
+
 class Trainer:
     """
     Runs optimizer steps, and keeps what they need to go on after an interruption.
 
     Args:
         args: Parsed `add_training_arguments`.
+        accelerator: Of `start`.
         model: What is trained.
         dataset: Its training images.
         ema_decay: Constant rate of the moving average of the weights; `None` keeps none.
     """
 
     def __init__(
-        self, args: argparse.Namespace, model: torch.nn.Module, dataset: Dataset, ema_decay: float | None = None
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        dataset: Dataset,
+        ema_decay: float | None = None,
     ):
         self.args = args
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=args.report_to,
-            project_dir=args.output_dir,
-            step_scheduler_with_optimizer=False,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        )
-        set_seed(args.seed, device_specific=True)
+        self.accelerator = accelerator
         if len(dataset) < args.train_batch_size:
             raise ValueError(f"{len(dataset)} images do not fill a batch of {args.train_batch_size}.")
         if args.gradient_checkpointing:
@@ -137,6 +166,8 @@ class Trainer:
             shuffle=True,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
+            # Each iterator draws a seed: from here, or what the model draws would depend on how often a run resumed.
+            generator=torch.Generator(),
         )
         self.model, self.optimizer, self.lr_scheduler, self.loader = self.accelerator.prepare(
             model, optimizer, lr_scheduler, loader
@@ -238,6 +269,17 @@ class Trainer:
                 self.epoch, self.batches_into_epoch = self.epoch + 1, 0
         accelerator.end_training()
 
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Puts the moving average in the place of the weights, for as long as the context lasts."""
+        parameters = list(self.unwrapped_model.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
     def log(self, values: dict[str, float]) -> None:
         """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
         self.accelerator.log(values, step=self.global_step)
@@ -261,9 +303,7 @@ class Trainer:
                 "batches_into_epoch": self.batches_into_epoch,
             }
             (partial / "trainer_state.json").write_text(json.dumps(state))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
+            replace_folder(partial, folder)
             for old in self._checkpoints()[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.training.data import load_images
-from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler
+from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler, save_whole, start
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    accelerator = start(args)
     images = load_images(args, args.train_split, augment=True)
     if images.class_names is None:
         raise ValueError("The dataset has no labels: name them by --label_column.")
@@ -43,8 +44,7 @@ def main(args: argparse.Namespace) -> None:
         norm_num_groups=args.norm_num_groups,
         dropout=args.dropout,
     )
-    trainer = Trainer(args, classifier, images.dataset)
-    accelerator = trainer.accelerator
+    trainer = Trainer(args, accelerator, classifier, images.dataset)
     schedule = NoiseSchedule.from_config(build_noise_scheduler(args).config).to(accelerator.device)
 
     def noised_logits(model: torch.nn.Module, x_0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
 
     trainer.train(losses, validate)
     if accelerator.is_main_process:
-        trainer.unwrapped_model.save_pretrained(args.output_dir / "classifier")
+        save_whole(trainer.unwrapped_model, args.output_dir / "classifier")
 
 
 if __name__ == "__main__":

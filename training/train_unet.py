@@ -5,14 +5,18 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), a moving average o
 """
 
 import argparse
+from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
+from diffusers.utils import make_image_grid
 
+from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.training.data import load_images
-from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler
+from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler, save_whole, start
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,10 +27,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label_dropout", type=float, default=0.0, help="Probability of training without the label.")
     group.add_argument("--learn_sigma", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--ema_decay", type=float, default=0.9999)
+    group.add_argument("--num_validation_images", type=int, default=20, help="Drawn every --validation_steps.")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    accelerator = start(args)
     images = load_images(args, args.train_split, augment=True)
     if args.class_conditional and images.class_names is None:
         raise ValueError("The dataset has no labels: name them by --label_column, or pass --no-class_conditional.")
@@ -47,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
         use_null_class=args.label_dropout > 0,
         dropout=args.dropout,
     )
-    trainer = Trainer(args, unet, images.dataset, args.ema_decay)
-    schedule = NoiseSchedule.from_config(noise_scheduler.config).to(trainer.accelerator.device)
+    trainer = Trainer(args, accelerator, unet, images.dataset, args.ema_decay)
+    schedule = NoiseSchedule.from_config(noise_scheduler.config).to(accelerator.device)
 
     def losses(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         x_0 = batch["image"]  # (batch, channels, resolution, resolution)
@@ -62,7 +68,39 @@ def main(args: argparse.Namespace) -> None:
         terms = {"loss": loss.total, "simple": loss.simple}
         return terms if loss.vlb is None else {**terms, "vlb": loss.vlb}
 
-    trainer.train(losses)
+    def validate(step: int) -> None:
+        """Draws the same digits of noise from the average and from the raw weights, and saves the averaged pipeline."""
+        if not accelerator.is_main_process:
+            return
+        unet.eval()
+        pipeline = ClassifierGuidedPipeline(
+            unet=unet,
+            scheduler=noise_scheduler,
+            id2label=dict(enumerate(images.class_names)) if images.class_names else None,
+        )
+        with trainer.averaged_weights():
+            save_whole(pipeline, args.output_dir / "pipeline")
+            save_grid(pipeline, args, args.output_dir / "samples" / f"step-{step}-ema.png")
+        save_grid(pipeline, args, args.output_dir / "samples" / f"step-{step}-raw.png")
+
+    trainer.train(losses, validate)
+
+
+def save_grid(pipeline: ClassifierGuidedPipeline, args: argparse.Namespace, path: Path) -> None:
+    """Draws `--num_validation_images` images, each from its own seed, the classes in turn."""
+    ddim = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    sampler = ClassifierGuidedPipeline(unet=pipeline.unet, scheduler=ddim)
+    sampler.set_progress_bar_config(disable=True)
+    count, num_classes = args.num_validation_images, pipeline.unet.config.num_class_embeds
+    drawn = sampler(
+        class_labels=[i % num_classes for i in range(count)] if num_classes else None,
+        batch_size=1 if num_classes else count,
+        num_inference_steps=min(50, args.num_train_timesteps),
+        generator=[torch.Generator().manual_seed(i) for i in range(count)],
+    ).images
+    columns = min(count, 10)
+    path.parent.mkdir(exist_ok=True)
+    make_image_grid(drawn[: count // columns * columns], rows=count // columns, cols=columns).save(path)
 
 
 if __name__ == "__main__":

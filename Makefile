@@ -1,0 +1,30 @@
+.PHONY: install demo test test-slow quality style
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+install: $(VENV)/.installed
+
+# Made anew when the packaging changes; `python3 -m venv` and pip are all that a machine needs.
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e ".[train,test]"
+	touch $@
+
+demo: install
+	$(BIN)/diffusers-adm demo --output demo.png
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,79 @@
+"""Training losses against recorded ones."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from golden_cases import draw_weights, load_case, published_flags
+
+from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_bits
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Recorded losses, and what they were computed from."""
+    case, io = load_case("losses")
+    unet_case, _ = load_case(case["unet"])
+    unet = ADMUNet2DModel.from_openai(draw_weights(unet_case), published_flags(unet_case))
+    schedule = NoiseSchedule.from_config(DDPMScheduler(beta_schedule=case["schedule"]).config)
+    x_t = add_noise(schedule, io["x_start"], io["timestep"], io["noise"])
+    return unet, schedule, io, x_t
+
+
+def test_hybrid_loss_equals_the_published_one_term_by_term(golden):
+    unet, schedule, io, x_t = golden
+    model_output = unet(x_t, io["timestep"], io["class_labels"]).sample
+    loss = hybrid_loss(model_output, schedule, io["x_start"], x_t, io["timestep"], io["noise"])
+    for term, recorded in (("simple", "mse"), ("vlb", "vb"), ("total", "loss")):
+        torch.testing.assert_close(getattr(loss, term), io[f"hybrid|{recorded}"], rtol=1e-5, atol=0)
+
+
+def test_variational_bound_in_bits_equals_the_published_one(golden):
+    unet, schedule, io, x_t = golden
+    epsilon, fraction = unet(x_t, io["timestep"], io["class_labels"]).sample.split(3, dim=1)
+    bits = vlb_bits(schedule, io["x_start"], x_t, io["timestep"], epsilon, fraction)
+    torch.testing.assert_close(bits * len(schedule), io["kl|loss"], rtol=1e-5, atol=0)
+
+
+def test_the_bound_teaches_the_variance_alone(golden):
+    _, schedule, io, x_t = golden
+    model_output = torch.randn(3, 6, 32, 32, requires_grad=True)
+    loss = hybrid_loss(model_output, schedule, io["x_start"], x_t, io["timestep"], io["noise"])
+    (gradient,) = torch.autograd.grad(loss.vlb.sum(), model_output)
+    assert torch.count_nonzero(gradient[:, :3]) == 0
+    assert (gradient[:, 3:].flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_without_learned_variance_the_loss_is_the_simple_one(golden):
+    _, schedule, io, x_t = golden
+    model_output = torch.randn(3, 3, 32, 32)
+    loss = hybrid_loss(model_output, schedule, io["x_start"], x_t, io["timestep"], io["noise"])
+    assert loss.vlb is None
+    expected = (model_output - io["noise"]).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss.total, expected)
+
+
+def test_bound_is_weighted_by_the_number_of_timesteps():
+    schedule = NoiseSchedule.from_config(DDPMScheduler(num_train_timesteps=100).config)
+    x_0, noise, index = torch.rand(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([5, 60])
+    x_t, model_output = add_noise(schedule, x_0, index, noise), torch.randn(2, 2, 4, 4)
+    loss = hybrid_loss(model_output, schedule, x_0, x_t, index, noise)
+    bits = vlb_bits(schedule, x_0, x_t, index, *model_output.chunk(2, dim=1))
+    torch.testing.assert_close(loss.vlb, bits / 10)
+
+
+def test_labels_are_dropped_at_the_given_rate():
+    labels = torch.arange(10).repeat(1000)
+    dropped = drop_labels(labels, 10, 0.2, torch.Generator().manual_seed(0))
+    is_null = dropped == 10
+    assert 0.18 < is_null.float().mean() < 0.22
+    assert torch.equal(dropped[~is_null], labels[~is_null])
+    assert torch.equal(drop_labels(labels, 10, 0.0), labels)
+    assert (drop_labels(labels, 10, 1.0) == 10).all()
+
+
+def test_an_output_of_odd_channels_is_refused(golden):
+    _, schedule, io, x_t = golden
+    with pytest.raises(ValueError, match="4 channels"):
+        hybrid_loss(torch.randn(3, 4, 32, 32), schedule, io["x_start"], x_t, io["timestep"], io["noise"])

@@ -1,0 +1,142 @@
+"""The training scripts: they learn, resume exactly where they stopped, and leave models that load."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training.data import center_crop, fit_image, random_crop, to_tensor
+
+
+ARCHITECTURE = (
+    "--resolution 16 --in_channels 1 --crop pad --no-random_flip --model_channels 8 --channel_mult 1,2"
+    " --layers_per_block 1 --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4"
+    " --noise_schedule cosine --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3 --learning_rate 1e-3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A folder with a parquet file of 14 images of 12x12 pixels: white on the left (class "left") or on the right."""
+    folder = tmp_path_factory.mktemp("bars")
+    images, labels = [], [i % 2 for i in range(14)]
+    for label in labels:
+        pixels = np.zeros((12, 12), dtype=np.uint8)
+        pixels[:, 6 * label : 6 * label + 6] = 255
+        images.append(PILImage.fromarray(pixels))
+    features = Features({"image": Image(), "label": ClassLabel(names=["left", "right"])})
+    Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def unet_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --ema_decay 0.5"
+    return train_unet.parse_args(
+        [*options.split(), *ARCHITECTURE, *"--label_dropout 0.3 --num_validation_images 4".split(), *more]
+    )
+
+
+def classifier_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --validation_split train"
+    return train_classifier.parse_args([*options.split(), *ARCHITECTURE, *more])
+
+
+def checkpoint_tensors(folder):
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [(train_unet, unet_args), (train_classifier, classifier_args)], ids=["unet", "classifier"]
+)
+def test_six_steps_equal_three_and_three_more(script, arguments, dataset, tmp_path):
+    # 14 images make three batches of four an epoch: step six lies in the second epoch.
+    script.main(arguments(dataset, tmp_path / "whole", 6, "--lr_scheduler", "constant"))
+    script.main(arguments(dataset, tmp_path / "parts", 3, "--lr_scheduler", "constant"))
+    torch.manual_seed(123)
+    resumed = arguments(dataset, tmp_path / "parts", 6, "--lr_scheduler", "constant")
+    resumed.resume_from_checkpoint = "latest"
+    script.main(resumed)
+    whole, parts = (checkpoint_tensors(tmp_path / name / "checkpoint-6") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and whole
+    for name in whole:
+        for key, tensor in whole[name].items():
+            assert torch.equal(tensor, parts[name][key]), (name, key)
+
+
+def test_trained_pipeline_loads_with_its_class_names(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path / "unet", 3))
+    train_classifier.main(classifier_args(dataset, tmp_path / "classifier", 3))
+    classifier = NoisyClassifier.from_pretrained(tmp_path / "classifier" / "classifier")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "unet" / "pipeline", classifier=classifier)
+    pipeline.save_pretrained(tmp_path / "both")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "both")
+    images = pipeline(["left", "right"], num_inference_steps=2, guidance_scale=2.0).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+    assert (tmp_path / "unet" / "samples" / "step-3-ema.png").exists()
+
+
+def test_published_unet_is_the_average_not_the_raw_weights(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    checkpoint = checkpoint_tensors(tmp_path / "checkpoint-3")
+    published = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(published[key], tensor) for key, tensor in checkpoint["ema.safetensors"].items())
+    assert any(not torch.equal(published[key], tensor) for key, tensor in checkpoint["model.safetensors"].items())
+
+
+def test_classifier_learns_and_reports_accuracy_by_noise(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 60, "--lr_scheduler", "constant"))
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [metrics[-1][f"validation_accuracy_quarter_{quarter}"] for quarter in range(4)]
+    assert accuracy[0] == 1.0
+    assert metrics[0]["loss"] > metrics[-2]["loss"]
+
+
+def test_old_checkpoints_are_removed_only_up_to_the_limit(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 9, "--checkpoints_total_limit", "2"))
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-6", "checkpoint-9"]
+
+
+def test_launcher_runs_the_script_as_the_readme_says(dataset, tmp_path):
+    script = train_unet.__file__
+    options = f"--dataset_name {dataset} --output_dir {tmp_path} --max_train_steps 2 --ema_decay 0.5"
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", script, *options.split(), *ARCHITECTURE],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--label_column", "colour"], "colour"),
+        (["--image_column", "picture"], "picture"),
+        (["--train_batch_size", "15"], "15"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        (["--no-class_conditional"], "label_dropout"),
+    ],
+)
+def test_bad_options_are_refused(more, message, dataset, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_unet.main(unet_args(dataset, tmp_path, 3, *more))
+
+
+def test_crops_have_the_resolution_and_keep_the_content():
+    image = PILImage.fromarray((np.indices((90, 130)).sum(0) % 256).astype(np.uint8))
+    for resolution in (16, 33, 64, 90):
+        assert center_crop(image, resolution).size == (resolution, resolution)
+        assert random_crop(image, resolution).size == (resolution, resolution)
+    padded = to_tensor(fit_image(PILImage.new("L", (28, 28), 255), 32, "pad", augment=True))
+    assert padded.shape == (1, 32, 32)
+    assert padded[0, 2:-2, 2:-2].eq(1).all() and padded.eq(-1).sum() == 32 * 32 - 28 * 28
+    assert np.array_equal(np.asarray(center_crop(image, 90)), np.asarray(image)[:, 20:110])
