@@ -27,18 +27,18 @@ setup(
     },
     package_data={"diffusers_adm.model_cards": ["*/*", "*/*/*"]},
     install_requires=[
+        "accelerate>=1.0",
         "diffusers>=0.42.1",
-        "huggingface_hub",
         "numpy",
-        "Pillow",
+        "Pillow>=10.1",
         "safetensors",
         "torch>=2.6",
         "torchvision",
     ],
     extras_require={
-        "train": ["accelerate>=1.0", "datasets>=4.0", "tensorboard"],
+        "train": ["datasets>=4.0", "tensorboard"],
         "eval": ["scipy"],
-        "test": ["accelerate>=1.0", "build", "datasets>=4.0", "peft", "pytest", "ruff==0.15.6", "tensorboard"],
+        "test": ["datasets>=4.0", "pytest>=8", "ruff==0.17.6", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
 )

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from .diffusion import (
     NoiseSchedule,
-    add_noise,
     discretized_log_likelihood,
     gaussian_kl,
     learned_log_variance,

@@ -25,8 +25,7 @@ from .guidance import shift_epsilon, shift_mean
 from .respacing import evenly_spaced_timesteps, respaced_timesteps
 
 
-SIGMA_SCHEDULERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
-SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, *SIGMA_SCHEDULERS)
+SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 PREDICTION_TYPES = ("epsilon", "sample")
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
@@ -202,7 +201,7 @@ def build_solver(
             f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the timesteps of the"
             " model."
         )
-    if isinstance(scheduler, SIGMA_SCHEDULERS):
+    if not takes_respacing(scheduler):
         if timestep_respacing is not None:
             raise ValueError(
                 f"timestep_respacing={timestep_respacing!r} is for DDPMScheduler and DDIMScheduler;"
@@ -220,6 +219,11 @@ def build_solver(
     if isinstance(scheduler, DDIMScheduler):
         return ddim_solver(scheduler, schedule, eta)
     return DDPMSolver(scheduler, schedule)
+
+
+def takes_respacing(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler can be told which timesteps to visit."""
+    return isinstance(scheduler, (DDPMScheduler, DDIMScheduler))
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:

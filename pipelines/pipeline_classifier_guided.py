@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_adm.conversion import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
 from diffusers_adm.guidance import classifier_gradient
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.solvers import build_solver, check_scheduler
+from diffusers_adm.presets import imagenet_class_names
+from diffusers_adm.solvers import build_solver, check_scheduler, takes_respacing
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,6 +68,45 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         )
         self._check_components()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @classmethod
+    def from_openai(
+        cls, unet_checkpoint: Checkpoint, classifier_checkpoint: Checkpoint | None = None, flags: str | None = None
+    ) -> "ClassifierGuidedPipeline":
+        """
+        Builds a pipeline that samples as the published scripts do with the same checkpoints and flags.
+
+        Args:
+            unet_checkpoint: Path of the UNet's file, or its state dict.
+            classifier_checkpoint: The same of the classifier; nothing is guided without one.
+            flags: Flags of the published command line, as one string; the names of released files need none. Those of
+                the architecture without the prefix `classifier_` are the UNet's alone, but for `--image_size`.
+                Respacing and guidance scale become the pipeline's defaults.
+
+        Raises:
+            ValueError: If a file cannot be read, or the flags contradict it or ask for what is not supported.
+        """
+        resolved = resolve_flags(unet_checkpoint, flags)
+        unet = ADMUNet2DModel.from_openai(unet_checkpoint, flags)
+        classifier = None
+        if classifier_checkpoint is not None:
+            classifier = NoisyClassifier.from_openai(classifier_checkpoint, classifier_flags(flags))
+        preset = released_preset(unet_checkpoint)
+        guidance_scale = preset.guidance_scale if preset is not None else None
+        timestep_respacing = preset.timestep_respacing if preset is not None else None
+        # Labels are those of the UNet where it has classes, else the classifier's.
+        labelled = preset if unet.config.num_class_embeds is not None else released_preset(classifier_checkpoint)
+        id2label = None
+        if labelled is not None and labelled.imagenet_labels:
+            id2label = dict(enumerate(imagenet_class_names()))
+        return cls(
+            unet,
+            build_scheduler(resolved, unet.learns_variance),
+            classifier,
+            id2label=id2label,
+            guidance_scale=resolved.get("classifier_scale", 1.0 if guidance_scale is None else guidance_scale),
+            timestep_respacing=resolved.get("timestep_respacing", timestep_respacing),
+        )
 
     @property
     def guidance_scale(self) -> float | list[float]:
@@ -174,7 +215,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         device = self._execution_device
         if timestep_respacing is None and num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-            timestep_respacing = self._default_respacing()
+            if takes_respacing(self.scheduler):
+                timestep_respacing = self.config.timestep_respacing
         solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device)
         timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
         self._num_timesteps = len(timesteps)
@@ -308,9 +350,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if any(scales) and self.classifier is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
         return scales
-
-    def _default_respacing(self) -> str | None:
-        return self.config.timestep_respacing
 
     def _num_classes(self, unet_takes_labels: bool, guided: bool) -> int | None:
         """Number of labels that every model that receives one knows; of all models if none receives any."""

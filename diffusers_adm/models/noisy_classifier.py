@@ -9,6 +9,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..conversion import Checkpoint, classifier_config, load_published, read_state_dict, resolve_flags, to_published
 from .blocks import (
     ADMAttention,
     ADMBlockFactory,
@@ -165,6 +166,34 @@ class NoisyClassifier(ModelMixin, ConfigMixin, AttentionMixin):
         else:
             pool_groups = norm_num_groups if pool == "spatial_v2" else None
             self.pooling = ADMSpatialPool(sum(self.encoder.skip_channels) + channels, num_classes, pool_groups)
+
+    @classmethod
+    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "NoisyClassifier":
+        """
+        Builds the classifier of a published checkpoint, in eval mode.
+
+        Args:
+            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are not copied but where
+                their layout differs.
+            flags: `--image_size`, `--channel_mult` and `--classifier_*` of the published command line, as one string.
+                Shapes tell most of a model, and flags that are given are checked against them. The name of a released
+                file needs none.
+
+        Raises:
+            ValueError: If the file cannot be read, the flags contradict it, or it is not a published classifier's.
+        """
+        resolved = resolve_flags(checkpoint, flags)
+        state_dict = read_state_dict(checkpoint)
+        return load_published(cls, classifier_config(state_dict, resolved), state_dict)
+
+    def to_openai_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        The way back: the tensors as the published code names them and lays them out.
+
+        Raises:
+            ValueError: If the published code has no such model.
+        """
+        return to_published(self.state_dict(), self.config)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True

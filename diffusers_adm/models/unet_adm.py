@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..conversion import Checkpoint, load_published, read_state_dict, resolve_flags, to_published, unet_config
 from .blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
@@ -150,6 +151,37 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self.norm_out = ADMGroupNorm(norm_num_groups, channels)
         self.act = nn.SiLU()
         self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+
+    @classmethod
+    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "ADMUNet2DModel":
+        """
+        Builds the UNet or upsampler of a published checkpoint, in eval mode.
+
+        Args:
+            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are not copied but where
+                their layout differs.
+            flags: Model flags of the published command line, as one string. Shapes tell most of a model, and flags that
+                are given are checked against them. The name of a released file needs none.
+
+        Raises:
+            ValueError: If the file cannot be read, the flags contradict it, or it is not a published UNet's.
+        """
+        resolved = resolve_flags(checkpoint, flags)
+        state_dict = read_state_dict(checkpoint)
+        config = unet_config(state_dict, resolved)
+        return load_published(cls, config, state_dict, resolved["use_new_attention_order"])
+
+    def to_openai_state_dict(self, use_new_attention_order: bool = False) -> dict[str, torch.Tensor]:
+        """
+        The way back: the tensors as the published code names them and lays them out.
+
+        Args:
+            use_new_attention_order: The published flag of this name, for which the tensors are laid out.
+
+        Raises:
+            ValueError: If the published code has no such model.
+        """
+        return to_published(self.state_dict(), self.config, use_new_attention_order)
 
     @property
     def learns_variance(self) -> bool:

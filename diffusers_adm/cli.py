@@ -1,0 +1,122 @@
+"""The command line: `diffusers-adm <command>`."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def cast_weights(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """
+    Casts one weight after the other. Narrower ones take the place of the old, so that a large checkpoint needs no more
+    memory than its own; of a file that is mapped into memory this changes the process's own pages only.
+    """
+    for parameter in model.parameters():
+        old = parameter.data
+        parameter.data = old.to(dtype)
+        if parameter.element_size() < old.element_size():
+            place = old.flatten().view(dtype)[: old.numel()].view(old.shape)
+            parameter.data = place.copy_(parameter.data)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """
+    Converts published checkpoints to a folder that `from_pretrained` loads: a pipeline, or the model where an upsampler
+    or a classifier comes alone.
+
+    Raises:
+        ValueError: If the folder is in use, or the checkpoints cannot be converted.
+    """
+    if args.unet is None and args.classifier is None:
+        raise ValueError("Nothing to convert: give --unet, --classifier or both.")
+    output = Path(args.output).resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {args.output} exists already and is not an empty folder.")
+
+    import torch
+
+    from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+
+    if args.unet is None:
+        converted = NoisyClassifier.from_openai(args.classifier, args.flags)
+    else:
+        converted = ADMUNet2DModel.from_openai(args.unet, args.flags)
+        if args.classifier is not None or not converted.config.low_res_conditioning:
+            converted = ClassifierGuidedPipeline.from_openai(args.unet, args.classifier, args.flags)
+    if args.dtype is not None:
+        models = converted.components.values() if isinstance(converted, ClassifierGuidedPipeline) else [converted]
+        for model in models:
+            if isinstance(model, torch.nn.Module):
+                cast_weights(model, getattr(torch, args.dtype))
+
+    # Written beside its place, then moved: the folder is there whole or not at all.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        unfinished = Path(folder) / output.name
+        converted.save_pretrained(unfinished, variant=args.variant)
+        unfinished.replace(output)
+    print(f"Wrote {type(converted).__name__} to {output}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Draws the picture of the default model."""
+    from diffusers_adm.demo import draw_demo
+
+    draw_demo(args.output, args.steps, args.seed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run` to its function."""
+    parser = argparse.ArgumentParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("convert", help="convert published checkpoints to a folder that diffusers loads")
+    command.add_argument("--unet", metavar="FILE", help="checkpoint of a UNet or an upsampler")
+    command.add_argument("--classifier", metavar="FILE", help="checkpoint of a classifier")
+    command.add_argument(
+        "--flags", help='model flags of the published command line, as one string: --flags="--image_size 64 ..."'
+    )
+    command.add_argument("--output", metavar="DIR", required=True, help="folder to write, new or empty")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the checkpoint by default")
+    command.add_argument("--variant", help="put into the names of the weight files, such as fp16")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("demo", help="draw digits with the default model, guided and unguided")
+    command.add_argument(
+        "--output", metavar="FILE", default="demo.png", help="picture to write (default: %(default)s)"
+    )
+    command.add_argument("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the first column (default: %(default)s)")
+    command.set_defaults(run=demo)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv: Words of the command line; `None` means the process's own.
+
+    Returns:
+        The exit code: 0, or 2 if what was given cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"diffusers-adm {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

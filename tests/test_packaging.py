@@ -1,0 +1,98 @@
+"""What is installed: the wheel holds everything, importing is cheap, and the default model draws digits anywhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from digit_classifier import load_digit_classifier
+from PIL import Image
+
+from diffusers_adm import ClassifierGuidedPipeline, default_model
+from diffusers_adm.demo import draw_demo
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, started outside the checkout."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_wheel_draws_with_the_default_model_outside_the_checkout(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run([*pip, *build], check=True)
+    target = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, *tmp_path.glob("*.whl")], check=True)
+    printed = run_python(
+        "import diffusers_adm\n"
+        "pipe = diffusers_adm.ClassifierGuidedPipeline.from_pretrained(diffusers_adm.default_model())\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "image = pipe(class_labels='7', num_inference_steps=2).images[0]\n"
+        "import diffusers_adm.training.train_unet, diffusers_adm.training.train_classifier\n"
+        "print(diffusers_adm.__file__, diffusers_adm.default_model(), image.size)",
+        PYTHONPATH=str(target),
+    )
+    package, model, size = printed.split(maxsplit=2)
+    assert Path(package).is_relative_to(target) and Path(model).is_relative_to(target)
+    assert size.strip() == "(32, 32)"
+
+
+def test_import_needs_neither_training_nor_evaluation_packages():
+    printed = run_python("import sys, diffusers_adm; print(*sys.modules)")
+    assert not {"datasets", "scipy", "tensorboard", "matplotlib", "torchvision.datasets"} & set(printed.split())
+
+
+def test_command_line_says_what_it_can_do():
+    printed = run_python("from diffusers_adm.cli import main; main(['--help'])")
+    assert "convert" in printed and "demo" in printed
+
+
+def test_default_model_is_half_precision_safetensors_of_at_most_8_mb():
+    files = [path for path in Path(default_model()).rglob("*") if path.suffix in (".safetensors", ".json")]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert {path.parent.name for path in weights} == {"unet", "classifier"}
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model(), torch_dtype=torch.float16)
+    assert pipeline.unet.dtype == pipeline.classifier.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("condition_unet", "guidance_scale", "right"), [(True, 1.0, 28), (False, 10.0, 25)])
+def test_default_model_draws_the_digits_that_are_asked_for(condition_unet, guidance_scale, right):
+    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model())
+    pipeline.set_progress_bar_config(disable=True)
+    labels = torch.arange(30) % 10
+    drawn = pipeline(
+        class_labels=labels,
+        guidance_scale=guidance_scale,
+        condition_unet=condition_unet,
+        timestep_respacing="ddim25",
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        judged = load_digit_classifier()(drawn.clamp(-1, 1)).argmax(dim=1)
+    assert (judged == labels).sum() >= right
+
+
+def test_demo_draws_a_labelled_grid_of_four_rows(tmp_path, capsys):
+    draw_demo(tmp_path / "demo.png", num_inference_steps=2)
+    grid = Image.open(tmp_path / "demo.png")
+    assert grid.width > 10 * 64 and grid.height > 4 * 64
+    assert str(tmp_path / "demo.png") in capsys.readouterr().out
