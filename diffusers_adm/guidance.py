@@ -36,6 +36,8 @@ def classifier_gradient(
     keep_weights = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
     with torch.inference_mode(False), torch.enable_grad(), keep_weights:
         x_t = x_t.detach().clone().requires_grad_()
+        # Autograd does not save what was made in inference mode; clones are made outside it.
+        timestep, class_labels = timestep.clone(), class_labels.clone()
         logits = classifier(x_t.to(dtype), timestep).logits.float()  # (batch, num_classes)
         log_probability = logits.log_softmax(dim=-1).gather(1, class_labels[:, None])  # (batch, 1)
         # The sum, not the mean: an image's gradient must not depend on the batch it is in.

@@ -4,6 +4,8 @@ Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4 for strides over se
 (arXiv 2010.02502), section 4.2 for the integer stride of DDIM.
 """
 
+RESPACING_FORMS = "a string of the form '', '250', '90,60,60,20,20' or 'ddim25'"
+
 
 def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> list[int]:
     """
@@ -21,6 +23,8 @@ def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> lis
     Raises:
         ValueError: If the string is not of these forms, or asks for what the timesteps do not hold.
     """
+    if not isinstance(timestep_respacing, str):
+        raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")
     if timestep_respacing == "":
         return list(range(num_train_timesteps))
     if timestep_respacing.startswith("ddim"):
@@ -80,7 +84,5 @@ def evenly_spaced_timesteps(count: int, num_train_timesteps: int) -> list[int]:
 
 def _parse_count(text: str, timestep_respacing: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(
-            f"timestep_respacing={timestep_respacing!r} is not of the form '', '250', '90,60,60,20,20' or 'ddim25'."
-        )
+        raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")
     return int(text)

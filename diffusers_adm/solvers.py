@@ -141,6 +141,8 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
         steps_offset=0,
     )
     prepared.set_timesteps(len(schedule))
+    if not scheduler.config.set_alpha_to_one:
+        prepared.final_alpha_cumprod = schedule.alpha_bar[0]  # in float64 too, or the last variance is below zero
     return EpsilonSolver(scheduler, schedule, prepared, list(range(len(schedule))), eta=eta)
 
 
@@ -150,6 +152,11 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
     prepared = type(scheduler).from_config(scheduler.config, prediction_type="sample", **changes)
     prepared.set_timesteps(num_inference_steps, device=device)
     prepared.set_begin_index(0)
+    if not (prepared.sigmas.diff() < 0).all():
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
+            " fewer."
+        )
     timesteps = prepared.timesteps.flip(0)
     # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
     sigmas = prepared.sigmas[: len(timesteps)].double().cpu().flip(0)
@@ -196,10 +203,12 @@ def build_solver(
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {type(scheduler).__name__}.")
     num_train_timesteps = config.num_train_timesteps
-    if timestep_respacing is None and not 1 <= num_inference_steps <= num_train_timesteps:
+    if timestep_respacing is None and not (
+        isinstance(num_inference_steps, int) and 1 <= num_inference_steps <= num_train_timesteps
+    ):
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the timesteps of the"
-            " model."
+            f"num_inference_steps={num_inference_steps} is not an integer in [1, {num_train_timesteps}], the number of"
+            " the model's timesteps."
         )
     if not takes_respacing(scheduler):
         if timestep_respacing is not None:

@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_adm.conversion import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
 from diffusers_adm.guidance import classifier_gradient
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.openai_flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
 from diffusers_adm.presets import imagenet_class_names
 from diffusers_adm.solvers import build_solver, check_scheduler, takes_respacing
 
@@ -206,10 +206,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if self.classifier is not None else 0.0
         scales = self._scales(guidance_scale, batch_size)
-        height, width = height or self.unet.config.sample_size, width or self.unet.config.sample_size
+        height = self.unet.config.sample_size if height is None else height
+        width = self.unet.config.sample_size if width is None else width
         factor = 2 ** (len(self.unet.config.channel_mult) - 1)
-        if height % factor or width % factor:
-            raise ValueError(f"height={height} and width={width} must be multiples of {factor}.")
+        if min(height, width) < 1 or height % factor or width % factor:
+            raise ValueError(f"height={height} and width={width} must be positive multiples of {factor}.")
 
         # 2. Prepare the steps.
         device = self._execution_device
@@ -304,7 +305,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if not label2id:
             raise ValueError(f"class_labels={name!r} is a name, but the pipeline knows none (id2label).")
         if name not in label2id:
-            near = difflib.get_close_matches(name, label2id, n=3)
+            lowered = {known.lower(): known for known in label2id}
+            near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
             raise ValueError(f"No class is called {name!r}" + (f"; near it are {near}." if near else "."))
         if len(label2id[name]) > 1:
             raise ValueError(f"Several classes are called {name!r}: give one of the numbers {label2id[name]}.")

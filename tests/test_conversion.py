@@ -13,7 +13,7 @@ from golden_cases import GOLDEN, draw_weights, load_case, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.cli import main
-from diffusers_adm.conversion import parse_flags
+from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
 
 

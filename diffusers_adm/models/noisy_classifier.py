@@ -9,7 +9,8 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..conversion import Checkpoint, classifier_config, load_published, read_state_dict, resolve_flags, to_published
+from ..conversion import classifier_config, load_published, read_state_dict, to_published
+from ..openai_flags import Checkpoint, resolve_flags
 from .blocks import (
     ADMAttention,
     ADMBlockFactory,
@@ -116,7 +117,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin, AttentionMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMAttentionPool"]
-    _repeated_blocks = ["ADMResnetBlock2D", "ADMAttentionBlock"]
+    # Residual blocks come in some twenty widths, and each would be a graph of its own: beyond torch's limit of eight.
+    _repeated_blocks = ["ADMAttentionBlock"]
+    _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
 
     @register_to_config

@@ -10,7 +10,8 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..conversion import Checkpoint, load_published, read_state_dict, resolve_flags, to_published, unet_config
+from ..conversion import load_published, read_state_dict, to_published, unet_config
+from ..openai_flags import Checkpoint, resolve_flags
 from .blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
@@ -72,7 +73,9 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMUpBlock"]
-    _repeated_blocks = ["ADMResnetBlock2D", "ADMAttentionBlock"]
+    # Residual blocks come in some twenty widths, and each would be a graph of its own: beyond torch's limit of eight.
+    _repeated_blocks = ["ADMAttentionBlock"]
+    _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
 
     @register_to_config
