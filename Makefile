@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow quality style
+.PHONY: install demo test test-slow judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+judge: install
+	$(BIN)/python tests/judge_digits.py
 
 quality: install
 	$(BIN)/ruff check .

@@ -207,8 +207,8 @@ def build_solver(
         isinstance(num_inference_steps, int) and 1 <= num_inference_steps <= num_train_timesteps
     ):
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} is not an integer in [1, {num_train_timesteps}], the number of"
-            " the model's timesteps."
+            f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the integers up to the"
+            " number of the model's timesteps."
         )
     if not takes_respacing(scheduler):
         if timestep_respacing is not None:

@@ -52,7 +52,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         unet: ADMUNet2DModel,
         scheduler: SchedulerMixin,
         classifier: NoisyClassifier | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 250,
         timestep_respacing: str | None = None,

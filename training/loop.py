@@ -39,6 +39,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--norm_num_groups", type=int, default=32)
     group.add_argument("--dropout", type=float, default=0.0)
     group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--pretrained_model_name_or_path", help="Model of the same architecture to start from.")
 
     group = parser.add_argument_group("diffusion")
     group.add_argument("--noise_schedule", choices=NOISE_SCHEDULES, default="linear")
@@ -89,6 +90,24 @@ def build_noise_scheduler(args: argparse.Namespace, learn_sigma: bool = True) ->
         variance_type="learned_range" if learn_sigma else "fixed_large",
         timestep_spacing="linspace",
     )
+
+
+def load_pretrained(model: ModelMixin, name_or_path: str) -> None:
+    """
+    Gives a model the weights of a saved one.
+
+    Raises:
+        ValueError: If the two differ in architecture.
+    """
+    pretrained = type(model).from_pretrained(name_or_path)
+    # Through JSON, as the saved one's has come: it knows no tuples.
+    ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
+    names = [name for name in ours if not name.startswith("_") and name != "dropout"]
+    differing = [name for name in names if ours[name] != theirs[name]]
+    if differing:
+        pairs = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in differing)
+        raise ValueError(f"--pretrained_model_name_or_path {name_or_path} is of another architecture: {pairs}.")
+    model.load_state_dict(pretrained.state_dict())
 
 
 def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
@@ -145,6 +164,8 @@ class Trainer:
         self.accelerator = accelerator
         if len(dataset) < args.train_batch_size:
             raise ValueError(f"{len(dataset)} images do not fill a batch of {args.train_batch_size}.")
+        if args.pretrained_model_name_or_path:
+            load_pretrained(model, args.pretrained_model_name_or_path)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
