@@ -4,17 +4,18 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from . import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+from .conversion import is_upsampler
+from .demo import draw_demo
 
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def cast_weights(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     Casts one weight after the other. Narrower ones take the place of the old, so that a large checkpoint needs no more
     memory than its own; of a file that is mapped into memory this changes the process's own pages only.
@@ -41,16 +42,12 @@ def convert(args: argparse.Namespace) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {args.output} exists already and is not an empty folder.")
 
-    import torch
-
-    from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
-
     if args.unet is None:
         converted = NoisyClassifier.from_openai(args.classifier, args.flags)
-    else:
+    elif args.classifier is None and is_upsampler(args.unet, args.flags):
         converted = ADMUNet2DModel.from_openai(args.unet, args.flags)
-        if args.classifier is not None or not converted.config.low_res_conditioning:
-            converted = ClassifierGuidedPipeline.from_openai(args.unet, args.classifier, args.flags)
+    else:
+        converted = ClassifierGuidedPipeline.from_openai(args.unet, args.classifier, args.flags)
     if args.dtype is not None:
         models = converted.components.values() if isinstance(converted, ClassifierGuidedPipeline) else [converted]
         for model in models:
@@ -68,8 +65,6 @@ def convert(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Draws the picture of the default model."""
-    from diffusers_adm.demo import draw_demo
-
     draw_demo(args.output, args.steps, args.seed)
 
 

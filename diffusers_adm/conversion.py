@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .openai_flags import Checkpoint, Flags, released_preset
+from .openai_flags import Checkpoint, Flags, released_preset, resolve_flags
 
 
 NORM_NUM_GROUPS = 32  # fixed in the published code
@@ -226,6 +226,16 @@ def unet_config(state_dict: Mapping[str, torch.Tensor], flags: Flags) -> dict[st
         "dropout": flags["dropout"],
         "upsample_type": next(iter(upsamplers.values()), config["downsample_type"]),
     }
+
+
+def is_upsampler(checkpoint: Checkpoint, flags: str | None) -> bool:
+    """
+    Whether a published UNet takes a low-resolution image.
+
+    Raises:
+        ValueError: If the checkpoint is not a published UNet's, or the flags contradict it.
+    """
+    return unet_config(read_state_dict(checkpoint), resolve_flags(checkpoint, flags))["low_res_conditioning"]
 
 
 def classifier_config(state_dict: Mapping[str, torch.Tensor], flags: Flags) -> dict[str, Any]:

@@ -27,9 +27,17 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
         output: File to write; its suffix names the format.
         num_inference_steps: Steps of DDIM.
         seed: Of the first column; the others count up from it.
+
+    Raises:
+        ValueError: If the file cannot be written there, or not in that format.
     """
+    output = Path(output).absolute()
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{output.name}: pictures cannot be written as {output.suffix!r}; .png and .jpg can.")
+    if not output.parent.is_dir():
+        raise ValueError(f"There is no folder {output.parent} to write {output.name} to.")
     pipeline = ClassifierGuidedPipeline.from_pretrained(default_model())
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     digits = list(range(10))
     images: dict[str, list[Image.Image]] = {}
     started = time.monotonic()
@@ -47,7 +55,7 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
     grid.save(output)
     print(
         f"Drew {len(ROWS) * len(digits)} digits in {num_inference_steps} DDIM steps each, in"
-        f" {time.monotonic() - started:.0f} s: {Path(output).resolve()}"
+        f" {time.monotonic() - started:.0f} s: {output}"
     )
 
 

@@ -90,20 +90,20 @@ class NoiseSchedule:
         )
 
     @classmethod
-    def from_config(cls, config: dict, timestep_respacing: str | list[int] = "") -> "NoiseSchedule":
+    def from_config(cls, config: dict, timesteps: str | list[int] = "") -> "NoiseSchedule":
         """
         Args:
             config: A diffusers scheduler's `config`. Its betas are computed here in float64: the scheduler's own are
                 rounded to float32, which alone moves a loss by 1e-4.
-            timestep_respacing: The timesteps that are visited: a published string, or an ascending list.
+            timesteps: Those that are visited: a published respacing string, or an ascending list.
 
         Raises:
             ValueError: If the config's `beta_schedule` is unknown, or the respacing impossible.
         """
         beta = betas_from_config(config)
-        if isinstance(timestep_respacing, str):
-            timestep_respacing = respaced_timesteps(timestep_respacing, len(beta))
-        return cls.from_betas(beta, timestep_respacing)
+        if isinstance(timesteps, str):
+            timesteps = respaced_timesteps(timesteps, len(beta))
+        return cls.from_betas(beta, timesteps)
 
     def __len__(self) -> int:
         return len(self.timesteps)

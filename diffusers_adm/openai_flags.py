@@ -122,7 +122,7 @@ def parse_flags(flags: str) -> Flags:
     (`--batch_size`, `--use_fp16`, `--model_path`, ...) are left out.
 
     Raises:
-        ValueError: If a flag is unknown, its value cannot be read, or it asks for what is not supported.
+        ValueError: If a flag is unknown, or its value cannot be read.
     """
     parsed = Flags()
     for name, text in _flag_texts(flags).items():

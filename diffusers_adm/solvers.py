@@ -3,6 +3,8 @@
 A solver is a local copy of a scheduler for one run; the scheduler itself is never changed.
 """
 
+from numbers import Integral
+
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -37,14 +39,19 @@ class DDPMSolver:
     Args:
         scheduler: What the run is asked of.
         schedule: The timesteps that it visits.
+
+    Raises:
+        ValueError: If the scheduler's `variance_type` is not supported.
     """
 
     def __init__(self, scheduler: DDPMScheduler, schedule: NoiseSchedule):
         self.schedule = schedule
         self.scheduler = respaced_copy(scheduler, schedule)
-        self.variance_type = scheduler.config.variance_type
-        if self.variance_type not in VARIANCE_TYPES:
-            raise ValueError(f"variance_type={self.variance_type!r} is not supported: {VARIANCE_TYPES} are.")
+        variance_type = scheduler.config.variance_type
+        if variance_type not in VARIANCE_TYPES:
+            raise ValueError(f"variance_type={variance_type!r} is not supported: {VARIANCE_TYPES} are.")
+        self.learns_variance = variance_type == "learned_range"
+        self.log_variance = None if self.learns_variance else fixed_log_variance(schedule, variance_type)
 
     def step(
         self,
@@ -65,15 +72,15 @@ class DDPMSolver:
             generator: Of the noise, one for all images or one an image.
         """
         prediction, fraction = split_learned_variance(model_output, x_t.shape[1])
-        learned = self.variance_type == "learned_range"
         # The stock step clips x_0 before it takes the mean, as the published code does, and guidance comes after.
-        output = self.scheduler.step(model_output if learned else prediction, index, x_t, generator=generator)
+        model_output = model_output if self.learns_variance else prediction
+        output = self.scheduler.step(model_output, index, x_t, generator=generator)
         if gradient is None:
             return output.prev_sample
-        if learned:
+        if self.learns_variance:
             log_variance = learned_log_variance(self.schedule, index, fraction)
         else:
-            log_variance = read_table(fixed_log_variance(self.schedule, self.variance_type), index, x_t)
+            log_variance = read_table(self.log_variance, index, x_t)
         return shift_mean(output.prev_sample, log_variance, gradient)
 
 
@@ -147,7 +154,12 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
 
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:
-    """A multistep solver that keeps its own noise levels (`sigmas`) and places its own timesteps."""
+    """
+    A multistep solver that keeps its own noise levels (`sigmas`) and places its own timesteps.
+
+    Raises:
+        ValueError: If it would visit a timestep twice.
+    """
     changes = {"variance_type": None} if "variance_type" in scheduler.config else {}
     prepared = type(scheduler).from_config(scheduler.config, prediction_type="sample", **changes)
     prepared.set_timesteps(num_inference_steps, device=device)
@@ -204,7 +216,7 @@ def build_solver(
         raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {type(scheduler).__name__}.")
     num_train_timesteps = config.num_train_timesteps
     if timestep_respacing is None and not (
-        isinstance(num_inference_steps, int) and 1 <= num_inference_steps <= num_train_timesteps
+        isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= num_train_timesteps
     ):
         raise ValueError(
             f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the integers up to the"
@@ -244,3 +256,5 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"prediction_type={scheduler.config.prediction_type!r} is not one of {PREDICTION_TYPES}.")
     if scheduler.config.get("use_flow_sigmas"):
         raise ValueError("use_flow_sigmas=True is for flow matching; these are diffusion models.")
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")

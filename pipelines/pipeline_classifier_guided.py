@@ -3,10 +3,11 @@
 import difflib
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -67,6 +68,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             timestep_respacing=timestep_respacing,
         )
         self._check_components()
+        self._guidance_scale = guidance_scale
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     @classmethod
@@ -129,7 +131,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         label2id: dict[str, list[int]] = {}
         for label, names in (self.config.id2label or {}).items():
             for name in {names.strip(), *(part.strip() for part in names.split(","))}:
-                label2id.setdefault(name, []).append(int(label))
+                label2id.setdefault(name, []).append(label)
         return label2id
 
     @torch.no_grad()
@@ -201,16 +203,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
         labels = None if class_labels is None else self.class_ids(class_labels)
         batch_size = self._batch_size(batch_size, labels, latents)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators were given for {batch_size} images.")
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
+        if len(generators) != batch_size:
+            raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if self.classifier is not None else 0.0
         scales = self._scales(guidance_scale, batch_size)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         factor = 2 ** (len(self.unet.config.channel_mult) - 1)
-        if min(height, width) < 1 or height % factor or width % factor:
-            raise ValueError(f"height={height} and width={width} must be positive multiples of {factor}.")
+        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
+            raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
 
         # 2. Prepare the steps.
         device = self._execution_device
@@ -229,7 +234,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if labels is None and num_classes is not None:
             labels = self._draw_labels(num_classes, batch_size, generator)
         elif labels is not None:
-            self._check_labels(labels, num_classes)
+            self._check_labels(labels, unet_takes_labels, scales)
+        label_ids = labels
         if labels is not None:
             labels = torch.tensor(labels, device=device)  # (batch,)
         unet_labels = labels if unet_takes_labels else None
@@ -255,15 +261,20 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 if self.guidance_scale is not scales_seen:
                     scales_seen = self.guidance_scale
                     scales = self._scales(scales_seen, batch_size)
+                    if labels is not None:
+                        self._check_labels(label_ids, unet_takes_labels, scales)
                     rows = [row for row, scale in enumerate(scales) if scale]
                     row_scales = latents.new_tensor([scales[row] for row in rows])[:, None, None, None]
+                    row_index = torch.tensor(rows, device=device)
                 gradient = None
                 if len(rows) == batch_size:
                     gradient = row_scales * classifier_gradient(self.classifier, latents, timestep, labels)
                 elif rows:
-                    guided = classifier_gradient(self.classifier, latents[rows], timestep[rows], labels[rows])
+                    guided = classifier_gradient(
+                        self.classifier, latents[row_index], timestep[row_index], labels[row_index]
+                    )
                     gradient = torch.zeros_like(latents)
-                    gradient[rows] = row_scales * guided
+                    gradient[row_index] = row_scales * guided
 
                 latents = solver.step(model_output, index, latents, gradient, generator)
 
@@ -319,11 +330,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(
                 "The UNet is an upsampler (low_res_conditioning=True); this pipeline draws from noise alone."
             )
-        if self.scheduler.config.get("variance_type") == "learned_range" and not self.unet.learns_variance:
-            raise ValueError(
-                f"The scheduler's variance_type is 'learned_range', but the UNet's out_channels={unet.out_channels}"
-                f" hold no variance beside in_channels={unet.in_channels}: use 'fixed_large' or 'fixed_small'."
-            )
+        if isinstance(self.scheduler, DDPMScheduler):
+            variance_type = self.scheduler.config.variance_type
+            if (variance_type == "learned_range") != self.unet.learns_variance:
+                raise ValueError(
+                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet of in_channels="
+                    f"{unet.in_channels} and out_channels={unet.out_channels}: 'learned_range' belongs to twice as many"
+                    " output channels, and no other variance_type does."
+                )
         for name in ("sample_size", "in_channels"):
             if classifier is not None and unet[name] != classifier[name]:
                 raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
@@ -333,7 +347,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if labels is not None:
             counts["class_labels"] = len(labels)
         if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+                raise ValueError("latents must be a tensor (batch, channels, height, width).")
             counts["latents"] = latents.shape[0]
+        if not isinstance(batch_size, Integral):
+            raise ValueError(f"batch_size={batch_size!r} is not an integer.")
         if batch_size != 1 or not counts:
             counts["batch_size"] = batch_size
         if len(set(counts.values())) > 1 or min(counts.values()) < 1:
@@ -342,9 +360,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return next(iter(counts.values()))
 
     def _scales(self, guidance_scale: float | list[float] | torch.Tensor, batch_size: int) -> list[float]:
-        scales = torch.as_tensor(guidance_scale, dtype=torch.float64).flatten().tolist()
-        if len(scales) == 1:
-            scales = scales * batch_size
+        try:
+            given = torch.as_tensor(guidance_scale, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"guidance_scale={guidance_scale!r} is neither a number nor one an image.") from error
+        scales = [given.item()] * batch_size if given.ndim == 0 else given.flatten().tolist()
         if len(scales) != batch_size:
             raise ValueError(f"{len(scales)} guidance scales were given for {batch_size} images.")
         if not all(math.isfinite(scale) for scale in scales):
@@ -362,12 +382,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         known = receivers or [count for count in (unet_classes, classifier_classes) if count is not None]
         return min(known) if known else None
 
-    def _check_labels(self, labels: list[int], num_classes: int | None) -> None:
-        if num_classes is None:
+    def _check_labels(self, labels: list[int], unet_takes_labels: bool, scales: list[float]) -> None:
+        """Raises a ValueError unless every model that receives a label knows it."""
+        if self._num_classes(unet_takes_labels, any(scales)) is None:
             raise ValueError("class_labels were given, but neither UNet nor classifier knows classes.")
-        wrong = [label for label in labels if not 0 <= label < num_classes]
-        if wrong:
-            raise ValueError(f"class_labels {wrong} are not in [0, {num_classes - 1}].")
+        received = [(labels, self._num_classes(True, False))] if unet_takes_labels else []
+        guided = [label for label, scale in zip(labels, scales) if scale]
+        received += [(guided, self._num_classes(False, True))] if guided else []
+        for given, num_classes in received or [(labels, self._num_classes(False, False))]:
+            wrong = [label for label in given if not 0 <= label < num_classes]
+            if wrong:
+                raise ValueError(f"class_labels {wrong} are not in [0, {num_classes - 1}].")
 
     def _draw_labels(
         self, num_classes: int, batch_size: int, generator: torch.Generator | list[torch.Generator] | None

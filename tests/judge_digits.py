@@ -54,7 +54,7 @@ def main() -> None:
         steps, kind = solver.split()
         pipeline.scheduler = stock_scheduler
         if kind == "DDIM":
-            pipeline.scheduler = DDIMScheduler.from_config(stock_scheduler.config, timestep_spacing="leading")
+            pipeline.scheduler = DDIMScheduler.from_config(stock_scheduler.config)
         pipeline.register_to_config(num_inference_steps=int(steps))
         for row in args.rows.split(","):
             name, condition_unet, scale = ROWS[int(row)]

@@ -55,16 +55,21 @@ def checkpoint_tensors(folder):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), [(train_unet, unet_args), (train_classifier, classifier_args)], ids=["unet", "classifier"]
+    ("script", "arguments", "more"),
+    [
+        (train_unet, unet_args, []),
+        (train_unet, unet_args, ["--gradient_accumulation_steps", "2"]),
+        (train_classifier, classifier_args, []),
+    ],
+    ids=["unet", "unet-accumulating", "classifier"],
 )
-def test_six_steps_equal_three_and_three_more(script, arguments, dataset, tmp_path):
-    # 14 images make three batches of four an epoch: step six lies in the second epoch.
-    script.main(arguments(dataset, tmp_path / "whole", 6, "--lr_scheduler", "constant"))
-    script.main(arguments(dataset, tmp_path / "parts", 3, "--lr_scheduler", "constant"))
+def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path):
+    # 14 images make three batches of four an epoch: step six lies in the second epoch, or with accumulation the fourth.
+    options = ["--lr_scheduler", "constant", "--validation_steps", "3", *more]
+    script.main(arguments(dataset, tmp_path / "whole", 6, *options))
+    script.main(arguments(dataset, tmp_path / "parts", 3, *options))
     torch.manual_seed(123)
-    resumed = arguments(dataset, tmp_path / "parts", 6, "--lr_scheduler", "constant")
-    resumed.resume_from_checkpoint = "latest"
-    script.main(resumed)
+    script.main(arguments(dataset, tmp_path / "parts", 6, *options, "--resume_from_checkpoint", "latest"))
     whole, parts = (checkpoint_tensors(tmp_path / name / "checkpoint-6") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and whole
     for name in whole:
@@ -95,9 +100,33 @@ def test_published_unet_is_the_average_not_the_raw_weights(dataset, tmp_path):
 def test_classifier_learns_and_reports_accuracy_by_noise(dataset, tmp_path):
     train_classifier.main(classifier_args(dataset, tmp_path, 60, "--lr_scheduler", "constant"))
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [metrics[-1][f"validation_accuracy_quarter_{quarter}"] for quarter in range(4)]
-    assert accuracy[0] == 1.0
+    assert metrics[-1]["validation_accuracy_quarter_0"] == 1.0
     assert metrics[0]["loss"] > metrics[-2]["loss"]
+
+
+def test_accumulation_goes_on_across_the_end_of_an_epoch(dataset, tmp_path):
+    # Three batches an epoch: the second of three steps takes the last of one epoch and the first of the next.
+    train_classifier.main(classifier_args(dataset, tmp_path, 3, "--gradient_accumulation_steps", "2"))
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state == {"global_step": 3, "epoch": 1, "batches_into_epoch": 3}
+
+
+def test_training_starts_from_a_saved_model(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path / "first", 3))
+    saved = tmp_path / "first" / "classifier"
+    options = ["--learning_rate", "0", "--adam_weight_decay", "0", "--pretrained_model_name_or_path", str(saved)]
+    train_classifier.main(classifier_args(dataset, tmp_path / "second", 1, *options))
+    before, after = (checkpoint_tensors(tmp_path / name / "classifier") for name in ("first", "second"))
+    for key, tensor in before["diffusion_pytorch_model.safetensors"].items():
+        assert torch.equal(tensor, after["diffusion_pytorch_model.safetensors"][key])
+    with pytest.raises(ValueError, match="layers_per_block 1 instead of 2"):
+        train_classifier.main(classifier_args(dataset, tmp_path / "third", 1, *options, "--layers_per_block", "2"))
+
+
+def test_used_output_folder_is_not_written_over(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 3))
+    with pytest.raises(ValueError, match="resume_from_checkpoint latest"):
+        train_classifier.main(classifier_args(dataset, tmp_path, 3))
 
 
 def test_old_checkpoints_are_removed_only_up_to_the_limit(dataset, tmp_path):
@@ -124,6 +153,10 @@ def test_launcher_runs_the_script_as_the_readme_says(dataset, tmp_path):
         (["--train_batch_size", "15"], "15"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--no-class_conditional"], "label_dropout"),
+        (["--label_dropout", "1.5"], "1.5"),
+        (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
+        (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
+        (["--resolution", "8"], "12, 12"),
     ],
 )
 def test_bad_options_are_refused(more, message, dataset, tmp_path):
@@ -140,3 +173,5 @@ def test_crops_have_the_resolution_and_keep_the_content():
     assert padded.shape == (1, 32, 32)
     assert padded[0, 2:-2, 2:-2].eq(1).all() and padded.eq(-1).sum() == 32 * 32 - 28 * 28
     assert np.array_equal(np.asarray(center_crop(image, 90)), np.asarray(image)[:, 20:110])
+    # A margin of three is divided as the published crop divides it: the smaller part first.
+    assert np.array_equal(np.asarray(center_crop(image.crop((0, 0, 93, 90)), 90)), np.asarray(image)[:, 1:91])

@@ -32,6 +32,7 @@ class LabelledImages:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_images`."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id, or a local folder that load_dataset reads (parquet, images).")
     group.add_argument("--dataset_config_name", default=None)
@@ -40,7 +41,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache_dir", default=None)
     group.add_argument("--train_split", default="train")
-    group.add_argument("--validation_split", default=None, help="Split of the same dataset, held out from training.")
     group.add_argument("--image_column", default=None, help="Found by itself if there is one.")
     group.add_argument("--label_column", default=None, help="Found by itself if there is one of type ClassLabel.")
     group.add_argument("--resolution", type=int, default=64)
@@ -65,7 +65,8 @@ def load_images(args: argparse.Namespace, split: str, augment: bool) -> Labelled
         augment: Whether to crop and flip at random, where `args` asks for it.
 
     Raises:
-        ValueError: If there is no such dataset, split or column, or the labels are not class numbers.
+        ValueError: If there is no such split or column, or the labels are not class numbers.
+        DatasetNotFoundError: If there is no such dataset.
     """
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("Give either --dataset_name or --train_data_dir.")
@@ -116,6 +117,8 @@ def _only_column(dataset: Dataset, feature_type: type) -> str | None:
 def fit_image(image: Image.Image, resolution: int, crop: str, augment: bool) -> Image.Image:
     """A square image of the given resolution; `augment=False` makes of a random crop the central one."""
     if crop == "pad":
+        if max(image.size) > resolution:
+            raise ValueError(f"--crop pad: an image of {image.size} does not fit into {resolution}x{resolution}.")
         return TF.center_crop(image, [resolution, resolution])
     if crop == "random" and augment:
         return random_crop(image, resolution)
@@ -125,7 +128,8 @@ def fit_image(image: Image.Image, resolution: int, crop: str, augment: bool) -> 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """Shorter side to `resolution`, then the central square: the crop of the published training and statistics."""
     image = _shrink(image, resolution)
-    return TF.center_crop(image, [resolution, resolution])
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2  # rounded down, as published
+    return TF.crop(image, top, left, resolution, resolution)
 
 
 def random_crop(image: Image.Image, resolution: int, min_fraction: float = 0.8, max_fraction: float = 1.0):

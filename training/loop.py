@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -12,22 +11,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
+from diffusers_adm.openai_flags import BETA_SCHEDULES, Flags, build_scheduler
 from diffusers_adm.training.data import add_data_arguments
 
 
-logger = logging.getLogger(__name__)
-
-NOISE_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the paper's name: diffusers' name
+logger = get_logger(__name__)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all scripts share, in groups."""
     add_data_arguments(parser)
 
     group = parser.add_argument_group("architecture")
@@ -42,7 +42,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained_model_name_or_path", help="Model of the same architecture to start from.")
 
     group = parser.add_argument_group("diffusion")
-    group.add_argument("--noise_schedule", choices=NOISE_SCHEDULES, default="linear")
+    group.add_argument("--noise_schedule", choices=BETA_SCHEDULES, default="linear")
     group.add_argument("--num_train_timesteps", type=int, default=1000)
 
     group = parser.add_argument_group("optimisation")
@@ -80,16 +80,33 @@ def _numbers(kind: type) -> Callable[[str], tuple]:
 
 
 def build_noise_scheduler(args: argparse.Namespace, learn_sigma: bool = True) -> DDPMScheduler:
-    """The scheduler that is trained with and saved beside the UNet; its `linear` endpoints suit any number of steps."""
-    scale = 1000 / args.num_train_timesteps
-    return DDPMScheduler(
-        num_train_timesteps=args.num_train_timesteps,
-        beta_start=scale * 1e-4,
-        beta_end=scale * 0.02,
-        beta_schedule=NOISE_SCHEDULES[args.noise_schedule],
-        variance_type="learned_range" if learn_sigma else "fixed_large",
-        timestep_spacing="linspace",
-    )
+    """
+    The scheduler that is trained with, and saved beside the UNet.
+
+    Raises:
+        ValueError: If there are too few timesteps for the schedule.
+    """
+    flags = Flags(diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule)
+    return build_scheduler(flags, learn_sigma)
+
+
+def check_options(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
+    """Raises a ValueError if options are out of their range, or there are too few images for one batch a process."""
+    for name in (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "validation_steps",
+    ):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    if num_images < args.train_batch_size * num_processes:
+        raise ValueError(
+            f"{num_images} images do not fill a batch of {args.train_batch_size} on each of {num_processes} processes."
+        )
 
 
 def load_pretrained(model: ModelMixin, name_or_path: str) -> None:
@@ -130,7 +147,10 @@ def start(args: argparse.Namespace) -> Accelerator:
     """What a script does first: sets up the processes, then seeds them, before anything is drawn at random."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # An epoch's last batches do not make a step by themselves: its gradient would be too small.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=args.report_to,
         project_dir=args.output_dir,
         step_scheduler_with_optimizer=False,
@@ -162,8 +182,12 @@ class Trainer:
     ):
         self.args = args
         self.accelerator = accelerator
-        if len(dataset) < args.train_batch_size:
-            raise ValueError(f"{len(dataset)} images do not fill a batch of {args.train_batch_size}.")
+        check_options(args, len(dataset), accelerator.num_processes)
+        if args.resume_from_checkpoint is None and self._checkpoints():
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
+                " folder."
+            )
         if args.pretrained_model_name_or_path:
             load_pretrained(model, args.pretrained_model_name_or_path)
         if args.gradient_checkpointing:
@@ -181,14 +205,16 @@ class Trainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
+        # Each pass over the data draws a seed for its workers: from a generator of its own, or what the model draws would
+        # depend on how often a run was resumed.
+        self.worker_seeds = torch.Generator()
         loader = DataLoader(
             dataset,
             batch_size=args.train_batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
-            # Each iterator draws a seed: from here, or what the model draws would depend on how often a run resumed.
-            generator=torch.Generator(),
+            generator=self.worker_seeds,
         )
         self.model, self.optimizer, self.lr_scheduler, self.loader = self.accelerator.prepare(
             model, optimizer, lr_scheduler, loader
@@ -221,25 +247,30 @@ class Trainer:
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
+        """The model without what accelerate wraps round it."""
         return self.accelerator.unwrap_model(self.model)
 
     def train(
         self,
         losses: Callable[[torch.nn.Module, dict], dict[str, torch.Tensor]],
-        validate: Callable[[int], None] | None = None,
+        validate: Callable[[], None] | None = None,
     ) -> None:
         """
         Takes optimizer steps up to `max_train_steps`.
 
         Args:
             losses: Of the model and a batch, terms `(batch,)` or scalar to log; `"loss"` is minimised.
-            validate: Called with the step every `validation_steps` and at the end, on all processes.
+            validate: Called every `validation_steps` and at the end, on all processes, with the model in eval mode. It
+                draws nothing from the global random state, which a resumed run would miss.
         """
         args, accelerator = self.args, self.accelerator
         sums: dict[str, torch.Tensor] = {}
         micro_batches, logged_at, logged_step = 0, time.monotonic(), self.global_step
         self.model.train()
         while self.global_step < args.max_train_steps:
+            self.worker_seeds.manual_seed(
+                args.seed + accelerator.num_processes * self.epoch + accelerator.process_index
+            )
             self.loader.set_epoch(self.epoch)
             loader = self.loader
             if self.batches_into_epoch:
@@ -281,14 +312,22 @@ class Trainer:
                 last = self.global_step == args.max_train_steps
                 if last or self.global_step % args.checkpointing_steps == 0:
                     self.save_checkpoint()
-                if validate is not None and (last or self.global_step % args.validation_steps == 0):
-                    validate(self.global_step)
-                    self.model.train()
+                if validate is not None and not last and self.global_step % args.validation_steps == 0:
+                    self._validate(validate)
                 if last:
                     break
             else:
                 self.epoch, self.batches_into_epoch = self.epoch + 1, 0
+        # Outside the loop: a run that was stopped in its last validation does it again when it resumes.
+        if validate is not None:
+            self._validate(validate)
         accelerator.end_training()
+
+    def _validate(self, validate: Callable[[], None]) -> None:
+        self.model.eval()
+        validate()
+        self.model.train()
+        self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def averaged_weights(self):
@@ -314,6 +353,7 @@ class Trainer:
         folder = self.args.output_dir / f"checkpoint-{self.global_step}"
         partial = folder.with_name("partial-" + folder.name)
         self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 names = [name for name, _ in self.unwrapped_model.named_parameters()]
@@ -337,7 +377,7 @@ class Trainer:
         if name == "latest":
             checkpoints = self._checkpoints()
             if not checkpoints:
-                logger.info("No checkpoint in %s yet: starting from the beginning.", self.args.output_dir)
+                self.accelerator.print(f"No checkpoint in {self.args.output_dir} yet: starting from the beginning.")
                 return
             folder = checkpoints[-1]
         else:
@@ -354,4 +394,4 @@ class Trainer:
         self.global_step = state["global_step"]
         self.epoch = state["epoch"]
         self.batches_into_epoch = state["batches_into_epoch"]
-        print(f"Resumed from {folder} at step {self.global_step}.", flush=True)
+        self.accelerator.print(f"Resumed from {folder} at step {self.global_step}.", flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import make_image_grid
+from PIL import Image
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
@@ -20,6 +21,7 @@ from diffusers_adm.training.loop import Trainer, add_training_arguments, build_n
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line or from a list of words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_training_arguments(parser)
     group = parser.add_argument_group("UNet")
@@ -32,12 +34,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """
+    Trains, and saves the pipeline of the averaged weights.
+
+    Raises:
+        ValueError: If the options do not fit each other or the dataset.
+    """
     accelerator = start(args)
     images = load_images(args, args.train_split, augment=True)
     if args.class_conditional and images.class_names is None:
         raise ValueError("The dataset has no labels: name them by --label_column, or pass --no-class_conditional.")
+    if not 0 <= args.label_dropout <= 1:
+        raise ValueError(f"--label_dropout {args.label_dropout} is not in [0, 1].")
     if args.label_dropout and not args.class_conditional:
         raise ValueError("--label_dropout needs a class-conditional model.")
+    if args.num_validation_images < 1:
+        raise ValueError(f"--num_validation_images {args.num_validation_images} must be at least 1.")
     noise_scheduler = build_noise_scheduler(args, args.learn_sigma)
     unet = ADMUNet2DModel(
         sample_size=args.resolution,
@@ -68,11 +80,11 @@ def main(args: argparse.Namespace) -> None:
         terms = {"loss": loss.total, "simple": loss.simple}
         return terms if loss.vlb is None else {**terms, "vlb": loss.vlb}
 
-    def validate(step: int) -> None:
-        """Draws the same digits of noise from the average and from the raw weights, and saves the averaged pipeline."""
+    def validate() -> None:
+        """Draws the same seeds with the average and with the raw weights, and saves the averaged pipeline."""
         if not accelerator.is_main_process:
             return
-        unet.eval()
+        samples = args.output_dir / "samples"
         pipeline = ClassifierGuidedPipeline(
             unet=unet,
             scheduler=noise_scheduler,
@@ -80,16 +92,17 @@ def main(args: argparse.Namespace) -> None:
         )
         with trainer.averaged_weights():
             save_whole(pipeline, args.output_dir / "pipeline")
-            save_grid(pipeline, args, args.output_dir / "samples" / f"step-{step}-ema.png")
-        save_grid(pipeline, args, args.output_dir / "samples" / f"step-{step}-raw.png")
+            save_grid(pipeline, args, samples / f"step-{trainer.global_step}-ema.png")
+        save_grid(pipeline, args, samples / f"step-{trainer.global_step}-raw.png")
 
     trainer.train(losses, validate)
 
 
 def save_grid(pipeline: ClassifierGuidedPipeline, args: argparse.Namespace, path: Path) -> None:
     """Draws `--num_validation_images` images, each from its own seed, the classes in turn."""
-    ddim = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
-    sampler = ClassifierGuidedPipeline(unet=pipeline.unet, scheduler=ddim)
+    sampler = ClassifierGuidedPipeline(
+        unet=pipeline.unet, scheduler=DDIMScheduler.from_config(pipeline.scheduler.config)
+    )
     sampler.set_progress_bar_config(disable=True)
     count, num_classes = args.num_validation_images, pipeline.unet.config.num_class_embeds
     drawn = sampler(
@@ -99,8 +112,10 @@ def save_grid(pipeline: ClassifierGuidedPipeline, args: argparse.Namespace, path
         generator=[torch.Generator().manual_seed(i) for i in range(count)],
     ).images
     columns = min(count, 10)
+    rows = -(-count // columns)
+    drawn += [Image.new(drawn[0].mode, drawn[0].size)] * (rows * columns - count)
     path.parent.mkdir(exist_ok=True)
-    make_image_grid(drawn[: count // columns * columns], rows=count // columns, cols=columns).save(path)
+    make_image_grid(drawn, rows, columns).save(path)
 
 
 if __name__ == "__main__":

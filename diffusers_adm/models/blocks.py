@@ -237,6 +237,17 @@ class ADMBlockFactory:
                 "Give the heads of attention either by their width or by their number: got"
                 f" attention_head_dim={attention_head_dim} and num_attention_heads={num_attention_heads}."
             )
+        counts = {
+            "sample_size": sample_size,
+            "model_channels": model_channels,
+            "number of levels in channel_mult": len(channel_mult),
+            "norm_num_groups": norm_num_groups,
+            "attention_head_dim": 1 if attention_head_dim is None else attention_head_dim,
+            "num_attention_heads": 1 if num_attention_heads is None else num_attention_heads,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1: got {count}.")
         if resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
             raise ValueError(f"resnet_time_scale_shift={resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}.")
         if sample_size % 2 ** (len(channel_mult) - 1):
@@ -265,6 +276,7 @@ class ADMBlockFactory:
         self.output_scale_factor = output_scale_factor
 
     def resnet(self, in_channels: int, out_channels: int, resample: str | None = None) -> ADMResnetBlock2D:
+        """A residual block."""
         return ADMResnetBlock2D(
             in_channels,
             out_channels,
@@ -277,13 +289,16 @@ class ADMBlockFactory:
         )
 
     def attention(self, channels: int) -> ADMAttentionBlock:
+        """An attention block."""
         heads = self.heads(channels)
         return ADMAttentionBlock(channels, heads, self.norm_num_groups, self.output_scale_factor)
 
     def attention_at(self, level: int) -> ADMAttentionBlock | None:
+        """The attention block of a level; `None` where it has none."""
         return self.attention(self.channels[level]) if self.attention_levels[level] else None
 
     def heads(self, channels: int) -> int:
+        """Number of heads of attention over so many channels."""
         heads = self.num_attention_heads or channels // self.attention_head_dim
         if heads < 1 or channels % heads or (self.attention_head_dim and heads * self.attention_head_dim != channels):
             raise ValueError(
@@ -298,6 +313,8 @@ class ADMEncoder(nn.Module):
 
     def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
         super().__init__()
+        if layers_per_block < 1:
+            raise ValueError(f"layers_per_block must be at least 1: got {layers_per_block}.")
         if downsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"downsample_type={downsample_type!r} is not one of {RESAMPLE_TYPES}.")
         self.gradient_checkpointing = False

@@ -142,6 +142,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin, AttentionMixin):
         output_scale_factor: float = 1.0,
     ):
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1: got {num_classes}.")
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is not one of {POOLS}.")
         blocks = ADMBlockFactory(

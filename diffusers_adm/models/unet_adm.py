@@ -107,6 +107,8 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             )
         if use_null_class and num_class_embeds is None:
             raise ValueError("use_null_class=True needs a class-conditional model: num_class_embeds is None.")
+        if num_class_embeds is not None and num_class_embeds < 1:
+            raise ValueError(f"num_class_embeds must be at least 1, or None: got {num_class_embeds}.")
         if upsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"upsample_type={upsample_type!r} is not one of {RESAMPLE_TYPES}.")
         blocks = ADMBlockFactory(
