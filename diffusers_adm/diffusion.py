@@ -15,6 +15,9 @@ import torch
 from .respacing import respaced_timesteps
 
 
+PREDICTION_TYPES = ("epsilon", "sample")
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .diffusion import (
+    PREDICTION_TYPES,
     NoiseSchedule,
     discretized_log_likelihood,
     gaussian_kl,
@@ -29,7 +30,7 @@ class HybridLoss:
 
     Args:
         total: What is minimised: `simple + vlb`.
-        simple: Mean squared error of epsilon.
+        simple: Mean squared error of what is predicted.
         vlb: The term of the variational bound, in bits a dimension, times `num_train_timesteps / 1000`; its gradient
             reaches the variance alone. `None` if the variance is not learned.
     """
@@ -46,25 +47,35 @@ def hybrid_loss(
     x_t: torch.Tensor,
     index: torch.Tensor,
     noise: torch.Tensor,
+    prediction_type: str = "epsilon",
 ) -> HybridLoss:
     """
     Simple loss for the mean, variational bound for the variance [Nichol & Dhariwal 2021, eq. 16].
 
     Args:
-        model_output: Of an epsilon model at x_t, `(batch, channels or 2 * channels, height, width)`; the second half
-            is the learned variance.
+        model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`; the second half is the
+            learned variance.
         schedule: All training timesteps.
         x_0: Clean images in [-1, 1], `(batch, channels, height, width)`.
         x_t: Noised images, same shape.
         index: Timestep of each image, `(batch,)`.
         noise: The noise in x_t, same shape as x_0.
+        prediction_type: What the network predicts: `"epsilon"`, or `"sample"` for x_0.
+
+    Raises:
+        ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
-    epsilon, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
-    simple = F.mse_loss(epsilon, noise, reduction="none").flatten(1).mean(dim=1)
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type={prediction_type!r} is not one of {PREDICTION_TYPES}.")
+    prediction, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
+    target = noise if prediction_type == "epsilon" else x_0
+    simple = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
     if fraction is None:
         return HybridLoss(total=simple, simple=simple, vlb=None)
     # Detached: the bound would give the mean a far noisier gradient than the simple loss does.
-    vlb = vlb_bits(schedule, x_0, x_t, index, epsilon.detach(), fraction) * (len(schedule) / 1000)
+    mean = prediction.detach()
+    predicted_x_0 = x_0_from_epsilon(schedule, x_t, index, mean) if prediction_type == "epsilon" else mean
+    vlb = vlb_bits(schedule, x_0, x_t, index, predicted_x_0, fraction) * (len(schedule) / 1000)
     return HybridLoss(total=simple + vlb, simple=simple, vlb=vlb)
 
 
@@ -73,7 +84,7 @@ def vlb_bits(
     x_0: torch.Tensor,
     x_t: torch.Tensor,
     index: torch.Tensor,
-    epsilon: torch.Tensor,
+    predicted_x_0: torch.Tensor,
     fraction: torch.Tensor,
 ) -> torch.Tensor:
     """
@@ -82,11 +93,12 @@ def vlb_bits(
 
     Args:
         schedule: All training timesteps.
-        x_0, x_t, epsilon: Clean images in [-1, 1], noised images, predicted noise; `(batch, channels, height, width)`.
+        x_0, x_t, predicted_x_0: Clean images in [-1, 1], noised ones, and the clean ones that the network predicts,
+            `(batch, channels, height, width)`.
         index: Timestep of each image, `(batch,)`.
         fraction: The network's second half, same shape as x_0.
     """
-    predicted_mean = posterior_mean(schedule, x_t, index, x_0_from_epsilon(schedule, x_t, index, epsilon))
+    predicted_mean = posterior_mean(schedule, x_t, index, predicted_x_0)
     predicted_log_variance = learned_log_variance(schedule, index, fraction)
     true_mean = posterior_mean(schedule, x_t, index, x_0)
     true_log_variance = read_table(schedule.posterior_log_variance, index, x_t)

@@ -15,6 +15,7 @@ from diffusers import (
 )
 
 from .diffusion import (
+    PREDICTION_TYPES,
     NoiseSchedule,
     epsilon_from_x_0,
     fixed_log_variance,
@@ -28,7 +29,6 @@ from .respacing import evenly_spaced_timesteps, respaced_timesteps
 
 
 SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
-PREDICTION_TYPES = ("epsilon", "sample")
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
 

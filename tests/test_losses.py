@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from golden_cases import draw_weights, load_case, published_flags
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.diffusion import NoiseSchedule, add_noise, epsilon_from_x_0, x_0_from_epsilon
 from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_bits
 
 
@@ -32,7 +32,8 @@ def test_hybrid_loss_equals_the_published_one_term_by_term(golden):
 def test_variational_bound_in_bits_equals_the_published_one(golden):
     unet, schedule, io, x_t = golden
     epsilon, fraction = unet(x_t, io["timestep"], io["class_labels"]).sample.split(3, dim=1)
-    bits = vlb_bits(schedule, io["x_start"], x_t, io["timestep"], epsilon, fraction)
+    x_0 = x_0_from_epsilon(schedule, x_t, io["timestep"], epsilon)
+    bits = vlb_bits(schedule, io["x_start"], x_t, io["timestep"], x_0, fraction)
     torch.testing.assert_close(bits * len(schedule), io["kl|loss"], rtol=1e-5, atol=0)
 
 
@@ -59,8 +60,22 @@ def test_bound_is_weighted_by_the_number_of_timesteps():
     x_0, noise, index = torch.rand(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([5, 60])
     x_t, model_output = add_noise(schedule, x_0, index, noise), torch.randn(2, 2, 4, 4)
     loss = hybrid_loss(model_output, schedule, x_0, x_t, index, noise)
-    bits = vlb_bits(schedule, x_0, x_t, index, *model_output.chunk(2, dim=1))
+    epsilon, fraction = model_output.chunk(2, dim=1)
+    bits = vlb_bits(schedule, x_0, x_t, index, x_0_from_epsilon(schedule, x_t, index, epsilon), fraction)
     torch.testing.assert_close(loss.vlb, bits / 10)
+
+
+def test_predicting_x_0_has_the_bound_of_the_epsilon_that_it_implies(golden):
+    _, schedule, io, x_t = golden
+    model_output = torch.randn(3, 6, 32, 32)
+    implied = epsilon_from_x_0(schedule, x_t, io["timestep"], model_output[:, :3])
+    as_epsilon = torch.cat([implied, model_output[:, 3:]], dim=1)
+    arguments = (schedule, io["x_start"], x_t, io["timestep"], io["noise"])
+    loss = hybrid_loss(model_output, *arguments, prediction_type="sample")
+    torch.testing.assert_close(loss.vlb, hybrid_loss(as_epsilon, *arguments).vlb, rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss.simple, (model_output[:, :3] - io["x_start"]).square().mean(dim=(1, 2, 3)))
+    with pytest.raises(ValueError, match="v_prediction"):
+        hybrid_loss(model_output, *arguments, prediction_type="v_prediction")
 
 
 def test_labels_are_dropped_at_the_given_rate():

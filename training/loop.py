@@ -79,14 +79,18 @@ def _numbers(kind: type) -> Callable[[str], tuple]:
     return parse
 
 
-def build_noise_scheduler(args: argparse.Namespace, learn_sigma: bool = True) -> DDPMScheduler:
+def build_noise_scheduler(
+    args: argparse.Namespace, learn_sigma: bool = True, predict_xstart: bool = False
+) -> DDPMScheduler:
     """
     The scheduler that is trained with, and saved beside the UNet.
 
     Raises:
         ValueError: If there are too few timesteps for the schedule.
     """
-    flags = Flags(diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule)
+    flags = Flags(
+        diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule, predict_xstart=predict_xstart
+    )
     return build_scheduler(flags, learn_sigma)
 
 

@@ -13,7 +13,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.training.data import load_images
@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--class_conditional", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--label_dropout", type=float, default=0.0, help="Probability of training without the label.")
     group.add_argument("--learn_sigma", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="sample: predict x_0.")
     group.add_argument("--ema_decay", type=float, default=0.9999)
     group.add_argument("--num_validation_images", type=int, default=20, help="Drawn every --validation_steps.")
     return parser.parse_args(argv)
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--label_dropout needs a class-conditional model.")
     if args.num_validation_images < 1:
         raise ValueError(f"--num_validation_images {args.num_validation_images} must be at least 1.")
-    noise_scheduler = build_noise_scheduler(args, args.learn_sigma)
+    noise_scheduler = build_noise_scheduler(args, args.learn_sigma, args.prediction_type == "sample")
     unet = ADMUNet2DModel(
         sample_size=args.resolution,
         in_channels=args.in_channels,
@@ -76,7 +77,8 @@ def main(args: argparse.Namespace) -> None:
         labels = batch["label"] if args.class_conditional else None
         if args.label_dropout:
             labels = drop_labels(labels, unet.null_class, args.label_dropout)
-        loss = hybrid_loss(model(x_t, timestep, labels).sample, schedule, x_0, x_t, timestep, noise)
+        model_output = model(x_t, timestep, labels).sample  # (batch, channels or 2 * channels, resolution, resolution)
+        loss = hybrid_loss(model_output, schedule, x_0, x_t, timestep, noise, args.prediction_type)
         terms = {"loss": loss.total, "simple": loss.simple}
         return terms if loss.vlb is None else {**terms, "vlb": loss.vlb}
 
