@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -92,6 +93,21 @@ def build_noise_scheduler(
         diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule, predict_xstart=predict_xstart
     )
     return build_scheduler(flags, learn_sigma)
+
+
+def architecture(args: argparse.Namespace) -> dict[str, Any]:
+    """The part of a model's config that UNet and classifier share."""
+    return {
+        "sample_size": args.resolution,
+        "in_channels": args.in_channels,
+        "model_channels": args.model_channels,
+        "channel_mult": args.channel_mult,
+        "layers_per_block": args.layers_per_block,
+        "attention_resolutions": args.attention_resolutions,
+        "attention_head_dim": args.attention_head_dim,
+        "norm_num_groups": args.norm_num_groups,
+        "dropout": args.dropout,
+    }
 
 
 def check_options(args: argparse.Namespace, num_images: int, num_processes: int) -> None:

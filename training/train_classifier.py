@@ -14,7 +14,14 @@ from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.training.data import load_images
-from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler, save_whole, start
+from diffusers_adm.training.loop import (
+    Trainer,
+    add_training_arguments,
+    architecture,
+    build_noise_scheduler,
+    save_whole,
+    start,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,17 +47,9 @@ def main(args: argparse.Namespace) -> None:
     if images.class_names is None:
         raise ValueError("The dataset has no labels: name them by --label_column.")
     classifier = NoisyClassifier(
-        sample_size=args.resolution,
-        in_channels=args.in_channels,
         num_classes=len(images.class_names),
         pool=args.pool,
-        model_channels=args.model_channels,
-        channel_mult=args.channel_mult,
-        layers_per_block=args.layers_per_block,
-        attention_resolutions=args.attention_resolutions,
-        attention_head_dim=args.attention_head_dim,
-        norm_num_groups=args.norm_num_groups,
-        dropout=args.dropout,
+        **architecture(args),
     )
     trainer = Trainer(args, accelerator, classifier, images.dataset)
     schedule = NoiseSchedule.from_config(build_noise_scheduler(args).config).to(accelerator.device)

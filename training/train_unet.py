@@ -17,7 +17,14 @@ from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.training.data import load_images
-from diffusers_adm.training.loop import Trainer, add_training_arguments, build_noise_scheduler, save_whole, start
+from diffusers_adm.training.loop import (
+    Trainer,
+    add_training_arguments,
+    architecture,
+    build_noise_scheduler,
+    save_whole,
+    start,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,18 +60,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--num_validation_images {args.num_validation_images} must be at least 1.")
     noise_scheduler = build_noise_scheduler(args, args.learn_sigma, args.prediction_type == "sample")
     unet = ADMUNet2DModel(
-        sample_size=args.resolution,
-        in_channels=args.in_channels,
         out_channels=args.in_channels * (2 if args.learn_sigma else 1),
-        model_channels=args.model_channels,
-        channel_mult=args.channel_mult,
-        layers_per_block=args.layers_per_block,
-        attention_resolutions=args.attention_resolutions,
-        attention_head_dim=args.attention_head_dim,
-        norm_num_groups=args.norm_num_groups,
         num_class_embeds=len(images.class_names) if args.class_conditional else None,
         use_null_class=args.label_dropout > 0,
-        dropout=args.dropout,
+        **architecture(args),
     )
     trainer = Trainer(args, accelerator, unet, images.dataset, args.ema_decay)
     schedule = NoiseSchedule.from_config(noise_scheduler.config).to(accelerator.device)
