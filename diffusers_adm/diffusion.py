@@ -175,6 +175,24 @@ def epsilon_from_x_0(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | to
     )
 
 
+def x_0_from_prediction(
+    schedule: NoiseSchedule,
+    x_t: torch.Tensor,
+    index: int | torch.Tensor,
+    prediction: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    """
+    The clean image that a network predicts; shapes `(batch, channels, height, width)`.
+
+    Raises:
+        ValueError: If the prediction type is not one of `PREDICTION_TYPES`.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type={prediction_type!r} is not one of {PREDICTION_TYPES}.")
+    return prediction if prediction_type == "sample" else x_0_from_epsilon(schedule, x_t, index, prediction)
+
+
 def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
     """Mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7]; shapes `(batch, channels, height, width)`."""
     return (

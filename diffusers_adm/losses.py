@@ -1,25 +1,27 @@
 """Training objectives, one number an image.
 
 Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1, for the hybrid loss; Dhariwal & Nichol 2021
-(arXiv 2105.05233), section 4.3 and appendix H, for the classifier.
+(arXiv 2105.05233), section 4.3 and appendix H, for the classifier; Ho & Salimans 2022 (arXiv 2207.12598) for label
+dropout.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .diffusion import (
-    PREDICTION_TYPES,
     NoiseSchedule,
     discretized_log_likelihood,
+    fixed_log_variance,
     gaussian_kl,
     learned_log_variance,
     mean_bits,
     posterior_mean,
     read_table,
     split_learned_variance,
-    x_0_from_epsilon,
+    x_0_from_prediction,
 )
 
 
@@ -31,8 +33,8 @@ class HybridLoss:
     Args:
         total: What is minimised: `simple + vlb`.
         simple: Mean squared error of what is predicted.
-        vlb: The term of the variational bound, in bits a dimension, times `num_train_timesteps / 1000`; its gradient
-            reaches the variance alone. `None` if the variance is not learned.
+        vlb: The weighted term of the variational bound; its gradient reaches the variance alone. `None` if the variance
+            is not learned.
     """
 
     total: torch.Tensor
@@ -48,35 +50,66 @@ def hybrid_loss(
     index: torch.Tensor,
     noise: torch.Tensor,
     prediction_type: str = "epsilon",
+    vlb_weight: float | None = None,
 ) -> HybridLoss:
     """
     Simple loss for the mean, variational bound for the variance [Nichol & Dhariwal 2021, eq. 16].
 
     Args:
         model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`; the second half is the
-            learned variance.
+            learned variance. Without it the loss is the simple one.
         schedule: All training timesteps.
         x_0: Clean images in [-1, 1], `(batch, channels, height, width)`.
         x_t: Noised images, same shape.
         index: Timestep of each image, `(batch,)`.
         noise: The noise in x_t, same shape as x_0.
         prediction_type: What the network predicts: `"epsilon"`, or `"sample"` for x_0.
+        vlb_weight: Of the bound's term in bits a dimension; `None` for the paper's, a thousandth of the number of
+            timesteps. 1 is the published code's unscaled form.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={prediction_type!r} is not one of {PREDICTION_TYPES}.")
     prediction, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
+    # Detached: the bound would give the mean a far noisier gradient than the simple loss does.
+    predicted_x_0 = x_0_from_prediction(schedule, x_t, index, prediction.detach(), prediction_type)
     target = noise if prediction_type == "epsilon" else x_0
     simple = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
     if fraction is None:
         return HybridLoss(total=simple, simple=simple, vlb=None)
-    # Detached: the bound would give the mean a far noisier gradient than the simple loss does.
-    mean = prediction.detach()
-    predicted_x_0 = x_0_from_epsilon(schedule, x_t, index, mean) if prediction_type == "epsilon" else mean
-    vlb = vlb_bits(schedule, x_0, x_t, index, predicted_x_0, fraction) * (len(schedule) / 1000)
+    log_variance = learned_log_variance(schedule, index, fraction)
+    vlb = vlb_bits(schedule, x_0, x_t, index, predicted_x_0, log_variance)
+    vlb = vlb * (len(schedule) / 1000 if vlb_weight is None else vlb_weight)
     return HybridLoss(total=simple + vlb, simple=simple, vlb=vlb)
+
+
+def vlb_loss(
+    model_output: torch.Tensor,
+    schedule: NoiseSchedule,
+    x_0: torch.Tensor,
+    x_t: torch.Tensor,
+    index: torch.Tensor,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_large",
+) -> torch.Tensor:
+    """
+    The variational bound in bits a dimension, estimated from one timestep an image, `(batch,)`: its term there times the
+    number of timesteps (the published code's rescaled KL). Mean and variance learn from it alike.
+
+    Args:
+        variance_type: The fixed variance of a network that learns none: `"fixed_large"` or `"fixed_small"`.
+        model_output, schedule, x_0, x_t, index, prediction_type: As in [`hybrid_loss`].
+
+    Raises:
+        ValueError: If the output has another number of channels, or the prediction type is unknown.
+    """
+    prediction, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
+    predicted_x_0 = x_0_from_prediction(schedule, x_t, index, prediction, prediction_type)
+    if fraction is None:
+        log_variance = read_table(fixed_log_variance(schedule, variance_type), index, x_t)
+    else:
+        log_variance = learned_log_variance(schedule, index, fraction)
+    return vlb_bits(schedule, x_0, x_t, index, predicted_x_0, log_variance) * len(schedule)
 
 
 def vlb_bits(
@@ -85,7 +118,7 @@ def vlb_bits(
     x_t: torch.Tensor,
     index: torch.Tensor,
     predicted_x_0: torch.Tensor,
-    fraction: torch.Tensor,
+    log_variance: torch.Tensor,
 ) -> torch.Tensor:
     """
     Term of the variational bound at each image's timestep, in bits a dimension, `(batch,)` [Ho et al. 2020, eq. 5]: the
@@ -96,15 +129,33 @@ def vlb_bits(
         x_0, x_t, predicted_x_0: Clean images in [-1, 1], noised ones, and the clean ones that the network predicts,
             `(batch, channels, height, width)`.
         index: Timestep of each image, `(batch,)`.
-        fraction: The network's second half, same shape as x_0.
+        log_variance: Of p(x_{t-1} | x_t); same shape as x_0, or one that broadcasts.
     """
     predicted_mean = posterior_mean(schedule, x_t, index, predicted_x_0)
-    predicted_log_variance = learned_log_variance(schedule, index, fraction)
     true_mean = posterior_mean(schedule, x_t, index, x_0)
     true_log_variance = read_table(schedule.posterior_log_variance, index, x_t)
-    kl = mean_bits(gaussian_kl(true_mean, true_log_variance, predicted_mean, predicted_log_variance))
-    nll = mean_bits(-discretized_log_likelihood(x_0, predicted_mean, predicted_log_variance))
+    kl = mean_bits(gaussian_kl(true_mean, true_log_variance, predicted_mean, log_variance))
+    nll = mean_bits(-discretized_log_likelihood(x_0, predicted_mean, log_variance))
     return torch.where(index == 0, nll, kl)
+
+
+def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, entropy_weight: float = 0.0) -> torch.Tensor:
+    """
+    Cross-entropy, `(batch,)`, and on request a penalty on confidence: the KL divergence of the predicted distribution
+    from the uniform one. Classifiers trained with a weight of 0.1 guide for longer, because their gradient does not
+    vanish once they are certain (entropy-constraint training: Li et al. 2022, arXiv 2206.11474).
+
+    Args:
+        logits: `(batch, num_classes)`.
+        labels: `(batch,)`.
+        entropy_weight: Of the penalty.
+    """
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if entropy_weight == 0:
+        return loss
+    log_probabilities = logits.log_softmax(dim=1)
+    divergence = (log_probabilities.exp() * log_probabilities).sum(dim=1) + math.log(logits.shape[1])
+    return loss + entropy_weight * divergence
 
 
 def drop_labels(

@@ -23,6 +23,7 @@ from .diffusion import (
     read_table,
     split_learned_variance,
     x_0_from_epsilon,
+    x_0_from_prediction,
 )
 from .guidance import shift_epsilon, shift_mean
 from .respacing import evenly_spaced_timesteps, respaced_timesteps
@@ -110,7 +111,7 @@ class EpsilonSolver:
         self.timesteps = timesteps
         self.step_kwargs = step_kwargs
         self.takes_generator = not isinstance(scheduler, UniPCMultistepScheduler)
-        self.predicts_x_0 = config.prediction_type == "sample"
+        self.prediction_type = config.prediction_type
         # What the published code calls clip_denoised; schedulers without the option clip too, as it does by default.
         clips = config.get("clip_sample", True) and not config.get("thresholding", False)
         self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
@@ -126,7 +127,7 @@ class EpsilonSolver:
         """Draws x_{t-1}; arguments as in `DDPMSolver.step`."""
         prediction, _ = split_learned_variance(model_output, x_t.shape[1])
         # Clipped before guidance and never after. The copy is given x_0, from which it derives epsilon anew.
-        x_0 = prediction if self.predicts_x_0 else x_0_from_epsilon(self.schedule, x_t, index, prediction)
+        x_0 = x_0_from_prediction(self.schedule, x_t, index, prediction, self.prediction_type)
         if self.clip_range is not None:
             x_0 = x_0.clamp(-self.clip_range, self.clip_range)
         if gradient is not None:

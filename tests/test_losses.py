@@ -1,13 +1,23 @@
 """Training losses against recorded ones."""
 
+import math
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from golden_cases import draw_weights, load_case, published_flags
+from tiny_models import tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.diffusion import NoiseSchedule, add_noise, epsilon_from_x_0, x_0_from_epsilon
-from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_bits
+from diffusers_adm.diffusion import (
+    NoiseSchedule,
+    add_noise,
+    epsilon_from_x_0,
+    fixed_log_variance,
+    learned_log_variance,
+    x_0_from_epsilon,
+)
+from diffusers_adm.losses import classifier_loss, drop_labels, hybrid_loss, vlb_bits, vlb_loss
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +39,56 @@ def test_hybrid_loss_equals_the_published_one_term_by_term(golden):
         torch.testing.assert_close(getattr(loss, term), io[f"hybrid|{recorded}"], rtol=1e-5, atol=0)
 
 
-def test_variational_bound_in_bits_equals_the_published_one(golden):
+def test_whole_bound_in_bits_equals_the_published_one(golden):
     unet, schedule, io, x_t = golden
-    epsilon, fraction = unet(x_t, io["timestep"], io["class_labels"]).sample.split(3, dim=1)
-    x_0 = x_0_from_epsilon(schedule, x_t, io["timestep"], epsilon)
-    bits = vlb_bits(schedule, io["x_start"], x_t, io["timestep"], x_0, fraction)
-    torch.testing.assert_close(bits * len(schedule), io["kl|loss"], rtol=1e-5, atol=0)
+    model_output = unet(x_t, io["timestep"], io["class_labels"]).sample
+    bits = vlb_loss(model_output, schedule, io["x_start"], x_t, io["timestep"])
+    torch.testing.assert_close(bits, io["kl|loss"], rtol=1e-5, atol=0)
+
+
+def test_whole_bound_teaches_mean_and_variance(golden):
+    _, schedule, io, x_t = golden
+    model_output = torch.randn(3, 6, 32, 32, requires_grad=True)
+    bits = vlb_loss(model_output, schedule, io["x_start"], x_t, io["timestep"])
+    (gradient,) = torch.autograd.grad(bits.sum(), model_output)
+    assert (gradient[:, :3].flatten(1).abs().sum(dim=1) > 0).all()
+    assert (gradient[:, 3:].flatten(1).abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_large", "fixed_small"])
+def test_whole_bound_with_a_fixed_variance(variance_type, golden):
+    # Where the predicted x_0 is right, only the two variances are left: a closed form away from the first timestep.
+    _, schedule, io, _ = golden
+    index = torch.tensor([1, 300, 999])
+    x_t = add_noise(schedule, io["x_start"], index, io["noise"])
+    bits = vlb_loss(io["x_start"], schedule, io["x_start"], x_t, index, "sample", variance_type)
+    log_ratio = (fixed_log_variance(schedule, variance_type) - schedule.posterior_log_variance)[index]
+    expected = 0.5 * (log_ratio - 1 + (-log_ratio).exp()) / math.log(2) * len(schedule)
+    torch.testing.assert_close(bits.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_class", [ADMUNet2DModel, UNet2DModel])
+def test_any_epsilon_model_learns_its_variance_from_a_stock_scheduler(model_class):
+    torch.manual_seed(0)
+    if model_class is UNet2DModel:
+        model = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=2, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        )  # fmt: skip
+    else:
+        model = tiny_unet(num_class_embeds=None)
+    scheduler = DDPMScheduler()
+    sample_size, channels = model.config.sample_size, model.config.in_channels
+    x_0, timestep = torch.rand(4, channels, sample_size, sample_size) * 2 - 1, torch.tensor([3, 200, 600, 999])
+
+    noise = torch.randn_like(x_0)
+    x_t = scheduler.add_noise(x_0, noise, timestep)
+    model_output = model(x_t, timestep).sample
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    hybrid_loss(model_output, schedule, x_0, x_t, timestep, noise).total.mean().backward()
+
+    last = [parameter for name, parameter in model.named_parameters() if name.endswith("conv_out.weight")][-1]
+    assert last.grad[channels:].abs().sum() > 0
 
 
 def test_the_bound_teaches_the_variance_alone(golden):
@@ -61,8 +115,14 @@ def test_bound_is_weighted_by_the_number_of_timesteps():
     x_t, model_output = add_noise(schedule, x_0, index, noise), torch.randn(2, 2, 4, 4)
     loss = hybrid_loss(model_output, schedule, x_0, x_t, index, noise)
     epsilon, fraction = model_output.chunk(2, dim=1)
-    bits = vlb_bits(schedule, x_0, x_t, index, x_0_from_epsilon(schedule, x_t, index, epsilon), fraction)
+    x_0_hat, log_variance = (
+        x_0_from_epsilon(schedule, x_t, index, epsilon),
+        learned_log_variance(schedule, index, fraction),
+    )
+    bits = vlb_bits(schedule, x_0, x_t, index, x_0_hat, log_variance)
     torch.testing.assert_close(loss.vlb, bits / 10)
+    unscaled = hybrid_loss(model_output, schedule, x_0, x_t, index, noise, vlb_weight=1.0)
+    torch.testing.assert_close(unscaled.total, loss.simple + bits)
 
 
 def test_predicting_x_0_has_the_bound_of_the_epsilon_that_it_implies(golden):
@@ -76,6 +136,17 @@ def test_predicting_x_0_has_the_bound_of_the_epsilon_that_it_implies(golden):
     torch.testing.assert_close(loss.simple, (model_output[:, :3] - io["x_start"]).square().mean(dim=(1, 2, 3)))
     with pytest.raises(ValueError, match="v_prediction"):
         hybrid_loss(model_output, *arguments, prediction_type="v_prediction")
+
+
+def test_confidence_costs_its_distance_from_the_uniform_distribution():
+    logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 2, 1, 1])
+    probabilities = logits.softmax(dim=1)
+    cross_entropy = -probabilities[torch.arange(5), labels].log()
+    divergence = (probabilities * (probabilities * 4).log()).sum(dim=1)
+    torch.testing.assert_close(classifier_loss(logits, labels), cross_entropy)
+    torch.testing.assert_close(classifier_loss(logits, labels, 0.1), cross_entropy + 0.1 * divergence)
+    uniform = torch.zeros(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(classifier_loss(uniform, labels, 7.0), classifier_loss(uniform, labels))
 
 
 def test_labels_are_dropped_at_the_given_rate():
