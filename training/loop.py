@@ -1,132 +1,61 @@
-"""What the training scripts share: arguments, one loop over optimizer steps, checkpoints, logs."""
+"""What the training scripts share: one loop over optimizer steps, checkpoints, moving averages, logs."""
 
 import argparse
 import contextlib
 import json
-import os
+import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from diffusers_adm.openai_flags import BETA_SCHEDULES, Flags, build_scheduler
-from diffusers_adm.training.data import add_data_arguments
+from diffusers_adm.training.arguments import as_yaml, check_options, contradictions
+from diffusers_adm.training.checkpoints import (
+    list_checkpoints,
+    partial_name,
+    remove_old_checkpoints,
+    replace_folder,
+)
+from diffusers_adm.training.data import LabelledImages
 
 
 logger = get_logger(__name__)
 
+NUM_QUARTERS = 4
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all scripts share, in groups."""
-    add_data_arguments(parser)
 
-    group = parser.add_argument_group("architecture")
-    group.add_argument("--model_channels", type=int, default=128)
-    group.add_argument("--channel_mult", type=_numbers(float), default=(1, 2, 3, 4), help="For example 0.5,1,2.")
-    group.add_argument("--layers_per_block", type=int, default=2)
-    group.add_argument("--attention_resolutions", type=_numbers(int), default=(32, 16, 8), help="In pixels.")
-    group.add_argument("--attention_head_dim", type=int, default=64)
-    group.add_argument("--norm_num_groups", type=int, default=32)
-    group.add_argument("--dropout", type=float, default=0.0)
-    group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--pretrained_model_name_or_path", help="Model of the same architecture to start from.")
-
-    group = parser.add_argument_group("diffusion")
-    group.add_argument("--noise_schedule", choices=BETA_SCHEDULES, default="linear")
-    group.add_argument("--num_train_timesteps", type=int, default=1000)
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--train_batch_size", type=int, default=64, help="Of one process, in one forward pass.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--max_train_steps", type=int, required=True, help="Optimizer steps.")
-    group.add_argument("--learning_rate", type=float, default=1e-4)
-    group.add_argument("--lr_scheduler", default="constant")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument(
-        "--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; default: never."
+def start(args: argparse.Namespace) -> Accelerator:
+    """What a script does first: sets up the processes, then seeds them, before anything is drawn at random."""
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        # An epoch's last batches do not make a step by themselves: its gradient would be too small.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dynamo_backend="inductor" if args.compile else None,
     )
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
-    group.add_argument("--seed", type=int, default=0)
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", type=Path, required=True)
-    group.add_argument("--checkpointing_steps", type=int, default=5000)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
-    group.add_argument("--resume_from_checkpoint", default=None, help='Folder of a checkpoint, or "latest".')
-    group.add_argument("--logging_steps", type=int, default=50)
-    group.add_argument("--validation_steps", type=int, default=5000)
-    group.add_argument("--report_to", default=None, help="A tracker of accelerate: tensorboard, wandb, ...")
-
-
-def _numbers(kind: type) -> Callable[[str], tuple]:
-    def parse(text: str) -> tuple:
-        return tuple(kind(part) for part in text.split(",") if part)
-
-    return parse
-
-
-def build_noise_scheduler(
-    args: argparse.Namespace, learn_sigma: bool = True, predict_xstart: bool = False
-) -> DDPMScheduler:
-    """
-    The scheduler that is trained with, and saved beside the UNet.
-
-    Raises:
-        ValueError: If there are too few timesteps for the schedule.
-    """
-    flags = Flags(
-        diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule, predict_xstart=predict_xstart
-    )
-    return build_scheduler(flags, learn_sigma)
-
-
-def architecture(args: argparse.Namespace) -> dict[str, Any]:
-    """The part of a model's config that UNet and classifier share."""
-    return {
-        "sample_size": args.resolution,
-        "in_channels": args.in_channels,
-        "model_channels": args.model_channels,
-        "channel_mult": args.channel_mult,
-        "layers_per_block": args.layers_per_block,
-        "attention_resolutions": args.attention_resolutions,
-        "attention_head_dim": args.attention_head_dim,
-        "norm_num_groups": args.norm_num_groups,
-        "dropout": args.dropout,
-    }
-
-
-def check_options(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
-    """Raises a ValueError if options are out of their range, or there are too few images for one batch a process."""
-    for name in (
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "logging_steps",
-        "validation_steps",
-    ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if num_images < args.train_batch_size * num_processes:
-        raise ValueError(
-            f"{num_images} images do not fill a batch of {args.train_batch_size} on each of {num_processes} processes."
-        )
+    set_seed(args.seed, device_specific=True)
+    return accelerator
 
 
 def load_pretrained(model: ModelMixin, name_or_path: str) -> None:
@@ -147,37 +76,92 @@ def load_pretrained(model: ModelMixin, name_or_path: str) -> None:
     model.load_state_dict(pretrained.state_dict())
 
 
-def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
-    """`save_pretrained` under another name, then renamed: whoever reads the folder finds all of it."""
-    partial = folder.with_name("partial-" + folder.name)
-    model.save_pretrained(partial)
-    replace_folder(partial, folder)
+def quarter_of(timestep: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+    """Which quarter of the timesteps each lies in, least noise first: `(batch,)`, in 0 ... 3."""
+    return NUM_QUARTERS * timestep // num_timesteps
 
 
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another, which is removed last."""
-    old = folder.with_name("old-" + folder.name)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+class StopRequest:
+    """
+    Notices that the processes were asked to stop (SIGTERM, or SIGUSR1 as batch systems send it), instead of dying of it.
+
+    Args:
+        accelerator: Of `start`.
+    """
+
+    SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
+
+    def __init__(self, accelerator: Accelerator):
+        self.received = False
+        # A group of its own on the CPU: to ask the other processes must not wait for an accelerator.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Catches the signals for as long as the context lasts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets no other thread set handlers
+            return
+        previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked; the same answer on all of them. Each must call it equally often."""
+        return self.any(self.received)
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any process."""
+        if self.group is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(flags)
 
 
-def start(args: argparse.Namespace) -> Accelerator:
-    """What a script does first: sets up the processes, then seeds them, before anything is drawn at random."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        # An epoch's last batches do not make a step by themselves: its gradient would be too small.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-        step_scheduler_with_optimizer=False,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    set_seed(args.seed, device_specific=True)
-    return accelerator
+class Means:
+    """Means of the terms of a loss over the steps between two log entries, in all and by quarter of the timesteps."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row counts images
+
+    @staticmethod
+    def of_batch(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sums of one batch, `(1 + terms, quarters)`."""
+        quarter = torch.nn.functional.one_hot(terms["quarter"], NUM_QUARTERS).float()  # (batch, quarters)
+        values = [torch.ones_like(quarter[:, 0])]
+        values += [term.detach().float() for name, term in terms.items() if name != "quarter"]
+        return torch.stack(values) @ quarter
+
+    def add(self, names: list[str], sums: torch.Tensor) -> None:
+        """Adds the sums of one or more batches."""
+        self.names = names
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def finite(self) -> torch.Tensor:
+        """Whether all that was added is."""
+        return torch.tensor(True) if self.sums is None else self.sums.isfinite().all()
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes, by name; begins anew."""
+        if self.sums is None:
+            return {}
+        counts, *sums = accelerator.reduce(self.sums, "sum").tolist()
+        self.sums = None
+        means = {}
+        for name, by_quarter in zip(self.names, sums):
+            means[name] = sum(by_quarter) / sum(counts)
+            for quarter, count in enumerate(counts):
+                if count:
+                    means[f"{name}_quarter_{quarter}"] = by_quarter[quarter] / count
+        return means
 
 
 class Trainer:
@@ -185,11 +169,12 @@ class Trainer:
     Runs optimizer steps, and keeps what they need to go on after an interruption.
 
     Args:
-        args: Parsed `add_training_arguments`.
+        args: Parsed options.
         accelerator: Of `start`.
         model: What is trained.
-        dataset: Its training images.
-        ema_decay: Constant rate of the moving average of the weights; `None` keeps none.
+        images: Its training images.
+        ema_decays: Constant rates of the moving averages of the weights.
+        stateful: Object with a `state_dict` that belongs to the state of the training.
     """
 
     def __init__(
@@ -197,78 +182,101 @@ class Trainer:
         args: argparse.Namespace,
         accelerator: Accelerator,
         model: torch.nn.Module,
-        dataset: Dataset,
-        ema_decay: float | None = None,
+        images: LabelledImages,
+        ema_decays: tuple[float, ...] = (),
+        stateful: torch.nn.Module | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
-        check_options(args, len(dataset), accelerator.num_processes)
-        if args.resume_from_checkpoint is None and self._checkpoints():
+        check_options(args, len(images), accelerator.num_processes)
+        if args.resume_from_checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
                 " folder."
             )
-        if args.pretrained_model_name_or_path:
+        self.resumed_from = self._find_checkpoint()
+        if args.pretrained_model_name_or_path and self.resumed_from is None:
             load_pretrained(model, args.pretrained_model_name_or_path)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-        )
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        optimizer = self._build_optimizer(model)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer,
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        # Each pass over the data draws a seed for its workers: from a generator of its own, or what the model draws would
-        # depend on how often a run was resumed.
-        self.worker_seeds = torch.Generator()
+        self.images = images
         loader = DataLoader(
-            dataset,
+            images,
             batch_size=args.train_batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
-            generator=self.worker_seeds,
+            pin_memory=accelerator.device.type == "cuda",
+            # Of its own: each pass draws a seed for the workers, and what the model draws must not depend on how many
+            # passes a run has begun.
+            generator=torch.Generator(),
         )
-        self.model, self.optimizer, self.lr_scheduler, self.loader = self.accelerator.prepare(
+        self.model, self.optimizer, self.lr_scheduler, self.loader = accelerator.prepare(
             model, optimizer, lr_scheduler, loader
         )
-        self.ema = None
-        if ema_decay is not None:
-            # All three together make the rate constant, as ADM's is; EMAModel by itself ramps it up.
-            self.ema = EMAModel(
-                self.unwrapped_model.parameters(),
-                decay=ema_decay,
-                min_decay=ema_decay,
-                update_after_step=-1,
-                foreach=True,
-            )
-            self.ema.to(self.accelerator.device)
-            if args.max_train_steps < 5 / (1 - ema_decay):
-                logger.warning(
-                    "An average of rate %g remembers the initial weights for %d steps; this run takes %d.",
-                    ema_decay, round(5 / (1 - ema_decay)), args.max_train_steps,
-                )  # fmt: skip
+        if stateful is not None:
+            accelerator.register_for_checkpointing(stateful)
+        self.averages = {decay: self._build_average(decay) for decay in ema_decays}
+        self.stop = StopRequest(accelerator)
+        self.means = Means()
         self.global_step = 0
         self.epoch = 0
-        self.batches_into_epoch = 0
-        if self.accelerator.is_main_process:
+        self.images_into_epoch = 0
+        if accelerator.is_main_process:
             args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.report_to:
-            self.accelerator.init_trackers("diffusers-adm", config={k: str(v) for k, v in vars(args).items()})
-        if args.resume_from_checkpoint:
-            self._resume(args.resume_from_checkpoint)
+            config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+            accelerator.init_trackers("diffusers-adm", config=config)
+        if self.resumed_from is not None:
+            self._resume(self.resumed_from)
+
+    def _build_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        args = self.args
+        options = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "weight_decay": args.adam_weight_decay,
+            "eps": args.adam_epsilon,
+        }
+        if args.use_8bit_adam:
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+            return AdamW8bit(model.parameters(), **options)
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+
+    def _build_average(self, decay: float) -> EMAModel:
+        if self.args.max_train_steps < 5 / (1 - decay):
+            logger.warning(
+                "An average of rate %g remembers the initial weights for %d steps; this run takes %d.",
+                decay, round(5 / (1 - decay)), self.args.max_train_steps,
+            )  # fmt: skip
+        # All three together make the rate constant, as ADM's is; EMAModel by itself ramps it up.
+        average = EMAModel(
+            self.unwrapped_model.parameters(), decay=decay, min_decay=decay, update_after_step=-1, foreach=True
+        )
+        average.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        return average
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, and the run was not asked to stop before it was validated."""
+        return self.global_step == self.args.max_train_steps and not self.stop.received
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
         """The model without what accelerate wraps round it."""
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def train(
         self,
@@ -276,72 +284,110 @@ class Trainer:
         validate: Callable[[], None] | None = None,
     ) -> None:
         """
-        Takes optimizer steps up to `max_train_steps`.
+        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop; a checkpoint is left then.
 
         Args:
-            losses: Of the model and a batch, terms `(batch,)` or scalar to log; `"loss"` is minimised.
+            losses: Of the model and a batch, terms `(batch,)` to log; `"loss"` is minimised, and `"quarter"` is that of
+                the timesteps, an integer.
             validate: Called every `validation_steps` and at the end, on all processes, with the model in eval mode. It
-                draws nothing from the global random state, which a resumed run would miss.
+                draws nothing from the global random state, which a resumed run would miss, and returns early if
+                `stop` was received.
+
+        Raises:
+            RuntimeError: If the loss is not finite, or fp16 has overflowed `max_skipped_steps` times in a row; the last
+                checkpoint is from before.
         """
-        args, accelerator = self.args, self.accelerator
-        sums: dict[str, torch.Tensor] = {}
-        micro_batches, logged_at, logged_step = 0, time.monotonic(), self.global_step
         self.model.train()
+        with self.stop.listening(), self._progress_bar() as progress:
+            finished = self._run(losses, validate, progress)
+            # Outside the steps: a run that was stopped in its last validation does it again when it resumes.
+            if finished and validate is not None:
+                self._validate(validate)
+        self.accelerator.end_training()
+
+    def _run(self, losses: Callable, validate: Callable | None, progress: tqdm) -> bool:
+        """Whether all steps were taken."""
+        args, accelerator = self.args, self.accelerator
+        pending, skipped_in_a_row = None, 0
+        self.logged_at, self.logged_step = time.monotonic(), self.global_step
         while self.global_step < args.max_train_steps:
-            self.worker_seeds.manual_seed(
-                args.seed + accelerator.num_processes * self.epoch + accelerator.process_index
-            )
-            self.loader.set_epoch(self.epoch)
-            loader = self.loader
-            if self.batches_into_epoch:
-                loader = accelerator.skip_first_batches(self.loader, self.batches_into_epoch)
-                loader.set_epoch(self.epoch)
-            for batch in loader:
+            for batch in self._epoch_loader():
                 with accelerator.accumulate(self.model):
+                    if args.channels_last:
+                        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
                     terms = losses(self.model, batch)
                     accelerator.backward(terms["loss"].mean())
                     if accelerator.sync_gradients:
-                        max_norm = float("inf") if args.max_grad_norm is None else args.max_grad_norm
-                        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                        grad_norm = self._gradient_norm()
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach().mean()
-                micro_batches += 1
-                self.batches_into_epoch += 1
+                sums = Means.of_batch(terms)
+                pending = sums if pending is None else pending + sums
+                self.images_into_epoch += args.train_batch_size * accelerator.num_processes
                 if not accelerator.sync_gradients:
                     continue
-                # A step that fp16's loss scaling skipped changed nothing: neither the average nor the rate moves.
-                if not accelerator.optimizer_step_was_skipped:
+
+                # A step that fp16's loss scaling skipped changed nothing: neither the averages nor the rate move.
+                if accelerator.optimizer_step_was_skipped:
+                    skipped_in_a_row += 1
+                    if skipped_in_a_row >= args.max_skipped_steps:
+                        raise RuntimeError(
+                            f"{skipped_in_a_row} steps in a row overflowed fp16 before step {self.global_step}: try"
+                            f" --mixed_precision bf16. {self._last_checkpoint()}"
+                        )
+                else:
+                    skipped_in_a_row = 0
+                    self.means.add([name for name in terms if name != "quarter"], pending)
                     self.lr_scheduler.step()
-                    if self.ema is not None:
-                        self.ema.step(self.unwrapped_model.parameters())
+                    self._update_averages()
+                pending = None
                 self.global_step += 1
-                if self.global_step % args.logging_steps == 0:
-                    means = {
-                        name: accelerator.reduce(total, "mean").item() / micro_batches for name, total in sums.items()
-                    }
-                    images = (self.global_step - logged_step) * accelerator.gradient_accumulation_steps
-                    images *= args.train_batch_size * accelerator.num_processes
-                    means["grad_norm"] = grad_norm.item()
-                    means["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-                    means["images_per_second"] = images / (time.monotonic() - logged_at)
-                    self.log(means)
-                    sums, micro_batches = {}, 0
-                    logged_at, logged_step = time.monotonic(), self.global_step
+                progress.update()
+
                 last = self.global_step == args.max_train_steps
-                if last or self.global_step % args.checkpointing_steps == 0:
-                    self.save_checkpoint()
-                if validate is not None and not last and self.global_step % args.validation_steps == 0:
-                    self._validate(validate)
+                stopping = self.stop.agreed()
+                if self.global_step % args.logging_steps == 0:
+                    self._log_training(grad_norm)
+                if last or stopping or self.global_step % args.checkpointing_steps == 0:
+                    self.save_checkpoint(must_succeed=last or stopping)
+                if validate is not None and not last and not stopping:
+                    if self.global_step % args.validation_steps == 0:
+                        self._validate(validate)
+                        if self.stop.agreed():
+                            self.save_checkpoint(must_succeed=True)
+                            stopping = True
+                if stopping and not last:
+                    accelerator.print(f"Asked to stop: saved checkpoint-{self.global_step}.", flush=True)
+                    return False
                 if last:
-                    break
-            else:
-                self.epoch, self.batches_into_epoch = self.epoch + 1, 0
-        # Outside the loop: a run that was stopped in its last validation does it again when it resumes.
-        if validate is not None:
-            self._validate(validate)
-        accelerator.end_training()
+                    return True
+            self.epoch, self.images_into_epoch = self.epoch + 1, 0
+        return True
+
+    def _epoch_loader(self) -> DataLoader:
+        """The rest of the epoch."""
+        self.images.set_epoch(self.epoch)
+        batches = self.images_into_epoch // (self.args.train_batch_size * self.accelerator.num_processes)
+        loader = self.accelerator.skip_first_batches(self.loader, batches) if batches else self.loader
+        loader.set_epoch(self.epoch)
+        return loader
+
+    def _gradient_norm(self) -> torch.Tensor:
+        if self.args.max_grad_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        )
+
+    def _update_averages(self) -> None:
+        if not self.averages:
+            return
+        parameters = list(self.unwrapped_model.parameters())
+        if self.args.offload_ema:
+            parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
+        for average in self.averages.values():
+            average.step(parameters)
 
     def _validate(self, validate: Callable[[], None]) -> None:
         self.model.eval()
@@ -350,15 +396,39 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def averaged_weights(self):
-        """Puts the moving average in the place of the weights, for as long as the context lasts."""
+    def averaged_weights(self, decay: float):
+        """Puts a moving average in the place of the weights, for as long as the context lasts."""
         parameters = list(self.unwrapped_model.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
+        average = self.averages[decay]
+        average.store(parameters)
+        average.copy_to(parameters)
         try:
             yield
         finally:
-            self.ema.restore(parameters)
+            average.restore(parameters)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.args.max_train_steps,
+            initial=self.global_step,
+            unit="step",
+            disable=None if self.accelerator.is_main_process else True,  # None: shown on a terminal only
+        )
+
+    def _log_training(self, grad_norm: torch.Tensor) -> None:
+        values = self.means.take(self.accelerator)
+        steps, seconds = self.global_step - self.logged_step, time.monotonic() - self.logged_at
+        images = steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        values["grad_norm"] = grad_norm.item()
+        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        values["images_per_second"] = images * self.accelerator.num_processes / seconds
+        if self.accelerator.scaler is not None:
+            values["loss_scale"] = self.accelerator.scaler.get_scale()
+        if self.accelerator.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.log(values)
+        self._check_finite(math.isfinite(values.get("loss", 0.0)))
+        self.logged_at, self.logged_step = time.monotonic(), self.global_step
 
     def log(self, values: dict[str, float]) -> None:
         """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
@@ -366,52 +436,93 @@ class Trainer:
         if self.accelerator.is_main_process:
             with open(self.args.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.global_step, **values}) + "\n")
-            print(f"step {self.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
+            brief = (f"{name} {value:.4g}" for name, value in values.items() if "_quarter_" not in name)
+            tqdm.write(f"step {self.global_step}: " + ", ".join(brief))
 
-    def save_checkpoint(self) -> None:
-        """Writes `checkpoint-N` under another name, renames it, and only then removes the oldest."""
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
+            raise RuntimeError(f"The loss is not finite before step {self.global_step}. {self._last_checkpoint()}")
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = list_checkpoints(self.args.output_dir)
+        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+
+    def save_checkpoint(self, must_succeed: bool = False) -> None:
+        """
+        Writes `checkpoint-N` under another name, flushes and renames it, and only then removes the oldest.
+
+        Args:
+            must_succeed: If not, training goes on when it cannot be written: the disk may have room the next time.
+        """
+        self._check_finite(not self.stop.any(not self.means.finite().item()))
         folder = self.args.output_dir / f"checkpoint-{self.global_step}"
-        partial = folder.with_name("partial-" + folder.name)
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        partial = partial_name(folder)
+        failure = None
+        try:
+            self._write_checkpoint(partial)
+        except Exception as error:  # of safetensors, torch or the system, as it happens
+            failure = error
+        if self.stop.any(failure is not None):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            if must_succeed:
+                raise failure or RuntimeError("Another process could not write its part of the checkpoint.")
+            logger.error("Cannot write %s: %s. %s", folder, failure, self._last_checkpoint())
+            return
         if self.accelerator.is_main_process:
-            if self.ema is not None:
-                names = [name for name, _ in self.unwrapped_model.named_parameters()]
-                save_file(dict(zip(names, self.ema.shadow_params)), partial / "ema.safetensors")
-            state = {
-                "global_step": self.global_step,
-                "epoch": self.epoch,
-                "batches_into_epoch": self.batches_into_epoch,
-            }
-            (partial / "trainer_state.json").write_text(json.dumps(state))
             replace_folder(partial, folder)
-            for old in self._checkpoints()[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            remove_old_checkpoints(self.args.output_dir, self.args.checkpoints_total_limit, self.args.keep_every)
         self.accelerator.wait_for_everyone()
 
-    def _checkpoints(self) -> list[Path]:
-        folders = self.args.output_dir.glob("checkpoint-*")
-        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if not self.accelerator.is_main_process:
+            return
+        names = [name for name, _ in self.unwrapped_model.named_parameters()]
+        for decay, average in self.averages.items():
+            save_file(dict(zip(names, average.shadow_params)), folder / f"ema-{decay:g}.safetensors")
+        state = {
+            "global_step": self.global_step,
+            "epoch": self.epoch,
+            "images_into_epoch": self.images_into_epoch,
+            "num_processes": self.accelerator.num_processes,
+        }
+        (folder / "options.yaml").write_text(as_yaml(self.args))
+        (folder / "trainer_state.json").write_text(json.dumps(state))
 
-    def _resume(self, name: str) -> None:
+    def _find_checkpoint(self) -> Path | None:
+        name = self.args.resume_from_checkpoint
+        if name is None:
+            return None
         if name == "latest":
-            checkpoints = self._checkpoints()
+            checkpoints = list_checkpoints(self.args.output_dir)
             if not checkpoints:
                 self.accelerator.print(f"No checkpoint in {self.args.output_dir} yet: starting from the beginning.")
-                return
-            folder = checkpoints[-1]
-        else:
-            folder = Path(name)
-            if not (folder / "trainer_state.json").is_file():
-                raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
+                return None
+            return checkpoints[-1]
+        folder = Path(name)
+        if not (folder / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
+        return folder
+
+    def _resume(self, folder: Path) -> None:
+        differing = contradictions(self.args, (folder / "options.yaml").read_text())
+        if differing:
+            raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
         state = json.loads((folder / "trainer_state.json").read_text())
+        if state["num_processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "%s was written by %d processes, and %d go on: what is drawn at random from here on, and the order of"
+                " the images, are others than without the interruption.",
+                folder, state["num_processes"], self.accelerator.num_processes,
+            )  # fmt: skip
         self.accelerator.load_state(str(folder))
-        if self.ema is not None:
-            averages = load_file(folder / "ema.safetensors", device=str(self.accelerator.device))
-            for (name, _), shadow in zip(self.unwrapped_model.named_parameters(), self.ema.shadow_params):
-                shadow.copy_(averages[name])
-            self.ema.optimization_step = state["global_step"]
+        for decay, average in self.averages.items():
+            saved = load_file(folder / f"ema-{decay:g}.safetensors")
+            for (name, _), shadow in zip(self.unwrapped_model.named_parameters(), average.shadow_params):
+                shadow.copy_(saved[name])
+            average.optimization_step = state["global_step"]
         self.global_step = state["global_step"]
         self.epoch = state["epoch"]
-        self.batches_into_epoch = state["batches_into_epoch"]
+        self.images_into_epoch = state["images_into_epoch"]
         self.accelerator.print(f"Resumed from {folder} at step {self.global_step}.", flush=True)

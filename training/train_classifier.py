@@ -7,32 +7,30 @@ Cross-entropy on noised images at uniformly drawn timesteps, AdamW with weight d
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from diffusers_adm.calibration import expected_calibration_error
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
-from diffusers_adm.training.data import load_images
-from diffusers_adm.training.loop import (
-    Trainer,
-    add_training_arguments,
-    architecture,
-    build_noise_scheduler,
-    save_whole,
-    start,
-)
+from diffusers_adm.training.arguments import architecture, build_noise_scheduler, build_parser, parse
+from diffusers_adm.training.checkpoints import save_whole
+from diffusers_adm.training.data import class_names, load_images
+from diffusers_adm.training.loop import NUM_QUARTERS, Trainer, quarter_of, start
+from diffusers_adm.training.plan import print_plan
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, from the command line or from a list of words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_training_arguments(parser)
+    parser = build_parser(__doc__)
     parser.set_defaults(crop="random", learning_rate=3e-4, lr_scheduler="linear", adam_weight_decay=0.05)
     group = parser.add_argument_group("classifier")
-    group.add_argument("--validation_split", default=None, help="Split of the dataset to measure accuracy on.")
     group.add_argument("--pool", choices=POOLS, default="attention")
-    return parser.parse_args(argv)
+    group.add_argument(
+        "--entropy_weight", type=float, default=0.0, help="Of the penalty on confidence; 0.1 in its paper."
+    )
+    return parse(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,15 +41,14 @@ def main(args: argparse.Namespace) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     accelerator = start(args)
-    images = load_images(args, args.train_split, augment=True)
-    if images.class_names is None:
-        raise ValueError("The dataset has no labels: name them by --label_column.")
-    classifier = NoisyClassifier(
-        num_classes=len(images.class_names),
-        pool=args.pool,
-        **architecture(args),
-    )
-    trainer = Trainer(args, accelerator, classifier, images.dataset)
+    with accelerator.main_process_first():
+        images, held_out = load_images(args)
+    names = class_names(images)
+    classifier = NoisyClassifier(num_classes=len(names), pool=args.pool, **architecture(args))
+    if args.dry_run:
+        print_plan(args, accelerator, classifier, len(images))
+        return
+    trainer = Trainer(args, accelerator, classifier, images)
     schedule = NoiseSchedule.from_config(build_noise_scheduler(args).config).to(accelerator.device)
 
     def noised_logits(
@@ -61,43 +58,52 @@ def main(args: argparse.Namespace) -> None:
         timestep = torch.randint(len(schedule), x_0.shape[:1], generator=generator, device=device)  # (batch,)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
         x_t = add_noise(schedule, x_0, timestep, noise)  # (batch, channels, resolution, resolution)
-        return model(x_t, timestep).logits.float(), timestep  # (batch, num_classes), (batch,)
+        logits = model(x_t, timestep).logits.float()  # (batch, num_classes)
+        return logits, quarter_of(timestep, len(schedule))
 
     def losses(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-        logits, _ = noised_logits(model, batch["image"])
-        correct = logits.argmax(dim=1) == batch["label"]
-        return {"loss": F.cross_entropy(logits, batch["label"], reduction="none"), "accuracy": correct.float()}
+        logits, quarter = noised_logits(model, batch["image"])
+        loss = classifier_loss(logits, batch["label"], args.entropy_weight)
+        return {"loss": loss, **right_answers(logits, batch["label"]), "quarter": quarter}
 
     validate = None
-    if args.validation_split:
-        held_out = load_images(args, args.validation_split, augment=False).dataset
+    if held_out is not None:
         loader = DataLoader(held_out, batch_size=args.train_batch_size, generator=torch.Generator())
         loader = accelerator.prepare(loader)
 
         @torch.no_grad()
         def validate() -> None:
-            """Accuracy on the held-out split by quarter of the timesteps, least noise first."""
+            """Accuracy and calibration on the held-out images, by quarter of the timesteps, least noise first."""
             # The same timesteps and noise each time, and none from the stream that training draws from.
             generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
-            quarters, hits = [], []
+            gathered = []
             for batch in loader:
-                logits, timestep = noised_logits(trainer.model, batch["image"], generator)
-                hit = logits.argmax(dim=1) == batch["label"]
-                timestep, hit = accelerator.gather_for_metrics((timestep, hit))
-                quarters.append(4 * timestep // len(schedule))
-                hits.append(hit)
-            quarters, hits = torch.cat(quarters), torch.cat(hits).float()
-            trainer.log(
-                {
-                    f"validation_accuracy_quarter_{q}": hits[quarters == q].mean().item()
-                    for q in range(4)
-                    if (quarters == q).any()
-                }
-            )
+                logits, quarter = noised_logits(trainer.model, batch["image"], generator)
+                answers = right_answers(logits, batch["label"])
+                columns = [quarter, logits.softmax(dim=1).amax(dim=1), *answers.values()]
+                gathered.append(accelerator.gather_for_metrics(torch.stack([c.float() for c in columns], dim=1)))
+                if trainer.stop.agreed():
+                    return
+            quarter, confidence, *answers = torch.cat(gathered).unbind(dim=1)
+            values = {}
+            for q in range(NUM_QUARTERS):
+                inside = quarter == q
+                if inside.any():
+                    for name, answer in zip(("accuracy", "accuracy_top5"), answers):
+                        values[f"validation_{name}_quarter_{q}"] = answer[inside].mean().item()
+                    error = expected_calibration_error(confidence[inside], answers[0][inside])
+                    values[f"validation_calibration_error_quarter_{q}"] = error
+            trainer.log(values)
 
     trainer.train(losses, validate)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and trainer.finished:
         save_whole(classifier, args.output_dir / "classifier")
+
+
+def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Whether the label is the likeliest class, and whether it is among the five likeliest: `(batch,)` each."""
+    likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (batch, 5)
+    return {"accuracy": likeliest[:, 0].float(), "accuracy_top5": likeliest.any(dim=1).float()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""The options of the training scripts: their groups, configuration files, and what may not contradict what."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import DDPMScheduler
+
+from diffusers_adm.openai_flags import BETA_SCHEDULES, Flags, build_scheduler
+from diffusers_adm.training.data import add_data_arguments
+
+
+# What a resumed run may be given anew. All else decides what is trained, or the order of what it sees.
+RESUMABLE_OPTIONS = {
+    "allow_tf32", "cache_dir", "channels_last", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
+    "dataloader_num_workers", "dataset_name", "data_files", "dry_run", "gradient_checkpointing", "hub_model_id",
+    "hub_private_repo", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
+    "max_grad_norm", "max_skipped_steps", "max_train_steps", "num_validation_images", "offload_ema", "output_dir", "preset",
+    "pretrained_model_name_or_path", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
+    "validation_steps",
+}  # fmt: skip
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts share, in groups."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=preset_names(), default=None, help="Recipe whose options are the defaults."
+    )
+    parser.add_argument(
+        "--config", type=Path, default=None, help="YAML file of options; what the command line gives wins over it."
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Print size, cost and memory of what would be trained, and stop."
+    )
+    add_data_arguments(parser)
+
+    group = parser.add_argument_group("architecture")
+    group.add_argument("--model_channels", type=int, default=128)
+    group.add_argument("--channel_mult", type=numbers(float), default=(1, 2, 3, 4), help="For example 0.5,1,2.")
+    group.add_argument("--layers_per_block", type=int, default=2)
+    group.add_argument("--attention_resolutions", type=numbers(int), default=(32, 16, 8), help="In pixels.")
+    group.add_argument("--attention_head_dim", type=int, default=64)
+    group.add_argument("--num_attention_heads", type=int, default=None, help="Instead of the heads' width.")
+    group.add_argument("--norm_num_groups", type=int, default=32)
+    group.add_argument("--resnet_time_scale_shift", choices=("scale_shift", "default"), default="scale_shift")
+    group.add_argument("--resample_type", choices=("resnet", "conv"), default="resnet")
+    group.add_argument("--output_scale_factor", type=float, default=1.0, help="1.4142 for the paper's ablation.")
+    group.add_argument("--dropout", type=float, default=0.0)
+    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--pretrained_model_name_or_path", help="Model of the same architecture to start from.")
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--noise_schedule", choices=BETA_SCHEDULES, default="linear")
+    group.add_argument("--num_train_timesteps", type=int, default=1000)
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--train_batch_size", type=int, default=64, help="Of one process, in one forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--max_train_steps", type=int, default=None, help="Optimizer steps; must be given somewhere.")
+    group.add_argument("--learning_rate", type=float, default=1e-4)
+    group.add_argument("--lr_scheduler", default="constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=0.0)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; default: never."
+    )
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
+    group.add_argument(
+        "--max_skipped_steps", type=int, default=50, help="Stop after so many overflows of fp16 in a row."
+    )
+    group.add_argument("--allow_tf32", action="store_true")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model.")
+    group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
+    group.add_argument("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", type=Path, required=True)
+    group.add_argument("--checkpointing_steps", type=int, default=5000)
+    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--keep_every", type=int, default=None, help="Keep checkpoints of multiples of it for good.")
+    group.add_argument("--resume_from_checkpoint", default=None, help='Folder of a checkpoint, or "latest".')
+    group.add_argument("--logging_steps", type=int, default=50)
+    group.add_argument("--validation_steps", type=int, default=5000)
+    group.add_argument("--report_to", default=None, help="A tracker of accelerate: tensorboard, wandb, ...")
+    return parser
+
+
+def numbers(kind: type) -> Callable[[str], tuple]:
+    """What parses numbers with commas between them."""
+
+    def parse(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    return parse
+
+
+def preset_names() -> list[str]:
+    """The recipes that ship with this package."""
+    folder = resources.files("diffusers_adm.training") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """
+    Parses the command line; under it lies what `--config` gives, and under that what `--preset` gives.
+
+    Raises:
+        ValueError: If a configuration file is not a table of options.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=preset_names())
+    first.add_argument("--config", type=Path)
+    files, _ = first.parse_known_args(argv)
+    words = []
+    if files.preset is not None:
+        preset = resources.files("diffusers_adm.training") / "presets" / f"{files.preset}.yaml"
+        words += _as_words(parser, preset.read_text(), f"--preset {files.preset}")
+    if files.config is not None:
+        if not files.config.is_file():
+            raise ValueError(f"--config {files.config}: there is no such file.")
+        words += _as_words(parser, files.config.read_text(), f"--config {files.config}")
+    args = parser.parse_args([*words, *argv])
+    if args.max_train_steps is None:
+        parser.error("--max_train_steps must be given: on the command line, by --config or by --preset.")
+    return args
+
+
+def _as_words(parser: argparse.ArgumentParser, text: str, source: str) -> list[str]:
+    """Options of a YAML table as words of a command line, so that they are checked as those are."""
+    table = yaml.safe_load(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"{source} is not a table of options and values.")
+    options = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value in table.items():
+        if name not in options:
+            raise ValueError(f"{source}: this script has no option {name!r}.")
+        action = options[name]
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            if value or isinstance(action, argparse.BooleanOptionalAction):
+                words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)] if action.nargs else [f"--{name}", ",".join(map(str, value))]
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def as_yaml(args: argparse.Namespace) -> str:
+    """All options as a file that `--config` takes; a token stays out of it."""
+    table = {}
+    for name, value in vars(args).items():
+        if name in ("config", "dry_run", "hub_token"):
+            continue
+        table[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(table, sort_keys=False)
+
+
+def contradictions(args: argparse.Namespace, text: str) -> list[str]:
+    """Options that differ from those of the interrupted run, as "name now (then)", where they may not."""
+    now, then = yaml.safe_load(as_yaml(args)), yaml.safe_load(text)
+    return [
+        f"--{name} {now[name]} (was {then[name]})"
+        for name in now
+        if name not in RESUMABLE_OPTIONS and name in then and now[name] != then[name]
+    ]
+
+
+def build_noise_scheduler(
+    args: argparse.Namespace, learn_sigma: bool = True, predict_xstart: bool = False
+) -> DDPMScheduler:
+    """
+    The scheduler that is trained with, and saved beside the UNet.
+
+    Raises:
+        ValueError: If there are too few timesteps for the schedule.
+    """
+    flags = Flags(
+        diffusion_steps=args.num_train_timesteps, noise_schedule=args.noise_schedule, predict_xstart=predict_xstart
+    )
+    return build_scheduler(flags, learn_sigma)
+
+
+def architecture(args: argparse.Namespace) -> dict[str, Any]:
+    """The part of a model's config that all models share."""
+    return {
+        "sample_size": args.resolution,
+        "in_channels": args.in_channels,
+        "model_channels": args.model_channels,
+        "channel_mult": args.channel_mult,
+        "layers_per_block": args.layers_per_block,
+        "attention_resolutions": args.attention_resolutions,
+        "attention_head_dim": None if args.num_attention_heads else args.attention_head_dim,
+        "num_attention_heads": args.num_attention_heads,
+        "norm_num_groups": args.norm_num_groups,
+        "resnet_time_scale_shift": args.resnet_time_scale_shift,
+        "downsample_type": args.resample_type,
+        "output_scale_factor": args.output_scale_factor,
+        "dropout": args.dropout,
+    }
+
+
+def check_options(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
+    """Raises a ValueError if options are out of their range, or there are too few images for one batch a process."""
+    for name in (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "validation_steps",
+        "max_skipped_steps",
+    ):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    if num_images < args.train_batch_size * num_processes:
+        raise ValueError(
+            f"{num_images} images do not fill a batch of {args.train_batch_size} on each of {num_processes} processes."
+        )

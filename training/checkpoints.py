@@ -1,0 +1,66 @@
+"""Folders that are there whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, ModelMixin
+
+
+def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
+    """`save_pretrained` under another name, then renamed: whoever reads the folder finds all of it."""
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    replace_folder(partial, folder)
+
+
+def partial_name(folder: Path) -> Path:
+    """What a folder is called while it is written."""
+    return folder.with_name("partial-" + folder.name)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of another, which is removed last."""
+    flush(partial)
+    old = folder.with_name("old-" + folder.name)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    _flush_one(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Waits until all of a folder is on the disk: a name may reach it before what it names."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N`, by their steps."""
+    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The N of `checkpoint-N`."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> None:
+    """Leaves the latest `limit`, and those of multiples of `keep_every`; clears away what was never finished."""
+    temporary = [
+        path for path in list_checkpoints(folder) if keep_every is None or checkpoint_step(path) % keep_every != 0
+    ]
+    for path in (*temporary[:-limit], *folder.glob("partial-checkpoint-*")):
+        shutil.rmtree(path)
