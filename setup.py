@@ -25,7 +25,7 @@ setup(
         "diffusers_adm.training": "training",
         "diffusers_adm.model_cards": "model_cards",
     },
-    package_data={"diffusers_adm.model_cards": ["*/*", "*/*/*"]},
+    package_data={"diffusers_adm.model_cards": ["*/*", "*/*/*"], "diffusers_adm.training": ["presets/*.yaml"]},
     install_requires=[
         "accelerate>=1.0",
         "diffusers>=0.42.1",
@@ -36,9 +36,9 @@ setup(
         "torchvision",
     ],
     extras_require={
-        "train": ["datasets>=4.0", "tensorboard"],
+        "train": ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"],
         "eval": ["scipy"],
-        "test": ["datasets>=4.0", "pytest>=8", "ruff==0.17.6", "setuptools>=77"],
+        "test": ["datasets>=4.0", "pyyaml", "tqdm", "pytest>=8", "ruff==0.17.6", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
 )

@@ -68,8 +68,21 @@ def demo(args: argparse.Namespace) -> None:
     draw_demo(args.output, args.steps, args.seed)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run` to its function."""
+def inspect_data(args: argparse.Namespace) -> None:
+    """Prints what a training run would see of a dataset."""
+    from .training import inspection
+
+    inspection.inspect_data(args)
+
+
+def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
+    """
+    The parser of all commands; each sets `run` to its function.
+
+    Args:
+        command_name: The command that will be parsed: options that need packages of the extra `[train]` to be known are
+            left out for all others.
+    """
     parser = argparse.ArgumentParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -91,6 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the first column (default: %(default)s)")
     command.set_defaults(run=demo)
+
+    command = commands.add_parser(
+        "inspect-data", help="print classes, counts, sizes and unreadable files of a dataset to train on"
+    )
+    if command_name == "inspect-data":
+        from .training.data import add_data_arguments
+
+        add_data_arguments(command)
+        command.add_argument("--seed", type=int, default=0, help="of what is held out or chosen at random")
+    command.set_defaults(run=inspect_data)
     return parser
 
 
@@ -104,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 if what was given cannot be used.
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError) as error:

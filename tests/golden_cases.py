@@ -3,6 +3,7 @@
 `golden/<case>/case.json` holds its flags and seeds, `io.npz` the recorded numbers. Weights are drawn anew from the seed.
 """
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import torch
 
 
 GOLDEN = Path(__file__).parent / "golden"
+# Each released checkpoint's flags and tensors, recorded from the published code.
+RELEASED = json.loads(gzip.decompress((GOLDEN / "released.json.gz").read_bytes()))
+
+
+def meta_state_dict(file: str) -> dict[str, torch.Tensor]:
+    """A released checkpoint's tensors without their values."""
+    return {name: torch.empty(shape, device="meta") for name, shape in RELEASED[file]["parameters"]}
 
 
 def load_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -1,7 +1,5 @@
 """Published checkpoints: conversion both ways, flags, files, the pipeline around them, the command line."""
 
-import gzip
-import json
 import os
 import pickle
 import subprocess
@@ -9,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from golden_cases import GOLDEN, draw_weights, load_case, published_flags
+from golden_cases import RELEASED, draw_weights, load_case, meta_state_dict, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.cli import main
@@ -17,16 +15,10 @@ from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
 
 
-# Each released checkpoint's flags and tensors, recorded from the published code.
-RELEASED = json.loads(gzip.decompress((GOLDEN / "released.json.gz").read_bytes()))
 # The multipliers that the published code takes for an image size; a super-resolution UNet has those of 256 at any.
 CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 UNET_CASES = ("unet_class_conditional", "unet_unconditional_plain", "upsampler")
 CLASSIFIER_CASES = ("classifier_attention", "classifier_adaptive", "classifier_spatial", "classifier_spatial_v2")
-
-
-def meta_state_dict(file):
-    return {name: torch.empty(shape, device="meta") for name, shape in RELEASED[file]["parameters"]}
 
 
 def model_class(case):

@@ -61,6 +61,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--train_batch_size", type=int, default=64, help="Of one process, in one forward pass.")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument(
+        "--total_batch_size", type=int, default=None, help="Of one step of all processes: sets the accumulation."
+    )
     group.add_argument("--max_train_steps", type=int, default=None, help="Optimizer steps; must be given somewhere.")
     group.add_argument("--learning_rate", type=float, default=1e-4)
     group.add_argument("--lr_scheduler", default="constant")
@@ -171,10 +174,13 @@ def as_yaml(args: argparse.Namespace) -> str:
 def contradictions(args: argparse.Namespace, text: str) -> list[str]:
     """Options that differ from those of the interrupted run, as "name now (then)", where they may not."""
     now, then = yaml.safe_load(as_yaml(args)), yaml.safe_load(text)
+    free = RESUMABLE_OPTIONS
+    if args.total_batch_size is not None:  # how it is divided depends on the number of processes
+        free = free | {"train_batch_size", "gradient_accumulation_steps"}
     return [
         f"--{name} {now[name]} (was {then[name]})"
         for name in now
-        if name not in RESUMABLE_OPTIONS and name in then and now[name] != then[name]
+        if name not in free and name in then and now[name] != then[name]
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers import ModelMixin
@@ -38,7 +38,20 @@ NUM_QUARTERS = 4
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """What a script does first: sets up the processes, then seeds them, before anything is drawn at random."""
+    """
+    What a script does first: sets up the processes, then seeds them, before anything is drawn at random.
+
+    Raises:
+        ValueError: If `total_batch_size` cannot be divided among the processes.
+    """
+    if args.total_batch_size is not None:
+        at_once = args.train_batch_size * PartialState().num_processes
+        if args.total_batch_size < at_once or args.total_batch_size % at_once:
+            raise ValueError(
+                f"--total_batch_size {args.total_batch_size} is not a multiple of {at_once}, which is --train_batch_size"
+                " times the number of processes."
+            )
+        args.gradient_accumulation_steps = args.total_batch_size // at_once
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -480,7 +493,8 @@ class Trainer:
             return
         names = [name for name, _ in self.unwrapped_model.named_parameters()]
         for decay, average in self.averages.items():
-            save_file(dict(zip(names, average.shadow_params)), folder / f"ema-{decay:g}.safetensors")
+            tensors = {name: shadow.contiguous() for name, shadow in zip(names, average.shadow_params)}
+            save_file(tensors, folder / f"ema-{decay:g}.safetensors")
         state = {
             "global_step": self.global_step,
             "epoch": self.epoch,

@@ -32,6 +32,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse(parser, argv)
 
 
+def build_unet(args: argparse.Namespace, num_classes: int | None) -> ADMUNet2DModel:
+    """The model that the options describe, with random weights."""
+    return ADMUNet2DModel(
+        out_channels=args.in_channels * (2 if args.learn_sigma else 1),
+        num_class_embeds=num_classes,
+        use_null_class=args.label_dropout > 0,
+        upsample_type=args.resample_type,
+        **architecture(args),
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """
     Trains, and saves the pipeline of the averaged weights.
@@ -48,13 +59,7 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         images, _ = load_images(args)
     names = class_names(images) if args.class_conditional else None
-    unet = ADMUNet2DModel(
-        out_channels=args.in_channels * (2 if args.learn_sigma else 1),
-        num_class_embeds=len(names) if names else None,
-        use_null_class=args.label_dropout > 0,
-        upsample_type=args.resample_type,
-        **architecture(args),
-    )
+    unet = build_unet(args, len(names) if names else None)
     if args.dry_run:
         print_plan(args, accelerator, unet, len(images))
         return

@@ -1,0 +1,168 @@
+"""Training that is killed, stopped, or out of disk space goes on as if nothing had been; these run as processes."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from diffusers_adm.training import train_classifier, train_unet
+
+
+ARCHITECTURE = (
+    "--resolution 16 --in_channels 1 --crop random --model_channels 8 --channel_mult 1,2 --layers_per_block 1"
+    " --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4 --noise_schedule cosine"
+    " --train_batch_size 2 --logging_steps 1 --learning_rate 1e-3 --lr_scheduler constant --adam_weight_decay 0"
+).split()
+UNET = [*ARCHITECTURE, *"--ema_decay 0.5,0.9 --schedule_sampler loss-second-moment --label_dropout 0.3".split()]
+TIMEOUT = 300
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A folder with a parquet file of 14 images of noise in two classes."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(0, 256, (20, 18), dtype=np.uint8)) for _ in range(14)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_dict({"image": images, "label": [i % 2 for i in range(14)]}, features=features)
+    rows.to_parquet(folder / "train.parquet")
+    return folder
+
+
+def start(script, dataset, output_dir, steps, *more, processes=1, **popen):
+    """A training process; with several, a launcher of them."""
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}".split()
+    options += [*(UNET if script is train_unet else ARCHITECTURE), "--resume_from_checkpoint", "latest", *more]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += f"-m torch.distributed.run --nproc_per_node {processes} --master_port {random.randint(20000, 60000)}".split()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([*launcher, script.__file__, *options], env=env, **popen)
+
+
+def run(*args, **kwargs):
+    process = start(*args, **kwargs)
+    assert process.wait(TIMEOUT) == 0
+
+
+def wait_for(condition, process):
+    """Polls until the condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, "the process ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def tensors(checkpoint):
+    return {path.name: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+
+
+def assert_same(checkpoint, other):
+    ours, theirs = tensors(checkpoint), tensors(other)
+    assert ours.keys() == theirs.keys() and ours
+    for name in ours:
+        for key, tensor in ours[name].items():
+            assert torch.equal(tensor, theirs[name][key]), (name, key)
+
+
+@pytest.mark.parametrize("script", [train_unet, train_classifier], ids=["unet", "classifier"])
+def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
+    # Workers, random crops and flips, and 7 batches an epoch, so that the second epoch is reached.
+    more = ["--checkpointing_steps", "2", "--dataloader_num_workers", "2", "--validation_steps", "100"]
+    run(script, dataset, tmp_path / "whole", 12, *more)
+    output = tmp_path / "killed"
+    moments = [
+        lambda: list(output.glob("partial-checkpoint-4")),  # in the middle of a save
+        lambda: (output / "checkpoint-8").exists(),  # just after one, while the oldest is removed
+    ]
+    for moment in moments:
+        process = start(script, dataset, output, 12, *more)
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert list(output.glob("checkpoint-*"))
+    run(script, dataset, output, 12, *more)
+    assert_same(output / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+    assert not list(output.glob("partial-*"))
+
+
+def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
+    more = ["--checkpointing_steps", "2"]
+    run(train_classifier, dataset, tmp_path, 2, *more)
+    before = tensors(tmp_path / "checkpoint-2")
+
+    def fill_the_disk():  # no file may grow beyond this: a write fails in its middle, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    process = start(train_classifier, dataset, tmp_path, 8, *more, preexec_fn=fill_the_disk, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    # It went on after the failure at step 4, and failed in the end: nothing it had done was saved.
+    assert process.returncode != 0 and b"checkpoint-6" in errors
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    after = tensors(tmp_path / "checkpoint-2")
+    assert all(torch.equal(after[name][key], before[name][key]) for name in before for key in before[name])
+    run(train_classifier, dataset, tmp_path, 8, *more)
+    assert (tmp_path / "checkpoint-8").exists()
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["training", "sampling"])
+def test_asked_to_stop_it_saves_and_leaves_quietly(sampling, dataset, tmp_path):
+    more = ["--validation_steps", "3" if sampling else "100000", "--num_validation_images", "500"]
+    process = start(train_unet, dataset, tmp_path, 100_000, *more, stdout=subprocess.PIPE)
+    metrics = tmp_path / "metrics.jsonl"
+    # The pipeline is saved before the pictures are drawn, which takes minutes.
+    wait_for(lambda: (tmp_path / "pipeline").exists() if sampling else metrics.exists(), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"saved checkpoint-{step}".encode() in out
+    assert not sampling or step == 3
+    run(train_unet, dataset, tmp_path, step + 2, "--num_validation_images", "2")
+    assert (tmp_path / "samples" / f"step-{step + 2}.png").exists()
+
+
+def test_two_processes_resume_exactly(dataset, tmp_path):
+    more = ["--checkpointing_steps", "3", "--num_validation_images", "3"]
+    run(train_unet, dataset, tmp_path / "whole", 6, *more, processes=2)
+    run(train_unet, dataset, tmp_path / "parts", 3, *more, processes=2)
+    run(train_unet, dataset, tmp_path / "parts", 6, *more, processes=2)
+    assert_same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+    # What is left of it goes on with one process.
+    process = start(train_unet, dataset, tmp_path / "parts", 8, *more, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0 and b"written by 2 processes, and 1 go on" in errors
+
+
+def test_two_processes_give_the_gradients_of_one(dataset, tmp_path):
+    for processes, batch_size in ((1, 4), (2, 2)):
+        command = [sys.executable]
+        if processes > 1:
+            command += (
+                f"-m torch.distributed.run --nproc_per_node 2 --master_port {random.randint(20000, 60000)}".split()
+            )
+        command += [
+            os.path.join(os.path.dirname(__file__), "first_gradients.py"),
+            str(tmp_path / f"{processes}.safetensors"),
+        ]
+        command += f"--dataset_name {dataset} --output_dir {tmp_path / str(processes)} --max_train_steps 1".split()
+        command += [*ARCHITECTURE, "--train_batch_size", str(batch_size)]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        subprocess.run(command, check=True, env=env, timeout=TIMEOUT)
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6)

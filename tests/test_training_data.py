@@ -1,0 +1,184 @@
+"""What users have for images and labels, and what training makes of it."""
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from diffusers_adm.cli import main
+from diffusers_adm.training.data import add_data_arguments, class_names, load_images, to_mode
+
+
+def arguments(*options):
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    args = parser.parse_args([*options, "--resolution", "16"])
+    args.seed = 0
+    return args
+
+
+def picture(seed, size=(20, 24)):
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two subfolders, "cat" of six images and "dog" of two."""
+    for name, count in (("cat", 6), ("dog", 2)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            picture(i).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def parquet(folder, features, **columns):
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def test_folders_are_classes(folder):
+    images, held_out = load_images(arguments("--train_data_dir", str(folder)))
+    assert class_names(images) == ["cat", "dog"] and held_out is None
+    assert [images[i]["label"] for i in range(8)] == [0] * 6 + [1] * 2
+    assert images[0]["image"].shape == (3, 16, 16)
+
+
+def test_held_out_fraction_is_of_each_class(folder):
+    images, held_out = load_images(arguments("--train_data_dir", str(folder), "--validation_fraction", "0.5"))
+    for part in (images, held_out):
+        assert sorted(part[i]["label"] for i in range(len(part))) == [0, 0, 0, 1]
+    everything, _ = load_images(arguments("--train_data_dir", str(folder), "--no-random_flip"))
+    assert len(everything) == 8
+
+
+def test_class_is_the_prefix_of_the_file_name(tmp_path):
+    for i, name in enumerate(("zebra_1", "ant_7", "zebra_2_x")):
+        picture(i).save(tmp_path / f"{name}.png")
+    options = ["--train_data_dir", str(tmp_path), "--label_from", "filename_prefix"]
+    images, _ = load_images(arguments(*options))
+    labels = {images.class_names[images[i]["label"]] for i in range(3)}
+    assert class_names(images) == ["ant", "zebra"] and labels == {"ant", "zebra"}
+    picture(9).save(tmp_path / "bee.png")
+    with pytest.raises(ValueError, match=r"bee\.png"):
+        load_images(arguments(*options))
+
+
+def test_names_and_numbers_become_classes(tmp_path):
+    pictures = [picture(i) for i in range(3)]
+    names, numbers = tmp_path / "names", tmp_path / "numbers"
+    names.mkdir(), numbers.mkdir()
+    parquet(names, {"image": Image(), "kind": Value("string")}, image=pictures, kind=["b", "a", "b"])
+    images, _ = load_images(arguments("--dataset_name", str(names), "--label_column", "kind"))
+    assert class_names(images) == ["a", "b"] and images[1]["label"] == 0
+    parquet(numbers, {"image": Image(), "kind": Value("int64")}, image=pictures, kind=[10, 0, 2])
+    images, _ = load_images(arguments("--dataset_name", str(numbers), "--label_column", "kind"))
+    assert class_names(images) == [str(i) for i in range(11)] and images[0]["label"] == 10
+
+
+def test_missing_labels_and_single_classes_are_refused(tmp_path):
+    pictures = [picture(i) for i in range(2)]
+    features = {"image": Image(), "label": ClassLabel(names=["only"])}
+    images, _ = load_images(arguments("--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 0])))
+    with pytest.raises(ValueError, match="only"):
+        class_names(images)
+    parquet(tmp_path, features, image=pictures, label=[0, -1])
+    with pytest.raises(ValueError, match="no label"):
+        load_images(arguments("--dataset_name", str(tmp_path)))
+    parquet(tmp_path, {"image": Image()}, image=pictures)
+    images, _ = load_images(arguments("--dataset_name", str(tmp_path)))
+    with pytest.raises(ValueError, match="--label_column"):
+        class_names(images)
+
+
+def test_unreadable_image_stops_the_run_or_is_skipped_with_its_name(folder, caplog):
+    broken = folder / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:150])
+    images, _ = load_images(arguments("--train_data_dir", str(folder)))
+    with pytest.raises(ValueError, match=r"3\.png.*--on_unreadable skip"):
+        images[3]
+    images, _ = load_images(arguments("--train_data_dir", str(folder), "--on_unreadable", "skip", "--no-random_flip"))
+    assert torch.equal(images[3]["image"], images[4]["image"])
+    assert "3.png" in caplog.text
+    caplog.clear()
+    images[3]
+    assert not caplog.text  # once is enough
+
+
+def test_inspection_tells_what_training_would_see(folder, capsys):
+    (folder / "dog" / "1.png").write_bytes(b"no image")
+    picture(0, (10, 30)).convert("L").save(folder / "cat" / "0.png")
+    assert main(["inspect-data", "--train_data_dir", str(folder), "--resolution", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "8 images" in out and "2 classes" in out
+    assert re.search(r"6 +0 cat", out) and re.search(r"2 +1 dog", out)
+    assert "24x20 (6), 30x10 (1)" in out and "RGB (6), L (1)" in out
+    assert "1 smaller than 16 pixels" in out
+    assert re.search(r"1 unreadable\n.*1\.png: cannot identify", out)
+    assert main(["inspect-data", "--train_data_dir", str(folder), "--label_column", "colour"]) == 2
+
+
+def test_what_is_random_depends_on_seed_epoch_and_index_alone(folder):
+    options = ["--train_data_dir", str(folder), "--crop", "random"]
+    images, _ = load_images(arguments(*options))
+    first = [images[i]["image"] for i in range(8)]
+    assert all(torch.equal(images[i]["image"], first[i]) for i in reversed(range(8)))
+    images.set_epoch(1)
+    assert not all(torch.equal(images[i]["image"], first[i]) for i in range(8))
+    args = arguments(*options)
+    args.seed = 1
+    other, _ = load_images(args)
+    assert not all(torch.equal(other[i]["image"], first[i]) for i in range(8))
+
+
+def test_all_modes_become_eight_bit_grey_or_colour(tmp_path):
+    grey = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1))
+    image = PILImage.fromarray(grey)
+    deep = PILImage.fromarray(grey.astype(np.uint16) * 257)
+    for made in (image, deep, image.convert("RGB"), image.convert("P"), image.convert("LA")):
+        assert np.array_equal(np.asarray(to_mode(made, 1)), grey)
+        assert np.array_equal(np.asarray(to_mode(made, 3))[..., 2], grey)
+    assert to_mode(image.convert("CMYK"), 3).mode == "RGB"
+    transparent = PILImage.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert np.asarray(to_mode(transparent, 3)).min() == 255
+
+    (tmp_path / "a").mkdir()
+    turned = PILImage.new("RGB", (32, 16), "black")
+    turned.paste("white", (0, 0, 16, 16))
+    exif = PILImage.Exif()
+    exif[PILImage.ExifTags.Base.Orientation] = 6  # to be turned clockwise: left becomes top
+    turned.save(tmp_path / "a" / "turned.png", exif=exif)
+    args = arguments("--train_data_dir", str(tmp_path), "--no-random_flip")
+    args.resolution = 8
+    images, _ = load_images(args)
+    # 16 wide and 32 high after turning: the central square shows white above, black below.
+    assert images[0]["image"][:, 0].min() > 0.9 and images[0]["image"][:, -1].max() < -0.9
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("test", ["a", "c"])):
+        features = Features({"image": Image(), "kind": Value("string")})
+        rows = Dataset.from_dict({"image": [picture(0)] * 2, "kind": names}, features=features)
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    options = ["--dataset_name", str(tmp_path), "--label_column", "kind", "--validation_split"]
+    with pytest.raises(ValueError, match=r"\['a', 'c'\].*\['a', 'b'\]"):
+        load_images(arguments(*options, "test"))
+    load_images(arguments(*options, "train"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--dataset_name or --train_data_dir"),
+        (["--validation_fraction", "1.5"], "1.5"),
+        (["--validation_fraction", "0.5", "--validation_split", "train"], "Give either"),
+        (["--max_train_samples", "9"], "9"),
+    ],
+)
+def test_bad_options_are_refused(options, message, folder):
+    source = ["--train_data_dir", str(folder)] if options else []
+    with pytest.raises(ValueError, match=message):
+        load_images(arguments(*source, *options))
