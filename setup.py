@@ -29,6 +29,7 @@ setup(
     install_requires=[
         "accelerate>=1.0",
         "diffusers>=0.42.1",
+        "huggingface_hub>=1.0",
         "numpy",
         "Pillow>=10.1",
         "safetensors",

@@ -25,10 +25,8 @@ def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, 
     """
     if len(confidence) == 0:
         raise ValueError("The calibration error of no images is not defined.")
-    confidence, correct = confidence.double(), correct.double()
+    confidence, correct = confidence.cpu().double(), correct.cpu().double()
     # The bins are open below, as in the paper; a confidence of 0 cannot be the largest probability.
     bins = (confidence * num_bins).ceil().long().sub(1).clamp(0, num_bins - 1)
-    gaps = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device).index_add(
-        0, bins, correct - confidence
-    )
+    gaps = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, correct - confidence)
     return (gaps.abs().sum() / len(confidence)).item()

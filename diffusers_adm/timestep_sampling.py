@@ -54,11 +54,11 @@ class LossSecondMomentSampler(nn.Module):
     def __init__(self, num_timesteps: int, history_size: int = 10, uniform_probability: float = 0.001):
         super().__init__()
         self.uniform_probability = uniform_probability
-        self.register_buffer("history", torch.zeros(num_timesteps, history_size, dtype=torch.float64))
+        self.register_buffer("history", torch.zeros(num_timesteps, history_size))
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.long))
 
     def probabilities(self) -> torch.Tensor:
-        """Of drawing each timestep: `(num_timesteps,)`, float64."""
+        """Of drawing each timestep: `(num_timesteps,)`."""
         num_timesteps, history_size = self.history.shape
         uniform = torch.full_like(self.history[:, 0], 1 / num_timesteps)
         moments = self.history.square().mean(dim=1).sqrt()
@@ -78,7 +78,7 @@ class LossSecondMomentSampler(nn.Module):
         probabilities = self.probabilities().to(device)
         timestep = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         weight = 1 / (len(probabilities) * probabilities[timestep])
-        return timestep, weight.float()
+        return timestep, weight
 
     @torch.no_grad()
     def update(self, timestep: torch.Tensor, loss: torch.Tensor) -> None:
@@ -87,8 +87,11 @@ class LossSecondMomentSampler(nn.Module):
 
         Args:
             timestep: Of each image of all processes, `(batch,)`.
-            loss: Its loss without the weight, `(batch,)`.
+            loss: Its loss without the weight, `(batch,)`; those that are not finite, as half precision may give, are left
+                out.
         """
+        finite = loss.isfinite()
+        timestep, loss = timestep[finite], loss[finite]
         timestep, order = timestep.to(self.counts.device).sort(stable=True)
         loss = loss.to(self.history.device, self.history.dtype)[order]
         # A timestep that was drawn several times takes as many places, one after the other.

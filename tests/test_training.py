@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from tiny_models import draw_parameters
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training.arguments import build_noise_scheduler
 from diffusers_adm.training.data import center_crop, fit_image, random_crop, to_tensor
 
 
@@ -109,7 +112,7 @@ def test_accumulation_goes_on_across_the_end_of_an_epoch(dataset, tmp_path):
     # Three batches an epoch: the second of three steps takes the last of one epoch and the first of the next.
     train_classifier.main(classifier_args(dataset, tmp_path, 3, "--gradient_accumulation_steps", "2"))
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state == {"global_step": 3, "epoch": 1, "images_into_epoch": 12, "num_processes": 1}
+    assert state == {"global_step": 3, "epoch": 1, "images_into_epoch": 12, "num_processes": 1, "num_images": 14}
 
 
 def test_training_starts_from_a_saved_model(dataset, tmp_path):
@@ -122,6 +125,28 @@ def test_training_starts_from_a_saved_model(dataset, tmp_path):
         assert torch.equal(tensor, after["diffusion_pytorch_model.safetensors"][key])
     with pytest.raises(ValueError, match="layers_per_block 1 instead of 2"):
         train_classifier.main(classifier_args(dataset, tmp_path / "third", 1, *options, "--layers_per_block", "2"))
+
+
+def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog):
+    def saved(name, **changes):
+        args = unet_args(dataset, tmp_path, 1)
+        args.label_dropout = changes.pop("label_dropout", 0.3)
+        unet = draw_parameters(train_unet.build_unet(args, **changes))
+        ClassifierGuidedPipeline(unet, build_noise_scheduler(args)).save_pretrained(tmp_path / name)
+        return unet.state_dict()
+
+    frozen = ["--learning_rate", "0", "--pretrained_subfolder", "unet", "--pretrained_model_name_or_path"]
+    seven = saved("seven", num_classes=7)
+    train_unet.main(unet_args(dataset, tmp_path / "two", 1, *frozen, str(tmp_path / "seven")))
+    trained = load_file(tmp_path / "two" / "checkpoint-1" / "model.safetensors")
+    assert trained.pop("class_embedding.weight").shape[0] == 3
+    assert all(torch.equal(tensor, seven[key]) for key, tensor in trained.items())
+    assert "class_embedding.weight begin with random weights: num_class_embeds 2 instead of 7" in caplog.text
+
+    conditional = saved("conditional", num_classes=2, label_dropout=0.0)
+    train_unet.main(unet_args(dataset, tmp_path / "null", 1, *frozen, str(tmp_path / "conditional")))
+    trained = load_file(tmp_path / "null" / "checkpoint-1" / "model.safetensors")
+    assert torch.equal(trained["class_embedding.weight"][:2], conditional["class_embedding.weight"])
 
 
 def test_used_output_folder_is_not_written_over(dataset, tmp_path):
@@ -146,6 +171,89 @@ def test_launcher_runs_the_script_as_the_readme_says(dataset, tmp_path):
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
+def test_resumed_run_must_be_the_same_run(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    resume = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"--dropout 0.1 \(was 0.0\), --seed 1 \(was 0\)"):
+        train_unet.main(unet_args(dataset, tmp_path, 6, *resume, "--seed", "1", "--dropout", "0.1"))
+    # A learning rate may change, and does.
+    train_unet.main(unet_args(dataset, tmp_path, 4, *resume, "--learning_rate", "1e-4"))
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["learning_rate"] for entry in entries] == [1e-3, 1e-3, 1e-3, 1e-4]
+
+
+def test_steps_that_are_taken_again_are_logged_once(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 5))
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+
+
+def test_incomplete_checkpoint_is_refused(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    (tmp_path / "checkpoint-3" / "optimizer.bin").unlink()
+    with pytest.raises(ValueError, match="optimizer.bin missing"):
+        train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+
+
+def test_what_a_killed_run_left_half_replaced_is_no_hindrance(dataset, tmp_path):
+    for name in ("old-pipeline", "old-checkpoint-3", "partial-checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    (tmp_path / "checkpoint-3-copy").mkdir()
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+    assert not list(tmp_path.glob("old-*")) and not list(tmp_path.glob("partial-*"))
+    assert (tmp_path / "checkpoint-3-copy").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 3, "--logging_steps", "100"))
+    resume = ["--resume_from_checkpoint", "latest", "--logging_steps", "100"]
+    with pytest.raises(RuntimeError, match=r"not finite.*checkpoint-3"):
+        train_classifier.main(classifier_args(dataset, tmp_path, 12, *resume, "--learning_rate", "1e30"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_metrics_tell_quarters_of_the_timesteps(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3, "--logging_steps", "3"))
+    (entry,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    quarters = [entry[f"simple_quarter_{q}"] for q in range(4) if f"simple_quarter_{q}" in entry]
+    assert len(quarters) >= 2 and min(quarters) <= entry["simple"] <= max(quarters)
+    assert entry["loss"] == pytest.approx(entry["simple"] + entry["vlb"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--loss", "vlb", "--schedule_sampler", "loss-second-moment"],
+        ["--no-learn_sigma", "--prediction_type", "sample", "--max_grad_norm", "1.0"],
+        ["--noise_offset", "0.1", "--channels_last", "--offload_ema", "--ema_decay", "0.5,0.9"],
+        ["--no-class_conditional", "--label_dropout", "0", "--vlb_weight", "1"],
+        ["--resnet_time_scale_shift", "default", "--resample_type", "conv", "--output_scale_factor", "1.4142"],
+        [
+            "--num_attention_heads",
+            "2",
+            "--gradient_checkpointing",
+            "--train_batch_size",
+            "2",
+            "--total_batch_size",
+            "4",
+        ],
+    ],
+    ids=lambda more: more[0],
+)
+def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 2, *more))
+    for folder in tmp_path.glob("pipeline*"):
+        pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
+        assert pipeline(batch_size=1, num_inference_steps=2).images[0].size == (16, 16)
+    assert len(list(tmp_path.glob("pipeline*"))) == (2 if "0.5,0.9" in more else 1)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -156,6 +264,7 @@ def test_launcher_runs_the_script_as_the_readme_says(dataset, tmp_path):
         (["--no-class_conditional"], "label_dropout"),
         (["--label_dropout", "1.5"], "1.5"),
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
+        (["--validation_fraction", "0.5"], "nothing is held out"),
         (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
         (["--resolution", "8"], "12, 12"),
     ],

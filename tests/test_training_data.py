@@ -158,15 +158,43 @@ def test_all_modes_become_eight_bit_grey_or_colour(tmp_path):
     assert images[0]["image"][:, 0].min() > 0.9 and images[0]["image"][:, -1].max() < -0.9
 
 
-def test_splits_of_other_classes_are_refused(tmp_path):
-    for split, names in (("train", ["a", "b"]), ("test", ["a", "c"])):
-        features = Features({"image": Image(), "kind": Value("string")})
-        rows = Dataset.from_dict({"image": [picture(0)] * 2, "kind": names}, features=features)
+def test_held_out_split_has_the_classes_of_the_training_split(tmp_path):
+    features = Features({"image": Image(), "kind": Value("string")})
+    for split, names in (("train", ["a", "b", "c"]), ("fewer", ["c", "a"]), ("other", ["a", "d"])):
+        rows = Dataset.from_dict({"image": [picture(0)] * len(names), "kind": names}, features=features)
         rows.to_parquet(tmp_path / f"{split}.parquet")
-    options = ["--dataset_name", str(tmp_path), "--label_column", "kind", "--validation_split"]
-    with pytest.raises(ValueError, match=r"\['a', 'c'\].*\['a', 'b'\]"):
-        load_images(arguments(*options, "test"))
-    load_images(arguments(*options, "train"))
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "fewer", "other")}
+
+    def load(split):
+        args = arguments("--dataset_name", "parquet", "--label_column", "kind", "--validation_split", "test")
+        args.data_files = {"train": files["train"], "test": files[split]}
+        return load_images(args)[1]
+
+    held_out = load("fewer")
+    assert held_out.class_names == ["a", "b", "c"] and [held_out[i]["label"] for i in range(2)] == [2, 0]
+    with pytest.raises(ValueError, match="'d'.*held-out"):
+        load("other")
+
+
+def test_missing_image_and_image_that_does_not_fit_are_named(tmp_path):
+    features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    pictures = [picture(0), None, picture(1)]
+    source = ["--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 1, 1])]
+    images, _ = load_images(arguments(*source))
+    with pytest.raises(ValueError, match="number 1 cannot be read"):
+        images[1]
+    images, _ = load_images(arguments(*source, "--on_unreadable", "skip"))
+    assert images[1]["label"] == 1
+    images, _ = load_images(arguments(*source, "--crop", "pad"))
+    with pytest.raises(ValueError, match="number 2: .*does not fit"):
+        images[2]
+
+
+def test_labels_that_are_not_used_need_not_be_right(tmp_path):
+    features = {"image": Image(), "fine": ClassLabel(names=["a", "b"]), "coarse": ClassLabel(names=["c"])}
+    source = parquet(tmp_path, features, image=[picture(0)] * 2, fine=[-1, -1], coarse=[0, 0])
+    images, _ = load_images(arguments("--dataset_name", source), labelled=False)
+    assert images.class_names is None and set(images[0]) == {"image"}
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,27 @@ def test_command_line_wins_over_config_and_config_over_preset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("layers: 3", "no option 'layers'"), ("- 1", "not a table"), (None, "no such file")]
+    ("text", "message"),
+    [
+        ("layers: 3", "no option 'layers'"),
+        ("- 1", "not a table"),
+        (None, "no such file"),
+        ("mixed_precision: no", "mixed_precision takes a value"),
+        ("keep_every: 0", "--keep_every 0"),
+    ],
 )
 def test_bad_configuration_files_are_refused(text, message, tmp_path):
     if text is not None:
         (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--config", str(tmp_path / "mine.yaml")])
+
+
+def test_configuration_file_may_name_a_preset(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("preset: small-64\nseed: 3\nmixed_precision: 'no'\n")
+    args = train_unet.parse_args([*REQUIRED, "--config", str(config)])
+    assert (args.resolution, args.max_train_steps, args.seed, args.mixed_precision) == (64, 150_000, 3, "no")
 
 
 def test_steps_must_be_given(capsys):
@@ -100,7 +114,7 @@ def test_saved_options_are_a_configuration_file(tmp_path):
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(folder, tmp_path, capsys):
     options = f"--output_dir {tmp_path / 'out'} --train_data_dir {folder} --preset small-32 --dry_run".split()
-    train_unet.main(train_unet.parse_args([*options, "--train_batch_size", "32", "--total_batch_size", "64"]))
+    train_unet.main(train_unet.parse_args([*options, *"--train_batch_size 32 --total_batch_size 64 --mixed_precision no".split()]))
     out = capsys.readouterr().out
     assert "64 = 32 images x 2 accumulated x 1 processes" in out
     assert "GFLOPs" in out and "GiB" in out and "million" in out
@@ -136,4 +150,4 @@ def test_activations_are_what_a_backward_pass_keeps():
 def test_total_batch_must_be_divisible(folder, tmp_path):
     options = f"--output_dir {tmp_path / 'out'} --train_data_dir {folder} --preset small-32 --dry_run".split()
     with pytest.raises(ValueError, match="--total_batch_size 64 is not a multiple of 48"):
-        train_unet.main(train_unet.parse_args([*options, "--train_batch_size", "48", "--total_batch_size", "64"]))
+        train_unet.main(train_unet.parse_args([*options, *"--train_batch_size 48 --total_batch_size 64 --mixed_precision no".split()]))

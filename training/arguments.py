@@ -18,16 +18,32 @@ from diffusers_adm.training.data import add_data_arguments
 RESUMABLE_OPTIONS = {
     "allow_tf32", "cache_dir", "channels_last", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
     "dataloader_num_workers", "dataset_name", "data_files", "dry_run", "gradient_checkpointing", "hub_model_id",
-    "hub_private_repo", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
-    "max_grad_norm", "max_skipped_steps", "max_train_steps", "num_validation_images", "offload_ema", "output_dir", "preset",
-    "pretrained_model_name_or_path", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
+    "hub_private_repo", "hub_retry_seconds", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
+    "max_grad_norm", "max_skipped_steps", "max_train_steps", "mixed_precision", "num_validation_images", "offload_ema",
+    "on_unreadable", "output_dir", "preset",
+    "pretrained_model_name_or_path", "pretrained_subfolder", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
     "validation_steps",
 }  # fmt: skip
+
+POSITIVE_OPTIONS = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "total_batch_size",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "keep_every",
+    "logging_steps",
+    "validation_steps",
+    "max_skipped_steps",
+)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that all scripts share, in groups."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--preset", choices=preset_names(), default=None, help="Recipe whose options are the defaults."
     )
@@ -52,7 +68,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--output_scale_factor", type=float, default=1.0, help="1.4142 for the paper's ablation.")
     group.add_argument("--dropout", type=float, default=0.0)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--pretrained_model_name_or_path", help="Model of the same architecture to start from.")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Model to start from, of the same architecture; its classes may differ.",
+    )
+    group.add_argument("--pretrained_subfolder", default=None, help="Where it lies in a pipeline: unet, classifier.")
 
     group = parser.add_argument_group("diffusion")
     group.add_argument("--noise_schedule", choices=BETA_SCHEDULES, default="linear")
@@ -94,6 +114,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--logging_steps", type=int, default=50)
     group.add_argument("--validation_steps", type=int, default=5000)
     group.add_argument("--report_to", default=None, help="A tracker of accelerate: tensorboard, wandb, ...")
+
+    group = parser.add_argument_group("Hub")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload what was trained, at the end.")
+    group.add_argument("--hub_model_id", default=None, help="Such as me/my-model.")
+    group.add_argument("--hub_token", default=None, help="That of `hf auth login` by default.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+    group.add_argument(
+        "--hub_retry_seconds", type=float, default=30.0, help="Between two attempts; then twice as many."
+    )
     return parser
 
 
@@ -117,24 +146,30 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     Parses the command line; under it lies what `--config` gives, and under that what `--preset` gives.
 
     Raises:
-        ValueError: If a configuration file is not a table of options.
+        ValueError: If a configuration file is not a table of options, or a number is out of its range.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=preset_names())
     first.add_argument("--config", type=Path)
-    files, _ = first.parse_known_args(argv)
-    words = []
-    if files.preset is not None:
-        preset = resources.files("diffusers_adm.training") / "presets" / f"{files.preset}.yaml"
-        words += _as_words(parser, preset.read_text(), f"--preset {files.preset}")
-    if files.config is not None:
-        if not files.config.is_file():
-            raise ValueError(f"--config {files.config}: there is no such file.")
-        words += _as_words(parser, files.config.read_text(), f"--config {files.config}")
+    sources, _ = first.parse_known_args(argv)
+    from_config, preset = [], sources.preset
+    if sources.config is not None:
+        if not sources.config.is_file():
+            raise ValueError(f"--config {sources.config}: there is no such file.")
+        from_config = _as_words(parser, sources.config.read_text(), f"--config {sources.config}")
+        preset = preset or first.parse_known_args(from_config)[0].preset
+    words = from_config
+    if preset is not None:
+        recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
+        words = _as_words(parser, recipe.read_text(), f"--preset {preset}") + from_config
     args = parser.parse_args([*words, *argv])
     if args.max_train_steps is None:
         parser.error("--max_train_steps must be given: on the command line, by --config or by --preset.")
+    for name in POSITIVE_OPTIONS:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
     return args
 
 
@@ -152,6 +187,8 @@ def _as_words(parser: argparse.ArgumentParser, text: str, source: str) -> list[s
         if value is None:
             continue
         if isinstance(value, bool):
+            if action.nargs != 0:
+                raise ValueError(f"{source}: {name} takes a value; put quotes round yes, no, on and off.")
             if value or isinstance(action, argparse.BooleanOptionalAction):
                 words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
@@ -169,6 +206,20 @@ def as_yaml(args: argparse.Namespace) -> str:
             continue
         table[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return yaml.safe_dump(table, sort_keys=False)
+
+
+def as_options(args: argparse.Namespace) -> list[str]:
+    """The words of a command line for all options that say what is trained and how."""
+    shown = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "max_train_steps", "mixed_precision"}
+    words = []
+    for name, value in yaml.safe_load(as_yaml(args)).items():
+        if value is None or (name in RESUMABLE_OPTIONS and name not in shown):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name} {','.join(map(str, value)) if isinstance(value, list) else value}")
+    return words
 
 
 def contradictions(args: argparse.Namespace, text: str) -> list[str]:
@@ -218,21 +269,17 @@ def architecture(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_options(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
-    """Raises a ValueError if options are out of their range, or there are too few images for one batch a process."""
-    for name in (
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "logging_steps",
-        "validation_steps",
-        "max_skipped_steps",
-    ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+def check_number_of_images(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
+    """Raises a ValueError if there are too few images for one batch a process."""
     if num_images < args.train_batch_size * num_processes:
         raise ValueError(
             f"{num_images} images do not fill a batch of {args.train_batch_size} on each of {num_processes} processes."
         )
+
+
+def run_script(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
+    """What a script does when it is launched: what cannot be used is told in one line."""
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

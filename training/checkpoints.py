@@ -1,6 +1,7 @@
 """Folders that are there whole or not at all."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
     """Puts a finished folder in the place of another, which is removed last."""
     flush(partial)
     old = folder.with_name("old-" + folder.name)
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed before it came to that
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
@@ -48,8 +50,9 @@ def _flush_one(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders `checkpoint-N`, by their steps."""
-    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+    """The folders `checkpoint-N`, by their steps; others, such as copies of them, are none of ours."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -62,5 +65,6 @@ def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> 
     temporary = [
         path for path in list_checkpoints(folder) if keep_every is None or checkpoint_step(path) % keep_every != 0
     ]
-    for path in (*temporary[:-limit], *folder.glob("partial-checkpoint-*")):
+    unfinished = (*folder.glob("partial-checkpoint-*"), *folder.glob("old-checkpoint-*"))
+    for path in (*temporary[:-limit], *unfinished):
         shutil.rmtree(path)

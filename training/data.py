@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 CROPS = ("center", "random", "pad")
 UNREADABLE = ("stop", "skip")
-# What PIL raises for files that are not images, are cut short, damaged, or larger than it trusts.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +113,13 @@ class LabelledImages(torch.utils.data.Dataset):
             row = self.rows[candidate]
             try:
                 image = decode(row[self.image_column])
-            except DECODING_ERRORS as error:
+            except UnreadableImage as error:
                 self._report(file_name(row[self.image_column], candidate), error)
                 continue
-            return self._prepare(image, row, candidate)
+            try:
+                return self._prepare(image, row, candidate)
+            except ValueError as error:
+                raise ValueError(f"Image {file_name(row[self.image_column], candidate)}: {error}") from error
         raise ValueError("Not one image of the dataset can be read.")
 
     def _prepare(self, image: Image.Image, row: dict, index: int) -> dict:
@@ -159,33 +160,30 @@ def class_names(images: LabelledImages) -> list[str]:
     return images.class_names
 
 
-def load_images(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages | None]:
+def load_images(args: argparse.Namespace, labelled: bool = True) -> tuple[LabelledImages, LabelledImages | None]:
     """
     Loads the images to train on, and those that are held out.
 
     Args:
         args: Parsed `add_data_arguments`, and `seed`.
+        labelled: Whether to look for labels.
 
     Returns:
         Both; the second is `None` where nothing is held out.
 
     Raises:
-        ValueError: If there is no such split or column, some labels are missing, or the splits differ in their classes.
+        ValueError: If there is no such split or column, some labels are missing, or a held-out split has other classes.
         DatasetNotFoundError: If there is no such dataset.
     """
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("Give either --dataset_name or --train_data_dir.")
     if args.validation_split is not None and args.validation_fraction is not None:
         raise ValueError("Give either --validation_split or --validation_fraction.")
-    train, image_column, label_column = _load_rows(args, args.train_split)
+    train, image_column, label_column = _load_rows(args, args.train_split, labelled)
     held_out = None
     if args.validation_split is not None:
-        held_out, *_ = _load_rows(args, args.validation_split)
-        if label_column is not None and held_out.features[label_column] != train.features[label_column]:
-            raise ValueError(
-                f"Split {args.validation_split!r} has classes {held_out.features[label_column].names}, the training split"
-                f" {train.features[label_column].names}."
-            )
+        classes = None if label_column is None else train.features[label_column]
+        held_out, *_ = _load_rows(args, args.validation_split, labelled, classes)
     elif args.validation_fraction is not None:
         if not 0 < args.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {args.validation_fraction} is not between 0 and 1.")
@@ -201,8 +199,10 @@ def load_images(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImage
     return images, held_out
 
 
-def _load_rows(args: argparse.Namespace, split: str) -> tuple[Dataset, str, str | None]:
-    """A split's rows, images undecoded and labels of type ClassLabel, and the names of the two columns."""
+def _load_rows(
+    args: argparse.Namespace, split: str, labelled: bool, classes: ClassLabel | None = None
+) -> tuple[Dataset, str, str | None]:
+    """A split's rows, images undecoded and labels of the given classes or its own, and the names of the two columns."""
     source = (
         {"path": "imagefolder", "data_dir": args.train_data_dir}
         if args.dataset_name is None
@@ -214,30 +214,39 @@ def _load_rows(args: argparse.Namespace, split: str) -> tuple[Dataset, str, str 
     if image_column not in rows.column_names:
         raise ValueError(f"No image column {image_column!r} among {rows.column_names}: name it by --image_column.")
     rows = rows.cast_column(image_column, ImageFeature(decode=False))
+    if not labelled:
+        return rows, image_column, None
     if args.label_from == "filename_prefix":
-        return _label_by_file_name(rows, image_column), image_column, "label"
+        return _as_class_label(_label_by_file_name(rows, image_column), "label", classes), image_column, "label"
 
     label_column = args.label_column or _only_column(rows, ClassLabel)
-    if label_column is None:
+    if label_column is None and classes is None:
         return rows, image_column, None
     if label_column not in rows.column_names:
-        raise ValueError(f"No label column {label_column!r} among {rows.column_names}.")
-    return _as_class_label(rows, label_column), image_column, label_column
+        raise ValueError(f"No label column {label_column!r} among {rows.column_names} of split {split!r}.")
+    return _as_class_label(rows, label_column, classes), image_column, label_column
 
 
-def _as_class_label(rows: Dataset, column: str) -> Dataset:
+def _as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Dataset:
     """Class numbers and class names alike become a ClassLabel; an image without a label is an error."""
-    labels = rows.unique(column)
-    feature = rows.features[column]
+    labels, feature = rows.unique(column), rows.features[column]
     if None in labels or (isinstance(feature, ClassLabel) and -1 in labels):
         raise ValueError(f"Some images have no label in column {column!r}.")
     if isinstance(feature, Value) and feature.dtype == "string":
-        rows = rows.class_encode_column(column)
-    elif not isinstance(feature, ClassLabel):
-        if not all(isinstance(label, int) and label >= 0 for label in labels):
-            raise ValueError(f"Column {column!r} holds {labels[:5]}..., neither names nor class numbers from 0.")
-        rows = rows.cast_column(column, ClassLabel(names=[str(label) for label in range(max(labels) + 1)]))
-    return rows
+        names = sorted(labels)
+    elif isinstance(feature, ClassLabel):
+        names = feature.names
+    elif all(isinstance(label, int) and label >= 0 for label in labels):
+        names = [str(label) for label in range(max(labels) + 1)]
+    else:
+        raise ValueError(f"Column {column!r} holds {labels[:5]}..., neither names nor class numbers from 0.")
+    classes = classes or ClassLabel(names=names)
+    unknown = sorted(set(names) - set(classes.names))
+    if unknown or (isinstance(feature, ClassLabel) and feature.names != classes.names):
+        raise ValueError(
+            f"Classes {(unknown or names)[:5]} of the held-out split are not those of the training split."
+        )
+    return rows if feature == classes else rows.cast_column(column, classes)
 
 
 def _label_by_file_name(rows: Dataset, image_column: str) -> Dataset:
@@ -250,7 +259,7 @@ def _label_by_file_name(rows: Dataset, image_column: str) -> Dataset:
     prefixes = [PurePath(name).name.split("_")[0] for name in names]
     if "label" in rows.column_names:
         rows = rows.remove_columns("label")
-    return rows.add_column("label", prefixes).class_encode_column("label")
+    return rows.add_column("label", prefixes)
 
 
 def _only_column(rows: Dataset, feature_type: type) -> str | None:
@@ -260,14 +269,28 @@ def _only_column(rows: Dataset, feature_type: type) -> str | None:
     return columns[0] if columns else None
 
 
-def file_name(value: dict, index: int) -> str:
+class UnreadableImage(Exception):
+    """An image that cannot be decoded."""
+
+
+def file_name(value: dict | None, index: int) -> str:
     """What an image is called in messages: its file, or where it stands in the dataset."""
-    return value["path"] or f"number {index}"
+    return (value or {}).get("path") or f"number {index}"
 
 
-def decode(value: dict) -> Image.Image:
-    """An image of an undecoded column, turned as its EXIF data says. Raises one of `DECODING_ERRORS`."""
-    return ImageFeature().decode_example(value)
+def decode(value: dict | None) -> Image.Image:
+    """
+    An image of an undecoded column, turned as its EXIF data says.
+
+    Raises:
+        UnreadableImage: If it is missing, damaged, or larger than PIL trusts.
+    """
+    if value is None:
+        raise UnreadableImage("there is none")
+    try:
+        return ImageFeature().decode_example(value)
+    except Exception as error:  # PIL's decoders raise all sorts
+        raise UnreadableImage(str(error)) from error
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

@@ -33,6 +33,13 @@ def add_denoising_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vlb_weight", type=float, default=None, help="Of the hybrid loss's bound; default: timesteps / 1000."
     )
+    group.add_argument(
+        "--noise_offset",
+        type=float,
+        default=0.0,
+        help="Standard deviation of noise that is the same at all pixels of a channel: keeps few-step samples from grey"
+        " backgrounds.",
+    )
     group.add_argument("--schedule_sampler", choices=tuple(SAMPLERS), default="uniform")
     group.add_argument("--ema_decay", type=numbers(float), default=(0.9999,), help="Several: 0.9999,0.999.")
     group.add_argument("--offload_ema", action="store_true", help="Keep the averages in the CPU's memory.")
@@ -43,6 +50,8 @@ def check_denoising_options(args: argparse.Namespace) -> None:
     """Raises a ValueError if options are out of their range."""
     if args.num_validation_images < 1:
         raise ValueError(f"--num_validation_images {args.num_validation_images} must be at least 1.")
+    if args.noise_offset < 0:
+        raise ValueError(f"--noise_offset {args.noise_offset} must be at least 0.")
     if not args.ema_decay or not all(0 <= decay < 1 for decay in args.ema_decay):
         raise ValueError(f"--ema_decay {args.ema_decay} must be one or more rates in [0, 1).")
 
@@ -71,6 +80,8 @@ class DenoisingObjective:
         x_0 = batch["image"]  # (batch, channels, resolution, resolution)
         timestep, weight = self.sampler.sample(len(x_0), x_0.device)  # (batch,) each
         noise = torch.randn_like(x_0)
+        if args.noise_offset:
+            noise = noise + args.noise_offset * torch.randn_like(x_0[..., :1, :1])
         x_t = add_noise(schedule, x_0, timestep, noise)
         model_output = model(x_t, timestep, **self.conditions(batch)).sample  # (batch, (2 *) channels, ...)
         if args.loss == "vlb":
@@ -114,8 +125,9 @@ class Grid:
         picture.paste(averaged)
         picture.paste(raw, (picture.width - raw.width, 0))
         path = self.args.output_dir / "samples" / f"step-{self.trainer.global_step}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        with self.trainer.surviving(path.name):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
 
     def draw(self) -> Image.Image:
         """A grid of `--num_validation_images` images, each from its own seed, the classes in turn."""
@@ -126,15 +138,20 @@ class Grid:
         share = -(-count // self.accelerator.num_processes)
         seeds = [self.accelerator.process_index * share + i for i in range(share)]
         num_classes = unet.config.num_class_embeds
-        images = pipeline(
-            class_labels=[seed % num_classes for seed in seeds] if num_classes else None,
-            batch_size=1 if num_classes else share,
-            num_inference_steps=min(50, self.args.num_train_timesteps),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            callback_on_step_end=self._stop_drawing,
-        ).images
-        images = self.accelerator.gather(images.contiguous())[:count]  # (count, channels, height, width) in [0, 1]
+        drawn = []
+        for batch in torch.tensor(seeds).split(self.args.train_batch_size):  # more may not fit beside the training
+            batch = batch.tolist()
+            drawn.append(
+                pipeline(
+                    class_labels=[seed % num_classes for seed in batch] if num_classes else None,
+                    batch_size=1 if num_classes else len(batch),
+                    num_inference_steps=min(50, self.args.num_train_timesteps),
+                    generator=[torch.Generator().manual_seed(seed) for seed in batch],
+                    output_type="pt",
+                    callback_on_step_end=self._stop_drawing,
+                ).images
+            )
+        images = self.accelerator.gather(torch.cat(drawn))[:count]  # (count, channels, height, width) in [0, 1]
         drawn = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images))
         columns = min(count, 10)
         rows = -(-count // columns)
@@ -151,5 +168,5 @@ def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -
     for decay in trainer.args.ema_decay:
         name = "pipeline" if decay == trainer.args.ema_decay[0] else f"pipeline-ema-{decay:g}"
         if trainer.accelerator.is_main_process:
-            with trainer.averaged_weights(decay):
+            with trainer.averaged_weights(decay), trainer.surviving(name):
                 save_whole(pipeline, folder / name)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.data import DECODING_ERRORS, LabelledImages, decode, file_name, load_images
+from diffusers_adm.training.data import LabelledImages, UnreadableImage, decode, file_name, load_images
 
 
 def inspect_data(args: argparse.Namespace) -> None:
@@ -32,7 +32,7 @@ def print_summary(title: str, images: LabelledImages) -> None:
         value = images.rows[index][images.image_column]
         try:
             image = decode(value)
-        except DECODING_ERRORS as error:
+        except UnreadableImage as error:
             return None, f"{file_name(value, index)}: {error}"
         return image.size, image.mode
 

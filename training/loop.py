@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -18,12 +19,14 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.arguments import as_yaml, check_options, contradictions
+from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import (
+    flush,
     list_checkpoints,
     partial_name,
     remove_old_checkpoints,
@@ -35,6 +38,9 @@ from diffusers_adm.training.data import LabelledImages
 logger = get_logger(__name__)
 
 NUM_QUARTERS = 4
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
+# What a model that training starts from may differ in.
+CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
 
 
 def start(args: argparse.Namespace) -> Accelerator:
@@ -71,22 +77,41 @@ def start(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def load_pretrained(model: ModelMixin, name_or_path: str) -> None:
+def load_pretrained(model: ModelMixin, args: argparse.Namespace) -> None:
     """
-    Gives a model the weights of a saved one.
+    Gives a model the weights of a saved one. If they differ in their classes, what depends on them keeps its random
+    weights, and a message says so; a null class that is new joins the classes that are known.
 
     Raises:
-        ValueError: If the two differ in architecture.
+        ValueError: If the two differ in anything else.
     """
-    pretrained = type(model).from_pretrained(name_or_path)
+    name = args.pretrained_model_name_or_path
+    pretrained = type(model).from_pretrained(name, subfolder=args.pretrained_subfolder)
     # Through JSON, as the saved one's has come: it knows no tuples.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
-    names = [name for name in ours if not name.startswith("_") and name != "dropout"]
-    differing = [name for name in names if ours[name] != theirs[name]]
-    if differing:
-        pairs = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in differing)
-        raise ValueError(f"--pretrained_model_name_or_path {name_or_path} is of another architecture: {pairs}.")
-    model.load_state_dict(pretrained.state_dict())
+    differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
+    differing.discard("dropout")
+    if differing - CLASS_OPTIONS:
+        pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
+        raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")
+    known, anew = pretrained.state_dict(), []
+    for key, tensor in model.state_dict().items():
+        if key in known and known[key].shape == tensor.shape:
+            tensor.copy_(known[key])
+        elif key in known and differing == {"use_null_class"}:
+            rows = min(len(known[key]), len(tensor))
+            tensor[:rows].copy_(known[key][:rows])
+        else:
+            anew.append(key)
+    if anew:
+        pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
+        logger.warning("%s begin with random weights: %s.", ", ".join(anew), pairs)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A loader's worker outlives the signals that ask to stop, which go to whole groups of processes."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def quarter_of(timestep: torch.Tensor, num_timesteps: int) -> torch.Tensor:
@@ -127,9 +152,9 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process was asked; the same answer on all of them. Each must call it equally often."""
-        return self.any(self.received)
+        return self.on_any_process(self.received)
 
-    def any(self, flag: bool) -> bool:
+    def on_any_process(self, flag: bool) -> bool:
         """Whether a flag is set on any process."""
         if self.group is None:
             return flag
@@ -201,15 +226,18 @@ class Trainer:
     ):
         self.args = args
         self.accelerator = accelerator
-        check_options(args, len(images), accelerator.num_processes)
+        self.images = images
+        check_number_of_images(args, len(images), accelerator.num_processes)
         if args.resume_from_checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
                 " folder."
             )
-        self.resumed_from = self._find_checkpoint()
-        if args.pretrained_model_name_or_path and self.resumed_from is None:
-            load_pretrained(model, args.pretrained_model_name_or_path)
+        checkpoint = self._find_checkpoint()
+        if checkpoint is not None:
+            self._check_resumable(checkpoint)
+        elif args.pretrained_model_name_or_path:
+            load_pretrained(model, args)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.channels_last:
@@ -221,13 +249,13 @@ class Trainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.images = images
         loader = DataLoader(
             images,
             batch_size=args.train_batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=accelerator.device.type == "cuda",
             # Of its own: each pass draws a seed for the workers, and what the model draws must not depend on how many
             # passes a run has begun.
@@ -242,15 +270,17 @@ class Trainer:
         self.stop = StopRequest(accelerator)
         self.means = Means()
         self.global_step = 0
+        self.saved_step = 0
         self.epoch = 0
         self.images_into_epoch = 0
+        self.grad_norm = torch.tensor(0.0)
         if accelerator.is_main_process:
             args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.report_to:
             config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
             accelerator.init_trackers("diffusers-adm", config=config)
-        if self.resumed_from is not None:
-            self._resume(self.resumed_from)
+        if checkpoint is not None:
+            self._resume(checkpoint)
 
     def _build_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         args = self.args
@@ -266,7 +296,8 @@ class Trainer:
             except ImportError as error:
                 raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
             return AdamW8bit(model.parameters(), **options)
-        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+        # Under fp16's loss scaling the fused kernel skips a step by itself, and nobody learns of it.
+        return torch.optim.AdamW(model.parameters(), fused=self.accelerator.scaler is None, **options)
 
     def _build_average(self, decay: float) -> EMAModel:
         if self.args.max_train_steps < 5 / (1 - decay):
@@ -331,7 +362,7 @@ class Trainer:
                     terms = losses(self.model, batch)
                     accelerator.backward(terms["loss"].mean())
                     if accelerator.sync_gradients:
-                        grad_norm = self._gradient_norm()
+                        self.grad_norm = self._gradient_norm()
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 sums = Means.of_batch(terms)
@@ -342,6 +373,7 @@ class Trainer:
 
                 # A step that fp16's loss scaling skipped changed nothing: neither the averages nor the rate move.
                 if accelerator.optimizer_step_was_skipped:
+                    self.grad_norm = torch.zeros_like(self.grad_norm)  # it was not finite, but changed nothing
                     skipped_in_a_row += 1
                     if skipped_in_a_row >= args.max_skipped_steps:
                         raise RuntimeError(
@@ -360,15 +392,15 @@ class Trainer:
                 last = self.global_step == args.max_train_steps
                 stopping = self.stop.agreed()
                 if self.global_step % args.logging_steps == 0:
-                    self._log_training(grad_norm)
+                    self._log_training()
                 if last or stopping or self.global_step % args.checkpointing_steps == 0:
                     self.save_checkpoint(must_succeed=last or stopping)
                 if validate is not None and not last and not stopping:
                     if self.global_step % args.validation_steps == 0:
                         self._validate(validate)
-                        if self.stop.agreed():
+                        stopping = self.stop.agreed()
+                        if stopping and self.saved_step != self.global_step:
                             self.save_checkpoint(must_succeed=True)
-                            stopping = True
                 if stopping and not last:
                     accelerator.print(f"Asked to stop: saved checkpoint-{self.global_step}.", flush=True)
                     return False
@@ -428,11 +460,11 @@ class Trainer:
             disable=None if self.accelerator.is_main_process else True,  # None: shown on a terminal only
         )
 
-    def _log_training(self, grad_norm: torch.Tensor) -> None:
+    def _log_training(self) -> None:
         values = self.means.take(self.accelerator)
         steps, seconds = self.global_step - self.logged_step, time.monotonic() - self.logged_at
         images = steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        values["grad_norm"] = grad_norm.item()
+        values["grad_norm"] = self.grad_norm.item()
         values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         values["images_per_second"] = images * self.accelerator.num_processes / seconds
         if self.accelerator.scaler is not None:
@@ -447,14 +479,26 @@ class Trainer:
         """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
         self.accelerator.log(values, step=self.global_step)
         if self.accelerator.is_main_process:
-            with open(self.args.output_dir / "metrics.jsonl", "a") as file:
+            with self.surviving("metrics.jsonl"), open(self.args.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.global_step, **values}) + "\n")
             brief = (f"{name} {value:.4g}" for name, value in values.items() if "_quarter_" not in name)
             tqdm.write(f"step {self.global_step}: " + ", ".join(brief))
 
+    @contextlib.contextmanager
+    def surviving(self, what: str):
+        """Reports what cannot be written and goes on, but at the end of the run: by then the disk may have room."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if self.global_step == self.args.max_train_steps:
+                raise
+            logger.error("Cannot write %s: %s", what, error)
+
     def _check_finite(self, finite: bool) -> None:
         if not finite:
-            raise RuntimeError(f"The loss is not finite before step {self.global_step}. {self._last_checkpoint()}")
+            raise RuntimeError(
+                f"The loss or its gradient is not finite before step {self.global_step}. {self._last_checkpoint()}"
+            )
 
     def _last_checkpoint(self) -> str:
         checkpoints = list_checkpoints(self.args.output_dir)
@@ -467,7 +511,8 @@ class Trainer:
         Args:
             must_succeed: If not, training goes on when it cannot be written: the disk may have room the next time.
         """
-        self._check_finite(not self.stop.any(not self.means.finite().item()))
+        finite = self.means.finite().to(self.grad_norm.device) & self.grad_norm.isfinite()
+        self._check_finite(not self.stop.on_any_process(not finite.item()))
         folder = self.args.output_dir / f"checkpoint-{self.global_step}"
         partial = partial_name(folder)
         failure = None
@@ -475,13 +520,16 @@ class Trainer:
             self._write_checkpoint(partial)
         except Exception as error:  # of safetensors, torch or the system, as it happens
             failure = error
-        if self.stop.any(failure is not None):
+        if self.stop.on_any_process(failure is not None):
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             if must_succeed:
                 raise failure or RuntimeError("Another process could not write its part of the checkpoint.")
-            logger.error("Cannot write %s: %s. %s", folder, failure, self._last_checkpoint())
+            logger.error(
+                "Cannot write %s: %s. %s", folder, failure or "another process failed", self._last_checkpoint()
+            )
             return
+        self.saved_step = self.global_step
         if self.accelerator.is_main_process:
             replace_folder(partial, folder)
             remove_old_checkpoints(self.args.output_dir, self.args.checkpoints_total_limit, self.args.keep_every)
@@ -490,6 +538,7 @@ class Trainer:
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
         if not self.accelerator.is_main_process:
+            flush(folder)
             return
         names = [name for name, _ in self.unwrapped_model.named_parameters()]
         for decay, average in self.averages.items():
@@ -500,9 +549,11 @@ class Trainer:
             "epoch": self.epoch,
             "images_into_epoch": self.images_into_epoch,
             "num_processes": self.accelerator.num_processes,
+            "num_images": len(self.images),
         }
         (folder / "options.yaml").write_text(as_yaml(self.args))
         (folder / "trainer_state.json").write_text(json.dumps(state))
+        flush(folder)
 
     def _find_checkpoint(self) -> Path | None:
         name = self.args.resume_from_checkpoint
@@ -519,18 +570,29 @@ class Trainer:
             raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
         return folder
 
-    def _resume(self, folder: Path) -> None:
+    def _check_resumable(self, folder: Path) -> None:
+        """Raises a ValueError unless the checkpoint is of this run; warns where the rest of the run will be another."""
+        missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} is not complete: {', '.join(missing)} missing.")
         differing = contradictions(self.args, (folder / "options.yaml").read_text())
         if differing:
             raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
         state = json.loads((folder / "trainer_state.json").read_text())
-        if state["num_processes"] != self.accelerator.num_processes:
-            logger.warning(
-                "%s was written by %d processes, and %d go on: what is drawn at random from here on, and the order of"
-                " the images, are others than without the interruption.",
-                folder, state["num_processes"], self.accelerator.num_processes,
-            )  # fmt: skip
+        now = {"num_processes": self.accelerator.num_processes, "num_images": len(self.images)}
+        for name, value in now.items():
+            if state[name] != value:
+                logger.warning(
+                    "%s was written with %s %d, and this run has %d: the order of the images, what is drawn at random, or"
+                    " the number of images a step differ from here on.",
+                    folder, name, state[name], value,
+                )  # fmt: skip
+
+    def _resume(self, folder: Path) -> None:
+        state = json.loads((folder / "trainer_state.json").read_text())
         self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # it counts batches, and a checkpoint lies between steps
+        self._set_learning_rate()
         for decay, average in self.averages.items():
             saved = load_file(folder / f"ema-{decay:g}.safetensors")
             for (name, _), shadow in zip(self.unwrapped_model.named_parameters(), average.shadow_params):
@@ -539,4 +601,33 @@ class Trainer:
         self.global_step = state["global_step"]
         self.epoch = state["epoch"]
         self.images_into_epoch = state["images_into_epoch"]
+        self._forget_metrics_after(self.global_step)
+        self.saved_step = self.global_step
         self.accelerator.print(f"Resumed from {folder} at step {self.global_step}.", flush=True)
+
+    def _set_learning_rate(self) -> None:
+        """Puts `--learning_rate`, which may be another than before the interruption, in the place of the loaded one."""
+        scheduler = self.lr_scheduler.scheduler
+        scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas):
+            group["initial_lr"] = self.args.learning_rate
+            group["lr"] = self.args.learning_rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drops entries of steps that will be taken again, and what was cut off in the middle."""
+        path = self.args.output_dir / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
+            partial = path.with_name("partial-" + path.name)
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            os.replace(partial, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
+    entries = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries

@@ -14,11 +14,12 @@ from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
-from diffusers_adm.training.arguments import architecture, build_noise_scheduler, build_parser, parse
+from diffusers_adm.training.arguments import architecture, build_noise_scheduler, build_parser, parse, run_script
 from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.data import class_names, load_images
 from diffusers_adm.training.loop import NUM_QUARTERS, Trainer, quarter_of, start
 from diffusers_adm.training.plan import print_plan
+from diffusers_adm.training.publishing import check_hub, publish, write_card
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(args, accelerator, classifier, len(images))
         return
+    check_hub(args, accelerator)
     trainer = Trainer(args, accelerator, classifier, images)
     schedule = NoiseSchedule.from_config(build_noise_scheduler(args).config).to(accelerator.device)
 
@@ -97,7 +99,11 @@ def main(args: argparse.Namespace) -> None:
 
     trainer.train(losses, validate)
     if accelerator.is_main_process and trainer.finished:
-        save_whole(classifier, args.output_dir / "classifier")
+        folder = args.output_dir / "classifier"
+        save_whole(classifier, folder)
+        write_card(args, accelerator, folder, "classifier", len(images), names)
+        if args.push_to_hub:
+            publish(args, folder)
 
 
 def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,4 +113,4 @@ def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

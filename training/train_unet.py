@@ -9,7 +9,7 @@ import argparse
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.losses import drop_labels
 from diffusers_adm.models import ADMUNet2DModel
-from diffusers_adm.training.arguments import architecture, build_parser, parse
+from diffusers_adm.training.arguments import architecture, build_parser, parse, run_script
 from diffusers_adm.training.data import class_names, load_images
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
@@ -20,6 +20,7 @@ from diffusers_adm.training.denoising import (
 )
 from diffusers_adm.training.loop import Trainer, start
 from diffusers_adm.training.plan import print_plan
+from diffusers_adm.training.publishing import check_hub, publish, write_card
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,14 +56,19 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--label_dropout {args.label_dropout} is not in [0, 1].")
     if args.label_dropout and not args.class_conditional:
         raise ValueError("--label_dropout needs a class-conditional model.")
+    if args.validation_split or args.validation_fraction:
+        raise ValueError(
+            "A UNet is judged by what it draws: nothing is held out here. Take --train_split to train on a part."
+        )
     accelerator = start(args)
     with accelerator.main_process_first():
-        images, _ = load_images(args)
+        images, _ = load_images(args, args.class_conditional)
     names = class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None)
     if args.dry_run:
         print_plan(args, accelerator, unet, len(images))
         return
+    check_hub(args, accelerator)
 
     def conditions(batch: dict) -> dict:
         if not args.class_conditional:
@@ -82,7 +88,12 @@ def main(args: argparse.Namespace) -> None:
         grid.save()
 
     trainer.train(objective, validate)
+    if accelerator.is_main_process and trainer.finished:
+        folder = args.output_dir / "pipeline"
+        write_card(args, accelerator, folder, "UNet", len(images), names)
+        if args.push_to_hub:
+            publish(args, folder)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -1,0 +1,196 @@
+"""The card of a trained model, and its way to the Hub."""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from diffusers_adm.hub_files import CODE_PATTERNS
+from diffusers_adm.training.arguments import as_options
+from diffusers_adm.training.loop import read_metrics
+
+
+logger = get_logger(__name__)
+
+# What a push holds: no training state and no raw weights.
+PUBLISHED = [
+    "README.md",
+    "model_index.json",
+    "*.py",
+    "*/*.py",
+    "*.json",
+    "*/*.json",
+    "*.safetensors",
+    "*/*.safetensors",
+]
+PUBLISHED += ["samples/*"]
+ATTEMPTS = 3
+
+
+def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """
+    Makes the repository before the first step, and asks whether it can be written to, so that what the Hub refuses is known
+    then.
+
+    Raises:
+        ValueError: If there is no id, no token, or the Hub refuses it.
+    """
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return
+    if args.hub_model_id is None:
+        raise ValueError("--push_to_hub needs --hub_model_id, such as me/my-model.")
+    try:
+        api = HfApi(token=args.hub_token)
+        repo_id = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+    except Exception as error:  # of the Hub, its client or the network
+        raise ValueError(
+            f"--push_to_hub: the Hub refuses --hub_model_id {args.hub_model_id}: log in by `hf auth login` or give"
+            f" --hub_token ({' '.join(str(error).split())})."
+        ) from error
+
+
+def publish(args: argparse.Namespace, folder: Path) -> bool:
+    """
+    Uploads a folder, some times over if need be. Whether it arrived; if not, a message says how to do it by hand.
+
+    Args:
+        args: With `hub_model_id` and `hub_token`.
+        folder: What `save_pretrained` has written, and its card.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            HfApi(token=args.hub_token).upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=folder,
+                allow_patterns=PUBLISHED,
+                delete_patterns=CODE_PATTERNS,
+                commit_message=f"Upload {folder.name}",
+            )
+        except Exception as error:  # whatever the Hub, its client and the network come up with: training is over
+            logger.warning("Push %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, args.hub_model_id, error)
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(args.hub_retry_seconds * 2**attempt)
+        else:
+            return True
+    logger.error("Nothing is lost: push it by `hf upload %s %s`.", args.hub_model_id, folder)
+    return False
+
+
+def write_card(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    folder: Path,
+    kind: str,
+    num_images: int,
+    classes: list[str] | None,
+) -> None:
+    """
+    Writes `README.md` into a model's folder, from the run's own facts, and the last grid beside it.
+
+    Args:
+        args: Parsed options.
+        accelerator: Of the run.
+        folder: What `save_pretrained` has written.
+        kind: "UNet" or "classifier".
+        num_images: Trained on.
+        classes: Their names.
+    """
+    metrics: dict[str, float] = {}
+    for entry in read_metrics(args.output_dir / "metrics.jsonl"):
+        metrics.update(entry)
+    del metrics["step"]
+    name = (args.hub_model_id or args.output_dir.name).split("/")[-1]
+    dataset = args.dataset_name or Path(args.train_data_dir).name
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_name=f"accuracy on held-out images, quarter {metric[-1]} of the timesteps (0: least noise)",
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if metric.startswith("validation_accuracy_quarter_")
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation" if kind == "UNet" else "image-classification",
+        tags=["adm", "guided-diffusion", "classifier-guidance", "diffusers-training"],
+        datasets=_hub_id(args.dataset_name),
+        base_model=_hub_id(args.pretrained_model_name_or_path),
+        model_name=name,
+        eval_results=results or None,
+    )
+    grids = sorted((args.output_dir / "samples").glob("step-*.png"), key=lambda path: path.stat().st_mtime)
+    picture = ""
+    if grids:
+        (folder / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
+        picture = "\n![Left: the moving average of the weights. Right: the weights.](samples/grid.png)\n"
+    identity = args.hub_model_id or str(folder.name)
+    load = {
+        "UNet": (
+            "from diffusers_adm import ClassifierGuidedPipeline\n\n"
+            f'pipe = ClassifierGuidedPipeline.from_pretrained("{identity}")\nimage = pipe().images[0]'
+        ),
+        "classifier": (
+            f'from diffusers_adm import NoisyClassifier\n\nclassifier = NoisyClassifier.from_pretrained("{identity}")'
+        ),
+    }[kind]
+    without = ""
+    if kind == "UNet":
+        without = (
+            "Without `diffusers_adm`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{identity}", trust_remote_code=True)\n```\n\n'
+        )
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    figures = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
+    options = " ".join(as_options(args))
+    classes_line = (
+        "No classes."
+        if classes is None
+        else f"{len(classes)} classes: {', '.join(classes[:20])}" + (", ..." if len(classes) > 20 else ".")
+    )
+    body = f"""# {name}
+
+{"A UNet" if kind == "UNet" else "A noise-aware classifier"} of the ADM family
+([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
+{picture}
+```python
+{load}
+```
+
+{without}## Training
+
+{num_images} images of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
+{args.max_train_steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
+`{accelerator.mixed_precision}`, with these options:
+
+```
+{options}
+```
+
+| at the end of training | |
+| --- | --- |
+{figures}
+
+## Limits
+
+The model knows its training images alone: it repeats their biases and mistakes, and may repeat some of the images. It was made for
+research on generative models; nobody has examined whether it is fit for anything else, and it should not be used to depict people or
+to deceive.
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _hub_id(name: str | None) -> str | None:
+    """A name, unless it is of a folder or of a format of files."""
+    return name if name is not None and "/" in name and not Path(name).exists() else None
