@@ -194,11 +194,12 @@ def test_pushed_pipeline_loads_in_every_way(saved, hub, tmp_path):
     assert run(WITH_PACKAGE + parts + DRAW, **environment) == expected
 
     # Offline, from what was downloaded. diffusers asks the Hub for a repository's code in any case, but not for a folder's.
+    folder = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download('me/model', {token})\n"
+    without = "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)\n"
+    assert run(WITHOUT_PACKAGE + folder + without + DRAW, **environment) == expected
     server.shutdown()
     environment["HF_HUB_OFFLINE"] = "1"
     assert run(WITH_PACKAGE + with_package + DRAW, **environment) == expected
-    folder = "from huggingface_hub import snapshot_download\nfolder = snapshot_download('me/model')\n"
-    without = "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)\n"
     assert run(WITHOUT_PACKAGE + folder + without + DRAW, **environment) == expected
 
 

@@ -114,7 +114,9 @@ def test_saved_options_are_a_configuration_file(tmp_path):
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(folder, tmp_path, capsys):
     options = f"--output_dir {tmp_path / 'out'} --train_data_dir {folder} --preset small-32 --dry_run".split()
-    train_unet.main(train_unet.parse_args([*options, *"--train_batch_size 32 --total_batch_size 64 --mixed_precision no".split()]))
+    train_unet.main(
+        train_unet.parse_args([*options, *"--train_batch_size 32 --total_batch_size 64 --mixed_precision no".split()])
+    )
     out = capsys.readouterr().out
     assert "64 = 32 images x 2 accumulated x 1 processes" in out
     assert "GFLOPs" in out and "GiB" in out and "million" in out
@@ -150,4 +152,8 @@ def test_activations_are_what_a_backward_pass_keeps():
 def test_total_batch_must_be_divisible(folder, tmp_path):
     options = f"--output_dir {tmp_path / 'out'} --train_data_dir {folder} --preset small-32 --dry_run".split()
     with pytest.raises(ValueError, match="--total_batch_size 64 is not a multiple of 48"):
-        train_unet.main(train_unet.parse_args([*options, *"--train_batch_size 48 --total_batch_size 64 --mixed_precision no".split()]))
+        train_unet.main(
+            train_unet.parse_args(
+                [*options, *"--train_batch_size 48 --total_batch_size 64 --mixed_precision no".split()]
+            )
+        )
