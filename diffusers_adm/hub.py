@@ -163,20 +163,28 @@ def single_file(cls: type) -> str:
 
     needed, names = [cls.__name__], {cls.__name__}
     imported: set[str] = set()
+    components: set[str] = set()
     while needed:
         module, node = definitions[needed.pop()]
         for name in module.names_used(node):
-            if name in definitions and name not in names:
+            if name in SAVED_CLASSES and name != cls.__name__:
+                components.add(name)
+            elif name in definitions and name not in names:
                 names.add(name)
                 needed.append(name)
             elif name in module.imports:
                 imported.add(module.imports[name])
 
+    if components:
+        imported.add("from diffusers import ModelMixin")
     parts = [
         f'"""{cls.__name__} of {PACKAGE}, with all that it needs, in one file.\n\nMade from the sources of that package by its'
         ' `save_pretrained`; Apache License 2.0.\n"""\n',
         "\n".join(sorted(imported, key=lambda line: (line.startswith("from"), line))) + "\n\n",
     ]
+    if components:
+        parts.append("# In annotations: the components' classes are in files of their own.")
+        parts += [f"{name} = ModelMixin" for name in sorted(components)]
     for module in modules.values():
         chosen = [node for name, node in module.definitions.items() if name in names]
         parts += [f"\n{module.source(node)}\n" for node in dict.fromkeys(chosen)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
@@ -54,9 +54,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        unet: ADMUNet2DModel,
         scheduler: SchedulerMixin,
-        classifier: ModelMixin | None = None,
+        classifier: NoisyClassifier | None = None,
         id2label: dict | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 250,

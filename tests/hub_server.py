@@ -94,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
             if repository := self.repository(name):
                 files = repository.commits[repository.resolve(revision)]
                 self.reply(200, [self.entry(path, data) for path, data in sorted(files.items())])
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check/write", path):
+            if self.repository(match[1]):
+                self.reply(200, {}) if self.authorized else self.refuse(403, "Forbidden")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             name, revision = match.groups()
             if repository := self.repository(name):

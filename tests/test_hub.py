@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from tiny_models import tiny_pipeline
@@ -257,7 +257,7 @@ def test_two_repositories_of_different_code_live_side_by_side(saved, hub):
         if text is not None:
             data = text.replace(stem, "unet_adm_0123abcd").encode()
         files[name.replace(stem, "unet_adm_0123abcd")] = data
-    server.repositories["me/other"] = other = type(repository)(private=False)
+    server.repositories["me/other"] = other = Repository(private=False)
     other.commit("main", files)
     load = (
         "other = DiffusionPipeline.from_pretrained('me/other', trust_remote_code=True)\n"
@@ -347,8 +347,12 @@ def test_failed_push_harms_nothing(images, hub):
     assert results and all(result.metric_type == "accuracy" for result in results)
 
 
-@pytest.mark.parametrize("token", [[], ["--hub_token", "hf_of_nobody"]], ids=["none", "wrong"])
-def test_refused_token_is_known_before_the_first_step(token, images, hub):
-    _, environment = hub
+@pytest.mark.parametrize("exists", [False, True], ids=["new repository", "somebody's repository"])
+def test_refused_token_is_known_before_the_first_step(exists, images, hub):
+    server, environment = hub
+    if exists:
+        server.repositories["me/trained"] = Repository(private=False)
+        server.repositories["me/trained"].commit("main", {})
+    token = ["--hub_token", "hf_of_nobody"]
     assert "the Hub refuses --hub_model_id me/trained" in train("unet", images, environment, *token)
     assert not (images.parent / "unet").exists()

@@ -617,7 +617,7 @@ class Trainer:
     def _forget_metrics_after(self, step: int) -> None:
         """Drops entries of steps that will be taken again, and what was cut off in the middle."""
         path = self.args.output_dir / "metrics.jsonl"
-        if self.accelerator.is_main_process and path.is_file():
+        if self.accelerator.is_main_process:
             entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
             partial = path.with_name("partial-" + path.name)
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -626,7 +626,9 @@ class Trainer:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
-    entries = []
+    entries: list[dict[str, float]] = []
+    if not path.is_file():
+        return entries  # a run of fewer steps than are between two entries
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))

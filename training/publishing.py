@@ -104,7 +104,7 @@ def write_card(
     metrics: dict[str, float] = {}
     for entry in read_metrics(args.output_dir / "metrics.jsonl"):
         metrics.update(entry)
-    del metrics["step"]
+    metrics.pop("step", None)
     name = (args.hub_model_id or args.output_dir.name).split("/")[-1]
     dataset = args.dataset_name or Path(args.train_data_dir).name
     results = [
