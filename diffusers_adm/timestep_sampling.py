@@ -69,12 +69,7 @@ class LossSecondMomentSampler(nn.Module):
     def sample(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Draws a timestep for each image.
-
-        Returns:
-            The timesteps, `(batch_size,)`, and the weight of each image's loss, `(batch_size,)`.
-        """
+        """Draws a timestep for each image, and gives the weight of its loss; as [`UniformSampler.sample`]."""
         probabilities = self.probabilities().to(device)
         timestep = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         weight = 1 / (len(probabilities) * probabilities[timestep])
