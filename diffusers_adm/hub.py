@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -123,7 +122,6 @@ def push(
     create_pr: bool,
     variant: str | None,
     revision: str | None,
-    extra_files: Path | None,
 ) -> CommitInfo:
     """Saves a pipeline and uploads it as one commit; arguments as in the pipeline's `push_to_hub`."""
     api = HfApi(token=token)
@@ -133,8 +131,6 @@ def push(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pipeline.save_pretrained(folder, variant=variant)
-        if extra_files is not None:
-            shutil.copytree(extra_files, folder, dirs_exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -14,8 +14,6 @@ SAVED_CLASSES = {
     "ADMUNet2DModel": "unet_adm",
     "NoisyClassifier": "noisy_classifier",
 }
-
-
 # What the files of another version are called; a push takes them away.
 CODE_PATTERNS = [f"{place}{stem}_*.py" for stem in SAVED_CLASSES.values() for place in ("", "*/")]
 

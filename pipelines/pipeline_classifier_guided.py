@@ -180,7 +180,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         create_pr: bool = False,
         variant: str | None = None,
         revision: str | None = None,
-        extra_files: str | os.PathLike | None = None,
     ) -> CommitInfo:
         """
         Uploads the pipeline, and nothing else, as one commit. The repository is made if it does not exist; what else it
@@ -194,13 +193,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             create_pr: Whether to propose the commit instead of making it.
             variant: Put into the names of the weight files, such as `"fp16"`.
             revision: Branch to commit to; made if it does not exist.
-            extra_files: Folder of files to upload with it: a card (`README.md`), pictures.
 
         Raises:
             HfHubHTTPError: If the Hub refuses.
         """
-        extra_files = None if extra_files is None else Path(extra_files)
-        return push(self, repo_id, commit_message, private, token, create_pr, variant, revision, extra_files)
+        return push(self, repo_id, commit_message, private, token, create_pr, variant, revision)
 
     @property
     def guidance_scale(self) -> float | list[float]:

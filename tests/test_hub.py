@@ -268,13 +268,18 @@ def test_two_repositories_of_different_code_live_side_by_side(saved, hub):
 
 
 def test_second_push_replaces_the_code_and_keeps_the_card(saved, hub):
-    _, folder = saved
+    pipeline, folder = saved
     server, environment = hub
     push(environment, folder, token=TOKEN)
     repository = server.repositories["me/model"]
     files = dict(repository.commits[repository.branches["main"]])
     repository.commit("main", {**files, "README.md": b"mine", "unet/unet_adm_00000000.py": b"old"})
-    push(environment, folder, token=TOKEN)
+    # The second time as `save_pretrained` does it.
+    saves = f"pipe = ClassifierGuidedPipeline.from_pretrained({str(folder)!r})\n"
+    saves += f"pipe.save_pretrained({str(folder) + '-2'!r}, push_to_hub=True, repo_id='me/model', token={TOKEN!r})\n"
+    before = repository.branches["main"]
+    assert run(WITH_PACKAGE + saves + DRAW, **environment) == drawn(pipeline)
+    assert repository.branches["main"] != before
     files = repository.commits[repository.branches["main"]]
     assert files["README.md"] == b"mine"
     assert sum(name.endswith(".py") for name in files) == 3 and "unet/unet_adm_00000000.py" not in files

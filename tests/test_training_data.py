@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from diffusers_adm.cli import main
-from diffusers_adm.training.data import add_data_arguments, class_names, load_images, to_mode
+from diffusers_adm.training.data import add_data_arguments, load_images, required_class_names, to_mode
 
 
 def arguments(*options):
@@ -42,7 +42,7 @@ def parquet(folder, features, **columns):
 
 def test_folders_are_classes(folder):
     images, held_out = load_images(arguments("--train_data_dir", str(folder)))
-    assert class_names(images) == ["cat", "dog"] and held_out is None
+    assert required_class_names(images) == ["cat", "dog"] and held_out is None
     assert [images[i]["label"] for i in range(8)] == [0] * 6 + [1] * 2
     assert images[0]["image"].shape == (3, 16, 16)
 
@@ -61,7 +61,7 @@ def test_class_is_the_prefix_of_the_file_name(tmp_path):
     options = ["--train_data_dir", str(tmp_path), "--label_from", "filename_prefix"]
     images, _ = load_images(arguments(*options))
     labels = {images.class_names[images[i]["label"]] for i in range(3)}
-    assert class_names(images) == ["ant", "zebra"] and labels == {"ant", "zebra"}
+    assert required_class_names(images) == ["ant", "zebra"] and labels == {"ant", "zebra"}
     picture(9).save(tmp_path / "bee.png")
     with pytest.raises(ValueError, match=r"bee\.png"):
         load_images(arguments(*options))
@@ -73,10 +73,10 @@ def test_names_and_numbers_become_classes(tmp_path):
     names.mkdir(), numbers.mkdir()
     parquet(names, {"image": Image(), "kind": Value("string")}, image=pictures, kind=["b", "a", "b"])
     images, _ = load_images(arguments("--dataset_name", str(names), "--label_column", "kind"))
-    assert class_names(images) == ["a", "b"] and images[1]["label"] == 0
+    assert required_class_names(images) == ["a", "b"] and images[1]["label"] == 0
     parquet(numbers, {"image": Image(), "kind": Value("int64")}, image=pictures, kind=[10, 0, 2])
     images, _ = load_images(arguments("--dataset_name", str(numbers), "--label_column", "kind"))
-    assert class_names(images) == [str(i) for i in range(11)] and images[0]["label"] == 10
+    assert required_class_names(images) == [str(i) for i in range(11)] and images[0]["label"] == 10
 
 
 def test_missing_labels_and_single_classes_are_refused(tmp_path):
@@ -84,14 +84,14 @@ def test_missing_labels_and_single_classes_are_refused(tmp_path):
     features = {"image": Image(), "label": ClassLabel(names=["only"])}
     images, _ = load_images(arguments("--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 0])))
     with pytest.raises(ValueError, match="only"):
-        class_names(images)
+        required_class_names(images)
     parquet(tmp_path, features, image=pictures, label=[0, -1])
     with pytest.raises(ValueError, match="no label"):
         load_images(arguments("--dataset_name", str(tmp_path)))
     parquet(tmp_path, {"image": Image()}, image=pictures)
     images, _ = load_images(arguments("--dataset_name", str(tmp_path)))
     with pytest.raises(ValueError, match="--label_column"):
-        class_names(images)
+        required_class_names(images)
 
 
 def test_unreadable_image_stops_the_run_or_is_skipped_with_its_name(folder, caplog):

@@ -13,6 +13,7 @@ def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
     partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
+    flush(partial)
     replace_folder(partial, folder)
 
 
@@ -22,8 +23,7 @@ def partial_name(folder: Path) -> Path:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another, which is removed last."""
-    flush(partial)
+    """Puts a finished and flushed folder in the place of another, which is removed last."""
     old = folder.with_name("old-" + folder.name)
     shutil.rmtree(old, ignore_errors=True)  # of a run that was killed before it came to that
     if folder.exists():

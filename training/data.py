@@ -143,7 +143,7 @@ class LabelledImages(torch.utils.data.Dataset):
             self.reported.add(name)
 
 
-def class_names(images: LabelledImages) -> list[str]:
+def required_class_names(images: LabelledImages) -> list[str]:
     """
     The names of the classes.
 

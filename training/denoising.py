@@ -1,4 +1,4 @@
-"""What training a UNet and training an upsampler share: the objective, and pictures of how far it has come."""
+"""What a network that removes noise is trained by, and pictures of how far it has come."""
 
 import argparse
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from diffusers_adm.losses import hybrid_loss, vlb_loss
 from diffusers_adm.timestep_sampling import SAMPLERS
 from diffusers_adm.training.arguments import build_noise_scheduler, numbers
 from diffusers_adm.training.checkpoints import save_whole
-from diffusers_adm.training.loop import Trainer, quarter_of
+from diffusers_adm.training.loop import Trainer
+from diffusers_adm.training.metrics import quarter_of
 
 
 LOSSES = ("hybrid", "vlb")

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +31,12 @@ from diffusers_adm.training.checkpoints import (
     replace_folder,
 )
 from diffusers_adm.training.data import LabelledImages
+from diffusers_adm.training.metrics import Means, read_metrics
+from diffusers_adm.training.stopping import StopRequest, leave_signals_to_the_trainer
 
 
 logger = get_logger(__name__)
 
-NUM_QUARTERS = 4
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
 # What a model that training starts from may differ in.
 CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
@@ -106,100 +105,6 @@ def load_pretrained(model: ModelMixin, args: argparse.Namespace) -> None:
     if anew:
         pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
         logger.warning("%s begin with random weights: %s.", ", ".join(anew), pairs)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """A loader's worker outlives the signals that ask to stop, which go to whole groups of processes."""
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def quarter_of(timestep: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-    """Which quarter of the timesteps each lies in, least noise first: `(batch,)`, in 0 ... 3."""
-    return NUM_QUARTERS * timestep // num_timesteps
-
-
-class StopRequest:
-    """
-    Notices that the processes were asked to stop (SIGTERM, or SIGUSR1 as batch systems send it), instead of dying of it.
-
-    Args:
-        accelerator: Of `start`.
-    """
-
-    SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
-
-    def __init__(self, accelerator: Accelerator):
-        self.received = False
-        # A group of its own on the CPU: to ask the other processes must not wait for an accelerator.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Catches the signals for as long as the context lasts."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets no other thread set handlers
-            return
-        previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _receive(self, *_) -> None:
-        self.received = True
-
-    def agreed(self) -> bool:
-        """Whether any process was asked; the same answer on all of them. Each must call it equally often."""
-        return self.on_any_process(self.received)
-
-    def on_any_process(self, flag: bool) -> bool:
-        """Whether a flag is set on any process."""
-        if self.group is None:
-            return flag
-        flags = torch.tensor(int(flag))
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(flags)
-
-
-class Means:
-    """Means of the terms of a loss over the steps between two log entries, in all and by quarter of the timesteps."""
-
-    def __init__(self):
-        self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row counts images
-
-    @staticmethod
-    def of_batch(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The sums of one batch, `(1 + terms, quarters)`."""
-        quarter = torch.nn.functional.one_hot(terms["quarter"], NUM_QUARTERS).float()  # (batch, quarters)
-        values = [torch.ones_like(quarter[:, 0])]
-        values += [term.detach().float() for name, term in terms.items() if name != "quarter"]
-        return torch.stack(values) @ quarter
-
-    def add(self, names: list[str], sums: torch.Tensor) -> None:
-        """Adds the sums of one or more batches."""
-        self.names = names
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def finite(self) -> torch.Tensor:
-        """Whether all that was added is."""
-        return torch.tensor(True) if self.sums is None else self.sums.isfinite().all()
-
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, by name; begins anew."""
-        if self.sums is None:
-            return {}
-        counts, *sums = accelerator.reduce(self.sums, "sum").tolist()
-        self.sums = None
-        means = {}
-        for name, by_quarter in zip(self.names, sums):
-            means[name] = sum(by_quarter) / sum(counts)
-            for quarter, count in enumerate(counts):
-                if count:
-                    means[f"{name}_quarter_{quarter}"] = by_quarter[quarter] / count
-        return means
 
 
 class Trainer:
@@ -338,7 +243,7 @@ class Trainer:
                 `stop` was received.
 
         Raises:
-            RuntimeError: If the loss is not finite, or fp16 has overflowed `max_skipped_steps` times in a row; the last
+            RuntimeError: If the loss or its gradient is not finite, or fp16 has overflowed `max_skipped_steps` times in a row; the last
                 checkpoint is from before.
         """
         self.model.train()
@@ -622,14 +527,3 @@ class Trainer:
             partial = path.with_name("partial-" + path.name)
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
             os.replace(partial, path)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
-    entries: list[dict[str, float]] = []
-    if not path.is_file():
-        return entries  # a run of fewer steps than are between two entries
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
-    return entries

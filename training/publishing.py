@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from diffusers_adm.hub_files import CODE_PATTERNS
 from diffusers_adm.training.arguments import as_options
-from diffusers_adm.training.loop import read_metrics
+from diffusers_adm.training.metrics import read_metrics
 
 
 logger = get_logger(__name__)
@@ -27,8 +27,8 @@ PUBLISHED = [
     "*/*.json",
     "*.safetensors",
     "*/*.safetensors",
+    "samples/*",
 ]
-PUBLISHED += ["samples/*"]
 ATTEMPTS = 3
 
 

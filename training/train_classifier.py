@@ -16,8 +16,9 @@ from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler, build_parser, parse, run_script
 from diffusers_adm.training.checkpoints import save_whole
-from diffusers_adm.training.data import class_names, load_images
-from diffusers_adm.training.loop import NUM_QUARTERS, Trainer, quarter_of, start
+from diffusers_adm.training.data import load_images, required_class_names
+from diffusers_adm.training.loop import Trainer, start
+from diffusers_adm.training.metrics import NUM_QUARTERS, quarter_of
 from diffusers_adm.training.plan import print_plan
 from diffusers_adm.training.publishing import check_hub, publish, write_card
 
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     with accelerator.main_process_first():
         images, held_out = load_images(args)
-    names = class_names(images)
+    names = required_class_names(images)
     classifier = NoisyClassifier(num_classes=len(names), pool=args.pool, **architecture(args))
     if args.dry_run:
         print_plan(args, accelerator, classifier, len(images))

@@ -10,7 +10,7 @@ from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.losses import drop_labels
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.training.arguments import architecture, build_parser, parse, run_script
-from diffusers_adm.training.data import class_names, load_images
+from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
     Grid,
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     with accelerator.main_process_first():
         images, _ = load_images(args, args.class_conditional)
-    names = class_names(images) if args.class_conditional else None
+    names = required_class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None)
     if args.dry_run:
         print_plan(args, accelerator, unet, len(images))
