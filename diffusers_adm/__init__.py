@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .models import ADMUNet2DModel, NoisyClassifier
-from .pipelines import ClassifierGuidedPipeline
+from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
 
 
 def default_model() -> str:

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
-from . import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from .conversion import is_upsampler
 from .demo import draw_demo
 
@@ -30,8 +31,8 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """
-    Converts published checkpoints to a folder that `from_pretrained` loads: a pipeline, or the model where an upsampler
-    or a classifier comes alone.
+    Converts published checkpoints to a folder that `from_pretrained` loads: a pipeline, or the model where a classifier
+    comes alone.
 
     Raises:
         ValueError: If the folder is in use, or the checkpoints cannot be converted.
@@ -45,11 +46,11 @@ def convert(args: argparse.Namespace) -> None:
     if args.unet is None:
         converted = NoisyClassifier.from_openai(args.classifier, args.flags)
     elif args.classifier is None and is_upsampler(args.unet, args.flags):
-        converted = ADMUNet2DModel.from_openai(args.unet, args.flags)
+        converted = ADMUpsamplePipeline.from_openai(args.unet, args.flags)
     else:
         converted = ClassifierGuidedPipeline.from_openai(args.unet, args.classifier, args.flags)
     if args.dtype is not None:
-        models = converted.components.values() if isinstance(converted, ClassifierGuidedPipeline) else [converted]
+        models = converted.components.values() if isinstance(converted, DiffusionPipeline) else [converted]
         for model in models:
             if isinstance(model, torch.nn.Module):
                 cast_weights(model, getattr(torch, args.dtype))

@@ -11,6 +11,7 @@ from pathlib import Path
 # Classes of this package that a pipeline may hold, and what their files are called.
 SAVED_CLASSES = {
     "ClassifierGuidedPipeline": "pipeline_adm",
+    "ADMUpsamplePipeline": "pipeline_adm_upsample",
     "ADMUNet2DModel": "unet_adm",
     "NoisyClassifier": "noisy_classifier",
 }

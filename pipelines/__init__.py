@@ -1,1 +1,2 @@
+from diffusers_adm.pipelines.pipeline_adm_upsample import ADMUpsamplePipeline
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline

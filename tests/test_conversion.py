@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_cases import RELEASED, draw_weights, load_case, meta_state_dict, published_flags
 
-from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.cli import main
 from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
@@ -560,14 +560,19 @@ def test_convert_casts_and_names_a_variant(pipeline_files, tmp_path):
     assert unet.read_bytes() == before
 
 
-@pytest.mark.parametrize("case, option", [("upsampler", "--unet"), ("classifier_spatial", "--classifier")])
-def test_convert_writes_an_upsampler_or_a_classifier_alone(case, option, tmp_path):
+@pytest.mark.parametrize(
+    "case, option, folder", [("upsampler", "--unet", "unet"), ("classifier_spatial", "--classifier", "")]
+)
+def test_convert_writes_an_upsampler_or_a_classifier_alone(case, option, folder, tmp_path):
     description, _ = load_case(case)
     torch.save(draw_weights(description), tmp_path / "model.pt")
-    words = ["convert", option, str(tmp_path / "model.pt"), "--flags", published_flags(description)]
+    flags = published_flags(description) + (" --small_size 8" if case == "upsampler" else "")
+    words = ["convert", option, str(tmp_path / "model.pt"), "--flags", flags]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
-    saved = model_class(case).from_pretrained(tmp_path / "out").state_dict()
+    saved = model_class(case).from_pretrained(tmp_path / "out" / folder).state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in load(case).state_dict().items())
+    if case == "upsampler":
+        assert ADMUpsamplePipeline.from_pretrained(tmp_path / "out").config.low_res_size == 8
 
 
 def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys):

@@ -290,8 +290,8 @@ def test_second_push_replaces_the_code_and_keeps_the_card(saved, hub):
 
 TRAIN = """
 import sys
-from diffusers_adm.training import train_classifier, train_unet
-script = {"unet": train_unet, "classifier": train_classifier}[sys.argv[1]]
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+script = {"unet": train_unet, "upsampler": train_upsampler, "classifier": train_classifier}[sys.argv[1]]
 try:
     script.main(script.parse_args(sys.argv[2:]))
     print("drawn ended")
@@ -339,6 +339,27 @@ def test_training_pushes_the_pipeline_and_nothing_else(images, hub):
     without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
     assert run(WITH_PACKAGE + with_package + draw, **environment) == "16 16"
     assert run(WITHOUT_PACKAGE + without + draw, **environment) == "16 16"
+
+
+def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub):
+    server, environment = hub
+    more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--low_resolution", "4", "--hub_token", TOKEN]
+    assert train("upsampler", images, environment, *more) == "ended"
+    repository = server.repositories["me/trained"]
+    files = repository.commits[repository.branches["main"]]
+    assert sum(name.endswith(".py") for name in files) == 2
+    card = files["README.md"].decode()
+    assert "pipeline_tag: image-to-image" in card and "ADMUpsamplePipeline.from_pretrained" in card
+    draw = (
+        "image = pipe(torch.rand(1, 3, 4, 4, generator=torch.manual_seed(0)), ['white'], num_inference_steps=2,"
+        " generator=torch.manual_seed(0), output_type='latent').images\nprint('drawn', image.double().sum().item())\n"
+    )
+    with_package = (
+        "from diffusers_adm import ADMUpsamplePipeline\npipe = ADMUpsamplePipeline.from_pretrained('me/trained')\n"
+    )
+    without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
+    drawn_with = run(WITH_PACKAGE + with_package + draw, **environment)
+    assert drawn_with == run(WITHOUT_PACKAGE + without + draw, **environment) and float(drawn_with)
 
 
 def test_failed_push_harms_nothing(images, hub):

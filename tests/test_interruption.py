@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 
 
 ARCHITECTURE = (
@@ -24,7 +24,12 @@ ARCHITECTURE = (
     " --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4 --noise_schedule cosine"
     " --train_batch_size 2 --logging_steps 1 --learning_rate 1e-3 --lr_scheduler constant --adam_weight_decay 0"
 ).split()
-UNET = [*ARCHITECTURE, *"--ema_decay 0.5,0.9 --schedule_sampler loss-second-moment --label_dropout 0.3".split()]
+DENOISING = [*ARCHITECTURE, *"--ema_decay 0.5,0.9 --schedule_sampler loss-second-moment --label_dropout 0.3".split()]
+OPTIONS = {
+    train_unet: DENOISING,
+    train_upsampler: [*DENOISING, *"--low_resolution 4 --low_res_noise 0.2".split()],
+    train_classifier: ARCHITECTURE,
+}
 TIMEOUT = 300
 
 
@@ -52,7 +57,7 @@ def launched(words, processes=1, **popen):
 def start(script, dataset, output_dir, steps, *more, processes=1, **popen):
     """A training process."""
     options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}".split()
-    options += [*(UNET if script is train_unet else ARCHITECTURE), "--resume_from_checkpoint", "latest", *more]
+    options += [*OPTIONS[script], "--resume_from_checkpoint", "latest", *more]
     return launched([script.__file__, *options], processes, **popen)
 
 
@@ -82,7 +87,7 @@ def assert_same(checkpoint, other):
             assert torch.equal(tensor, theirs[name][key]), (name, key)
 
 
-@pytest.mark.parametrize("script", [train_unet, train_classifier], ids=["unet", "classifier"])
+@pytest.mark.parametrize("script", OPTIONS, ids=["unet", "upsampler", "classifier"])
 def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
     # Workers, random crops and flips, and 7 batches an epoch, so that the second epoch is reached.
     more = ["--checkpointing_steps", "2", "--dataloader_num_workers", "2", "--validation_steps", "100"]
@@ -155,6 +160,14 @@ def test_two_processes_resume_exactly(dataset, tmp_path):
     process = start(train_unet, dataset, tmp_path / "parts", 8, *more, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0 and b"written with num_processes 2, and this run has 1" in errors
+
+
+def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
+    more = ["--checkpointing_steps", "3", "--streaming", "--shuffle_buffer", "4"]
+    run(train_classifier, dataset, tmp_path / "whole", 6, *more, processes=2)
+    run(train_classifier, dataset, tmp_path / "parts", 3, *more, processes=2)
+    run(train_classifier, dataset, tmp_path / "parts", 6, *more, processes=2)
+    assert_same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
 
 
 def test_two_processes_give_the_gradients_of_one(dataset, tmp_path):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from tiny_models import draw_parameters
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
-from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.arguments import build_noise_scheduler
-from diffusers_adm.training.data import center_crop, fit_image, random_crop, to_tensor
+from diffusers_adm.training.denoising import build_unet
+from diffusers_adm.training.images import center_crop, fit_image, random_crop, to_tensor
 
 
 ARCHITECTURE = (
@@ -49,6 +50,18 @@ def unet_args(dataset, output_dir, steps, *more):
     )
 
 
+def upsampler_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --ema_decay 0.5"
+    return train_upsampler.parse_args(
+        [
+            *options.split(),
+            *ARCHITECTURE,
+            *"--low_resolution 4 --low_res_noise 0.2 --num_validation_images 3".split(),
+            *more,
+        ]
+    )
+
+
 def classifier_args(dataset, output_dir, steps, *more):
     options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --validation_split train"
     return train_classifier.parse_args([*options.split(), *ARCHITECTURE, *more])
@@ -63,9 +76,11 @@ def checkpoint_tensors(folder):
     [
         (train_unet, unet_args, []),
         (train_unet, unet_args, ["--gradient_accumulation_steps", "2"]),
+        (train_upsampler, upsampler_args, []),
+        (train_upsampler, upsampler_args, ["--streaming", "--dataloader_num_workers", "1"]),
         (train_classifier, classifier_args, []),
     ],
-    ids=["unet", "unet-accumulating", "classifier"],
+    ids=["unet", "unet-accumulating", "upsampler", "upsampler-streaming", "classifier"],
 )
 def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path):
     # 14 images make three batches of four an epoch: step six lies in the second epoch, or with accumulation the fourth.
@@ -131,7 +146,7 @@ def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog
     def saved(name, **changes):
         args = unet_args(dataset, tmp_path, 1)
         args.label_dropout = changes.pop("label_dropout", 0.3)
-        unet = draw_parameters(train_unet.build_unet(args, **changes))
+        unet = draw_parameters(build_unet(args, **changes))
         ClassifierGuidedPipeline(unet, build_noise_scheduler(args)).save_pretrained(tmp_path / name)
         return unet.state_dict()
 

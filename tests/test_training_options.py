@@ -10,8 +10,9 @@ from tiny_models import tiny_unet
 from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
-from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.arguments import architecture, as_yaml, preset_names
+from diffusers_adm.training.denoising import build_unet
 from diffusers_adm.training.plan import measure
 
 
@@ -25,11 +26,17 @@ RELEASED = {
     "adm-lsun-bedroom": "lsun_bedroom.pt",
     "adm-lsun-cat": "lsun_cat.pt",
     "adm-lsun-horse": "lsun_horse.pt",
+    "upsampler-256": "64_256_upsampler.pt",
+    "upsampler-512": "128_512_upsampler.pt",
     "classifier-64": "64x64_classifier.pt",
     "classifier-128": "128x128_classifier.pt",
     "classifier-256": "256x256_classifier.pt",
     "classifier-512": "512x512_classifier.pt",
 }
+
+
+def script_of(preset):
+    return {"classifier": train_classifier, "upsampler": train_upsampler}.get(preset.split("-")[0], train_unet)
 
 
 @pytest.fixture
@@ -44,27 +51,30 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("preset", RELEASED)
 def test_presets_of_released_models_build_those_models(preset):
-    script = train_classifier if preset.startswith("classifier") else train_unet
+    script = script_of(preset)
     args = script.parse_args([*REQUIRED, "--preset", preset])
     published = meta_state_dict(RELEASED[preset])
     with torch.device("meta"):
         if script is train_classifier:
             model = NoisyClassifier(num_classes=1000, pool=args.pool, **architecture(args))
         else:
-            model = train_unet.build_unet(args, 1000 if args.class_conditional else None)
+            upsampler = script is train_upsampler
+            model = build_unet(args, 1000 if args.class_conditional else None, low_res_conditioning=upsampler)
     released = type(model).from_openai(published, PRESETS[RELEASED[preset]].flags)
     ignored = {"_use_default_values", "_class_name"}
     assert {k: v for k, v in model.config.items() if k not in ignored} == {
         k: v for k, v in released.config.items() if k not in ignored
     }
-    if script is train_unet:
-        assert args.noise_schedule == parse_flags(PRESETS[RELEASED[preset]].flags)["noise_schedule"]
+    flags = parse_flags(PRESETS[RELEASED[preset]].flags)
+    if script is not train_classifier:
+        assert args.noise_schedule == flags["noise_schedule"]
+    if script is train_upsampler:
+        assert args.low_resolution == flags["small_size"]
 
 
 def test_every_preset_is_of_a_script():
     for preset in preset_names():
-        script = train_classifier if preset.startswith("classifier") else train_unet
-        assert script.parse_args([*REQUIRED, "--preset", preset]).max_train_steps >= 30_000
+        assert script_of(preset).parse_args([*REQUIRED, "--preset", preset]).max_train_steps >= 30_000
 
 
 def test_command_line_wins_over_config_and_config_over_preset(tmp_path):

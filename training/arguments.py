@@ -228,6 +228,8 @@ def contradictions(args: argparse.Namespace, text: str) -> list[str]:
     free = RESUMABLE_OPTIONS
     if args.total_batch_size is not None:  # how it is divided depends on the number of processes
         free = free | {"train_batch_size", "gradient_accumulation_steps"}
+    if args.streaming:  # workers read files of their own
+        free = free - {"dataloader_num_workers"}
     return [
         f"--{name} {now[name]} (was {then[name]})"
         for name in now
@@ -269,9 +271,9 @@ def architecture(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_number_of_images(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
-    """Raises a ValueError if there are too few images for one batch a process."""
-    if num_images < args.train_batch_size * num_processes:
+def check_number_of_images(args: argparse.Namespace, num_images: int | None, num_processes: int) -> None:
+    """Raises a ValueError if there are too few images for one batch a process; a stream's number is not known."""
+    if num_images is not None and num_images < args.train_batch_size * num_processes:
         raise ValueError(
             f"{num_images} images do not fill a batch of {args.train_batch_size} on each of {num_processes} processes."
         )

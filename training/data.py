@@ -1,24 +1,19 @@
 """Labelled images for training: whatever `datasets.load_dataset` reads, cropped as the paper crops."""
 
 import argparse
-import logging
-import math
-import random
+import itertools
+from collections.abc import Iterator
 from pathlib import PurePath
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
+from datasets.distributed import split_dataset_by_node
 from datasets.features import Value
-from PIL import Image
-from torchvision.transforms import functional as TF
+from torch.utils.data import DataLoader, get_worker_info
 
-
-logger = logging.getLogger(__name__)
-
-CROPS = ("center", "random", "pad")
-UNREADABLE = ("stop", "skip")
+from diffusers_adm.training.images import CROPS, UNREADABLE, ImageReader, file_name
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +45,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default="column",
         help="filename_prefix: what stands before the first _ in the name of an image's file.",
     )
+    group.add_argument(
+        "--streaming", action="store_true", help="Fetch images while training, instead of all before; of many files."
+    )
+    group.add_argument("--shuffle_buffer", type=int, default=10_000, help="Images of a stream to draw the next from.")
+    group.add_argument(
+        "--num_classes", type=int, default=None, help="Of a stream whose labels are numbers without names."
+    )
     group.add_argument("--on_unreadable", choices=UNREADABLE, default="stop", help="What an unreadable image does.")
     group.add_argument("--resolution", type=int, default=64)
     group.add_argument("--in_channels", type=int, choices=(1, 3), default=3, help="1 for grey images, 3 for colour.")
@@ -65,8 +67,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 class LabelledImages(torch.utils.data.Dataset):
     """
-    Images of one split. Items have `image`, `(channels, resolution, resolution)` float32 in [-1, 1], and, if there are
-    labels, `label`, an int.
+    Labelled images of one split, as `ImageReader` makes them.
 
     What is drawn at random for an image depends on the seed, the epoch and the image's index alone: neither the number of
     workers nor an interruption changes it.
@@ -86,14 +87,18 @@ class LabelledImages(torch.utils.data.Dataset):
         self.image_column = image_column
         self.label_column = label_column
         self.args = args
-        self.augment = augment
+        self.reader = ImageReader(args, image_column, label_column, augment)
         self.epoch = 0
-        self.reported: set[str] = set()
 
     @property
     def class_names(self) -> list[str] | None:
         """Name of each class, in the order of the labels; `None` without labels."""
         return None if self.label_column is None else self.rows.features[self.label_column].names
+
+    @property
+    def num_images(self) -> int:
+        """How many there are."""
+        return len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,6 +106,12 @@ class LabelledImages(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draws anew what is random about the images."""
         self.epoch = epoch
+
+    def examples(self, count: int) -> list[dict]:
+        """`count` items, or as many as there are, from all over the dataset and always the same; none is augmented."""
+        plain = LabelledImages(self.rows, self.image_column, self.label_column, self.args, augment=False)
+        count = min(count, len(plain))
+        return [plain[i * len(plain) // count] for i in range(count)]
 
     def __getitem__(self, index: int) -> dict:
         """
@@ -110,37 +121,83 @@ class LabelledImages(torch.utils.data.Dataset):
             ValueError: If it is unreadable, or does not fit the crop.
         """
         for candidate in (*range(index, len(self)), *range(index)):
-            row = self.rows[candidate]
-            try:
-                image = decode(row[self.image_column])
-            except UnreadableImage as error:
-                self._report(file_name(row[self.image_column], candidate), error)
-                continue
-            try:
-                return self._prepare(image, row, candidate)
-            except ValueError as error:
-                raise ValueError(f"Image {file_name(row[self.image_column], candidate)}: {error}") from error
+            key = f"{self.args.seed}-{self.epoch}-{candidate}"
+            item = self.reader.read(self.rows[candidate], candidate, key)
+            if item is not None:
+                return item
         raise ValueError("Not one image of the dataset can be read.")
 
-    def _prepare(self, image: Image.Image, row: dict, index: int) -> dict:
-        rng = random.Random(f"{self.args.seed}-{self.epoch}-{index}")
-        image = to_mode(image, self.args.in_channels)
-        image = fit_image(image, self.args.resolution, self.args.crop, rng if self.augment else None)
-        if self.augment and self.args.random_flip and rng.random() < 0.5:
-            image = TF.hflip(image)
-        item = {"image": to_tensor(image)}
-        if self.label_column is not None:
-            item["label"] = row[self.label_column]
-        return item
 
-    def _report(self, name: str, error: Exception) -> None:
-        if self.args.on_unreadable == "stop":
-            raise ValueError(
-                f"Image {name} cannot be read ({error}): remove it, or pass --on_unreadable skip."
-            ) from error
-        if name not in self.reported:
-            logger.warning("Skipping image %s, which cannot be read: %s", name, error)
-            self.reported.add(name)
+class StreamedImages(torch.utils.data.IterableDataset):
+    """
+    Labelled images of one split, as they come from where they are kept: in an endless stream, each pass in another order.
+
+    With the same seed, files, processes and workers the stream is the same.
+
+    Args:
+        rows: Of this process's share of the dataset, with an undecoded image column, shuffled.
+        image_column: Its name.
+        label_column: Name of a column of type `ClassLabel`, or `None`.
+        args: Parsed `add_data_arguments`, `seed` and `train_batch_size`.
+    """
+
+    num_images = None  # known when the stream ends at the earliest
+
+    def __init__(self, rows: IterableDataset, image_column: str, label_column: str | None, args: argparse.Namespace):
+        self.rows = rows
+        self.image_column = image_column
+        self.label_column = label_column
+        self.args = args
+        self.reader = ImageReader(args, image_column, label_column, augment=True)
+        self.share = PartialState().process_index
+        self.batches_passed = 0  # by each worker
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Name of each class, in the order of the labels; `None` without labels."""
+        return None if self.label_column is None else self.rows.features[self.label_column].names
+
+    def examples(self, count: int) -> list[dict]:
+        """The first `count` items of the shuffled stream, as many as there are; none is augmented."""
+        reader = ImageReader(self.args, self.image_column, self.label_column, augment=False)
+        self.rows.set_epoch(0)
+        items = (reader.read(row, number, "") for number, row in enumerate(self.rows))
+        return list(itertools.islice((item for item in items if item is not None), count))
+
+    def from_batch(self, loader: DataLoader, number: int) -> Iterator[dict]:
+        """The batches of this stream's loader from a given one on; those before are fetched again, but hardly decoded."""
+        # A loader takes batch after batch from the workers in turn, and always begins with the first.
+        self.batches_passed, rest = divmod(number, max(1, loader.num_workers))
+        return itertools.islice(loader, rest, None)
+
+    def __iter__(self) -> Iterator[dict]:
+        """
+        The items of one worker. An unreadable image, where `on_unreadable` is "skip", is replaced by the next that is not,
+        so that the n-th item is that of the n-th row.
+
+        Raises:
+            ValueError: If an image is unreadable, or does not fit the crop, or there is none.
+        """
+        info = get_worker_info()
+        worker = 0 if info is None else info.id  # `rows` gives each files of its own
+        rows_passed = self.batches_passed * self.args.train_batch_size
+        missing = 0
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            found = False
+            for number, row in enumerate(self.rows):
+                if rows_passed:
+                    rows_passed -= 1
+                    found = True
+                    continue
+                item = self.reader.read(row, number, f"{self.args.seed}-{epoch}-{self.share}-{worker}-{number}")
+                missing += 1
+                if item is not None:
+                    found = True
+                    yield from itertools.repeat(item, missing)
+                    missing = 0
+            if not found:
+                raise ValueError("Not one image of the dataset can be read.")
 
 
 def required_class_names(images: LabelledImages) -> list[str]:
@@ -160,7 +217,9 @@ def required_class_names(images: LabelledImages) -> list[str]:
     return images.class_names
 
 
-def load_images(args: argparse.Namespace, labelled: bool = True) -> tuple[LabelledImages, LabelledImages | None]:
+def load_images(
+    args: argparse.Namespace, labelled: bool = True
+) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
     """
     Loads the images to train on, and those that are held out.
 
@@ -179,11 +238,14 @@ def load_images(args: argparse.Namespace, labelled: bool = True) -> tuple[Labell
         raise ValueError("Give either --dataset_name or --train_data_dir.")
     if args.validation_split is not None and args.validation_fraction is not None:
         raise ValueError("Give either --validation_split or --validation_fraction.")
-    train, image_column, label_column = _load_rows(args, args.train_split, labelled)
+    for name in ("validation_fraction", "max_train_samples"):
+        if args.streaming and getattr(args, name) is not None:
+            raise ValueError(f"--{name} needs all images at once, which --streaming does without.")
+    train, image_column, label_column = _load_rows(args, args.train_split, labelled, args.streaming)
     held_out = None
     if args.validation_split is not None:
         classes = None if label_column is None else train.features[label_column]
-        held_out, *_ = _load_rows(args, args.validation_split, labelled, classes)
+        held_out, *_ = _load_rows(args, args.validation_split, labelled, False, classes)
     elif args.validation_fraction is not None:
         if not 0 < args.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {args.validation_fraction} is not between 0 and 1.")
@@ -193,30 +255,58 @@ def load_images(args: argparse.Namespace, labelled: bool = True) -> tuple[Labell
         if not 1 <= args.max_train_samples <= len(train):
             raise ValueError(f"--max_train_samples {args.max_train_samples} is not in 1 ... {len(train)}.")
         train = train.shuffle(seed=args.seed).select(range(args.max_train_samples))
-    images = LabelledImages(train, image_column, label_column, args, augment=True)
+    if args.streaming:
+        images = StreamedImages(_share_of_stream(train, args), image_column, label_column, args)
+    else:
+        images = LabelledImages(train, image_column, label_column, args, augment=True)
     if held_out is not None:
         held_out = LabelledImages(held_out, image_column, label_column, args, augment=False)
     return images, held_out
 
 
+def _share_of_stream(rows: IterableDataset, args: argparse.Namespace) -> IterableDataset:
+    """What of a shuffled stream this process reads."""
+    if args.shuffle_buffer < 1:
+        raise ValueError(f"--shuffle_buffer {args.shuffle_buffer} must be at least 1.")
+    state = PartialState()
+    rows = rows.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+    # Files of its own if they can be dealt evenly; otherwise every n-th image of all files.
+    rows = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
+    files = rows.num_shards // (state.num_processes if rows.num_shards % state.num_processes == 0 else 1)
+    if args.dataloader_num_workers > files:
+        raise ValueError(
+            f"--dataloader_num_workers {args.dataloader_num_workers}: each reads files of its own, and there are {files} a"
+            " process."
+        )
+    return rows
+
+
 def _load_rows(
-    args: argparse.Namespace, split: str, labelled: bool, classes: ClassLabel | None = None
-) -> tuple[Dataset, str, str | None]:
+    args: argparse.Namespace, split: str, labelled: bool, streaming: bool, classes: ClassLabel | None = None
+) -> tuple[Dataset | IterableDataset, str, str | None]:
     """A split's rows, images undecoded and labels of the given classes or its own, and the names of the two columns."""
     source = (
         {"path": "imagefolder", "data_dir": args.train_data_dir}
         if args.dataset_name is None
         else {"path": args.dataset_name, "name": args.dataset_config_name, "revision": args.dataset_revision}
     )
-    rows = load_dataset(**source, data_files=args.data_files, split=split, cache_dir=args.cache_dir)
-
+    rows = load_dataset(
+        **source, data_files=args.data_files, split=split, cache_dir=args.cache_dir, streaming=args.streaming
+    )
+    if rows.features is None:
+        raise ValueError(f"The stream of split {split!r} does not say what columns it has.")
     image_column = args.image_column or _only_column(rows, ImageFeature)
     if image_column not in rows.column_names:
         raise ValueError(f"No image column {image_column!r} among {rows.column_names}: name it by --image_column.")
     rows = rows.cast_column(image_column, ImageFeature(decode=False))
+    if args.streaming and not streaming:
+        # Its own split alone: without streaming all of a dataset is fetched.
+        rows = Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=args.cache_dir)
     if not labelled:
         return rows, image_column, None
     if args.label_from == "filename_prefix":
+        if streaming:
+            raise ValueError("--label_from filename_prefix needs all names at once, which --streaming does without.")
         return _as_class_label(_label_by_file_name(rows, image_column), "label", classes), image_column, "label"
 
     label_column = args.label_column or _only_column(rows, ClassLabel)
@@ -224,7 +314,18 @@ def _load_rows(
         return rows, image_column, None
     if label_column not in rows.column_names:
         raise ValueError(f"No label column {label_column!r} among {rows.column_names} of split {split!r}.")
+    if streaming:
+        return _with_known_classes(rows, label_column, args.num_classes), image_column, label_column
     return _as_class_label(rows, label_column, classes), image_column, label_column
+
+
+def _with_known_classes(rows: IterableDataset, column: str, num_classes: int | None) -> IterableDataset:
+    """The same for a stream, whose labels are not known before they come."""
+    if isinstance(rows.features[column], ClassLabel):
+        return rows
+    if num_classes is None:
+        raise ValueError(f"Column {column!r} of the stream does not say what classes there are: give --num_classes.")
+    return rows.cast_column(column, ClassLabel(num_classes=num_classes))
 
 
 def _as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Dataset:
@@ -267,85 +368,3 @@ def _only_column(rows: Dataset, feature_type: type) -> str | None:
     if len(columns) > 1:
         raise ValueError(f"Columns {columns} are all of type {feature_type.__name__}: name the one to use.")
     return columns[0] if columns else None
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be decoded."""
-
-
-def file_name(value: dict | None, index: int) -> str:
-    """What an image is called in messages: its file, or where it stands in the dataset."""
-    return (value or {}).get("path") or f"number {index}"
-
-
-def decode(value: dict | None) -> Image.Image:
-    """
-    An image of an undecoded column, turned as its EXIF data says.
-
-    Raises:
-        UnreadableImage: If it is missing, damaged, or larger than PIL trusts.
-    """
-    if value is None:
-        raise UnreadableImage("there is none")
-    try:
-        return ImageFeature().decode_example(value)
-    except Exception as error:  # PIL's decoders raise all sorts
-        raise UnreadableImage(str(error)) from error
-
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """8-bit grey or colour; 16 bits are scaled to 8, and what is transparent shows white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert({1: "L", 3: "RGB"}[channels])
-
-
-def fit_image(image: Image.Image, resolution: int, crop: str, rng: random.Random | None) -> Image.Image:
-    """A square image of the given resolution; without a source of randomness a random crop becomes the central one."""
-    if crop == "pad":
-        if max(image.size) > resolution:
-            raise ValueError(f"--crop pad: an image of {image.size} does not fit into {resolution}x{resolution}.")
-        return TF.center_crop(image, [resolution, resolution])
-    if crop == "random" and rng is not None:
-        return random_crop(image, resolution, rng)
-    return center_crop(image, resolution)
-
-
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Shorter side to `resolution`, then the central square: the crop of the published training and statistics."""
-    image = _shrink(image, resolution)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2  # rounded down, as published
-    return TF.crop(image, top, left, resolution, resolution)
-
-
-def random_crop(
-    image: Image.Image,
-    resolution: int,
-    rng: random.Random,
-    min_fraction: float = 0.8,
-    max_fraction: float = 1.0,
-) -> Image.Image:
-    """A square at a random place whose side is a random fraction of the shorter side: classifiers train on these."""
-    shorter = rng.randrange(math.ceil(resolution / max_fraction), math.ceil(resolution / min_fraction) + 1)
-    image = _shrink(image, shorter)
-    left = rng.randrange(image.width - resolution + 1)
-    top = rng.randrange(image.height - resolution + 1)
-    return TF.crop(image, top, left, resolution, resolution)
-
-
-def _shrink(image: Image.Image, shorter: int) -> Image.Image:
-    # Halving by averages first keeps the bicubic filter, which sees few pixels, from aliasing.
-    while min(image.size) >= 2 * shorter:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = shorter / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, resample=Image.Resampling.BICUBIC)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """8-bit image to `(channels, height, width)` in [-1, 1]."""
-    array = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1

@@ -1,30 +1,36 @@
 """What a network that removes noise is trained by, and pictures of how far it has come."""
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
-from diffusers_adm.losses import hybrid_loss, vlb_loss
+from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_loss
 from diffusers_adm.timestep_sampling import SAMPLERS
-from diffusers_adm.training.arguments import build_noise_scheduler, numbers
+from diffusers_adm.training.arguments import architecture, build_noise_scheduler, numbers
 from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.loop import Trainer
 from diffusers_adm.training.metrics import quarter_of
+from diffusers_adm.training.publishing import publish, write_card
 
 
 LOSSES = ("hybrid", "vlb")
 
 
 def add_denoising_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the objective, the averages and the pictures."""
+    """The options of the classes, the objective, the averages and the pictures."""
+    group = parser.add_argument_group("classes")
+    group.add_argument("--class_conditional", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--label_dropout", type=float, default=0.0, help="Probability of training without the label.")
+
     group = parser.add_argument_group("objective")
     group.add_argument("--learn_sigma", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="sample: predict x_0.")
@@ -55,6 +61,33 @@ def check_denoising_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--noise_offset {args.noise_offset} must be at least 0.")
     if not args.ema_decay or not all(0 <= decay < 1 for decay in args.ema_decay):
         raise ValueError(f"--ema_decay {args.ema_decay} must be one or more rates in [0, 1).")
+    if not 0 <= args.label_dropout <= 1:
+        raise ValueError(f"--label_dropout {args.label_dropout} is not in [0, 1].")
+    if args.label_dropout and not args.class_conditional:
+        raise ValueError("--label_dropout needs a class-conditional model.")
+
+
+def build_unet(
+    args: argparse.Namespace, num_classes: int | None, low_res_conditioning: bool = False
+) -> ADMUNet2DModel:
+    """The model that the options describe, with random weights."""
+    return ADMUNet2DModel(
+        out_channels=args.in_channels * (2 if args.learn_sigma else 1),
+        num_class_embeds=num_classes,
+        use_null_class=args.label_dropout > 0,
+        low_res_conditioning=low_res_conditioning,
+        upsample_type=args.resample_type,
+        **architecture(args),
+    )
+
+
+def label_conditions(args: argparse.Namespace, unet: ADMUNet2DModel, batch: dict) -> dict[str, torch.Tensor]:
+    """The labels of a batch as the network's argument, some of them dropped."""
+    if not args.class_conditional:
+        return {}
+    if not args.label_dropout:
+        return {"class_labels": batch["label"]}
+    return {"class_labels": drop_labels(batch["label"], unet.null_class, args.label_dropout)}
 
 
 class DenoisingObjective:
@@ -105,14 +138,26 @@ class Grid:
 
     Args:
         trainer: Whose model draws.
-        scheduler: What the model is trained with.
+        pipeline: That holds the model; DDIM takes the place of its scheduler.
+        inputs: From the numbers of some images, from 0, to the pipeline's arguments for them.
+        shown: A picture to put on the left of both.
     """
 
-    def __init__(self, trainer: Trainer, scheduler: DDPMScheduler):
+    def __init__(
+        self,
+        trainer: Trainer,
+        pipeline: DiffusionPipeline,
+        inputs: Callable[[list[int]], dict],
+        shown: Image.Image | None = None,
+    ):
         self.trainer = trainer
         self.args = trainer.args
         self.accelerator = trainer.accelerator
-        self.scheduler = DDIMScheduler.from_config(scheduler.config)
+        self.pipeline = copy.copy(pipeline)  # what is saved keeps its scheduler
+        self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.inputs = inputs
+        self.shown = shown
 
     def save(self) -> None:
         """Writes `samples/step-N.png`; all processes draw, each its share."""
@@ -122,30 +167,29 @@ class Grid:
         raw = self.draw()
         if self.trainer.stop.agreed() or not self.accelerator.is_main_process:
             return
-        picture = Image.new(averaged.mode, (2 * averaged.width + self.args.resolution // 2, averaged.height), "grey")
-        picture.paste(averaged)
-        picture.paste(raw, (picture.width - raw.width, 0))
+        panels = [averaged, raw] if self.shown is None else [self.shown, averaged, raw]
+        margin = self.args.resolution // 2
+        width = len(panels) * (averaged.width + margin) - margin
+        picture = Image.new(averaged.mode, (width, averaged.height), "grey")
+        for number, panel in enumerate(panels):
+            picture.paste(panel, (number * (averaged.width + margin), 0))
         path = self.args.output_dir / "samples" / f"step-{self.trainer.global_step}.png"
         with self.trainer.surviving(path.name):
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
 
     def draw(self) -> Image.Image:
-        """A grid of `--num_validation_images` images, each from its own seed, the classes in turn."""
-        unet, count = self.trainer.unwrapped_model, self.args.num_validation_images
-        pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=self.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
+        """`--num_validation_images` images, each from its own seed."""
+        count = self.args.num_validation_images
         # All draw equally many, and what is beyond the count is dropped.
         share = -(-count // self.accelerator.num_processes)
-        seeds = [self.accelerator.process_index * share + i for i in range(share)]
-        num_classes = unet.config.num_class_embeds
+        numbers = [self.accelerator.process_index * share + i for i in range(share)]
         drawn = []
-        for batch in torch.tensor(seeds).split(self.args.train_batch_size):  # more may not fit beside the training
+        for batch in torch.tensor(numbers).split(self.args.train_batch_size):  # more may not fit beside the training
             batch = batch.tolist()
             drawn.append(
-                pipeline(
-                    class_labels=[seed % num_classes for seed in batch] if num_classes else None,
-                    batch_size=1 if num_classes else len(batch),
+                self.pipeline(
+                    **self.inputs(batch),
                     num_inference_steps=min(50, self.args.num_train_timesteps),
                     generator=[torch.Generator().manual_seed(seed) for seed in batch],
                     output_type="pt",
@@ -153,15 +197,20 @@ class Grid:
                 ).images
             )
         images = self.accelerator.gather(torch.cat(drawn))[:count]  # (count, channels, height, width) in [0, 1]
-        drawn = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images))
-        columns = min(count, 10)
-        rows = -(-count // columns)
-        drawn += [Image.new(drawn[0].mode, drawn[0].size)] * (rows * columns - count)
-        return make_image_grid(drawn, rows, columns)
+        return as_grid(self.pipeline, images)
 
     def _stop_drawing(self, pipeline: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
         pipeline._interrupt = self.trainer.stop.received
         return tensors
+
+
+def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
+    """Images, `(count, channels, height, width)` in [0, 1], in rows of ten."""
+    tiles = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images))
+    columns = min(len(tiles), 10)
+    rows = -(-len(tiles) // columns)
+    tiles += [Image.new(tiles[0].mode, tiles[0].size)] * (rows * columns - len(tiles))
+    return make_image_grid(tiles, rows, columns)
 
 
 def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -171,3 +220,34 @@ def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -
         if trainer.accelerator.is_main_process:
             with trainer.averaged_weights(decay), trainer.surviving(name):
                 save_whole(pipeline, folder / name)
+
+
+def train_pipeline(
+    trainer: Trainer,
+    objective: DenoisingObjective,
+    pipeline: DiffusionPipeline,
+    grid: Grid,
+    class_names: list[str] | None,
+) -> None:
+    """
+    Trains a pipeline's UNet, and saves the pipeline with each moving average, its card, and pictures on the way.
+
+    Args:
+        trainer: Of the UNet.
+        objective: What it is trained by.
+        pipeline: That holds it.
+        grid: Its pictures.
+        class_names: For the card.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+
+    def validate() -> None:
+        save_averages(trainer, pipeline, args.output_dir)
+        grid.save()
+
+    trainer.train(objective, validate)
+    if accelerator.is_main_process and trainer.finished:
+        folder = args.output_dir / "pipeline"
+        write_card(args, accelerator, folder, type(pipeline).__name__, trainer.images.num_images, class_names)
+        if args.push_to_hub:
+            publish(args, folder)

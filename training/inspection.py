@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.data import LabelledImages, UnreadableImage, decode, file_name, load_images
+from diffusers_adm.training.data import LabelledImages, load_images
+from diffusers_adm.training.images import UnreadableImage, decode, file_name
 
 
 def inspect_data(args: argparse.Namespace) -> None:
@@ -19,6 +20,8 @@ def inspect_data(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the dataset cannot be used at all.
     """
+    if args.streaming:
+        raise ValueError("inspect-data reads all images: leave --streaming out.")
     images, held_out = load_images(args)
     print_summary("Training", images)
     if held_out is not None:

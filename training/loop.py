@@ -7,13 +7,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -30,7 +30,7 @@ from diffusers_adm.training.checkpoints import (
     remove_old_checkpoints,
     replace_folder,
 )
-from diffusers_adm.training.data import LabelledImages
+from diffusers_adm.training.data import LabelledImages, StreamedImages
 from diffusers_adm.training.metrics import Means, read_metrics
 from diffusers_adm.training.stopping import StopRequest, leave_signals_to_the_trainer
 
@@ -125,14 +125,14 @@ class Trainer:
         args: argparse.Namespace,
         accelerator: Accelerator,
         model: torch.nn.Module,
-        images: LabelledImages,
+        images: LabelledImages | StreamedImages,
         ema_decays: tuple[float, ...] = (),
         stateful: torch.nn.Module | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
         self.images = images
-        check_number_of_images(args, len(images), accelerator.num_processes)
+        check_number_of_images(args, images.num_images, accelerator.num_processes)
         if args.resume_from_checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
@@ -154,10 +154,11 @@ class Trainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
+        streaming = isinstance(images, StreamedImages)
         loader = DataLoader(
             images,
             batch_size=args.train_batch_size,
-            shuffle=True,
+            shuffle=None if streaming else True,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
             worker_init_fn=leave_signals_to_the_trainer,
@@ -166,9 +167,9 @@ class Trainer:
             # passes a run has begun.
             generator=torch.Generator(),
         )
-        self.model, self.optimizer, self.lr_scheduler, self.loader = accelerator.prepare(
-            model, optimizer, lr_scheduler, loader
-        )
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        # A stream is this process's own already.
+        self.loader = loader if streaming else accelerator.prepare(loader)
         if stateful is not None:
             accelerator.register_for_checkpointing(stateful)
         self.averages = {decay: self._build_average(decay) for decay in ema_decays}
@@ -314,10 +315,13 @@ class Trainer:
             self.epoch, self.images_into_epoch = self.epoch + 1, 0
         return True
 
-    def _epoch_loader(self) -> DataLoader:
-        """The rest of the epoch."""
-        self.images.set_epoch(self.epoch)
+    def _epoch_loader(self) -> Iterable[dict]:
+        """The batches of the rest of the epoch; a stream's never ends."""
         batches = self.images_into_epoch // (self.args.train_batch_size * self.accelerator.num_processes)
+        if isinstance(self.images, StreamedImages):
+            stream = self.images.from_batch(self.loader, batches)
+            return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in stream)
+        self.images.set_epoch(self.epoch)
         loader = self.accelerator.skip_first_batches(self.loader, batches) if batches else self.loader
         loader.set_epoch(self.epoch)
         return loader
@@ -454,7 +458,7 @@ class Trainer:
             "epoch": self.epoch,
             "images_into_epoch": self.images_into_epoch,
             "num_processes": self.accelerator.num_processes,
-            "num_images": len(self.images),
+            "num_images": self.images.num_images,
         }
         (folder / "options.yaml").write_text(as_yaml(self.args))
         (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -484,11 +488,11 @@ class Trainer:
         if differing:
             raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
         state = json.loads((folder / "trainer_state.json").read_text())
-        now = {"num_processes": self.accelerator.num_processes, "num_images": len(self.images)}
+        now = {"num_processes": self.accelerator.num_processes, "num_images": self.images.num_images}
         for name, value in now.items():
             if state[name] != value:
                 logger.warning(
-                    "%s was written with %s %d, and this run has %d: the order of the images, what is drawn at random, or"
+                    "%s was written with %s %s, and this run has %s: the order of the images, what is drawn at random, or"
                     " the number of images a step differ from here on.",
                     folder, name, state[name], value,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def print_plan(args: argparse.Namespace, accelerator: Accelerator, model: ModelMixin, num_images: int) -> None:
+def print_plan(args: argparse.Namespace, accelerator: Accelerator, model: ModelMixin, num_images: int | None) -> None:
     """Prints size, cost and memory of the run that the options describe."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     forward, activations = measure(model)
@@ -19,13 +19,14 @@ def print_plan(args: argparse.Namespace, accelerator: Accelerator, model: ModelM
     state = parameters * (4 + 4 + (2 if args.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
     kept = activations * args.train_batch_size * (0.5 if half else 1.0)
-    epochs = args.max_train_steps * batch / num_images
+    seen = args.max_train_steps * batch
+    passes = "" if num_images is None else f", {seen / num_images:.1f} passes over the data"
     lines = {
-        "images": f"{num_images}",
+        "images": "a stream of them" if num_images is None else f"{num_images}",
         "parameters": f"{parameters / 1e6:.2f} million",
         "effective batch": f"{batch} = {args.train_batch_size} images x {args.gradient_accumulation_steps} accumulated"
         f" x {processes} processes",
-        "steps": f"{args.max_train_steps}, {epochs:.1f} passes over the data",
+        "steps": f"{args.max_train_steps}, of {seen} images{passes}",
         "cost": f"{forward / 1e9:.2f} GFLOPs an image forward, about {3 * forward * batch / 1e9:.0f} GFLOPs a step",
         "memory": f"about {state / 2**30:.2f} GiB of weights and optimizer, and {kept / 2**30:.2f} GiB of activations, a"
         f" process{' (before gradient checkpointing)' if args.gradient_checkpointing else ''}",

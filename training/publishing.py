@@ -31,6 +31,17 @@ PUBLISHED = [
 ]
 ATTEMPTS = 3
 
+PIPELINE_TAGS = {
+    "ClassifierGuidedPipeline": "unconditional-image-generation",
+    "ADMUpsamplePipeline": "image-to-image",
+    "NoisyClassifier": "image-classification",
+}
+KINDS = {
+    "ClassifierGuidedPipeline": "A UNet",
+    "ADMUpsamplePipeline": "An upsampler",
+    "NoisyClassifier": "A noise-aware classifier",
+}
+
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """
@@ -86,8 +97,8 @@ def write_card(
     args: argparse.Namespace,
     accelerator: Accelerator,
     folder: Path,
-    kind: str,
-    num_images: int,
+    class_name: str,
+    num_images: int | None,
     classes: list[str] | None,
 ) -> None:
     """
@@ -97,8 +108,8 @@ def write_card(
         args: Parsed options.
         accelerator: Of the run.
         folder: What `save_pretrained` has written.
-        kind: "UNet" or "classifier".
-        num_images: Trained on.
+        class_name: Of what was saved.
+        num_images: Trained on; `None` for a stream.
         classes: Their names.
     """
     metrics: dict[str, float] = {}
@@ -121,7 +132,7 @@ def write_card(
     ]
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation" if kind == "UNet" else "image-classification",
+        pipeline_tag=PIPELINE_TAGS[class_name],
         tags=["adm", "guided-diffusion", "classifier-guidance", "diffusers-training"],
         datasets=_hub_id(args.dataset_name),
         base_model=_hub_id(args.pretrained_model_name_or_path),
@@ -135,20 +146,18 @@ def write_card(
         shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
         picture = "\n![Left: the moving average of the weights. Right: the weights.](samples/grid.png)\n"
     identity = args.hub_model_id or str(folder.name)
-    load = {
-        "UNet": (
-            "from diffusers_adm import ClassifierGuidedPipeline\n\n"
-            f'pipe = ClassifierGuidedPipeline.from_pretrained("{identity}")\nimage = pipe().images[0]'
-        ),
-        "classifier": (
-            f'from diffusers_adm import NoisyClassifier\n\nclassifier = NoisyClassifier.from_pretrained("{identity}")'
-        ),
-    }[kind]
+    load = f'from diffusers_adm import {class_name}\n\nmodel = {class_name}.from_pretrained("{identity}")'
+    draw = ""
+    if class_name == "ClassifierGuidedPipeline":
+        draw = "\nimage = model().images[0]"
+    elif class_name == "ADMUpsamplePipeline":
+        labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
+        draw = f'\nimage = model("small.png"{labels}).images[0]  # {args.low_resolution}x{args.low_resolution} pixels'
     without = ""
-    if kind == "UNet":
+    if draw:
         without = (
             "Without `diffusers_adm`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{identity}", trust_remote_code=True)\n```\n\n'
+            f'model = DiffusionPipeline.from_pretrained("{identity}", trust_remote_code=True)\n```\n\n'
         )
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -161,16 +170,16 @@ def write_card(
     )
     body = f"""# {name}
 
-{"A UNet" if kind == "UNet" else "A noise-aware classifier"} of the ADM family
+{KINDS[class_name]} of the ADM family
 ([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
 {picture}
 ```python
-{load}
+{load}{draw}
 ```
 
 {without}## Training
 
-{num_images} images of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
+{"A stream of images" if num_images is None else f"{num_images} images"} of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
 {args.max_train_steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
 `{accelerator.mixed_precision}`, with these options:
 

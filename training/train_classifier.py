@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     names = required_class_names(images)
     classifier = NoisyClassifier(num_classes=len(names), pool=args.pool, **architecture(args))
     if args.dry_run:
-        print_plan(args, accelerator, classifier, len(images))
+        print_plan(args, accelerator, classifier, images.num_images)
         return
     check_hub(args, accelerator)
     trainer = Trainer(args, accelerator, classifier, images)
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and trainer.finished:
         folder = args.output_dir / "classifier"
         save_whole(classifier, folder)
-        write_card(args, accelerator, folder, "classifier", len(images), names)
+        write_card(args, accelerator, folder, type(classifier).__name__, images.num_images, names)
         if args.push_to_hub:
             publish(args, folder)
 

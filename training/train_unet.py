@@ -7,41 +7,27 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of
 import argparse
 
 from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.losses import drop_labels
-from diffusers_adm.models import ADMUNet2DModel
-from diffusers_adm.training.arguments import architecture, build_parser, parse, run_script
+from diffusers_adm.training.arguments import build_parser, parse, run_script
 from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
     Grid,
     add_denoising_arguments,
+    build_unet,
     check_denoising_options,
-    save_averages,
+    label_conditions,
+    train_pipeline,
 )
 from diffusers_adm.training.loop import Trainer, start
 from diffusers_adm.training.plan import print_plan
-from diffusers_adm.training.publishing import check_hub, publish, write_card
+from diffusers_adm.training.publishing import check_hub
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, from the command line or from a list of words."""
     parser = build_parser(__doc__)
     add_denoising_arguments(parser)
-    group = parser.add_argument_group("UNet")
-    group.add_argument("--class_conditional", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--label_dropout", type=float, default=0.0, help="Probability of training without the label.")
     return parse(parser, argv)
-
-
-def build_unet(args: argparse.Namespace, num_classes: int | None) -> ADMUNet2DModel:
-    """The model that the options describe, with random weights."""
-    return ADMUNet2DModel(
-        out_channels=args.in_channels * (2 if args.learn_sigma else 1),
-        num_class_embeds=num_classes,
-        use_null_class=args.label_dropout > 0,
-        upsample_type=args.resample_type,
-        **architecture(args),
-    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,10 +38,6 @@ def main(args: argparse.Namespace) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     check_denoising_options(args)
-    if not 0 <= args.label_dropout <= 1:
-        raise ValueError(f"--label_dropout {args.label_dropout} is not in [0, 1].")
-    if args.label_dropout and not args.class_conditional:
-        raise ValueError("--label_dropout needs a class-conditional model.")
     if args.validation_split or args.validation_fraction:
         raise ValueError(
             "A UNet is judged by what it draws: nothing is held out here. Take --train_split to train on a part."
@@ -66,33 +48,19 @@ def main(args: argparse.Namespace) -> None:
     names = required_class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None)
     if args.dry_run:
-        print_plan(args, accelerator, unet, len(images))
+        print_plan(args, accelerator, unet, images.num_images)
         return
     check_hub(args, accelerator)
 
-    def conditions(batch: dict) -> dict:
-        if not args.class_conditional:
-            return {}
-        if not args.label_dropout:
-            return {"class_labels": batch["label"]}
-        return {"class_labels": drop_labels(batch["label"], unet.null_class, args.label_dropout)}
-
-    objective = DenoisingObjective(args, accelerator, conditions)
+    objective = DenoisingObjective(args, accelerator, lambda batch: label_conditions(args, unet, batch))
     trainer = Trainer(args, accelerator, unet, images, args.ema_decay, stateful=objective.sampler)
-    grid = Grid(trainer, objective.scheduler)
     id2label = dict(enumerate(names)) if names else None
     pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=objective.scheduler, id2label=id2label)
 
-    def validate() -> None:
-        save_averages(trainer, pipeline, args.output_dir)
-        grid.save()
+    def inputs(numbers: list[int]) -> dict:
+        return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
-    trainer.train(objective, validate)
-    if accelerator.is_main_process and trainer.finished:
-        folder = args.output_dir / "pipeline"
-        write_card(args, accelerator, folder, "UNet", len(images), names)
-        if args.push_to_hub:
-            publish(args, folder)
+    train_pipeline(trainer, objective, pipeline, Grid(trainer, pipeline, inputs), names)
 
 
 if __name__ == "__main__":

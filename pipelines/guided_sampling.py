@@ -1,0 +1,413 @@
+"""What the pipelines share: loading and saving, labels, and the loop that samples (arXiv 2105.05233, section 4)."""
+
+import difflib
+import math
+import os
+from collections.abc import Callable
+from numbers import Integral
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
+
+from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.hub import as_installed, download, push, write_code
+from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.solvers import build_solver, check_scheduler, takes_respacing
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+ClassLabels = int | str | list | torch.Tensor | np.ndarray
+
+
+class GuidedSamplingMixin:
+    """
+    Of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. Not a pipeline by
+    itself: diffusers takes the one class of a file that is.
+    """
+
+    model_cpu_offload_seq = "unet->classifier"
+    _optional_components = ["classifier"]
+    _callback_tensor_inputs = ["latents"]
+
+    def _register(
+        self,
+        unet: ADMUNet2DModel,
+        scheduler: SchedulerMixin,
+        classifier: NoisyClassifier | None,
+        id2label: dict | None,
+        guidance_scale: float,
+        num_inference_steps: int,
+        timestep_respacing: str | None,
+        **config,
+    ) -> None:
+        """What all constructors do."""
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_to_config(
+            # JSON has made strings of the keys of a saved pipeline.
+            id2label=None if id2label is None else {int(label): name for label, name in id2label.items()},
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            timestep_respacing=timestep_respacing,
+            **config,
+        )
+        self._check_components()
+        self._guidance_scale = guidance_scale
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """
+        Loads a saved pipeline with the classes of this package; code that lies beside its weights is not run.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or id of a repository on the Hub.
+            kwargs: As for any pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
+
+        Raises:
+            ValueError: If the pipeline or a component is of another class.
+        """
+        kwargs.pop("trust_remote_code", None)  # of no use here: nothing remote is run
+        folder = download(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As for any pipeline; what the index says of this package's classes leads to the installed ones."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        as_installed(config, cls)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Saves the pipeline, and beside its weights the code of its classes, so that it loads without this package too:
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+
+        Args:
+            save_directory: Folder.
+            safe_serialization: Whether weights go into safetensors.
+            variant: Put into the names of the weight files, such as `"fp16"`.
+            max_shard_size: Of a weight file, such as `"5GB"`.
+            push_to_hub: Whether to upload it too.
+            repo_id: Where to; the folder's name by default.
+            kwargs: Other arguments of `push_to_hub`.
+
+        Raises:
+            TypeError: If there are such arguments without it.
+        """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained takes {', '.join(kwargs)} with push_to_hub=True alone.")
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        write_code(self, Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """
+        Uploads the pipeline, and nothing else, as one commit. The repository is made if it does not exist; what else it
+        holds, its card too, is left as it is.
+
+        Args:
+            repo_id: Such as `"me/my-model"`.
+            commit_message: Of the commit; `"Upload"` and the class's name by default.
+            private: Whether a new repository is.
+            token: Of the account; that of `hf auth login` by default.
+            create_pr: Whether to propose the commit instead of making it.
+            variant: Put into the names of the weight files, such as `"fp16"`.
+            revision: Branch to commit to; made if it does not exist.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses.
+        """
+        return push(
+            self,
+            repo_id,
+            commit_message or f"Upload {type(self).__name__}",
+            private,
+            token,
+            create_pr,
+            variant,
+            revision,
+        )
+
+    @property
+    def guidance_scale(self) -> float | list[float]:
+        """Of the run under way, read afresh every step, so that a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the run under way."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run under way skips the steps that are left; a callback may set `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def label2id(self) -> dict[str, list[int]]:
+        """The classes that bear each name, synonyms apart."""
+        label2id: dict[str, list[int]] = {}
+        for label, names in (self.config.id2label or {}).items():
+            for name in {names.strip(), *(part.strip() for part in names.split(","))}:
+                label2id.setdefault(name, []).append(label)
+        return label2id
+
+    def _sample(
+        self,
+        class_labels: ClassLabels | None,
+        guidance_scale: float | list[float] | torch.Tensor | None,
+        num_inference_steps: int | None,
+        timestep_respacing: str | None,
+        condition_unet: bool,
+        eta: float,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        low_res: torch.Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws images, on low-resolution ones `(batch, channels, any height, any width)` where the UNet takes them."""
+        # 1. Check what was given.
+        self._check_components()
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {self._callback_tensor_inputs}."
+            )
+        null_class = self.unet.null_class
+        if not condition_unet and self.unet.config.num_class_embeds is not None and null_class is None:
+            raise ValueError(
+                "condition_unet=False needs a UNet that has a null class (use_null_class), or no classes."
+            )
+        unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
+        labels = None if class_labels is None else self.class_ids(class_labels)
+        batch_size = self._batch_size(batch_size, labels, latents)
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
+        if len(generators) != batch_size:
+            raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale if self.classifier is not None else 0.0
+        scales = self._scales(guidance_scale, batch_size)
+        height = self.unet.config.sample_size if height is None else height
+        width = self.unet.config.sample_size if width is None else width
+        factor = 2 ** (len(self.unet.config.channel_mult) - 1)
+        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
+            raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
+
+        # 2. Prepare the steps.
+        device = self._execution_device
+        if timestep_respacing is None and num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+            if takes_respacing(self.scheduler):
+                timestep_respacing = self.config.timestep_respacing
+        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device)
+        timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
+        self._num_timesteps = len(timesteps)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 3. Prepare labels and x_T, in this order: a seed's labels and noise come from one stream.
+        num_classes = self._num_classes(unet_takes_labels, any(scales))
+        if labels is None and num_classes is not None and low_res is None:
+            labels = self._draw_labels(num_classes, batch_size, generator)
+        elif labels is not None:
+            self._check_labels(labels, unet_takes_labels, scales)
+        label_ids = labels
+        if labels is not None:
+            labels = torch.tensor(labels, device=device)  # (batch,)
+        unet_labels = labels if unet_takes_labels else None
+        if null_class is not None and not condition_unet:
+            unet_labels = torch.full((batch_size,), null_class, device=device)
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
+        latents = latents.to(device, torch.float32)
+
+        # 4. Sample.
+        scales_seen, rows, row_scales = None, None, None
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, index in enumerate(reversed(range(len(timesteps)))):
+                if self.interrupt:
+                    continue
+                timestep = timesteps[index].expand(batch_size)  # (batch,)
+                model_input = latents.to(self.unet.dtype)
+                model_output = self.unet(model_input, timestep, unet_labels, low_res).sample.float()
+
+                # The gradient of log p(y | x_t), of those images alone that are guided.
+                if self.guidance_scale is not scales_seen:
+                    scales_seen = self.guidance_scale
+                    scales = self._scales(scales_seen, batch_size)
+                    if labels is not None:
+                        self._check_labels(label_ids, unet_takes_labels, scales)
+                    rows = [row for row, scale in enumerate(scales) if scale]
+                    row_scales = latents.new_tensor([scales[row] for row in rows])[:, None, None, None]
+                    row_index = torch.tensor(rows, device=device)
+                gradient = None
+                if len(rows) == batch_size:
+                    gradient = row_scales * classifier_gradient(self.classifier, latents, timestep, labels)
+                elif rows:
+                    guided = classifier_gradient(
+                        self.classifier, latents[row_index], timestep[row_index], labels[row_index]
+                    )
+                    gradient = torch.zeros_like(latents)
+                    gradient[row_index] = row_scales * guided
+
+                latents = solver.step(model_output, index, latents, gradient, generator)
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    outputs = callback_on_step_end(self, step, timesteps[index], callback_kwargs)
+                    latents = outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 5. Make images of x_0.
+        images = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def class_ids(self, class_labels: ClassLabels) -> list[int]:
+        """
+        Class numbers of labels that are given by number or name.
+
+        Args:
+            class_labels: One, a list (nested ones are flattened), or an integer tensor or array.
+
+        Raises:
+            ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)):
+            return [label for entry in class_labels for label in self.class_ids(entry)]
+        if isinstance(class_labels, str):
+            return [self._class_id(class_labels)]
+        if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
+            return [int(class_labels)]
+        raise ValueError(f"class_labels must be integers or names: got {class_labels!r}.")
+
+    def _class_id(self, name: str) -> int:
+        label2id = self.label2id
+        if not label2id:
+            raise ValueError(f"class_labels={name!r} is a name, but the pipeline knows none (id2label).")
+        if name not in label2id:
+            lowered = {known.lower(): known for known in label2id}
+            near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
+            raise ValueError(f"No class is called {name!r}" + (f"; near it are {near}." if near else "."))
+        if len(label2id[name]) > 1:
+            raise ValueError(f"Several classes are called {name!r}: give one of the numbers {label2id[name]}.")
+        return label2id[name][0]
+
+    def _check_components(self) -> None:
+        check_scheduler(self.scheduler)
+        unet, classifier = self.unet.config, self.classifier.config if self.classifier is not None else None
+        if isinstance(self.scheduler, DDPMScheduler):
+            variance_type = self.scheduler.config.variance_type
+            if (variance_type == "learned_range") != self.unet.learns_variance:
+                raise ValueError(
+                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet of in_channels="
+                    f"{unet.in_channels} and out_channels={unet.out_channels}: 'learned_range' belongs to twice as many"
+                    " output channels, and no other variance_type does."
+                )
+        for name in ("sample_size", "in_channels"):
+            if classifier is not None and unet[name] != classifier[name]:
+                raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
+
+    def _batch_size(self, batch_size: int, labels: list[int] | None, latents: torch.Tensor | None) -> int:
+        counts = {}
+        if labels is not None:
+            counts["class_labels"] = len(labels)
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+                raise ValueError("latents must be a tensor (batch, channels, height, width).")
+            counts["latents"] = latents.shape[0]
+        if not isinstance(batch_size, Integral):
+            raise ValueError(f"batch_size={batch_size!r} is not an integer.")
+        if batch_size != 1 or not counts:
+            counts["batch_size"] = batch_size
+        if len(set(counts.values())) > 1 or min(counts.values()) < 1:
+            given = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
+        return next(iter(counts.values()))
+
+    def _scales(self, guidance_scale: float | list[float] | torch.Tensor, batch_size: int) -> list[float]:
+        try:
+            given = torch.as_tensor(guidance_scale, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"guidance_scale={guidance_scale!r} is neither a number nor one an image.") from error
+        scales = [given.item()] * batch_size if given.ndim == 0 else given.flatten().tolist()
+        if len(scales) != batch_size:
+            raise ValueError(f"{len(scales)} guidance scales were given for {batch_size} images.")
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"guidance_scale={guidance_scale} is not finite.")
+        if any(scales) and self.classifier is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
+        return scales
+
+    def _num_classes(self, unet_takes_labels: bool, guided: bool) -> int | None:
+        """Number of labels that every model that receives one knows; of all models if none receives any."""
+        unet_classes = self.unet.config.num_class_embeds
+        classifier_classes = self.classifier.config.num_classes if self.classifier is not None else None
+        receivers = [unet_classes] if unet_takes_labels else []
+        receivers += [classifier_classes] if guided else []
+        known = receivers or [count for count in (unet_classes, classifier_classes) if count is not None]
+        return min(known) if known else None
+
+    def _check_labels(self, labels: list[int], unet_takes_labels: bool, scales: list[float]) -> None:
+        """Raises a ValueError unless every model that receives a label knows it."""
+        if self._num_classes(unet_takes_labels, any(scales)) is None:
+            raise ValueError("class_labels were given, but neither UNet nor classifier knows classes.")
+        received = [(labels, self._num_classes(True, False))] if unet_takes_labels else []
+        guided = [label for label, scale in zip(labels, scales) if scale]
+        received += [(guided, self._num_classes(False, True))] if guided else []
+        for given, num_classes in received or [(labels, self._num_classes(False, False))]:
+            wrong = [label for label in given if not 0 <= label < num_classes]
+            if wrong:
+                raise ValueError(f"class_labels {wrong} are not in [0, {num_classes - 1}].")
+
+    def _draw_labels(
+        self, num_classes: int, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[int]:
+        if isinstance(generator, list):
+            return [label for one in generator for label in self._draw_labels(num_classes, 1, one)]
+        device = generator.device if generator is not None else "cpu"
+        return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()

@@ -1,0 +1,227 @@
+"""Class-conditional super-resolution with ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.4, appendix A)."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils import load_image
+from PIL import Image
+
+from diffusers_adm.conversion import is_upsampler
+from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.openai_flags import Checkpoint, build_scheduler, released_preset, resolve_flags
+from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
+from diffusers_adm.presets import imagenet_class_names
+
+
+LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
+
+
+class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
+    r"""
+    Draws large images from small ones with an ADM UNet that sees the small image, enlarged, beside the noised one. With a
+    seed, the published implementation's images are drawn.
+
+    Args:
+        unet: [`ADMUNet2DModel`] with `low_res_conditioning`; its `sample_size` is that of the large image.
+        scheduler: As of [`ClassifierGuidedPipeline`].
+        classifier: [`NoisyClassifier`] of large images, to guide this stage too; the paper guides the small image alone.
+        id2label: Name of each class by its number; synonyms are separated by commas.
+        guidance_scale: Scale of guidance where a call gives none.
+        num_inference_steps: Number of steps where a call gives none.
+        timestep_respacing: Published respacing string that takes the place of `num_inference_steps` on DDPM and DDIM
+            where a call gives neither.
+        low_res_size: Height and width of the small images that the UNet was trained on; a divisor of its `sample_size`.
+
+    Raises:
+        ValueError: If UNet, classifier, scheduler and `low_res_size` do not fit together.
+    """
+
+    def __init__(
+        self,
+        unet: ADMUNet2DModel,
+        scheduler: SchedulerMixin,
+        classifier: NoisyClassifier | None = None,
+        id2label: dict | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 250,
+        timestep_respacing: str | None = None,
+        low_res_size: int = 64,
+    ):
+        super().__init__()
+        self._register(
+            unet,
+            scheduler,
+            classifier,
+            id2label,
+            guidance_scale,
+            num_inference_steps,
+            timestep_respacing,
+            low_res_size=low_res_size,
+        )
+
+    @classmethod
+    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "ADMUpsamplePipeline":
+        """
+        Builds a pipeline that samples as the published script does with the same checkpoint and flags.
+
+        Args:
+            checkpoint: Path of the upsampler's file, or its state dict.
+            flags: Flags of the published command line, as one string; the names of released files need none.
+
+        Raises:
+            ValueError: If the file cannot be read, is not an upsampler's, or the flags contradict it.
+        """
+        if not is_upsampler(checkpoint, flags):
+            raise ValueError("The checkpoint takes no low-resolution image: it is for ClassifierGuidedPipeline.")
+        resolved = resolve_flags(checkpoint, flags)
+        unet = ADMUNet2DModel.from_openai(checkpoint, flags)
+        preset = released_preset(checkpoint)
+        id2label = None
+        if preset is not None and preset.imagenet_labels:
+            id2label = dict(enumerate(imagenet_class_names()))
+        return cls(
+            unet,
+            build_scheduler(resolved, unet.learns_variance),
+            id2label=id2label,
+            timestep_respacing=resolved.get("timestep_respacing"),
+            low_res_size=resolved["small_size"],
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: LowResImage | list[LowResImage],
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float | list[float] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        timestep_respacing: str | None = None,
+        condition_unet: bool = True,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draws one large image for each small one.
+
+        Args:
+            image: Small images: what [`ClassifierGuidedPipeline`] returns under any `output_type` but `"latent"`. One, or a
+                list of them: PIL images, files or addresses; arrays `(height, width, channels)` or `(batch, height, width,
+                channels)`, uint8 or in [0, 1]; tensors `(channels, height, width)` or `(batch, channels, height, width)` in
+                [0, 1].
+            class_labels: Class of each image, by number or name. `None` for an upsampler without classes, or to run one that
+                has a null class without a class.
+            guidance_scale: As of [`ClassifierGuidedPipeline`]; 0 without a label.
+            num_inference_steps: As of [`ClassifierGuidedPipeline`].
+            timestep_respacing: As of [`ClassifierGuidedPipeline`].
+            condition_unet: Whether the UNet is told the class.
+            eta: Noise of DDIM, in [0, 1].
+            height: Of the large image, in pixels; the UNet's `sample_size` by default. The small image's must be as much
+                smaller as `low_res_size` is than `sample_size`.
+            width: As `height`.
+            generator: One for all images, or a list of one an image.
+            latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, as of [`ClassifierGuidedPipeline`].
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError: If an argument is out of its range, or does not fit the models.
+        """
+        low_res = self.prepare_low_res(image)  # (batch, channels, small height, small width)
+        sample_size, low_res_size = self.unet.config.sample_size, self.config.low_res_size
+        height = sample_size if height is None else height
+        width = sample_size if width is None else width
+        given, needed = low_res.shape[2:], [side * low_res_size / sample_size for side in (height, width)]
+        if list(given) != needed:
+            raise ValueError(
+                f"image is {given[0]}x{given[1]} (height x width), and an image of {height}x{width} is drawn from one of"
+                f" {needed[0]:g}x{needed[1]:g}: resize it, or give height and width {sample_size // low_res_size} times its own."
+            )
+        if class_labels is None:
+            if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
+                raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
+            condition_unet, guidance_scale = False, 0.0 if guidance_scale is None else guidance_scale
+            if any(self._scales(guidance_scale, len(low_res))):
+                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
+        return self._sample(
+            class_labels,
+            guidance_scale,
+            num_inference_steps,
+            timestep_respacing,
+            condition_unet,
+            eta,
+            len(low_res),
+            height,
+            width,
+            generator,
+            latents,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            low_res.to(self._execution_device),
+        )
+
+    def prepare_low_res(self, image: LowResImage | list[LowResImage]) -> torch.Tensor:
+        """
+        Small images as the UNet takes them: `(batch, channels, height, width)` in [-1, 1], float32.
+
+        Args:
+            image: As of `__call__`.
+
+        Raises:
+            ValueError: If an image is of another kind, range or number of channels, or they differ in size.
+        """
+        if isinstance(image, (list, tuple)):
+            parts = [self.prepare_low_res(one) for one in image]
+            if len({part.shape[1:] for part in parts}) != 1:
+                raise ValueError(
+                    f"The images must be of one size, at least one: got {[tuple(p.shape[2:]) for p in parts]}."
+                )
+            return torch.cat(parts)
+        channels = self.unet.config.in_channels
+        if isinstance(image, (str, os.PathLike)):
+            image = load_image(os.fspath(image))
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert({1: "L", 3: "RGB"}[channels]))
+            image = image.reshape(*image.shape[:2], channels)
+        if isinstance(image, np.ndarray):
+            pixels = torch.tensor(image, dtype=torch.float32) / (255 if image.dtype == np.uint8 else 1)
+            pixels = pixels.movedim(-1, -3)
+        elif isinstance(image, torch.Tensor):
+            pixels = image.float()
+        else:
+            raise ValueError(f"image must be a PIL image, a file, an array or a tensor: got {type(image).__name__}.")
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        if pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, where {channels} channels are needed: last in an array, third from last"
+                " in a tensor."
+            )
+        low, high = pixels.aminmax()
+        if not (0 <= low and high <= 1):  # not a number neither
+            raise ValueError(f"image must lie in [0, 1]: got values from {low:g} to {high:g}.")
+        return 2 * pixels - 1
+
+    def _check_components(self) -> None:
+        super()._check_components()
+        config, low_res_size = self.unet.config, self.config.low_res_size
+        if not config.low_res_conditioning:
+            raise ValueError("The UNet takes no low-resolution image (low_res_conditioning=False).")
+        if low_res_size < 1 or config.sample_size % low_res_size or low_res_size == config.sample_size:
+            raise ValueError(
+                f"low_res_size={low_res_size} is not a divisor of the UNet's sample_size={config.sample_size}."
+            )
