@@ -13,7 +13,6 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors.torch import load_file
 from tiny_models import NUM_CLASSES, SIZE, draw_parameters, images, tiny_classifier, tiny_unet
-from torch.overrides import TorchFunctionMode
 
 from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.guidance import classifier_gradient
@@ -571,23 +570,19 @@ def test_half_precision_is_near_full(kind, dtype, tolerance):
     assert relative_error(output, expected) < tolerance
 
 
-@every_model
-def test_normalisation_runs_in_float32(kind):
-    class NormInputs(TorchFunctionMode):
-        def __init__(self):
-            super().__init__()
-            self.dtypes = []
-
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is F.group_norm:
-                self.dtypes += [value.dtype for value in (*args, *(kwargs or {}).values()) if torch.is_tensor(value)]
-            return function(*args, **(kwargs or {}))
-
-    model = tiny_model(kind).half()
-    norms = sum("norm" in name and name.endswith("weight") for name, _ in model.named_parameters())
-    with NormInputs() as record:
-        predict(model, images().half())
-    assert record.dtypes == 3 * norms * [torch.float32]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("weights", ["float32", "half"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_normalisation_is_that_of_float32_rounded_once(dtype, weights, memory_format):
+    norm = draw_parameters(tiny_unet().norm_out)
+    # A mean that bfloat16 holds to one digit, and whose square float16 does not hold.
+    values = (300 + images(channels=8, height=32, width=32)).to(dtype).contiguous(memory_format=memory_format)
+    if weights == "half":
+        norm = norm.to(dtype)
+    output = norm(values)
+    expected = copy.deepcopy(norm).float()(values.float())
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_normalisation_of_half_precision_values_too_large_to_square():

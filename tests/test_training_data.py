@@ -4,6 +4,7 @@ import argparse
 import itertools
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -218,8 +219,9 @@ def test_bad_options_are_refused(options, message, folder):
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards(tmp_path, monkeypatch):
     """Four parquet files of five images; image i of all is of the grey i, and of class i % 2."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, at the end of each pass
     folder = tmp_path / "shards"
     folder.mkdir()
     features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
@@ -277,7 +279,8 @@ def test_held_out_split_of_a_stream_is_a_dataset(shards):
     assert held_out.class_names == ["even", "odd"]
 
 
-def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path):
+def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     source = parquet(tmp_path, {"image": Image(), "label": Value("int64")}, image=[picture(0)] * 2, label=[1, 4])
     with pytest.raises(ValueError, match="--num_classes"):
         stream(source, "--label_column", "label")
