@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow judge quality style
+.PHONY: install demo test test-slow bench-train cards judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+bench-train: install
+	$(BIN)/python -m diffusers_adm.training.bench_train
+
+cards: install
+	$(BIN)/python -m diffusers_adm.cards model_cards
 
 judge: install
 	$(BIN)/python tests/judge_digits.py

@@ -9,8 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from .cards import released_card
 from .conversion import is_upsampler
 from .demo import draw_demo
+from .openai_flags import released_preset
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -60,6 +62,9 @@ def convert(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unfinished = Path(folder) / output.name
         converted.save_pretrained(unfinished, variant=args.variant)
+        preset = released_preset(args.unet or args.classifier)
+        if preset is not None:
+            released_card(preset).save(unfinished / "README.md")
         unfinished.replace(output)
     print(f"Wrote {type(converted).__name__} to {output}")
 

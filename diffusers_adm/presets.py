@@ -184,6 +184,12 @@ PRESETS = {
 }
 
 
+def guiding_classifier(preset: Preset) -> Preset | None:
+    """The classifier that the published samples of a UNet are guided by; `None` where they are not."""
+    size = preset.file.split("_")[0]
+    return PRESETS[f"{size}_classifier.pt"] if preset.guidance_scale is not None else None
+
+
 def imagenet_class_names() -> list[str]:
     """Names of ImageNet's 1000 classes in the order of their labels; some name two classes."""
     from torchvision.models import ResNet18_Weights  # slow to import, and wanted by few

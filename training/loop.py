@@ -147,6 +147,10 @@ class Trainer:
             model.enable_gradient_checkpointing()
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
+        on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+        if on_cpu and "DIFFUSERS_ATTN_BACKEND" not in os.environ:
+            # The backward pass of torch's fused attention takes four times as long there.
+            model.set_attention_backend("_native_math")
         optimizer = self._build_optimizer(model)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,

@@ -1,0 +1,117 @@
+"""Cards of the released checkpoints, made of their table: `python -m diffusers_adm.cards model_cards` writes them all.
+
+`diffusers-adm convert` puts a checkpoint's card into the folder that it writes.
+"""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .presets import PRESETS, Preset, guiding_classifier
+
+
+PAPER = "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)"
+CLASS_NAMES = {"unet": "ClassifierGuidedPipeline", "upsampler": "ADMUpsamplePipeline", "classifier": "NoisyClassifier"}
+KINDS = {"unet": "UNet", "upsampler": "Upsampler", "classifier": "Noise-aware classifier"}
+TAGS = {"unet": "unconditional-image-generation", "upsampler": "image-to-image", "classifier": "image-classification"}
+LSUN = {"bedroom", "cat", "horse"}
+LIMITS = """The published model card names these models a means for research on generative models. They were trained on photographs of
+the Internet, whose biases and mistakes they repeat; they draw people and faces badly, may repeat training images, and are meant
+neither for products nor for depicting or deceiving people."""
+
+
+def card_name(preset: Preset) -> str:
+    """The name of a checkpoint's card, and of the folder that its conversion writes."""
+    return "adm-" + preset.file.removesuffix(".pt").replace("_", "-")
+
+
+def released_card(preset: Preset) -> ModelCard:
+    """
+    The card of a released checkpoint as this package converts it.
+
+    Args:
+        preset: Its row of the table.
+    """
+    name, class_name, classifier = card_name(preset), CLASS_NAMES[preset.kind], guiding_classifier(preset)
+    words = set(preset.file.removesuffix(".pt").split("_"))
+    trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TAGS[preset.kind],
+        license="mit",
+        tags=["adm", "guided-diffusion", "classifier-guidance"],
+        datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
+        model_name=name,
+    )
+    files = f"--classifier {preset.file}" if preset.kind == "classifier" else f"--unet {preset.file}"
+    files += f" --classifier {classifier.file}" if classifier is not None else ""
+    downloads = " ".join(f"-O {source.url}" for source in (preset, classifier) if source is not None)
+    label = 'class_labels=["goldfish"]' if preset.imagenet_labels else ""
+    draw = {
+        "unet": f"\nimage = model({label}).images[0]",
+        "upsampler": f'\nimage = model("small.png", {label}).images[0]',
+        "classifier": "\nlogits = model(noised_images, timestep).logits",
+    }[preset.kind]
+    without = ""
+    if preset.kind != "classifier":
+        without = f"""
+Without `diffusers_adm`:
+
+```python
+from diffusers import DiffusionPipeline
+
+model = DiffusionPipeline.from_pretrained("me/{name}", trust_remote_code=True)
+```
+"""
+    facts = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
+    if classifier is not None:
+        facts["Guided by"] = f"`{classifier.file}`, at scale {preset.guidance_scale:g} by default"
+    if preset.fid is not None:
+        facts["Published FID"] = f"{preset.fid:.2f} (50,000 samples, {preset.fid_setting})"
+    facts["Flags"] = f"`{preset.flags}`"
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{KINDS[preset.kind]} of ADM ({PAPER}), converted by `diffusers_adm` from the checkpoint that
+[openai/guided-diffusion](https://github.com/openai/guided-diffusion) released under the MIT license. Each of its tensors is the published
+one.
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+from diffusers_adm import {class_name}
+
+model = {class_name}.from_pretrained("me/{name}"){draw}
+```
+{without}
+## Conversion
+
+```sh
+curl -L {downloads}
+diffusers-adm convert {files} --output {name}
+hf upload me/{name} {name}
+```
+
+## Limits
+
+{LIMITS}
+""")
+
+
+def main(folder: str) -> None:
+    """Writes `folder/<name>/README.md` for each released checkpoint."""
+    for preset in PRESETS.values():
+        released_card(preset).save(Path(folder) / card_name(preset) / "README.md")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
