@@ -16,9 +16,10 @@ CLASS_NAMES = {"unet": "ClassifierGuidedPipeline", "upsampler": "ADMUpsamplePipe
 KINDS = {"unet": "UNet", "upsampler": "Upsampler", "classifier": "Noise-aware classifier"}
 TAGS = {"unet": "unconditional-image-generation", "upsampler": "image-to-image", "classifier": "image-classification"}
 LSUN = {"bedroom", "cat", "horse"}
-LIMITS = """The published model card names these models a means for research on generative models. They were trained on photographs of
-the Internet, whose biases and mistakes they repeat; they draw people and faces badly, may repeat training images, and are meant
-neither for products nor for depicting or deceiving people."""
+LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
+baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
+most of all. Guidance costs diversity, and may make biases of the data stronger. The training images come from the Internet and show
+real people, which the weights may remember in part."""
 
 
 def card_name(preset: Preset) -> str:
@@ -47,24 +48,15 @@ def released_card(preset: Preset) -> ModelCard:
     files = f"--classifier {preset.file}" if preset.kind == "classifier" else f"--unet {preset.file}"
     files += f" --classifier {classifier.file}" if classifier is not None else ""
     downloads = " ".join(f"-O {source.url}" for source in (preset, classifier) if source is not None)
-    label = 'class_labels=["goldfish"]' if preset.imagenet_labels else ""
+    labelled = preset.imagenet_labels or classifier is not None
+    label = 'class_labels=["goldfish"]' if labelled else ""
     draw = {
         "unet": f"\nimage = model({label}).images[0]",
         "upsampler": f'\nimage = model("small.png", {label}).images[0]',
         "classifier": "\nlogits = model(noised_images, timestep).logits",
     }[preset.kind]
-    without = ""
-    if preset.kind != "classifier":
-        without = f"""
-Without `diffusers_adm`:
-
-```python
-from diffusers import DiffusionPipeline
-
-model = DiffusionPipeline.from_pretrained("me/{name}", trust_remote_code=True)
-```
-"""
-    facts = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
+    stock = "AutoModel" if preset.kind == "classifier" else "DiffusionPipeline"
+    facts: dict[str, str] = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
     if classifier is not None:
         facts["Guided by"] = f"`{classifier.file}`, at scale {preset.guidance_scale:g} by default"
     if preset.fid is not None:
@@ -92,7 +84,15 @@ from diffusers_adm import {class_name}
 
 model = {class_name}.from_pretrained("me/{name}"){draw}
 ```
-{without}
+
+Without `diffusers_adm`:
+
+```python
+from diffusers import {stock}
+
+model = {stock}.from_pretrained("me/{name}", trust_remote_code=True)
+```
+
 ## Conversion
 
 ```sh

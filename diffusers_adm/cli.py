@@ -12,6 +12,7 @@ from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from .cards import released_card
 from .conversion import is_upsampler
 from .demo import draw_demo
+from .hub import save_model
 from .openai_flags import released_preset
 
 
@@ -61,7 +62,10 @@ def convert(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unfinished = Path(folder) / output.name
-        converted.save_pretrained(unfinished, variant=args.variant)
+        if isinstance(converted, DiffusionPipeline):
+            converted.save_pretrained(unfinished, variant=args.variant)
+        else:
+            save_model(converted, unfinished, variant=args.variant)
         preset = released_preset(args.unet or args.classifier)
         if preset is not None:
             released_card(preset).save(unfinished / "README.md")

@@ -16,7 +16,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
 
-from .hub_files import CODE_PATTERNS, SAVED_CLASSES, add_code
+from .hub_files import CODE_PATTERNS, SAVED_CLASSES, add_code, add_file, write_json
 
 
 PACKAGE = __package__
@@ -36,6 +36,23 @@ def write_code(pipeline, folder: Path) -> None:
         folder: Where.
     """
     add_code(pipeline, folder, single_file)
+
+
+def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
+    """
+    Saves a model by itself, with the code of its class, so that it loads without this package too:
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+
+    Args:
+        model: Of this package.
+        folder: Where.
+        kwargs: Of `save_pretrained`.
+    """
+    model.save_pretrained(folder, **kwargs)
+    stem, name = add_file(type(model), Path(folder), single_file)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json({**config, "auto_map": {"AutoModel": f"{stem}.{name}"}}, path)
 
 
 def as_installed(config: dict, pipeline_class: type) -> None:

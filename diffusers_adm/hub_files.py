@@ -35,16 +35,21 @@ def add_code(pipeline, folder: Path, source: Callable[[type], str]) -> None:
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if type(pipeline).__name__ in SAVED_CLASSES:
-        index["_class_name"] = _add_file(type(pipeline), folder, source)
+        index["_class_name"] = add_file(type(pipeline), folder, source)
     for name, component in pipeline.components.items():
         if type(component).__name__ in SAVED_CLASSES:
-            index[name] = _add_file(type(component), folder / name, source)
-    partial = folder / "partial-model_index.json"
-    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "model_index.json")
+            index[name] = add_file(type(component), folder / name, source)
+    write_json(index, folder / "model_index.json")
 
 
-def _add_file(cls: type, folder: Path, source: Callable[[type], str]) -> list[str]:
+def write_json(content: dict, path: Path) -> None:
+    """Puts a file in the place of another, as diffusers writes them."""
+    partial = path.with_name("partial-" + path.name)
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def add_file(cls: type, folder: Path, source: Callable[[type], str]) -> list[str]:
     """Writes a class's file; what the index says of it."""
     text = source(cls)
     # Files of one name from two repositories would take each other's place where diffusers keeps them.

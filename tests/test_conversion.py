@@ -4,13 +4,15 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from golden_cases import RELEASED, draw_weights, load_case, meta_state_dict, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
-from diffusers_adm.cli import main
+from diffusers_adm.cards import card_name, released_card
+from diffusers_adm.cli import build_parser, main
 from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
 
@@ -609,3 +611,25 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     words = ["convert", "--classifier", str(file), "--output", str(tmp_path / "out"), "--dtype", dtype]
     run = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
     assert int(run.stdout.split()[-1]) < 1.3 * file.stat().st_size
+
+
+def test_cards_of_released_models_are_those_of_the_table():
+    folder = Path(__file__).parent.parent / "model_cards"
+    for preset in PRESETS.values():
+        card = released_card(preset)
+        assert (folder / card_name(preset) / "README.md").read_text() == str(card), "run `make cards`"
+        (command,) = [line for line in str(card).splitlines() if line.startswith("diffusers-adm convert")]
+        args = build_parser().parse_args(command.split()[1:])
+        assert preset.file in (args.unet, args.classifier)
+        assert {args.unet, args.classifier} - {None} <= PRESETS.keys()
+    assert len(list(folder.glob("*/README.md"))) == len(PRESETS) + 1  # and the default model's
+
+
+def test_command_of_a_card_converts_and_leaves_the_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = PRESETS["64x64_classifier.pt"]
+    state_dict = {name: torch.zeros(shape) for name, shape in RELEASED[preset.file]["parameters"]}
+    torch.save({name: tensor.half() for name, tensor in state_dict.items()}, preset.file)
+    (command,) = [line for line in str(released_card(preset)).splitlines() if line.startswith("diffusers-adm convert")]
+    assert main(command.split()[1:]) == 0
+    assert (tmp_path / card_name(preset) / "README.md").read_text() == str(released_card(preset))

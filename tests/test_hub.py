@@ -12,9 +12,10 @@ from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_an
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
-from tiny_models import tiny_pipeline
+from tiny_models import tiny_classifier, tiny_pipeline
 
-from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.hub import save_model
 
 
 # A user of diffusers alone: this package cannot be imported. Each prints what its image sums up to.
@@ -154,6 +155,21 @@ def test_saved_models_load_by_their_own_class(saved):
         model = getattr(pipeline, name)
         loaded = type(model).from_pretrained(folder, subfolder=name)
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_model_alone_loads_without_this_package(tmp_path):
+    classifier = tiny_classifier()
+    save_model(classifier, tmp_path)
+    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = classifier(sample, torch.tensor([3, 500])).logits.double().sum().item().hex()
+    logits = (
+        "model.eval()\nsample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+        "print('drawn', model(sample, torch.tensor([3, 500])).logits.double().sum().item().hex())\n"
+    )
+    without = f"from diffusers import AutoModel\nmodel = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+    assert run(WITHOUT_PACKAGE + without + logits) == expected
+    loaded = NoisyClassifier.from_pretrained(tmp_path)
+    assert loaded(sample, torch.tensor([3, 500])).logits.double().sum().item().hex() == expected
 
 
 # The Hub

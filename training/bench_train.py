@@ -34,7 +34,7 @@ from diffusers_adm.training.metrics import read_metrics
 CONFIGURATIONS = {
     "default model, 32x32": "--resolution 32 --in_channels 1 --crop pad --model_channels 32 --channel_mult 1,1,2,2"
     " --layers_per_block 1 --attention_resolutions 8 --attention_head_dim 32 --label_dropout 0.2 --train_batch_size 64",
-    "small-64 at width 64, 64x64": "--preset small-64 --model_channels 64 --total_batch_size 8 --train_batch_size 8",
+    "small-64 at width 32, 64x64": "--preset small-64 --model_channels 32 --total_batch_size 8 --train_batch_size 8",
 }
 LOOPS = ("plain", "suite")
 NUM_CLASSES = 10
@@ -59,7 +59,7 @@ def main() -> None:
     for configuration in CONFIGURATIONS:
         results: dict[str, list[dict]] = {loop: [] for loop in LOOPS}
         with tempfile.TemporaryDirectory() as folder:
-            save_images(Path(folder), 28 if "32x32" in configuration else 80)
+            save_images(Path(folder) / "images", 28 if "32x32" in configuration else 80)
             for _ in range(args.rounds):
                 for loop in LOOPS:
                     words = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--loop", loop]
@@ -85,6 +85,7 @@ def main() -> None:
 
 def save_images(folder: Path, size: int) -> None:
     """A parquet file of images of noise, coloured, in ten classes."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     images = [PILImage.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(2048)]
     features = Features({"image": Image(), "label": ClassLabel(num_classes=NUM_CLASSES)})
@@ -95,7 +96,7 @@ def save_images(folder: Path, size: int) -> None:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Images a second and peak memory of one loop, and how many images the loader would give if nothing else were done."""
     output = args.folder / "output"
-    words = f"--dataset_name {args.folder} --cache_dir {args.folder / 'cache'} --output_dir {output} --ema_decay 0.9"
+    words = f"--dataset_name {args.folder / 'images'} --cache_dir {args.folder / 'cache'} --output_dir {output} --ema_decay 0.9"
     words += (
         f" {CONFIGURATIONS[args.configuration]} --mixed_precision {args.mixed_precision} --num_validation_images 1"
     )

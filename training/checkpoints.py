@@ -7,12 +7,17 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
 
+from diffusers_adm.hub import save_model
+
 
 def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:
-    """`save_pretrained` under another name, then renamed: whoever reads the folder finds all of it."""
+    """Saves under another name, then renames: whoever reads the folder finds all of it, code included."""
     partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    if isinstance(model, DiffusionPipeline):
+        model.save_pretrained(partial)
+    else:
+        save_model(model, partial)
     flush(partial)
     replace_folder(partial, folder)
 

@@ -153,12 +153,8 @@ def write_card(
     elif class_name == "ADMUpsamplePipeline":
         labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
         draw = f'\nimage = model("small.png"{labels}).images[0]  # {args.low_resolution}x{args.low_resolution} pixels'
-    without = ""
-    if draw:
-        without = (
-            "Without `diffusers_adm`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f'model = DiffusionPipeline.from_pretrained("{identity}", trust_remote_code=True)\n```\n\n'
-        )
+    stock = "DiffusionPipeline" if draw else "AutoModel"
+    without = f'from diffusers import {stock}\n\nmodel = {stock}.from_pretrained("{identity}", trust_remote_code=True)'
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     figures = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
@@ -177,7 +173,13 @@ def write_card(
 {load}{draw}
 ```
 
-{without}## Training
+Without `diffusers_adm`:
+
+```python
+{without}
+```
+
+## Training
 
 {"A stream of images" if num_images is None else f"{num_images} images"} of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
 {args.max_train_steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
