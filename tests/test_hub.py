@@ -381,9 +381,11 @@ def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub)
 def test_failed_push_harms_nothing(images, hub):
     server, environment = hub
     server.fail_commits = 100
-    more = ["--validation_fraction", "0.34", "--hub_token", TOKEN]
+    more = ["--validation_fraction", "0.34", "--hub_token", TOKEN, "--hub_revision", "try"]
     assert train("classifier", images, environment, *more) == "ended"
+    assert "try" in server.repositories["me/trained"].branches
     folder = images.parent / "classifier" / "classifier"
+    assert 'from_pretrained("me/trained", revision="try")' in (folder / "README.md").read_text()
     assert (folder / "diffusion_pytorch_model.safetensors").exists()
     results = ModelCard.load(folder / "README.md").data.eval_results
     assert results and all(result.metric_type == "accuracy" for result in results)

@@ -1,6 +1,7 @@
 """The training scripts: they learn, resume exactly where they stopped, and leave models that load."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -10,16 +11,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from tiny_models import draw_parameters
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-from diffusers_adm.training.arguments import build_noise_scheduler
+from diffusers_adm.training.arguments import architecture, build_noise_scheduler
+from diffusers_adm.training.data import load_images
 from diffusers_adm.training.denoising import build_unet
 from diffusers_adm.training.images import center_crop, fit_image, random_crop, to_tensor
+from diffusers_adm.training.loop import Trainer, start
 
 
 ARCHITECTURE = (
@@ -233,6 +238,65 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset, tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+@pytest.fixture
+def overflowing_run(dataset, tmp_path, monkeypatch):
+    """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
+
+    def build(init_scale, *more):
+        args = unet_args(dataset, tmp_path, 8, "--lr_scheduler", "linear", *more)
+        accelerator = start(args)
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=init_scale)
+        images, _ = load_images(args)
+        model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
+        trainer = Trainer(args, accelerator, model, images, ema_decays=(0.5,))
+
+        def losses(model, batch):
+            logits = model(batch["image"], torch.full_like(batch["label"], 10)).logits
+            return {"loss": classifier_loss(logits, batch["label"]), "quarter": torch.zeros_like(batch["label"])}
+
+        return trainer, losses
+
+    return build
+
+
+def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
+    # Gradients overflow at the first scales, and each overflow halves the scale.
+    trainer, losses = overflowing_run(2.0**22)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    seen = []
+
+    def watch(model, batch):
+        unchanged = all(map(torch.equal, before, model.parameters()))
+        average = all(map(torch.equal, before, trainer.averages[0.5].shadow_params))
+        seen.append((unchanged, average, trainer.lr_scheduler.get_last_lr()[0]))
+        return losses(model, batch)
+
+    trainer.train(watch)
+    skipped = sum(unchanged for unchanged, *_ in seen) - 1
+    assert 0 < skipped < 7
+    assert all(step == (True, True, 1e-3) for step in seen[: skipped + 1])
+    assert all(step[:2] == (False, False) and step[2] < 1e-3 for step in seen[skipped + 1 :])
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert entries[0]["loss_scale"] == 2.0**21 and entries[-1]["loss_scale"] <= 2.0 ** (22 - skipped)
+    assert all(math.isfinite(entry["grad_norm"]) for entry in entries)
+
+
+def test_overflow_that_does_not_end_stops_the_run(overflowing_run):
+    trainer, losses = overflowing_run(2.0**60, "--max_skipped_steps", "2")
+    with pytest.raises(RuntimeError, match="2 steps in a row overflowed fp16.*bf16.*no checkpoint yet"):
+        trainer.train(losses)
+
+
+def test_epochs_are_as_many_steps_as_they_hold_batches(dataset, tmp_path):
+    more = ["--num_epochs", "2", "--gradient_accumulation_steps", "3"]
+    train_classifier.main(classifier_args(dataset, tmp_path, 99, *more))
+    # 14 images make three batches of four; two passes make six, and three batches make a step.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match="--num_epochs"):
+        train_classifier.main(classifier_args(dataset, tmp_path / "stream", 9, "--num_epochs", "1", "--streaming"))
+
+
 def test_metrics_tell_quarters_of_the_timesteps(dataset, tmp_path):
     train_unet.main(unet_args(dataset, tmp_path, 3, "--logging_steps", "3"))
     (entry,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -247,6 +311,7 @@ def test_metrics_tell_quarters_of_the_timesteps(dataset, tmp_path):
         ["--loss", "vlb", "--schedule_sampler", "loss-second-moment"],
         ["--no-learn_sigma", "--prediction_type", "sample", "--max_grad_norm", "1.0"],
         ["--noise_offset", "0.1", "--channels_last", "--offload_ema", "--ema_decay", "0.5,0.9"],
+        ["--use_ema_warmup", "--ema_power", "0.5"],
         ["--no-class_conditional", "--label_dropout", "0", "--vlb_weight", "1"],
         ["--resnet_time_scale_shift", "default", "--resample_type", "conv", "--output_scale_factor", "1.4142"],
         [

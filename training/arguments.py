@@ -18,8 +18,8 @@ from diffusers_adm.training.data import add_data_arguments
 RESUMABLE_OPTIONS = {
     "allow_tf32", "cache_dir", "channels_last", "checkpointing_steps", "checkpoints_total_limit", "compile", "config",
     "dataloader_num_workers", "dataset_name", "data_files", "dry_run", "gradient_checkpointing", "hub_model_id",
-    "hub_private_repo", "hub_retry_seconds", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
-    "max_grad_norm", "max_skipped_steps", "max_train_steps", "mixed_precision", "num_validation_images", "offload_ema",
+    "hub_private_repo", "hub_revision", "hub_retry_seconds", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
+    "max_grad_norm", "max_skipped_steps", "max_train_steps", "mixed_precision", "num_epochs", "num_validation_images", "offload_ema",
     "on_unreadable", "output_dir", "preset",
     "pretrained_model_name_or_path", "pretrained_subfolder", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
     "validation_steps",
@@ -30,6 +30,7 @@ POSITIVE_OPTIONS = (
     "gradient_accumulation_steps",
     "total_batch_size",
     "max_train_steps",
+    "num_epochs",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "keep_every",
@@ -84,7 +85,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--total_batch_size", type=int, default=None, help="Of one step of all processes: sets the accumulation."
     )
-    group.add_argument("--max_train_steps", type=int, default=None, help="Optimizer steps; must be given somewhere.")
+    group.add_argument("--max_train_steps", type=int, default=None, help="Optimizer steps.")
+    group.add_argument("--num_epochs", type=int, default=None, help="Passes over the images, instead of steps.")
     group.add_argument("--learning_rate", type=float, default=1e-4)
     group.add_argument("--lr_scheduler", default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -119,6 +121,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--push_to_hub", action="store_true", help="Upload what was trained, at the end.")
     group.add_argument("--hub_model_id", default=None, help="Such as me/my-model.")
     group.add_argument("--hub_token", default=None, help="That of `hf auth login` by default.")
+    group.add_argument("--hub_revision", default=None, help="Branch to push to; made if it does not exist.")
     group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
     group.add_argument(
         "--hub_retry_seconds", type=float, default=30.0, help="Between two attempts; then twice as many."
@@ -164,8 +167,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
         words = _as_words(parser, recipe.read_text(), f"--preset {preset}") + from_config
     args = parser.parse_args([*words, *argv])
-    if args.max_train_steps is None:
-        parser.error("--max_train_steps must be given: on the command line, by --config or by --preset.")
+    if args.max_train_steps is None and args.num_epochs is None:
+        parser.error(
+            "--max_train_steps or --num_epochs must be given: on the command line, by --config or by --preset."
+        )
     for name in POSITIVE_OPTIONS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -269,6 +274,24 @@ def architecture(args: argparse.Namespace) -> dict[str, Any]:
         "output_scale_factor": args.output_scale_factor,
         "dropout": args.dropout,
     }
+
+
+def resolve_steps(args: argparse.Namespace, num_images: int | None, num_processes: int) -> None:
+    """
+    Sets `max_train_steps` to that of `num_epochs`, which wins over what a preset says.
+
+    Raises:
+        ValueError: If the number of images is not known, or there are too few for a batch on each process.
+    """
+    check_number_of_images(args, num_images, num_processes)
+    if args.num_epochs is None:
+        return
+    if num_images is None:
+        raise ValueError(
+            "--num_epochs needs to know how many images there are, which a stream does not: give --max_train_steps."
+        )
+    batches = args.num_epochs * (num_images // (args.train_batch_size * num_processes))
+    args.max_train_steps = max(1, batches // args.gradient_accumulation_steps)
 
 
 def check_number_of_images(args: argparse.Namespace, num_images: int | None, num_processes: int) -> None:

@@ -49,6 +49,13 @@ def add_denoising_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--schedule_sampler", choices=tuple(SAMPLERS), default="uniform")
     group.add_argument("--ema_decay", type=numbers(float), default=(0.9999,), help="Several: 0.9999,0.999.")
+    group.add_argument(
+        "--use_ema_warmup",
+        action="store_true",
+        help="Raise the rate to --ema_decay, by 1 - (1 + step / gamma) ** -power.",
+    )
+    group.add_argument("--ema_inv_gamma", type=float, default=1.0, help="The gamma of the warm-up.")
+    group.add_argument("--ema_power", type=float, default=0.75, help="The power of the warm-up.")
     group.add_argument("--offload_ema", action="store_true", help="Keep the averages in the CPU's memory.")
     group.add_argument("--num_validation_images", type=int, default=20, help="Drawn every --validation_steps.")
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
+from diffusers_adm.training.arguments import as_yaml, contradictions
 from diffusers_adm.training.checkpoints import (
     flush,
     list_checkpoints,
@@ -132,7 +132,6 @@ class Trainer:
         self.args = args
         self.accelerator = accelerator
         self.images = images
-        check_number_of_images(args, images.num_images, accelerator.num_processes)
         if args.resume_from_checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
@@ -210,16 +209,24 @@ class Trainer:
         return torch.optim.AdamW(model.parameters(), fused=self.accelerator.scaler is None, **options)
 
     def _build_average(self, decay: float) -> EMAModel:
-        if self.args.max_train_steps < 5 / (1 - decay):
+        args = self.args
+        if not args.use_ema_warmup and args.max_train_steps < 5 / (1 - decay):
             logger.warning(
                 "An average of rate %g remembers the initial weights for %d steps; this run takes %d.",
-                decay, round(5 / (1 - decay)), self.args.max_train_steps,
+                decay, round(5 / (1 - decay)), args.max_train_steps,
             )  # fmt: skip
-        # All three together make the rate constant, as ADM's is; EMAModel by itself ramps it up.
+        # A least rate and no step before the first make the rate constant, as ADM's is; EMAModel by itself ramps it up.
         average = EMAModel(
-            self.unwrapped_model.parameters(), decay=decay, min_decay=decay, update_after_step=-1, foreach=True
+            self.unwrapped_model.parameters(),
+            decay=decay,
+            min_decay=0.0 if args.use_ema_warmup else decay,
+            update_after_step=-1,
+            use_ema_warmup=args.use_ema_warmup,
+            inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power,
+            foreach=True,
         )
-        average.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        average.to("cpu" if args.offload_ema else self.accelerator.device)
         return average
 
     @property

@@ -59,6 +59,8 @@ def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
         api = HfApi(token=args.hub_token)
         repo_id = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
+        if args.hub_revision is not None:
+            api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
     except Exception as error:  # of the Hub, its client or the network
         raise ValueError(
             f"--push_to_hub: the Hub refuses --hub_model_id {args.hub_model_id}: log in by `hf auth login` or give"
@@ -79,6 +81,7 @@ def publish(args: argparse.Namespace, folder: Path) -> bool:
             HfApi(token=args.hub_token).upload_folder(
                 repo_id=args.hub_model_id,
                 folder_path=folder,
+                revision=args.hub_revision,
                 allow_patterns=PUBLISHED,
                 delete_patterns=CODE_PATTERNS,
                 commit_message=f"Upload {folder.name}",
@@ -145,8 +148,10 @@ def write_card(
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
         picture = "\n![Left: the moving average of the weights. Right: the weights.](samples/grid.png)\n"
-    identity = args.hub_model_id or str(folder.name)
-    load = f'from diffusers_adm import {class_name}\n\nmodel = {class_name}.from_pretrained("{identity}")'
+    identity = f'"{args.hub_model_id or folder.name}"'
+    if args.hub_revision is not None:
+        identity += f', revision="{args.hub_revision}"'
+    load = f"from diffusers_adm import {class_name}\n\nmodel = {class_name}.from_pretrained({identity})"
     draw = ""
     if class_name == "ClassifierGuidedPipeline":
         draw = "\nimage = model().images[0]"
@@ -154,7 +159,7 @@ def write_card(
         labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
         draw = f'\nimage = model("small.png"{labels}).images[0]  # {args.low_resolution}x{args.low_resolution} pixels'
     stock = "DiffusionPipeline" if draw else "AutoModel"
-    without = f'from diffusers import {stock}\n\nmodel = {stock}.from_pretrained("{identity}", trust_remote_code=True)'
+    without = f"from diffusers import {stock}\n\nmodel = {stock}.from_pretrained({identity}, trust_remote_code=True)"
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     figures = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())

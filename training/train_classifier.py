@@ -14,7 +14,14 @@ from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
-from diffusers_adm.training.arguments import architecture, build_noise_scheduler, build_parser, parse, run_script
+from diffusers_adm.training.arguments import (
+    architecture,
+    build_noise_scheduler,
+    build_parser,
+    parse,
+    resolve_steps,
+    run_script,
+)
 from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.loop import Trainer, start
@@ -45,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     with accelerator.main_process_first():
         images, held_out = load_images(args)
+    resolve_steps(args, images.num_images, accelerator.num_processes)
     names = required_class_names(images)
     classifier = NoisyClassifier(num_classes=len(names), pool=args.pool, **architecture(args))
     if args.dry_run:

@@ -7,7 +7,7 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of
 import argparse
 
 from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.training.arguments import build_parser, parse, run_script
+from diffusers_adm.training.arguments import build_parser, parse, resolve_steps, run_script
 from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     with accelerator.main_process_first():
         images, _ = load_images(args, args.class_conditional)
+    resolve_steps(args, images.num_images, accelerator.num_processes)
     names = required_class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None)
     if args.dry_run:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_adm import ADMUpsamplePipeline
-from diffusers_adm.training.arguments import build_parser, parse, run_script
+from diffusers_adm.training.arguments import build_parser, parse, resolve_steps, run_script
 from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     with accelerator.main_process_first():
         images, held_out = load_images(args, args.class_conditional)
+    resolve_steps(args, images.num_images, accelerator.num_processes)
     names = required_class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None, low_res_conditioning=True)
     if args.dry_run:
