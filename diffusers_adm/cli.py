@@ -14,6 +14,7 @@ from .conversion import is_upsampler
 from .demo import draw_demo
 from .hub import save_model
 from .openai_flags import released_preset
+from .presets import guiding_classifier
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -67,7 +68,9 @@ def convert(args: argparse.Namespace) -> None:
         else:
             save_model(converted, unfinished, variant=args.variant)
         preset = released_preset(args.unet or args.classifier)
-        if preset is not None:
+        classifier = released_preset(args.classifier) if args.unet else None
+        as_published = args.flags is None and args.dtype is None and args.variant is None
+        if preset is not None and as_published and classifier is guiding_classifier(preset):
             released_card(preset).save(unfinished / "README.md")
         unfinished.replace(output)
     print(f"Wrote {type(converted).__name__} to {output}")

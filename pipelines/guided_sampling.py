@@ -215,7 +215,7 @@ class GuidedSamplingMixin:
             )
         unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
         labels = None if class_labels is None else self.class_ids(class_labels)
-        batch_size = self._batch_size(batch_size, labels, latents)
+        batch_size = self._batch_size(batch_size, labels, latents, low_res)
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         if not all(one is None or isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
@@ -226,9 +226,7 @@ class GuidedSamplingMixin:
         scales = self._scales(guidance_scale, batch_size)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
-        factor = 2 ** (len(self.unet.config.channel_mult) - 1)
-        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
-            raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
+        self._check_size(height, width)
 
         # 2. Prepare the steps.
         device = self._execution_device
@@ -352,8 +350,17 @@ class GuidedSamplingMixin:
             if classifier is not None and unet[name] != classifier[name]:
                 raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
 
-    def _batch_size(self, batch_size: int, labels: list[int] | None, latents: torch.Tensor | None) -> int:
+    def _check_size(self, height: int, width: int) -> None:
+        factor = 2 ** (len(self.unet.config.channel_mult) - 1)
+        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
+            raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
+
+    def _batch_size(
+        self, batch_size: int, labels: list[int] | None, latents: torch.Tensor | None, low_res: torch.Tensor | None
+    ) -> int:
         counts = {}
+        if low_res is not None:
+            counts["image"] = len(low_res)
         if labels is not None:
             counts["class_labels"] = len(labels)
         if latents is not None:

@@ -10,6 +10,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from diffusers_adm.conversion import is_upsampler
+from diffusers_adm.image_modes import to_mode
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai_flags import Checkpoint, build_scheduler, released_preset, resolve_flags
 from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
@@ -144,6 +145,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         sample_size, low_res_size = self.unet.config.sample_size, self.config.low_res_size
         height = sample_size if height is None else height
         width = sample_size if width is None else width
+        self._check_size(height, width)
         given, needed = low_res.shape[2:], [side * low_res_size / sample_size for side in (height, width)]
         if list(given) != needed:
             raise ValueError(
@@ -163,7 +165,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             timestep_respacing,
             condition_unet,
             eta,
-            len(low_res),
+            1,
             height,
             width,
             generator,
@@ -194,9 +196,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             return torch.cat(parts)
         channels = self.unet.config.in_channels
         if isinstance(image, (str, os.PathLike)):
-            image = load_image(os.fspath(image))
+            image = load_image(os.fspath(image), convert_method=lambda picture: picture)
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert({1: "L", 3: "RGB"}[channels]))
+            image = np.asarray(to_mode(image, channels))
             image = image.reshape(*image.shape[:2], channels)
         if isinstance(image, np.ndarray):
             pixels = torch.tensor(image, dtype=torch.float32) / (255 if image.dtype == np.uint8 else 1)
@@ -206,7 +208,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         else:
             raise ValueError(f"image must be a PIL image, a file, an array or a tensor: got {type(image).__name__}.")
         pixels = pixels[None] if pixels.ndim == 3 else pixels
-        if pixels.ndim != 4 or pixels.shape[1] != channels:
+        if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.numel():
             raise ValueError(
                 f"image has shape {tuple(image.shape)}, where {channels} channels are needed: last in an array, third from last"
                 " in a tensor."

@@ -169,6 +169,7 @@ def test_model_alone_loads_without_this_package(tmp_path):
     without = f"from diffusers import AutoModel\nmodel = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
     assert run(WITHOUT_PACKAGE + without + logits) == expected
     loaded = NoisyClassifier.from_pretrained(tmp_path)
+    assert "auto_map" not in loaded.config
     assert loaded(sample, torch.tensor([3, 500])).logits.double().sum().item().hex() == expected
 
 

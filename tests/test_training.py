@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -87,7 +88,8 @@ def checkpoint_tensors(folder):
     ],
     ids=["unet", "unet-accumulating", "upsampler", "upsampler-streaming", "classifier"],
 )
-def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path):
+def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, at the end of each pass
     # 14 images make three batches of four an epoch: step six lies in the second epoch, or with accumulation the fourth.
     options = ["--lr_scheduler", "constant", "--validation_steps", "3", *more]
     script.main(arguments(dataset, tmp_path / "whole", 6, *options))
@@ -132,7 +134,14 @@ def test_accumulation_goes_on_across_the_end_of_an_epoch(dataset, tmp_path):
     # Three batches an epoch: the second of three steps takes the last of one epoch and the first of the next.
     train_classifier.main(classifier_args(dataset, tmp_path, 3, "--gradient_accumulation_steps", "2"))
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state == {"global_step": 3, "epoch": 1, "images_into_epoch": 12, "num_processes": 1, "num_images": 14}
+    assert state == {
+        "global_step": 3,
+        "epoch": 1,
+        "images_into_epoch": 12,
+        "num_processes": 1,
+        "num_images": 14,
+        "averaged_steps": 3,
+    }
 
 
 def test_training_starts_from_a_saved_model(dataset, tmp_path):

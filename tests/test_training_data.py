@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from diffusers_adm.cli import main
+from diffusers_adm.image_modes import to_mode
 from diffusers_adm.training.data import add_data_arguments, load_images, required_class_names
-from diffusers_adm.training.images import to_mode
 
 
 def arguments(*options):
@@ -271,6 +271,20 @@ def test_stream_begins_where_it_is_told(workers, shards):
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[first_batch:], strict=True))
 
 
+def test_workers_of_a_stream_do_not_count_its_passes_for_each_other(shards):
+    def batches():
+        images, _ = stream(shards, "--dataloader_num_workers", "2")
+        loader = torch.utils.data.DataLoader(images, batch_size=2, num_workers=2)
+        return torch.stack([batch["image"].mean() for batch in itertools.islice(images.from_batch(loader, 0), 1500)])
+
+    assert torch.equal(batches(), batches())  # 150 passes
+
+
+def test_index_beyond_the_end_is_an_error(folder):
+    images, _ = load_images(arguments("--train_data_dir", str(folder)))
+    assert len(list(images)) == 8
+
+
 def test_held_out_split_of_a_stream_is_a_dataset(shards):
     (shards / "train-3.parquet").rename(shards / "test-0.parquet")
     images, held_out = stream(shards, "--validation_split", "test")
@@ -284,6 +298,10 @@ def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkey
     source = parquet(tmp_path, {"image": Image(), "label": Value("int64")}, image=[picture(0)] * 2, label=[1, 4])
     with pytest.raises(ValueError, match="--num_classes"):
         stream(source, "--label_column", "label")
+    with pytest.raises(ValueError, match=r"has label 4, which is not in 0 \.\.\. 3"):
+        list(itertools.islice(stream(source, "--label_column", "label", "--num_classes", "4")[0], 2))
+    with pytest.raises(ValueError, match="goes with --streaming"):
+        load_images(arguments("--dataset_name", source, "--num_classes", "5"))
     images, _ = stream(source, "--label_column", "label", "--num_classes", "5")
     assert required_class_names(images) == ["0", "1", "2", "3", "4"]
     assert sorted(item["label"] for item in itertools.islice(images, 2)) == [1, 4]
@@ -295,7 +313,8 @@ def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkey
         (["--validation_fraction", "0.1"], "--validation_fraction needs all images"),
         (["--max_train_samples", "3"], "--max_train_samples needs all images"),
         (["--label_from", "filename_prefix"], "filename_prefix needs all names"),
-        (["--dataloader_num_workers", "5"], "there are 4 a process"),
+        (["--dataloader_num_workers", "3"], "does not divide the number of files that each process reads, 4"),
+        (["--num_classes", "0"], "--num_classes 0"),
         (["--shuffle_buffer", "0"], "--shuffle_buffer 0"),
     ],
 )

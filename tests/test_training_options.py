@@ -11,7 +11,7 @@ from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai_flags import parse_flags
 from diffusers_adm.presets import PRESETS
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-from diffusers_adm.training.arguments import architecture, as_yaml, preset_names
+from diffusers_adm.training.arguments import architecture, as_options, as_yaml, preset_names
 from diffusers_adm.training.denoising import build_unet
 from diffusers_adm.training.plan import measure
 
@@ -107,6 +107,22 @@ def test_configuration_file_may_name_a_preset(tmp_path):
     config.write_text("preset: small-64\nseed: 3\nmixed_precision: 'no'\n")
     args = train_unet.parse_args([*REQUIRED, "--config", str(config)])
     assert (args.resolution, args.max_train_steps, args.seed, args.mixed_precision) == (64, 150_000, 3, "no")
+
+
+def test_options_on_a_card_are_a_command_line():
+    given = "--max_train_steps 9 --no-random_flip --streaming --ema_decay 0.9,0.5 --no-learn_sigma --use_ema_warmup"
+    args = train_unet.parse_args([*REQUIRED, *given.split()])
+    words = [part for word in as_options(args) for part in word.split(" ")]
+    again = train_unet.parse_args([*REQUIRED, *words])
+    assert vars(again) == vars(args)
+    assert "--no-use_8bit_adam" not in words
+
+
+def test_later_of_epochs_and_steps_wins():
+    args = train_unet.parse_args([*REQUIRED, "--preset", "small-32", "--num_epochs", "3"])
+    assert args.num_epochs == 3
+    args = train_unet.parse_args([*REQUIRED, "--num_epochs", "3", "--max_train_steps=7"])
+    assert (args.num_epochs, args.max_train_steps) == (None, 7)
 
 
 def test_steps_must_be_given(capsys):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -69,9 +70,19 @@ def test_published_upsampler_takes_one_ddim_step_as_its_recorded_output_says():
 @pytest.mark.parametrize(
     ("file", "small", "large"), [("64_256_upsampler.pt", 64, 256), ("128_512_upsampler.pt", 128, 512)]
 )
-def test_released_upsamplers_know_their_sizes_and_labels(file, small, large, tmp_path):
+def test_released_upsamplers_know_their_sizes(file, small, large):
     pipeline = ADMUpsamplePipeline.from_openai(meta_state_dict(file), PRESETS[file].flags)
     assert (pipeline.config.low_res_size, pipeline.unet.config.sample_size) == (small, large)
+
+
+def test_released_file_brings_the_names_of_its_classes(tmp_path, monkeypatch):
+    # The file's name is enough; a small model in its place, whose flags say that it is small.
+    case, _ = load_case("upsampler")
+    torch.save(draw_weights(case), tmp_path / "64_256_upsampler.pt")
+    pipeline = ADMUpsamplePipeline.from_openai(
+        tmp_path / "64_256_upsampler.pt", published_flags(case) + " --small_size 8 --large_size 32"
+    )
+    assert pipeline.class_ids("goldfish") == [1]
 
 
 def test_small_image_decides_what_is_drawn():
@@ -94,6 +105,22 @@ def test_every_kind_of_image_is_the_same_image(tmp_path):
     torch.testing.assert_close(draw(pipeline, pictures[0], 1, seeds=[0]), expected[:1], rtol=0, atol=1e-5)
     grey = upsampler(tiny_unet(in_channels=1, out_channels=2, low_res_conditioning=True))
     assert draw(grey, [picture.convert("L") for picture in pictures]).shape == (2, 1, SIZE, SIZE)
+
+
+def test_pictures_are_read_as_training_reads_them(tmp_path):
+    pipeline = upsampler()
+    clear = Image.new("RGBA", (SMALL, SMALL), (255, 0, 0, 0))
+    assert torch.equal(pipeline.prepare_low_res(clear), torch.ones(1, 3, SMALL, SMALL))
+    deep = Image.fromarray(np.full((SMALL, SMALL), 257 * 51, dtype=np.uint16))
+    torch.testing.assert_close(pipeline.prepare_low_res(deep), torch.full((1, 3, SMALL, SMALL), 2 * 51 / 255 - 1))
+    turned, exif = Image.fromarray(np.arange(3 * SMALL**2, dtype=np.uint8).reshape(SMALL, SMALL, 3)), Image.Exif()
+    exif[0x0112] = 3  # by half a turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear.save(tmp_path / "clear.png")
+    upright = pipeline.prepare_low_res(turned).flip(2, 3)
+    assert torch.equal(pipeline.prepare_low_res(tmp_path / "turned.png"), upright)
+    assert torch.equal(pipeline.prepare_low_res(Image.open(tmp_path / "turned.png")), upright)
+    assert torch.equal(pipeline.prepare_low_res(tmp_path / "clear.png"), torch.ones(1, 3, SMALL, SMALL))
 
 
 def test_output_of_the_guided_pipeline_is_taken():
@@ -146,7 +173,9 @@ def test_other_sizes_by_height_and_width():
         ([small_images()[0], torch.rand(3, SIZE, SIZE)], "of one size"),
         ([], "at least one"),
         (7, "int"),
-        (small_images(batch=3), "class_labels 2, batch_size 3"),
+        (small_images(batch=3), "image 3, class_labels 2"),
+        (small_images(batch=1), "image 1, class_labels 2"),
+        (torch.empty(0, 3, SMALL, SMALL), "3 channels"),
     ],
 )
 def test_bad_images_are_refused(image, message):

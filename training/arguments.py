@@ -25,6 +25,9 @@ RESUMABLE_OPTIONS = {
     "validation_steps",
 }  # fmt: skip
 
+# Switches that a command line puts off.
+ON_BY_DEFAULT = {"random_flip", "class_conditional", "learn_sigma"}
+
 POSITIVE_OPTIONS = (
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -166,7 +169,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if preset is not None:
         recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
         words = _as_words(parser, recipe.read_text(), f"--preset {preset}") + from_config
-    args = parser.parse_args([*words, *argv])
+    words = [*words, *argv]
+    args = parser.parse_args(words)
+    names = [word.partition("=")[0] for word in words]
+    lengths = [name for name in names if name in ("--num_epochs", "--max_train_steps")]
+    if lengths and lengths[-1] == "--max_train_steps":  # the later of the two wins, as of all options
+        args.num_epochs = None
     if args.max_train_steps is None and args.num_epochs is None:
         parser.error(
             "--max_train_steps or --num_epochs must be given: on the command line, by --config or by --preset."
@@ -221,7 +229,8 @@ def as_options(args: argparse.Namespace) -> list[str]:
         if value is None or (name in RESUMABLE_OPTIONS and name not in shown):
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            if value or name in ON_BY_DEFAULT:
+                words.append(f"--{name}" if value else f"--no-{name}")
         else:
             words.append(f"--{name} {','.join(map(str, value)) if isinstance(value, list) else value}")
     return words
@@ -278,18 +287,18 @@ def architecture(args: argparse.Namespace) -> dict[str, Any]:
 
 def resolve_steps(args: argparse.Namespace, num_images: int | None, num_processes: int) -> None:
     """
-    Sets `max_train_steps` to that of `num_epochs`, which wins over what a preset says.
+    Sets `max_train_steps` to that of `num_epochs`.
 
     Raises:
         ValueError: If the number of images is not known, or there are too few for a batch on each process.
     """
-    check_number_of_images(args, num_images, num_processes)
     if args.num_epochs is None:
         return
     if num_images is None:
         raise ValueError(
             "--num_epochs needs to know how many images there are, which a stream does not: give --max_train_steps."
         )
+    check_number_of_images(args, num_images, num_processes)
     batches = args.num_epochs * (num_images // (args.train_batch_size * num_processes))
     args.max_train_steps = max(1, batches // args.gradient_accumulation_steps)
 

@@ -1,8 +1,8 @@
 """Images a second and peak memory of training, against a plain loop: `python -m diffusers_adm.training.bench_train`.
 
 Each measurement is a process of its own, and the two loops take turns. Both read the same images, in the same precision.
-The suite's is `train_unet.py` itself. The plain one has no channels-last images, an optimizer that goes from tensor to
-tensor, a moving average that does too, and attention of separate matrix products.
+The suite's is `train_unet.py` itself. The plain one has an optimizer that goes from tensor to tensor, a moving average that
+does too, and attention of separate matrix products.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def main() -> None:
                 for loop in LOOPS:
                     words = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--loop", loop]
                     words += ["--configuration", configuration, "--folder", folder]
-                    run = subprocess.run(
-                        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-                    )
+                    run = subprocess.run(words, capture_output=True, text=True)
+                    if run.returncode != 0:
+                        sys.exit(run.stderr)
                     results[loop].append(json.loads(run.stdout.splitlines()[-1]))
         median = {
             loop: {name: statistics.median(result[name] for result in rounds) for name in rounds[0]}

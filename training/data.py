@@ -1,7 +1,11 @@
 """Labelled images for training: whatever `datasets.load_dataset` reads, cropped as the paper crops."""
 
 import argparse
+import atexit
+import copy
 import itertools
+import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -14,6 +18,9 @@ from datasets.features import Value
 from torch.utils.data import DataLoader, get_worker_info
 
 from diffusers_adm.training.images import CROPS, UNREADABLE, ImageReader, file_name
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +94,8 @@ class LabelledImages(torch.utils.data.Dataset):
         self.image_column = image_column
         self.label_column = label_column
         self.args = args
-        self.reader = ImageReader(args, image_column, label_column, augment)
+        num_classes = None if self.class_names is None else len(self.class_names)
+        self.reader = ImageReader(args, image_column, label_column, num_classes, augment)
         self.epoch = 0
 
     @property
@@ -120,7 +128,9 @@ class LabelledImages(torch.utils.data.Dataset):
         Raises:
             ValueError: If it is unreadable, or does not fit the crop.
         """
-        for candidate in (*range(index, len(self)), *range(index)):
+        if index >= len(self):
+            raise IndexError(index)
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
             key = f"{self.args.seed}-{self.epoch}-{candidate}"
             item = self.reader.read(self.rows[candidate], candidate, key)
             if item is not None:
@@ -135,10 +145,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
     With the same seed, files, processes and workers the stream is the same.
 
     Args:
-        rows: Of this process's share of the dataset, with an undecoded image column, shuffled.
+        rows: Of the dataset, with an undecoded image column, shuffled.
         image_column: Its name.
         label_column: Name of a column of type `ClassLabel`, or `None`.
         args: Parsed `add_data_arguments`, `seed` and `train_batch_size`.
+
+    Raises:
+        ValueError: If the files cannot be dealt evenly to the loader's workers.
     """
 
     num_images = None  # known when the stream ends at the earliest
@@ -148,9 +161,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.image_column = image_column
         self.label_column = label_column
         self.args = args
-        self.reader = ImageReader(args, image_column, label_column, augment=True)
-        self.share = PartialState().process_index
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+        self.reader = ImageReader(args, image_column, label_column, self.num_classes, augment=True)
+        state = PartialState()
+        self.process = state.process_index
+        # Files of its own if they can be dealt evenly; otherwise every n-th image of all files.
+        self.share = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
         self.batches_passed = 0  # by each worker
+        check_workers(args, self.share.num_shards)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -158,11 +176,18 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return None if self.label_column is None else self.rows.features[self.label_column].names
 
     def examples(self, count: int) -> list[dict]:
-        """The first `count` items of the shuffled stream, as many as there are; none is augmented."""
-        reader = ImageReader(self.args, self.image_column, self.label_column, augment=False)
-        self.rows.set_epoch(0)
-        items = (reader.read(row, number, "") for number, row in enumerate(self.rows))
-        return list(itertools.islice((item for item in items if item is not None), count))
+        """
+        The first `count` items of the shuffled stream, as many as there are, the same on all processes; none is augmented.
+
+        Raises:
+            ValueError: If not one can be read.
+        """
+        reader = ImageReader(self.args, self.image_column, self.label_column, self.num_classes, augment=False)
+        items = (reader.read(row, number, "") for number, row in enumerate(copy.deepcopy(self.rows)))
+        examples = list(itertools.islice((item for item in items if item is not None), count))
+        if not examples:
+            raise ValueError("Not one image of the dataset can be read.")
+        return examples
 
     def from_batch(self, loader: DataLoader, number: int) -> Iterator[dict]:
         """The batches of this stream's loader from a given one on; those before are fetched again, but hardly decoded."""
@@ -179,18 +204,20 @@ class StreamedImages(torch.utils.data.IterableDataset):
             ValueError: If an image is unreadable, or does not fit the crop, or there is none.
         """
         info = get_worker_info()
-        worker = 0 if info is None else info.id  # `rows` gives each files of its own
+        worker = 0 if info is None else info.id  # the share gives each files of its own
+        # Workers share the memory of a dataset's epoch, and would count it on for each other.
+        rows = copy.deepcopy(self.share)
         rows_passed = self.batches_passed * self.args.train_batch_size
         missing = 0
         for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
+            rows.set_epoch(epoch)
             found = False
-            for number, row in enumerate(self.rows):
+            for number, row in enumerate(rows):
                 if rows_passed:
                     rows_passed -= 1
                     found = True
                     continue
-                item = self.reader.read(row, number, f"{self.args.seed}-{epoch}-{self.share}-{worker}-{number}")
+                item = self.reader.read(row, number, f"{self.args.seed}-{epoch}-{self.process}-{worker}-{number}")
                 missing += 1
                 if item is not None:
                     found = True
@@ -238,6 +265,8 @@ def load_images(
         raise ValueError("Give either --dataset_name or --train_data_dir.")
     if args.validation_split is not None and args.validation_fraction is not None:
         raise ValueError("Give either --validation_split or --validation_fraction.")
+    if args.num_classes is not None and (args.num_classes < 1 or not args.streaming):
+        raise ValueError(f"--num_classes {args.num_classes} must be at least 1, and goes with --streaming.")
     for name in ("validation_fraction", "max_train_samples"):
         if args.streaming and getattr(args, name) is not None:
             raise ValueError(f"--{name} needs all images at once, which --streaming does without.")
@@ -256,7 +285,16 @@ def load_images(
             raise ValueError(f"--max_train_samples {args.max_train_samples} is not in 1 ... {len(train)}.")
         train = train.shuffle(seed=args.seed).select(range(args.max_train_samples))
     if args.streaming:
-        images = StreamedImages(_share_of_stream(train, args), image_column, label_column, args)
+        if args.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer {args.shuffle_buffer} must be at least 1.")
+        if train.num_shards == 1:
+            logger.warning(
+                "The stream is of one file, or of a folder of images: it is read in its order, which --shuffle_buffer %d alone"
+                " mixes. If that is by class, leave --streaming out.",
+                args.shuffle_buffer,
+            )
+        shuffled = train.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+        images = StreamedImages(shuffled, image_column, label_column, args)
     else:
         images = LabelledImages(train, image_column, label_column, args, augment=True)
     if held_out is not None:
@@ -264,21 +302,13 @@ def load_images(
     return images, held_out
 
 
-def _share_of_stream(rows: IterableDataset, args: argparse.Namespace) -> IterableDataset:
-    """What of a shuffled stream this process reads."""
-    if args.shuffle_buffer < 1:
-        raise ValueError(f"--shuffle_buffer {args.shuffle_buffer} must be at least 1.")
-    state = PartialState()
-    rows = rows.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-    # Files of its own if they can be dealt evenly; otherwise every n-th image of all files.
-    rows = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
-    files = rows.num_shards // (state.num_processes if rows.num_shards % state.num_processes == 0 else 1)
-    if args.dataloader_num_workers > files:
+def check_workers(args: argparse.Namespace, num_files: int) -> None:
+    """Raises a ValueError unless the files of a process's stream can be dealt evenly to the loader's workers."""
+    if args.dataloader_num_workers and num_files % args.dataloader_num_workers:
         raise ValueError(
-            f"--dataloader_num_workers {args.dataloader_num_workers}: each reads files of its own, and there are {files} a"
-            " process."
+            f"--dataloader_num_workers {args.dataloader_num_workers} does not divide the number of files that each process reads,"
+            f" {num_files}: batches come from the workers in turn, and images of some files would be seen more often."
         )
-    return rows
 
 
 def _load_rows(
@@ -300,8 +330,7 @@ def _load_rows(
         raise ValueError(f"No image column {image_column!r} among {rows.column_names}: name it by --image_column.")
     rows = rows.cast_column(image_column, ImageFeature(decode=False))
     if args.streaming and not streaming:
-        # Its own split alone: without streaming all of a dataset is fetched.
-        rows = Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=args.cache_dir)
+        rows = _on_disk(rows)
     if not labelled:
         return rows, image_column, None
     if args.label_from == "filename_prefix":
@@ -319,10 +348,22 @@ def _load_rows(
     return _as_class_label(rows, label_column, classes), image_column, label_column
 
 
+def _on_disk(rows: IterableDataset) -> Dataset:
+    """All of a stream, for as long as the process lives: without streaming every split of a dataset would be fetched."""
+    folder = tempfile.TemporaryDirectory(prefix="held-out-")
+    atexit.register(folder.cleanup)
+    return Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=folder.name)
+
+
 def _with_known_classes(rows: IterableDataset, column: str, num_classes: int | None) -> IterableDataset:
     """The same for a stream, whose labels are not known before they come."""
-    if isinstance(rows.features[column], ClassLabel):
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
         return rows
+    if isinstance(feature, Value) and feature.dtype == "string":
+        raise ValueError(
+            f"Column {column!r} of the stream holds names, of which not all are known: leave --streaming out."
+        )
     if num_classes is None:
         raise ValueError(f"Column {column!r} of the stream does not say what classes there are: give --num_classes.")
     return rows.cast_column(column, ClassLabel(num_classes=num_classes))

@@ -11,6 +11,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from diffusers_adm.image_modes import to_mode
+
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,20 @@ class ImageReader:
         args: Parsed `add_data_arguments`.
         image_column: Name of the column of undecoded images.
         label_column: Name of the column of class numbers, or `None`.
+        num_classes: How many there are, or `None`.
         augment: Whether to crop and flip at random, where `args` asks for it.
     """
 
-    def __init__(self, args: argparse.Namespace, image_column: str, label_column: str | None, augment: bool):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        image_column: str,
+        label_column: str | None,
+        num_classes: int | None,
+        augment: bool,
+    ):
         self.args = args
+        self.num_classes = num_classes
         self.image_column = image_column
         self.label_column = label_column
         self.augment = augment
@@ -66,8 +77,10 @@ class ImageReader:
         item = {"image": to_tensor(image)}
         if self.label_column is not None:
             item["label"] = row[self.label_column]
-            if item["label"] is None or item["label"] < 0:
-                raise ValueError(f"Image {name} has no label.")
+            if item["label"] is None or not 0 <= item["label"] < self.num_classes:
+                raise ValueError(
+                    f"Image {name} has label {item['label']}, which is not in 0 ... {self.num_classes - 1}."
+                )
         return item
 
     def _report(self, name: str, error: Exception) -> None:
@@ -102,16 +115,6 @@ def decode(value: dict | None) -> Image.Image:
         return ImageFeature().decode_example(value)
     except Exception as error:  # PIL's decoders raise all sorts
         raise UnreadableImage(str(error)) from error
-
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """8-bit grey or colour; 16 bits are scaled to 8, and what is transparent shows white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert({1: "L", 3: "RGB"}[channels])
 
 
 def fit_image(image: Image.Image, resolution: int, crop: str, rng: random.Random | None) -> Image.Image:

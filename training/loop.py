@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.arguments import as_yaml, contradictions
+from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import (
     flush,
     list_checkpoints,
@@ -132,6 +132,7 @@ class Trainer:
         self.args = args
         self.accelerator = accelerator
         self.images = images
+        check_number_of_images(args, images.num_images, accelerator.num_processes)
         if args.resume_from_checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"--output_dir {args.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
@@ -180,6 +181,7 @@ class Trainer:
         self.means = Means()
         self.global_step = 0
         self.saved_step = 0
+        self.skipped_steps = 0
         self.epoch = 0
         self.images_into_epoch = 0
         self.grad_norm = torch.tensor(0.0)
@@ -291,6 +293,7 @@ class Trainer:
                 # A step that fp16's loss scaling skipped changed nothing: neither the averages nor the rate move.
                 if accelerator.optimizer_step_was_skipped:
                     self.grad_norm = torch.zeros_like(self.grad_norm)  # it was not finite, but changed nothing
+                    self.skipped_steps += 1
                     skipped_in_a_row += 1
                     if skipped_in_a_row >= args.max_skipped_steps:
                         raise RuntimeError(
@@ -470,6 +473,7 @@ class Trainer:
             "images_into_epoch": self.images_into_epoch,
             "num_processes": self.accelerator.num_processes,
             "num_images": self.images.num_images,
+            "averaged_steps": self.global_step - self.skipped_steps,
         }
         (folder / "options.yaml").write_text(as_yaml(self.args))
         (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -517,8 +521,9 @@ class Trainer:
             saved = load_file(folder / f"ema-{decay:g}.safetensors")
             for (name, _), shadow in zip(self.unwrapped_model.named_parameters(), average.shadow_params):
                 shadow.copy_(saved[name])
-            average.optimization_step = state["global_step"]
+            average.optimization_step = state["averaged_steps"]
         self.global_step = state["global_step"]
+        self.skipped_steps = state["global_step"] - state["averaged_steps"]
         self.epoch = state["epoch"]
         self.images_into_epoch = state["images_into_epoch"]
         self._forget_metrics_after(self.global_step)

@@ -6,6 +6,7 @@ Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" 
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -27,6 +28,16 @@ def rescaled_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_fact
     """Closes a residual connection; the factor is sqrt(2) in the ablation of Table 1, else 1."""
     total = residual + branch
     return total if output_scale_factor == 1.0 else total / output_scale_factor
+
+
+class ADMConfigMixin(ConfigMixin):
+    """A config that may name the file of the model's code, as that of a model saved by itself does."""
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As of all models; the code that is named is none of the model's arguments."""
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
 
 class ADMGroupNorm(nn.GroupNorm):

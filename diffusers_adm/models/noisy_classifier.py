@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
@@ -14,6 +14,7 @@ from ..openai_flags import Checkpoint, resolve_flags
 from .blocks import (
     ADMAttention,
     ADMBlockFactory,
+    ADMConfigMixin,
     ADMEncoder,
     ADMGroupNorm,
     ADMTimeEmbedding,
@@ -86,7 +87,7 @@ class ADMSpatialPool(nn.Module):
         return self.fc2(self.act(self.norm(self.fc1(means))))  # (batch, num_classes)
 
 
-class NoisyClassifier(ModelMixin, ConfigMixin, AttentionMixin):
+class NoisyClassifier(ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     Classifies noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and t.
     It is the encoder of [`ADMUNet2DModel`] and a pooling head (arXiv 2105.05233, section 4.3). The defaults are the

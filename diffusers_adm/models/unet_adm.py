@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
@@ -15,6 +15,7 @@ from ..openai_flags import Checkpoint, resolve_flags
 from .blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
+    ADMConfigMixin,
     ADMEncoder,
     ADMGroupNorm,
     ADMTimeEmbedding,
@@ -39,7 +40,7 @@ class ADMUNet2DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class ADMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     The UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with
     adaptive group normalisation, multi-resolution attention and BigGAN up- and downsampling. The defaults are the
