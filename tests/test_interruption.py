@@ -87,7 +87,11 @@ def assert_same(checkpoint, other):
             assert torch.equal(tensor, theirs[name][key]), (name, key)
 
 
-@pytest.mark.parametrize("script", OPTIONS, ids=["unet", "upsampler", "classifier"])
+@pytest.mark.parametrize(
+    "script",
+    [train_unet, pytest.param(train_upsampler, marks=pytest.mark.slow), train_classifier],
+    ids=["unet", "upsampler", "classifier"],
+)
 def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
     # Workers, random crops and flips, and 7 batches an epoch, so that the second epoch is reached.
     more = ["--checkpointing_steps", "2", "--dataloader_num_workers", "2", "--validation_steps", "100"]
@@ -127,7 +131,15 @@ def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
     assert (tmp_path / "checkpoint-8").exists()
 
 
-@pytest.mark.parametrize("moment", ["training", "sampling", "training with workers", "training on two processes"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "training",
+        "sampling",
+        "training with workers",
+        pytest.param("training on two processes", marks=pytest.mark.slow),
+    ],
+)
 def test_asked_to_stop_it_saves_and_leaves_quietly(moment, dataset, tmp_path):
     sampling = moment == "sampling"
     more = ["--validation_steps", "3" if sampling else "100000", "--num_validation_images", "500"]
@@ -162,6 +174,7 @@ def test_two_processes_resume_exactly(dataset, tmp_path):
     assert process.returncode == 0 and b"written with num_processes 2, and this run has 1" in errors
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
     rows = load_dataset(str(dataset), split="train")
     for shard in range(4):
@@ -172,6 +185,7 @@ def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
     run(train_classifier, tmp_path / "shards", tmp_path / "parts", 3, *more, processes=2)
     run(train_classifier, tmp_path / "shards", tmp_path / "parts", 6, *more, processes=2)
     assert_same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+    run(train_classifier, tmp_path / "shards", tmp_path / "parts", 8, *more, processes=1)
     entries = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= entries[-1]["validation_accuracy_quarter_0"] <= 1
 

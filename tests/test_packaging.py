@@ -47,6 +47,7 @@ def test_wheel_draws_with_the_default_model_outside_the_checkout(tmp_path):
         "pipe.set_progress_bar_config(disable=True)\n"
         "image = pipe(class_labels='7', num_inference_steps=2).images[0]\n"
         "import diffusers_adm.training.train_unet, diffusers_adm.training.train_classifier\n"
+        "import diffusers_adm.training.train_upsampler\n"
         "print(diffusers_adm.__file__, diffusers_adm.default_model(), image.size)",
         PYTHONPATH=str(target),
     )

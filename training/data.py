@@ -167,7 +167,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.process = state.process_index
         # Files of its own if they can be dealt evenly; otherwise every n-th image of all files.
         self.share = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
-        self.batches_passed = 0  # by each worker
+        # Where each worker begins: its pass, and how many rows of that are done. A checkpoint keeps them.
+        self.positions = [(0, 0)] * max(1, args.dataloader_num_workers)
         check_workers(args, self.share.num_shards)
 
     @property
@@ -190,15 +191,29 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return examples
 
     def from_batch(self, loader: DataLoader, number: int) -> Iterator[dict]:
-        """The batches of this stream's loader from a given one on; those before are fetched again, but hardly decoded."""
-        # A loader takes batch after batch from the workers in turn, and always begins with the first.
-        self.batches_passed, rest = divmod(number, max(1, loader.num_workers))
-        return itertools.islice(loader, rest, None)
+        """
+        The batches of this stream's loader from a given one on. Of the pass that a worker is in, the rows before are fetched
+        again, but not decoded.
+
+        Args:
+            loader: Of this stream.
+            number: Of the batch; `positions` are those that the stream had when the batches before had come.
+        """
+        # A loader takes batch after batch from the workers in turn, and always begins with the first: what is kept are
+        # positions between two turns.
+        workers = len(self.positions)
+        latest = list(self.positions)
+        for index, batch in enumerate(loader):
+            latest[index % workers] = tuple(batch.pop("position")[-1].tolist())
+            if (index + 1) % workers == 0:
+                self.positions = list(latest)
+            if index >= number % workers:
+                yield batch
 
     def __iter__(self) -> Iterator[dict]:
         """
-        The items of one worker. An unreadable image, where `on_unreadable` is "skip", is replaced by the next that is not,
-        so that the n-th item is that of the n-th row.
+        The items of one worker, each with its position. An unreadable image, where `on_unreadable` is "skip", is replaced by
+        the next that is not, so that the n-th item is that of the n-th row.
 
         Raises:
             ValueError: If an image is unreadable, or does not fit the crop, or there is none.
@@ -207,9 +222,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
         worker = 0 if info is None else info.id  # the share gives each files of its own
         # Workers share the memory of a dataset's epoch, and would count it on for each other.
         rows = copy.deepcopy(self.share)
-        rows_passed = self.batches_passed * self.args.train_batch_size
-        missing = 0
-        for epoch in itertools.count():
+        first_epoch, rows_passed = self.positions[worker]
+        waiting = []  # positions of unreadable images
+        for epoch in itertools.count(first_epoch):
             rows.set_epoch(epoch)
             found = False
             for number, row in enumerate(rows):
@@ -218,11 +233,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     found = True
                     continue
                 item = self.reader.read(row, number, f"{self.args.seed}-{epoch}-{self.process}-{worker}-{number}")
-                missing += 1
+                waiting.append((epoch, number + 1))
                 if item is not None:
                     found = True
-                    yield from itertools.repeat(item, missing)
-                    missing = 0
+                    for position in waiting:
+                        yield {**item, "position": torch.tensor(position)}
+                    waiting = []
             if not found:
                 raise ValueError("Not one image of the dataset can be read.")
 

@@ -460,6 +460,8 @@ class Trainer:
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
+        if isinstance(self.images, StreamedImages):
+            self._positions_file(folder).write_text(json.dumps(self.images.positions))
         if not self.accelerator.is_main_process:
             flush(folder)
             return
@@ -478,6 +480,10 @@ class Trainer:
         (folder / "options.yaml").write_text(as_yaml(self.args))
         (folder / "trainer_state.json").write_text(json.dumps(state))
         flush(folder)
+
+    def _positions_file(self, folder: Path) -> Path:
+        """Where this process has got to in its stream."""
+        return folder / f"stream_{self.accelerator.process_index}.json"
 
     def _find_checkpoint(self) -> Path | None:
         name = self.args.resume_from_checkpoint
@@ -526,9 +532,21 @@ class Trainer:
         self.skipped_steps = state["global_step"] - state["averaged_steps"]
         self.epoch = state["epoch"]
         self.images_into_epoch = state["images_into_epoch"]
+        if isinstance(self.images, StreamedImages):
+            self._resume_stream(folder, state["num_processes"])
         self._forget_metrics_after(self.global_step)
         self.saved_step = self.global_step
         self.accelerator.print(f"Resumed from {folder} at step {self.global_step}.", flush=True)
+
+    def _resume_stream(self, folder: Path, num_processes: int) -> None:
+        if num_processes == self.accelerator.num_processes:
+            positions = json.loads(self._positions_file(folder).read_text())
+            self.images.positions = [tuple(position) for position in positions]
+        else:  # files are dealt anew: with a new pass
+            positions = json.loads((folder / "stream_0.json").read_text())
+            next_epoch = 1 + max(epoch for epoch, _ in positions)
+            self.images.positions = [(next_epoch, 0)] * len(self.images.positions)
+            self.images_into_epoch = 0
 
     def _set_learning_rate(self) -> None:
         """Puts `--learning_rate`, which may be another than before the interruption, in the place of the loaded one."""
