@@ -1,6 +1,6 @@
-"""Cards of the released checkpoints, made of their table: `python -m diffusers_adm.cards model_cards` writes them all.
+"""What cards say of this package's classes, and the cards of the released checkpoints, made of their table.
 
-`diffusers-adm convert` puts a checkpoint's card into the folder that it writes.
+`python -m diffusers_adm.cards model_cards` writes them all, and `diffusers-adm convert` puts a checkpoint's card into the folder that it writes.
 """
 
 import sys
@@ -13,8 +13,16 @@ from .presets import PRESETS, Preset, guiding_classifier
 
 PAPER = "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)"
 CLASS_NAMES = {"unet": "ClassifierGuidedPipeline", "upsampler": "ADMUpsamplePipeline", "classifier": "NoisyClassifier"}
-KINDS = {"unet": "UNet", "upsampler": "Upsampler", "classifier": "Noise-aware classifier"}
-TAGS = {"unet": "unconditional-image-generation", "upsampler": "image-to-image", "classifier": "image-classification"}
+KINDS = {
+    "ClassifierGuidedPipeline": "UNet",
+    "ADMUpsamplePipeline": "Upsampler",
+    "NoisyClassifier": "Noise-aware classifier",
+}
+PIPELINE_TAGS = {
+    "ClassifierGuidedPipeline": "unconditional-image-generation",
+    "ADMUpsamplePipeline": "image-to-image",
+    "NoisyClassifier": "image-classification",
+}
 LSUN = {"bedroom", "cat", "horse"}
 LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
 baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
@@ -25,6 +33,32 @@ real people, which the weights may remember in part."""
 def card_name(preset: Preset) -> str:
     """The name of a checkpoint's card, and of the folder that its conversion writes."""
     return "adm-" + preset.file.removesuffix(".pt").replace("_", "-")
+
+
+def usage(class_name: str, arguments: str, call: str) -> str:
+    """
+    The part of a card that says how to load a model, with this package and without it.
+
+    Args:
+        class_name: Of what was saved.
+        arguments: Of `from_pretrained`, as they are written.
+        call: Lines that use `model`.
+    """
+    stock = "DiffusionPipeline" if class_name.endswith("Pipeline") else "AutoModel"
+    return f"""```python
+from diffusers_adm import {class_name}
+
+model = {class_name}.from_pretrained({arguments})
+{call}
+```
+
+Without `diffusers_adm`:
+
+```python
+from diffusers import {stock}
+
+model = {stock}.from_pretrained({arguments}, trust_remote_code=True)
+```"""
 
 
 def released_card(preset: Preset) -> ModelCard:
@@ -39,7 +73,7 @@ def released_card(preset: Preset) -> ModelCard:
     trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TAGS[preset.kind],
+        pipeline_tag=PIPELINE_TAGS[class_name],
         license="mit",
         tags=["adm", "guided-diffusion", "classifier-guidance"],
         datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
@@ -50,12 +84,12 @@ def released_card(preset: Preset) -> ModelCard:
     downloads = " ".join(f"-O {source.url}" for source in (preset, classifier) if source is not None)
     labelled = preset.imagenet_labels or classifier is not None
     label = 'class_labels=["goldfish"]' if labelled else ""
-    draw = {
-        "unet": f"\nimage = model({label}).images[0]",
-        "upsampler": f'\nimage = model("small.png", {label}).images[0]',
-        "classifier": "\nlogits = model(noised_images, timestep).logits",
+    call = {
+        "unet": f"image = model({label}).images[0]",
+        "upsampler": f'image = model("small.png", {label}).images[0]',
+        "classifier": "logits = model(noised_images, timestep).logits",
     }[preset.kind]
-    stock = "AutoModel" if preset.kind == "classifier" else "DiffusionPipeline"
+    identity = f'"me/{name}"'
     facts: dict[str, str] = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
     if classifier is not None:
         facts["Guided by"] = f"`{classifier.file}`, at scale {preset.guidance_scale:g} by default"
@@ -69,7 +103,7 @@ def released_card(preset: Preset) -> ModelCard:
 
 # {name}
 
-{KINDS[preset.kind]} of ADM ({PAPER}), converted by `diffusers_adm` from the checkpoint that
+{KINDS[class_name]} of ADM ({PAPER}), converted by `diffusers_adm` from the checkpoint that
 [openai/guided-diffusion](https://github.com/openai/guided-diffusion) released under the MIT license. Each of its tensors is the published
 one.
 
@@ -79,19 +113,7 @@ one.
 
 ## Use
 
-```python
-from diffusers_adm import {class_name}
-
-model = {class_name}.from_pretrained("me/{name}"){draw}
-```
-
-Without `diffusers_adm`:
-
-```python
-from diffusers import {stock}
-
-model = {stock}.from_pretrained("me/{name}", trust_remote_code=True)
-```
+{usage(class_name, identity, call)}
 
 ## Conversion
 

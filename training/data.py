@@ -94,14 +94,10 @@ class LabelledImages(torch.utils.data.Dataset):
         self.image_column = image_column
         self.label_column = label_column
         self.args = args
-        num_classes = None if self.class_names is None else len(self.class_names)
-        self.reader = ImageReader(args, image_column, label_column, num_classes, augment)
+        # Of each class, in the order of the labels; `None` without labels.
+        self.class_names = None if label_column is None else rows.features[label_column].names
+        self.reader = ImageReader(args, image_column, label_column, self.class_names, augment)
         self.epoch = 0
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Name of each class, in the order of the labels; `None` without labels."""
-        return None if self.label_column is None else self.rows.features[self.label_column].names
 
     @property
     def num_images(self) -> int:
@@ -161,8 +157,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.image_column = image_column
         self.label_column = label_column
         self.args = args
-        self.num_classes = None if self.class_names is None else len(self.class_names)
-        self.reader = ImageReader(args, image_column, label_column, self.num_classes, augment=True)
+        # Of each class, in the order of the labels; `None` without labels.
+        self.class_names = None if label_column is None else rows.features[label_column].names
+        self.reader = ImageReader(args, image_column, label_column, self.class_names, augment=True)
         state = PartialState()
         self.process = state.process_index
         # Files of its own if they can be dealt evenly; otherwise every n-th image of all files.
@@ -171,11 +168,6 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.positions = [(0, 0)] * max(1, args.dataloader_num_workers)
         check_workers(args, self.share.num_shards)
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """Name of each class, in the order of the labels; `None` without labels."""
-        return None if self.label_column is None else self.rows.features[self.label_column].names
-
     def examples(self, count: int) -> list[dict]:
         """
         The first `count` items of the shuffled stream, as many as there are, the same on all processes; none is augmented.
@@ -183,7 +175,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         Raises:
             ValueError: If not one can be read.
         """
-        reader = ImageReader(self.args, self.image_column, self.label_column, self.num_classes, augment=False)
+        reader = ImageReader(self.args, self.image_column, self.label_column, self.class_names, augment=False)
         items = (reader.read(row, number, "") for number, row in enumerate(copy.deepcopy(self.rows)))
         examples = list(itertools.islice((item for item in items if item is not None), count))
         if not examples:
@@ -243,7 +235,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 raise ValueError("Not one image of the dataset can be read.")
 
 
-def required_class_names(images: LabelledImages) -> list[str]:
+def required_class_names(images: LabelledImages | StreamedImages) -> list[str]:
     """
     The names of the classes.
 

@@ -29,7 +29,7 @@ class ImageReader:
         args: Parsed `add_data_arguments`.
         image_column: Name of the column of undecoded images.
         label_column: Name of the column of class numbers, or `None`.
-        num_classes: How many there are, or `None`.
+        class_names: Of each class, in the order of the labels, or `None`.
         augment: Whether to crop and flip at random, where `args` asks for it.
     """
 
@@ -38,13 +38,13 @@ class ImageReader:
         args: argparse.Namespace,
         image_column: str,
         label_column: str | None,
-        num_classes: int | None,
+        class_names: list[str] | None,
         augment: bool,
     ):
         self.args = args
-        self.num_classes = num_classes
         self.image_column = image_column
         self.label_column = label_column
+        self.class_names = class_names
         self.augment = augment
         self.reported: set[str] = set()
 
@@ -77,10 +77,9 @@ class ImageReader:
         item = {"image": to_tensor(image)}
         if self.label_column is not None:
             item["label"] = row[self.label_column]
-            if item["label"] is None or not 0 <= item["label"] < self.num_classes:
-                raise ValueError(
-                    f"Image {name} has label {item['label']}, which is not in 0 ... {self.num_classes - 1}."
-                )
+            known = range(len(self.class_names))
+            if item["label"] not in known:
+                raise ValueError(f"Image {name} has label {item['label']}, which is not in 0 ... {known[-1]}.")
         return item
 
     def _report(self, name: str, error: Exception) -> None:

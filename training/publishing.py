@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
+from diffusers_adm.cards import KINDS, PIPELINE_TAGS, usage
 from diffusers_adm.hub_files import CODE_PATTERNS
 from diffusers_adm.training.arguments import as_options
 from diffusers_adm.training.metrics import read_metrics
@@ -30,17 +31,6 @@ PUBLISHED = [
     "samples/*",
 ]
 ATTEMPTS = 3
-
-PIPELINE_TAGS = {
-    "ClassifierGuidedPipeline": "unconditional-image-generation",
-    "ADMUpsamplePipeline": "image-to-image",
-    "NoisyClassifier": "image-classification",
-}
-KINDS = {
-    "ClassifierGuidedPipeline": "A UNet",
-    "ADMUpsamplePipeline": "An upsampler",
-    "NoisyClassifier": "A noise-aware classifier",
-}
 
 
 def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -111,7 +101,7 @@ def write_card(
         args: Parsed options.
         accelerator: Of the run.
         folder: What `save_pretrained` has written.
-        class_name: Of what was saved.
+        class_name: Of what was saved: "ClassifierGuidedPipeline", "ADMUpsamplePipeline" or "NoisyClassifier".
         num_images: Trained on; `None` for a stream.
         classes: Their names.
     """
@@ -147,19 +137,17 @@ def write_card(
     if grids:
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
-        picture = "\n![Left: the moving average of the weights. Right: the weights.](samples/grid.png)\n"
+        picture = (
+            "\n![Drawn with the moving average of the weights, and right of it with the weights.](samples/grid.png)\n"
+        )
     identity = f'"{args.hub_model_id or folder.name}"'
     if args.hub_revision is not None:
         identity += f', revision="{args.hub_revision}"'
-    load = f"from diffusers_adm import {class_name}\n\nmodel = {class_name}.from_pretrained({identity})"
-    draw = ""
-    if class_name == "ClassifierGuidedPipeline":
-        draw = "\nimage = model().images[0]"
-    elif class_name == "ADMUpsamplePipeline":
-        labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
-        draw = f'\nimage = model("small.png"{labels}).images[0]  # {args.low_resolution}x{args.low_resolution} pixels'
-    stock = "DiffusionPipeline" if draw else "AutoModel"
-    without = f"from diffusers import {stock}\n\nmodel = {stock}.from_pretrained({identity}, trust_remote_code=True)"
+    call = {
+        "ClassifierGuidedPipeline": "image = model().images[0]",
+        "ADMUpsamplePipeline": f'image = model("small.png"{"" if classes is None else f", class_labels=[{classes[0]!r}]"}).images[0]',
+        "NoisyClassifier": "logits = model(noised_images, timestep).logits",
+    }[class_name]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     figures = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
@@ -174,15 +162,7 @@ def write_card(
 {KINDS[class_name]} of the ADM family
 ([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
 {picture}
-```python
-{load}{draw}
-```
-
-Without `diffusers_adm`:
-
-```python
-{without}
-```
+{usage(class_name, identity, call)}
 
 ## Training
 
