@@ -155,7 +155,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if class_labels is None:
             if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
                 raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
-            condition_unet, guidance_scale = False, 0.0 if guidance_scale is None else guidance_scale
+            guidance_scale = 0.0 if guidance_scale is None else guidance_scale
             if any(self._scales(guidance_scale, len(low_res))):
                 raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
         return self._sample(

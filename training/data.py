@@ -204,8 +204,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         """
-        The items of one worker, each with its position. An unreadable image, where `on_unreadable` is "skip", is replaced by
-        the next that is not, so that the n-th item is that of the n-th row.
+        The items of one worker, each with its position; without those that are unreadable, where `on_unreadable` is "skip".
 
         Raises:
             ValueError: If an image is unreadable, or does not fit the crop, or there is none.
@@ -215,7 +214,6 @@ class StreamedImages(torch.utils.data.IterableDataset):
         # Workers share the memory of a dataset's epoch, and would count it on for each other.
         rows = copy.deepcopy(self.share)
         first_epoch, rows_passed = self.positions[worker]
-        waiting = []  # positions of unreadable images
         for epoch in itertools.count(first_epoch):
             rows.set_epoch(epoch)
             found = False
@@ -225,12 +223,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     found = True
                     continue
                 item = self.reader.read(row, number, f"{self.args.seed}-{epoch}-{self.process}-{worker}-{number}")
-                waiting.append((epoch, number + 1))
                 if item is not None:
                     found = True
-                    for position in waiting:
-                        yield {**item, "position": torch.tensor(position)}
-                    waiting = []
+                    yield {**item, "position": torch.tensor((epoch, number + 1))}
             if not found:
                 raise ValueError("Not one image of the dataset can be read.")
 
