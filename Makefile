@@ -9,7 +9,7 @@ install: $(VENV)/.installed
 # Made anew when the packaging changes; `python3 -m venv` and pip are all that a machine needs.
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e ".[train,test]"
+	$(BIN)/python -m pip install -q -e ".[train,eval,test]"
 	touch $@
 
 demo: install

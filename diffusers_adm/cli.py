@@ -1,6 +1,7 @@
 """The command line: `diffusers-adm <command>`."""
 
 import argparse
+import importlib
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,46 @@ from .presets import guiding_classifier
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+# Commands that need packages of an extra: module, function that adds their options, function that runs them.
+EXTRA_COMMANDS = {
+    "inspect-data": (
+        "training.inspection",
+        "add_inspection_arguments",
+        "inspect_data",
+        "print classes, counts, sizes and unreadable files of a dataset to train on",
+    ),
+    "sample": (
+        "evaluation.sampling",
+        "add_sample_arguments",
+        "sample",
+        "draw many images, on any number of processes; a run that was stopped goes on",
+    ),
+    "evaluate": (
+        "evaluation.metrics",
+        "add_evaluate_arguments",
+        "evaluate",
+        "FID, sFID, IS, precision and recall of samples against a reference",
+    ),
+    "make-reference": (
+        "evaluation.reference",
+        "add_reference_arguments",
+        "make_reference",
+        "statistics of a dataset, for evaluate",
+    ),
+    "nll": (
+        "evaluation.likelihood",
+        "add_likelihood_arguments",
+        "measure_likelihood",
+        "variational bound of a dataset in bits a dimension",
+    ),
+    "sweep": (
+        "evaluation.sweep",
+        "add_sweep_arguments",
+        "sweep",
+        "metrics of samples over guidance scales, steps, schedulers",
+    ),
+}
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -81,20 +122,13 @@ def demo(args: argparse.Namespace) -> None:
     draw_demo(args.output, args.steps, args.seed)
 
 
-def inspect_data(args: argparse.Namespace) -> None:
-    """Prints what a training run would see of a dataset."""
-    from .training import inspection
-
-    inspection.inspect_data(args)
-
-
 def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     """
     The parser of all commands; each sets `run` to its function.
 
     Args:
-        command_name: The command that will be parsed: options that need packages of the extra `[train]` to be known are
-            left out for all others.
+        command_name: The command that will be parsed: options that need packages of an extra to be known are left out for
+            all others.
     """
     parser = argparse.ArgumentParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -118,15 +152,12 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the first column (default: %(default)s)")
     command.set_defaults(run=demo)
 
-    command = commands.add_parser(
-        "inspect-data", help="print classes, counts, sizes and unreadable files of a dataset to train on"
-    )
-    if command_name == "inspect-data":
-        from .training.data import add_data_arguments
-
-        add_data_arguments(command)
-        command.add_argument("--seed", type=int, default=0, help="of what is held out or chosen at random")
-    command.set_defaults(run=inspect_data)
+    for name, (module, add_arguments, function, purpose) in EXTRA_COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if name == command_name:
+            found = importlib.import_module(f"diffusers_adm.{module}")
+            getattr(found, add_arguments)(command)
+            command.set_defaults(run=getattr(found, function))
     return parser
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from . import ClassifierGuidedPipeline, default_model
+from .grids import labelled_grid
 
 
 # Each row: its name, whether the UNet is told the digit, the guidance scale.
@@ -57,34 +58,3 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
         f"Drew {len(ROWS) * len(digits)} digits in {num_inference_steps} DDIM steps each, in"
         f" {time.monotonic() - started:.0f} s: {output}"
     )
-
-
-def labelled_grid(
-    row_names: list[str], column_names: list[str], rows: list[list[Image.Image]], zoom: int = 2, gap: int = 4
-) -> Image.Image:
-    """
-    One picture of rows of equally large pictures, with the name of each row on its left and of each column above it.
-
-    Args:
-        row_names: Of the rows.
-        column_names: Of the columns.
-        rows: Pictures, a list a row.
-        zoom: By how much to enlarge each.
-        gap: Pixels between them.
-    """
-    font = ImageFont.load_default(size=16)
-    margin = 8
-    left = margin + max(int(font.getlength(name)) for name in row_names) + margin
-    top = margin + 20
-    width, height = (zoom * side for side in rows[0][0].size)
-    grid = Image.new("RGB", (left + len(column_names) * (width + gap), top + len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(grid)
-    for column, name in enumerate(column_names):
-        draw.text((left + column * (width + gap) + width // 2, top // 2), name, "black", font, anchor="mm")
-    for row, (name, pictures) in enumerate(zip(row_names, rows)):
-        y = top + row * (height + gap)
-        draw.text((margin, y + height // 2), name, "black", font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (left + column * (width + gap), y))
-    return grid

@@ -23,27 +23,13 @@ from diffusers_adm.training.images import CROPS, UNREADABLE, ImageReader, file_n
 logger = logging.getLogger(__name__)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `load_images`."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset_name", help="Hub id, local folder, or format (parquet, webdataset; with --data_files)."
-    )
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a dataset's images and labels are, and what they are made."""
+    group = parser.add_argument_group("dataset")
     group.add_argument("--dataset_config_name", default=None)
     group.add_argument("--dataset_revision", default=None, help="Branch, tag or commit of the dataset on the Hub.")
     group.add_argument("--data_files", nargs="+", default=None, help="Files of the dataset, or patterns of them.")
-    group.add_argument(
-        "--train_data_dir", help="Folder of images in one subfolder a class, instead of a dataset name."
-    )
     group.add_argument("--cache_dir", default=None)
-    group.add_argument("--train_split", default="train", help="For example train, or train[:90%%].")
-    group.add_argument("--validation_split", default=None, help="Split that is held out, to measure on.")
-    group.add_argument(
-        "--validation_fraction", type=float, default=None, help="Share of each class to hold out, instead of a split."
-    )
-    group.add_argument(
-        "--max_train_samples", type=int, default=None, help="Train on so many images, chosen by --seed."
-    )
     group.add_argument("--image_column", default=None, help="Found by itself if there is one.")
     group.add_argument("--label_column", default=None, help="Found by itself if there is one of type ClassLabel.")
     group.add_argument(
@@ -51,6 +37,34 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("column", "filename_prefix"),
         default="column",
         help="filename_prefix: what stands before the first _ in the name of an image's file.",
+    )
+    group.add_argument("--resolution", type=int, default=64)
+    group.add_argument("--in_channels", type=int, choices=(1, 3), default=3, help="1 for grey images, 3 for colour.")
+    group.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_images`."""
+    add_source_arguments(parser)
+    group = parser.add_argument_group("training data")
+    group.add_argument(
+        "--dataset_name", help="Hub id, local folder, or format (parquet, webdataset; with --data_files)."
+    )
+    group.add_argument(
+        "--train_data_dir", help="Folder of images in one subfolder a class, instead of a dataset name."
+    )
+    group.add_argument("--train_split", default="train", help="For example train, or train[:90%%].")
+    group.add_argument("--validation_split", default=None, help="Split that is held out, to measure on.")
+    group.add_argument(
+        "--validation_fraction", type=float, default=None, help="Share of each class to hold out, instead of a split."
+    )
+    group.add_argument(
+        "--max_train_samples", type=int, default=None, help="Train on so many images, chosen by --seed."
     )
     group.add_argument(
         "--streaming", action="store_true", help="Fetch images while training, instead of all before; of many files."
@@ -60,14 +74,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_classes", type=int, default=None, help="Of a stream whose labels are numbers without names."
     )
     group.add_argument("--on_unreadable", choices=UNREADABLE, default="stop", help="What an unreadable image does.")
-    group.add_argument("--resolution", type=int, default=64)
-    group.add_argument("--in_channels", type=int, choices=(1, 3), default=3, help="1 for grey images, 3 for colour.")
-    group.add_argument(
-        "--crop",
-        choices=CROPS,
-        default="center",
-        help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
-    )
     group.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--dataloader_num_workers", type=int, default=0)
 
@@ -273,11 +279,11 @@ def load_images(
     for name in ("validation_fraction", "max_train_samples"):
         if args.streaming and getattr(args, name) is not None:
             raise ValueError(f"--{name} needs all images at once, which --streaming does without.")
-    train, image_column, label_column = _load_rows(args, args.train_split, labelled, args.streaming)
+    train, image_column, label_column = load_rows(args, args.train_split, labelled, args.streaming)
     held_out = None
     if args.validation_split is not None:
         classes = None if label_column is None else train.features[label_column]
-        held_out, *_ = _load_rows(args, args.validation_split, labelled, False, classes)
+        held_out, *_ = load_rows(args, args.validation_split, labelled, False, classes)
     elif args.validation_fraction is not None:
         if not 0 < args.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {args.validation_fraction} is not between 0 and 1.")
@@ -314,10 +320,23 @@ def check_workers(args: argparse.Namespace, num_files: int) -> None:
         )
 
 
-def _load_rows(
+def load_rows(
     args: argparse.Namespace, split: str, labelled: bool, streaming: bool, classes: ClassLabel | None = None
 ) -> tuple[Dataset | IterableDataset, str, str | None]:
-    """A split's rows, images undecoded and labels of the given classes or its own, and the names of the two columns."""
+    """
+    A split's rows, and the names of their image and label columns; the latter is `None` without labels.
+
+    Args:
+        args: Parsed `add_source_arguments`, with a `dataset_name` or a `train_data_dir`.
+        split: Of the dataset.
+        labelled: Whether to look for labels.
+        streaming: Whether to leave the rows where they are; `args.streaming` says that of the dataset.
+        classes: What the labels must be; those of the split itself by default.
+
+    Raises:
+        ValueError: If there is no such column, or some labels are missing or of other classes.
+        DatasetNotFoundError: If there is no such dataset.
+    """
     source = (
         {"path": "imagefolder", "data_dir": args.train_data_dir}
         if args.dataset_name is None

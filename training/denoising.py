@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_adm.grids import grid_of
 from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_loss
 from diffusers_adm.timestep_sampling import SAMPLERS
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler, numbers
@@ -213,11 +213,7 @@ class Grid:
 
 def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
     """Images, `(count, channels, height, width)` in [0, 1], in rows of ten."""
-    tiles = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images))
-    columns = min(len(tiles), 10)
-    rows = -(-len(tiles) // columns)
-    tiles += [Image.new(tiles[0].mode, tiles[0].size)] * (rows * columns - len(tiles))
-    return make_image_grid(tiles, rows, columns)
+    return grid_of(pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images)))
 
 
 def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -> None:

@@ -6,8 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.data import LabelledImages, load_images
+from diffusers_adm.training.data import LabelledImages, add_data_arguments, load_images
 from diffusers_adm.training.images import UnreadableImage, decode, file_name
+
+
+def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `inspect_data`."""
+    add_data_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="Of what is held out or chosen at random.")
 
 
 def inspect_data(args: argparse.Namespace) -> None:
@@ -15,7 +21,7 @@ def inspect_data(args: argparse.Namespace) -> None:
     Prints classes and their counts, sizes, modes and unreadable files of the images to train on, and of those held out.
 
     Args:
-        args: Parsed `add_data_arguments`, and `seed`.
+        args: Parsed `add_inspection_arguments`.
 
     Raises:
         ValueError: If the dataset cannot be used at all.

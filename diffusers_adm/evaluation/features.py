@@ -1,0 +1,140 @@
+"""Features of images: torch-fidelity's extractors, any that a user registers there, and the spatial features of sFID."""
+
+import contextlib
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+
+INCEPTION = "inception-v3-compat"
+# What sFID takes of the network's 192 x 17 x 17 features [Nash et al. 2021, arXiv 2103.03841].
+SPATIAL_CHANNELS = 7
+
+
+@dataclass
+class Features:
+    """
+    Args:
+        pooled: `(images, features)`.
+        spatial: `(images, spatial features)`, or `None` where the extractor has none.
+        logits: `(images, classes)`, or `None` where it knows no classes.
+    """
+
+    pooled: torch.Tensor
+    spatial: torch.Tensor | None
+    logits: torch.Tensor | None
+
+    @staticmethod
+    def joined(batches: list["Features"]) -> "Features":
+        """All batches as one."""
+        columns = ([getattr(batch, field.name) for batch in batches] for field in fields(Features))
+        return Features(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+class FeatureExtractor:
+    """
+    One of torch-fidelity's feature extractors, or one that was registered by `torch_fidelity.register_feature_extractor`.
+
+    A registered one says by `get_default_feature_layer_for_metric` which of its features stand for `"fid"`, and, where it
+    classifies, for `"isc"`; one that it provides as `"spatial"` stands for sFID. Of Inception, those are the first seven
+    channels of the first branch of the fifth block at 17 x 17, rows before columns before channels, as the published
+    evaluator reads them.
+
+    Args:
+        name: It is registered under; `"inception-v3-compat"` is the published evaluator's.
+        weights_path: File of its weights. By default they are fetched, or read from torch's cache.
+        device: To run on.
+
+    Raises:
+        ValueError: If there is no extractor of that name, or the file is not of its weights.
+        OSError: If the weights cannot be fetched.
+    """
+
+    def __init__(
+        self, name: str = INCEPTION, weights_path: str | Path | None = None, device: torch.device | str = "cpu"
+    ):
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            raise ValueError(f"Feature extractor {name!r} is not one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}.")
+        if weights_path is not None and not Path(weights_path).is_file():
+            raise ValueError(f"There is no file {weights_path} of the weights of {name}.")
+        self.name = name
+        self.device = torch.device(device)
+        cls = FEATURE_EXTRACTORS_REGISTRY[name]
+        layers = {"pooled": cls.get_default_feature_layer_for_metric("fid")}
+        logits = cls.get_default_feature_layer_for_metric("isc")
+        if logits != layers["pooled"]:  # where they are the same, it knows no classes
+            layers["logits"] = logits
+        if "spatial" in cls.get_provided_features_list():
+            layers["spatial"] = "spatial"
+        self._layers = list(layers)
+        path = None if weights_path is None else str(weights_path)
+        try:
+            with _weights_only():
+                network = cls(name, list(layers.values()), feature_extractor_weights_path=path, verbose=False)
+        except OSError as error:
+            raise OSError(f"The weights of {name} cannot be fetched ({error}): give their file.") from error
+        except Exception as error:
+            raise ValueError(f"{weights_path or 'What is in the cache'} is no file of {name}: {error}") from error
+        self.network = network.requires_grad_(False).eval().to(self.device)
+        self._spatial: torch.Tensor | None = None
+        if name == INCEPTION:
+            network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._spatial = spatial_features(output)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray | torch.Tensor) -> Features:
+        """
+        Args:
+            images: `(images, height, width, 1 or 3)`, 8-bit; grey ones are shown to the network as colour.
+
+        Raises:
+            ValueError: If they are of another shape or type.
+        """
+        images = torch.as_tensor(images)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(
+                f"Images must be 8-bit, (images, height, width, 1 or 3): they are {images.dtype} {tuple(images.shape)}."
+            )
+        pixels = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(self.device)  # (images, 3, height, width)
+        found = dict(zip(self._layers, self.network(pixels.contiguous())))
+        spatial, self._spatial = self._spatial, None
+        return Features(found["pooled"], found.get("spatial", spatial), found.get("logits"))
+
+
+def spatial_features(maps: torch.Tensor) -> torch.Tensor:
+    """The features of sFID: from `(images, channels, height, width)` to `(images, height * width * 7)`."""
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+def register_from(path: str | Path) -> None:
+    """
+    Runs a Python file that registers feature extractors.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or not path.is_file():
+        raise ValueError(f"There is no Python file {path}.")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@contextlib.contextmanager
+def _weights_only():
+    """Forbids torch to load anything but weights, wherever it is asked to."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

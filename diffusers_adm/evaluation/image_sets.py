@@ -1,0 +1,159 @@
+"""Sets of images to measure or to measure against: `.npz` files, and whatever `datasets.load_dataset` reads."""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusers_adm.evaluation.arrays import NpzFile
+from diffusers_adm.image_modes import MODES, to_mode
+from diffusers_adm.training.data import add_source_arguments, load_rows
+from diffusers_adm.training.images import UnreadableImage, decode, file_name, fit_image
+
+
+def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `open_images`; without those of size and channels images are taken as they are."""
+    parser.add_argument("--split", default="train", help="Of a dataset (default: %(default)s).")
+    add_source_arguments(parser)
+    parser.set_defaults(resolution=None, in_channels=None, streaming=False, train_data_dir=None)
+
+
+class ImageSet:
+    """
+    8-bit images of one size, in an order.
+
+    Attributes:
+        name: Where they come from.
+        num_images: How many there are.
+        shape: `(height, width, channels)`.
+        labels: Class of each, `(num_images,)`, or `None`.
+    """
+
+    name: str
+    num_images: int
+    shape: tuple[int, int, int]
+    labels: np.ndarray | None
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """All images in order, `(batch, height, width, channels)` uint8."""
+        raise NotImplementedError
+
+
+class NpzImages(ImageSet):
+    """
+    The images of an `.npz` file: `arr_0` `(images, height, width, channels)` uint8 and, if it is there, `arr_1`, the labels.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: If there are no such arrays in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.name = str(path)
+        self.file = NpzFile(path)
+        shape, dtype = self.file.header("arr_0")
+        if len(shape) != 4 or shape[3] not in MODES or dtype != np.uint8 or not shape[0]:
+            raise ValueError(
+                f"{path}: arr_0 must be images (number, height, width, 1 or 3) of uint8: it is {shape} {dtype}."
+            )
+        self.num_images, self.shape = shape[0], shape[1:]
+        self.labels = self.file.read("arr_1") if "arr_1" in self.file else None
+        if self.labels is not None and self.labels.shape != (self.num_images,):
+            raise ValueError(f"{path}: arr_1 of shape {self.labels.shape} does not label {self.num_images} images.")
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        return self.file.blocks("arr_0", batch_size)
+
+
+class DatasetImages(ImageSet):
+    """
+    The images of one split of a dataset, or of a folder.
+
+    Args:
+        args: Parsed `add_image_set_arguments`, with `dataset_name`. Without `resolution` images keep their size; without
+            `in_channels` they are grey if the first is, else colour.
+        labelled: Whether to look for labels.
+
+    Raises:
+        ValueError: If there is no such split or column, or no image.
+        DatasetNotFoundError: If there is no such dataset.
+    """
+
+    def __init__(self, args: argparse.Namespace, labelled: bool = False):
+        self.args = args
+        self.name = f"{args.dataset_name}, split {args.split}"
+        self.rows, self.image_column, label_column = load_rows(args, args.split, labelled, streaming=False)
+        self.labels = None if label_column is None else np.asarray(self.rows[label_column])
+        self.num_images = len(self.rows)
+        if not self.num_images:
+            raise ValueError(f"{self.name} has no images.")
+        first = self._decode(0)
+        self.channels = args.in_channels or (1 if first.mode in ("1", "L") or first.mode.startswith("I") else 3)
+        self.shape = self._read(0).shape
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """
+        All images in order, `(batch, height, width, channels)` uint8.
+
+        Raises:
+            ValueError: If one is unreadable, or of another size.
+        """
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, self.num_images, batch_size):
+                numbers = range(start, min(start + batch_size, self.num_images))
+                images = list(pool.map(self._read, numbers))
+                for number, image in zip(numbers, images):
+                    if image.shape != self.shape:
+                        raise ValueError(
+                            f"Image {self._file_name(number)} is {_size(image.shape)}, the first is {_size(self.shape)}:"
+                            " give --resolution."
+                        )
+                yield np.stack(images)
+
+    def _read(self, number: int) -> np.ndarray:
+        image = self._decode(number)
+        if self.args.in_channels is None and self.channels == 1 and image.mode in ("RGB", "RGBA", "P", "CMYK"):
+            raise ValueError(f"Image {self._file_name(number)} is in colour, the first is grey: give --in_channels.")
+        try:
+            image = to_mode(image, self.channels)
+            if self.args.resolution is not None:
+                image = fit_image(image, self.args.resolution, self.args.crop, rng=None)
+        except ValueError as error:
+            raise ValueError(f"Image {self._file_name(number)}: {error}") from error
+        return np.asarray(image).reshape(image.height, image.width, self.channels)
+
+    def _decode(self, number: int) -> Image.Image:
+        try:
+            return decode(self.rows[number][self.image_column])
+        except UnreadableImage as error:
+            raise ValueError(f"Image {self._file_name(number)} cannot be read: {error}") from error
+
+    def _file_name(self, number: int) -> str:
+        return file_name(self.rows[number][self.image_column], number)
+
+
+def open_images(source: str | Path, args: argparse.Namespace, labelled: bool = False) -> ImageSet:
+    """
+    Args:
+        source: An `.npz` file, or what `datasets.load_dataset` reads: a folder of images, a dataset's folder or Hub id.
+        args: Parsed `add_image_set_arguments`; for datasets.
+        labelled: Whether a dataset's labels are wanted.
+
+    Raises:
+        ValueError: If there are no images of one size.
+        DatasetNotFoundError: If there is no such dataset.
+    """
+    if Path(source).suffix == ".npz":
+        if not Path(source).is_file():
+            raise ValueError(f"There is no file {source}.")
+        return NpzImages(source)
+    return DatasetImages(argparse.Namespace(**{**vars(args), "dataset_name": str(source)}), labelled)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]} pixels"

@@ -1,0 +1,43 @@
+"""Many pictures in one."""
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont
+
+
+def grid_of(pictures: list[Image.Image], columns: int = 10) -> Image.Image:
+    """Equally large pictures in rows of `columns`."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    blank = Image.new(pictures[0].mode, pictures[0].size)
+    return make_image_grid([*pictures, *[blank] * (rows * columns - len(pictures))], rows, columns)
+
+
+def labelled_grid(
+    row_names: list[str], column_names: list[str], rows: list[list[Image.Image]], zoom: int = 2, gap: int = 4
+) -> Image.Image:
+    """
+    One picture of rows of equally large pictures, with the name of each row on its left and of each column above it.
+
+    Args:
+        row_names: Of the rows.
+        column_names: Of the columns.
+        rows: Pictures, a list a row.
+        zoom: By how much to enlarge each.
+        gap: Pixels between them.
+    """
+    font = ImageFont.load_default(size=16)
+    margin = 8
+    left = margin + max(int(font.getlength(name)) for name in row_names) + margin
+    top = margin + 20
+    width, height = (zoom * side for side in rows[0][0].size)
+    grid = Image.new("RGB", (left + len(column_names) * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, name in enumerate(column_names):
+        draw.text((left + column * (width + gap) + width // 2, top // 2), name, "black", font, anchor="mm")
+    for row, (name, pictures) in enumerate(zip(row_names, rows)):
+        y = top + row * (height + gap)
+        draw.text((margin, y + height // 2), name, "black", font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (left + column * (width + gap), y))
+    return grid
