@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow bench-train cards judge quality style
+.PHONY: install demo test test-slow bench-train bench-eval cards judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,9 @@ test-slow: install
 
 bench-train: install
 	$(BIN)/python -m diffusers_adm.training.bench_train
+
+bench-eval: install
+	$(BIN)/python -m diffusers_adm.evaluation.bench
 
 cards: install
 	$(BIN)/python -m diffusers_adm.cards model_cards

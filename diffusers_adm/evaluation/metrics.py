@@ -137,7 +137,8 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
     for batch in tqdm(images.batches(batch_size), total=total, desc=Path(images.name).name, disable=None):
         features = extractor(batch)
         gaussian.update(features.pooled)
-        if features.spatial is not None:
+        has_spatial = features.spatial is not None
+        if has_spatial:
             spatial.update(features.spatial)
             features.spatial = None
         kept.append(features)
@@ -146,7 +147,7 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
     return Summary(
         images.name,
         gaussian.finish(),
-        spatial.finish() if spatial.count else None,
+        spatial.finish() if has_spatial else None,
         images.num_images,
         features,
         images.shape,

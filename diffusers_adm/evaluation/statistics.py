@@ -29,25 +29,36 @@ class GaussianStatistics:
 class RunningStatistics:
     """
     Mean and covariance of features that come in batches, in float64 and in memory that does not grow (Chan, Golub & LeVeque
-    1983: each batch is centred by itself, so that a large mean costs no digits).
+    1983: each block is centred by itself, so that a large mean costs no digits).
     """
+
+    # A fold reads and writes the whole covariance: it pays for many rows at once.
+    ROWS_OF_A_FOLD = 2048
 
     def __init__(self):
         self.count = 0
-        self.mean: torch.Tensor | None = None  # (features,)
-        self.scatter: torch.Tensor | None = None  # (features, features), sum of the centred outer products
+        self.mean: np.ndarray | None = None  # (features,)
+        self.scatter: np.ndarray | None = None  # (features, features), sum of the centred outer products
+        self.waiting: list[torch.Tensor] = []
 
     def update(self, features: torch.Tensor) -> None:
         """Adds `(batch, features)`."""
-        features = features.double()
-        mean = features.mean(dim=0)
-        centred = features - mean
-        scatter = centred.T @ centred
+        self.waiting.append(features)
+        if sum(map(len, self.waiting)) >= self.ROWS_OF_A_FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        # In NumPy, which knows that a matrix times its own transpose is symmetric, and does half the work.
+        features = torch.cat(self.waiting).cpu().double().numpy()
+        self.waiting = []
+        mean = features.mean(axis=0)
+        features -= mean
         if self.mean is None:
-            self.mean, self.scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
+            self.mean, self.scatter = np.zeros_like(mean), np.zeros((len(mean), len(mean)))
         total = self.count + len(features)
         shift = mean - self.mean
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * len(features) / total)
+        self.scatter += features.T @ features
+        self.scatter += np.outer(shift, shift * (self.count * len(features) / total))
         self.mean += shift * (len(features) / total)
         self.count = total
 
@@ -58,11 +69,13 @@ class RunningStatistics:
         Raises:
             ValueError: If there were fewer than two rows, or they are not finite.
         """
+        if self.waiting:
+            self._fold()
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images: there are {self.count}.")
-        if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
+        if not np.isfinite(self.scatter).all():
             raise ValueError("The features are not finite.")
-        return GaussianStatistics(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
+        return GaussianStatistics(self.mean, self.scatter / (self.count - 1))
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
@@ -82,7 +95,7 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
 
 def check_features(name: str, features: torch.Tensor) -> None:
     """Raises a ValueError if the features of a set, `(images, features)`, are not finite or all the same."""
-    if not features.isfinite().all():
+    if not features.sum(dim=0, dtype=torch.float64).isfinite().all():
         raise ValueError(f"Features of the {name} are not finite.")
     if (features == features[0]).all():
         raise ValueError(f"Features of the {name} are all the same.")
@@ -113,69 +126,87 @@ def precision_and_recall(
                 f"Precision and recall need more than {neighbour} images on each side: the {name} has {len(features)}."
             )
         check_features(name, features)
-    exact = [reference, samples]
     # Float32 distances lose digits to what all rows share.
     centre = reference.mean(dim=0)
-    rounded = [(features - centre).float() for features in exact]
-    norms = [features.square().sum(dim=1) for features in rounded]
+    centred = [(features - centre).float() for features in (reference, samples)]
+    norms = [features.square().sum(dim=1) for features in centred]
     # Of sums of products of this size and number, with room to spare.
     tolerance = 64 * torch.finfo(torch.float32).eps * max(norm.max().item() for norm in norms)
-    radii = [
-        _radii(features, screened, norm, neighbour, block_size)
-        for features, screened, norm in zip(exact, rounded, norms)
-    ]
-    screening = [radius.square().float() for radius in radii]
+    # One space for all blocks: to be given new memory takes longer than to look for neighbours in it.
+    space = centred[0].new_empty(min(block_size, max(len(reference), len(samples))) ** 2)
+    radii = [_squared_radii(*one, neighbour, block_size, space) for one in zip(centred, norms)]
 
     # By how much each image is outside of the ball that it is deepest in: negative is inside.
-    depth = [torch.full((len(features),), torch.inf, device=features.device) for features in rounded]
-    for rows in torch.arange(len(reference)).split(block_size):
-        for columns in torch.arange(len(samples)).split(block_size):
-            row, column = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-            block = _squared_distances(rounded[0][row], norms[0][row], rounded[1][column], norms[1][column])
-            depth[0][row] = depth[0][row].minimum((block - screening[1][column]).amin(dim=1))
-            depth[1][column] = depth[1][column].minimum(block.sub_(screening[0][row][:, None]).amin(dim=0))
-    shares = []
-    for points, balls, radius, below in zip(exact, reversed(exact), reversed(radii), depth):
-        inside = below < -tolerance
-        for index in (below.abs() <= tolerance).nonzero().flatten():
-            inside[index] = (_exact_distances(balls, points[index]) <= radius).any()
-        shares.append(inside.double().mean().item())
-    recall, precision = shares
+    depth = [torch.full((len(features),), torch.inf, device=features.device) for features in centred]
+    for row in _blocks(len(reference), block_size):
+        for column in _blocks(len(samples), block_size):
+            block = _squared_distances(centred[0][row], norms[0][row], centred[1][column], norms[1][column], space)
+            depth[0][row] = depth[0][row].minimum((block - radii[1][column]).amin(dim=1))
+            depth[1][column] = depth[1][column].minimum(block.sub_(radii[0][row][:, None]).amin(dim=0))
+    recall, precision = (
+        _share_inside(*one, tolerance, neighbour)
+        for one in zip(depth, (reference, samples), (samples, reference), reversed(radii))
+    )
     return precision, recall
 
 
-def _radii(
-    exact: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor, neighbour: int, block_size: int
+def _squared_radii(
+    features: torch.Tensor, norms: torch.Tensor, neighbour: int, block_size: int, space: torch.Tensor
 ) -> torch.Tensor:
-    """Distance of each row to its n-th nearest other, `(rows,)`, float64."""
-    # One more than is needed: rounding may have changed their order.
-    candidates = min(neighbour + 1, len(rounded) - 1)
+    """Squared distance of each row to its n-th nearest other, `(rows,)`, rounded."""
     radii = []
-    for rows in torch.arange(len(rounded)).split(block_size):
-        row = slice(rows[0], rows[-1] + 1)
-        nearest, index = [], []
-        for columns in torch.arange(len(rounded)).split(block_size):
-            column = slice(columns[0], columns[-1] + 1)
-            block = _squared_distances(rounded[row], norms[row], rounded[column], norms[column])
-            if rows[0] == columns[0]:
+    for row in _blocks(len(features), block_size):
+        nearest = []
+        for column in _blocks(len(features), block_size):
+            block = _squared_distances(features[row], norms[row], features[column], norms[column], space)
+            if row == column:
                 block.fill_diagonal_(torch.inf)
-            values, where = block.topk(min(candidates, block.shape[1]), dim=1, largest=False)
-            nearest.append(values)
-            index.append(where + columns[0])
-        order = torch.cat(nearest, dim=1).topk(candidates, dim=1, largest=False).indices
-        index = torch.cat(index, dim=1).gather(1, order)  # (rows, candidates)
-        distances = [_exact_distances(exact[index[:, i]], exact[row]) for i in range(candidates)]
-        radii.append(torch.stack(distances).kthvalue(neighbour, dim=0).values)
+            nearest.append(block.topk(min(neighbour, block.shape[1]), dim=1, largest=False).values)
+        radii.append(torch.cat(nearest, dim=1).kthvalue(neighbour, dim=1).values)
     return torch.cat(radii)
 
 
+def _share_inside(
+    depth: torch.Tensor,
+    points: torch.Tensor,
+    centres: torch.Tensor,
+    squared_radii: torch.Tensor,
+    tolerance: float,
+    neighbour: int,
+) -> float:
+    """Share of points in some ball: by their rounded depths, and where those may be wrong by exact distances."""
+    inside = depth < -tolerance
+    exact_radii: dict[int, torch.Tensor] = {}
+    for index in (depth.abs() <= tolerance).nonzero().flatten().tolist():
+        distances = _exact_distances(centres, points[index])
+        near_edge = (distances.square() - squared_radii).abs() <= 2 * tolerance
+        for centre in near_edge.nonzero().flatten().tolist():
+            if centre not in exact_radii:
+                to_all = _exact_distances(centres, centres[centre])
+                exact_radii[centre] = to_all.kthvalue(neighbour + 1).values  # the nearest of all is itself
+            if distances[centre] <= exact_radii[centre]:
+                inside[index] = True
+                break
+    return inside.double().mean().item()
+
+
+def _blocks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def _squared_distances(
-    first: torch.Tensor, first_norms: torch.Tensor, second: torch.Tensor, second_norms: torch.Tensor
+    first: torch.Tensor,
+    first_norms: torch.Tensor,
+    second: torch.Tensor,
+    second_norms: torch.Tensor,
+    space: torch.Tensor,
 ) -> torch.Tensor:
-    """`(rows of first, rows of second)`, in float32: rounding may make small ones negative."""
-    return torch.addmm(second_norms, first, second.T, alpha=-2).add_(first_norms[:, None])
+    """`(rows of first, rows of second)` in `space`, float32: rounding may make small ones negative."""
+    block = space[: len(first) * len(second)].view(len(first), len(second))
+    block.copy_(second_norms.expand_as(block)).addmm_(first, second.T, alpha=-2)
+    return block.add_(first_norms[:, None])
 
 
 def _exact_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Row by row, summed in float64: `(rows,)`."""
-    return torch.linalg.vector_norm(first - second, dim=1, dtype=torch.float64)
+    """Of each row to one, `(rows,)`, float64."""
+    return torch.linalg.vector_norm(first.double() - second.double(), dim=1)
