@@ -1,12 +1,33 @@
 """The variational bound against the recorded one, and against closed forms; how it is measured on a dataset."""
 
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from golden_cases import draw_weights, load_case, published_flags
+from PIL import Image
+from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler
 
 from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.cli import main
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.evaluation.likelihood import variational_bound
+from diffusers_adm.evaluation.shards import image_generator
+
+
+def run(*words: str | Path) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A tiny pipeline."""
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
 
 
 def test_bound_and_its_terms_equal_the_published_ones():
@@ -29,3 +50,70 @@ def test_bound_and_its_terms_equal_the_published_ones():
         expected = io[f"bpd|{theirs}"]
         expected = expected.flip(1) if expected.ndim == 2 else expected  # published from the last step to the first
         torch.testing.assert_close(getattr(bound, ours), expected, rtol=2e-5, atol=1e-7, msg=lambda m: f"{ours}: {m}")
+
+
+def test_likelihood_of_a_dataset_is_the_mean_of_its_images(model, tmp_path, capsys):
+    pipeline = tiny_pipeline()
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
+    labels = np.array([0, 1, 2, 3, 4])
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=labels)
+    words = ["nll", tmp_path / "images.npz", "--model", model, "--timestep_respacing", "4", "--batch_size", 2]
+    assert run(*words, "--output", tmp_path / "run") == 0
+    found = json.loads((tmp_path / "run" / "nll.json").read_text())
+
+    x_0 = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config, "4")
+    generators = [image_generator(0, number) for number in range(5)]
+    bound = variational_bound(pipeline.unet, schedule, x_0, torch.from_numpy(labels), generators)
+    assert found["bits_per_dim"] == pytest.approx(bound.total.mean().item(), rel=1e-5)
+    assert found["prior_bits_per_dim"] == pytest.approx(bound.prior.mean().item(), rel=1e-5)
+    assert found["num_images"] == 5 and found["num_steps"] == 4
+    with open(tmp_path / "run" / "terms.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["timestep"]) for row in rows] == schedule.timesteps.tolist()
+    for row, term in zip(rows, bound.terms.mean(dim=0).tolist()):
+        assert float(row["bits_per_dim"]) == pytest.approx(term, rel=1e-4)
+    assert Image.open(tmp_path / "run" / "terms.png").width > 1000
+
+    (tmp_path / "run" / "shards" / "000001.npz").unlink()
+    assert run(*words, "--output", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "nll.json").read_text()) == found
+    assert run(*words, "--output", tmp_path / "run", "--seed", 1) == 2
+    assert "other settings: seed" in capsys.readouterr().err
+
+
+def test_likelihood_refuses_what_does_not_fit(model, tmp_path, capsys):
+    images = np.zeros((3, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "unlabelled.npz", arr_0=images)
+    np.savez(tmp_path / "wrong.npz", arr_0=images, arr_1=np.array([0, 1, NUM_CLASSES]))
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((3, 2 * SIZE, SIZE, 3), dtype=np.uint8))
+    for name, said in (("unlabelled", "no labels"), ("wrong", "not in 0"), ("large", "and the UNet's")):
+        words = ["nll", tmp_path / f"{name}.npz", "--model", model, "--output", tmp_path / "run"]
+        assert run(*words) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    words = ["nll", tmp_path / "unlabelled.npz", "--model", model, "--output", tmp_path / "run", "--unconditional"]
+    assert run(*words) == 2
+    assert "null class" in capsys.readouterr().err
+
+
+def test_terms_of_a_perfect_network_are_those_of_its_variance_alone():
+    """Where x_0 is predicted right, each KL divergence is that of two Gaussians of one mean."""
+    x_0 = torch.zeros(2, 3, 8, 8)
+
+    class Perfect(torch.nn.Module):
+        learns_variance = False
+        dtype = torch.float32
+
+        def forward(self, x_t, timestep, class_labels):
+            return type("Output", (), {"sample": x_0})
+
+    schedule = NoiseSchedule.from_config(tiny_scheduler(DDIMScheduler).config, "10")
+    bound = variational_bound(Perfect(), schedule, x_0, prediction_type="sample", variance_type="fixed_large")
+    ratio = (schedule.log_beta - schedule.posterior_log_variance)[1:]
+    expected = 0.5 * (ratio - 1 + (-ratio).exp()) / np.log(2)
+    torch.testing.assert_close(bound.terms[0, 1:].double(), expected, rtol=1e-4, atol=1e-6)
+    assert bound.x_0_mse.abs().max() == 0 and bound.epsilon_mse.abs().max() < 1e-6
+    variance = 1 - schedule.alpha_bar[-1]
+    prior = 0.5 * (variance - 1 - variance.log()) / np.log(2)
+    torch.testing.assert_close(bound.prior[0].double(), prior, rtol=1e-4, atol=1e-9)
