@@ -20,6 +20,7 @@ from .diffusion import (
     epsilon_from_x_0,
     fixed_log_variance,
     learned_log_variance,
+    posterior_mean,
     read_table,
     split_learned_variance,
     x_0_from_epsilon,
@@ -33,7 +34,64 @@ SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepSchedule
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
 
-class DDPMSolver:
+class Solver:
+    """
+    One run of a scheduler.
+
+    Args:
+        scheduler: What the run is asked of.
+        schedule: The timesteps that it visits.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule):
+        config = scheduler.config
+        self.schedule = schedule
+        self.prediction_type = config.prediction_type
+        # What the published code calls clip_denoised; schedulers without the option clip too, as it does by default.
+        clips = config.get("clip_sample", True) and not config.get("thresholding", False)
+        self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
+
+    def predict(
+        self, model_output: torch.Tensor, index: int, x_t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The clean images that a network predicts, clipped as the scheduler says, and the learned variance where there is one.
+
+        Args:
+            model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`, float32.
+            index: Of the step in the schedule: 0 is the least noisy, so a run counts it down.
+            x_t: `(batch, channels, height, width)`, float32.
+        """
+        prediction, fraction = split_learned_variance(model_output, x_t.shape[1])
+        x_0 = x_0_from_prediction(self.schedule, x_t, index, prediction, self.prediction_type)
+        if self.clip_range is not None:
+            x_0 = x_0.clamp(-self.clip_range, self.clip_range)
+        return x_0, fraction
+
+    def step(
+        self,
+        x_0: torch.Tensor,
+        fraction: torch.Tensor | None,
+        index: int,
+        x_t: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Draws x_{t-1}.
+
+        Args:
+            x_0: Predicted clean images: clipped before guidance, and never after.
+            fraction: The learned variance, or `None`.
+            index: Of the step in the schedule.
+            x_t: Noised images.
+            gradient: Of log p(y | x_t) times the guidance scale, same shape; `None` without guidance.
+            generator: Of the noise, one for all images or one an image.
+        """
+        raise NotImplementedError
+
+
+class DDPMSolver(Solver):
     """
     One run of ancestral sampling; guidance shifts the mean (Algorithm 1 of Dhariwal & Nichol 2021).
 
@@ -46,46 +104,42 @@ class DDPMSolver:
     """
 
     def __init__(self, scheduler: DDPMScheduler, schedule: NoiseSchedule):
-        self.schedule = schedule
-        self.scheduler = respaced_copy(scheduler, schedule)
+        super().__init__(scheduler, schedule)
+        self.scheduler = respaced_copy(scheduler, schedule, prediction_type="sample", clip_sample=False)
         variance_type = scheduler.config.variance_type
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(f"variance_type={variance_type!r} is not supported: {VARIANCE_TYPES} are.")
         self.learns_variance = variance_type == "learned_range"
-        self.log_variance = None if self.learns_variance else fixed_log_variance(schedule, variance_type)
+        self.fixed_log_variance = None if self.learns_variance else fixed_log_variance(schedule, variance_type)
+
+    def log_variance(self, fraction: torch.Tensor | None, index: int, x_t: torch.Tensor) -> torch.Tensor | float:
+        """Of the step, one number or of x_t's shape."""
+        if self.learns_variance:
+            return learned_log_variance(self.schedule, index, fraction)
+        return read_table(self.fixed_log_variance, index, x_t)
+
+    def mean(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor) -> torch.Tensor:
+        """Of the step, before guidance."""
+        return posterior_mean(self.schedule, x_t, index, x_0)
 
     def step(
         self,
-        model_output: torch.Tensor,
+        x_0: torch.Tensor,
+        fraction: torch.Tensor | None,
         index: int,
         x_t: torch.Tensor,
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """
-        Draws x_{t-1}.
-
-        Args:
-            model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`, float32.
-            index: Of the step in the schedule: 0 is the least noisy, so a run counts it down.
-            x_t: `(batch, channels, height, width)`, float32.
-            gradient: Of log p(y | x_t) times the guidance scale, same shape; `None` without guidance.
-            generator: Of the noise, one for all images or one an image.
-        """
-        prediction, fraction = split_learned_variance(model_output, x_t.shape[1])
-        # The stock step clips x_0 before it takes the mean, as the published code does, and guidance comes after.
-        model_output = model_output if self.learns_variance else prediction
-        output = self.scheduler.step(model_output, index, x_t, generator=generator)
+        """Draws x_{t-1}; arguments as in `Solver.step`."""
+        model_output = torch.cat([x_0, fraction], dim=1) if self.learns_variance else x_0
+        x_prev = self.scheduler.step(model_output, index, x_t, generator=generator).prev_sample
         if gradient is None:
-            return output.prev_sample
-        if self.learns_variance:
-            log_variance = learned_log_variance(self.schedule, index, fraction)
-        else:
-            log_variance = read_table(self.log_variance, index, x_t)
-        return shift_mean(output.prev_sample, log_variance, gradient)
+            return x_prev
+        return shift_mean(x_prev, self.log_variance(fraction, index, x_t), gradient)
 
 
-class EpsilonSolver:
+class EpsilonSolver(Solver):
     """
     One run of any other scheduler; guidance shifts epsilon (Algorithm 2 of Dhariwal & Nichol 2021).
 
@@ -105,32 +159,24 @@ class EpsilonSolver:
         timesteps: list[int] | torch.Tensor,
         **step_kwargs,
     ):
-        config = scheduler.config
-        self.schedule = schedule
+        super().__init__(scheduler, schedule)
         self.scheduler = prepared
         self.timesteps = timesteps
         self.step_kwargs = step_kwargs
         self.takes_generator = not isinstance(scheduler, UniPCMultistepScheduler)
-        self.prediction_type = config.prediction_type
-        # What the published code calls clip_denoised; schedulers without the option clip too, as it does by default.
-        clips = config.get("clip_sample", True) and not config.get("thresholding", False)
-        self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
 
     def step(
         self,
-        model_output: torch.Tensor,
+        x_0: torch.Tensor,
+        fraction: torch.Tensor | None,
         index: int,
         x_t: torch.Tensor,
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1}; arguments as in `DDPMSolver.step`."""
-        prediction, _ = split_learned_variance(model_output, x_t.shape[1])
-        # Clipped before guidance and never after. The copy is given x_0, from which it derives epsilon anew.
-        x_0 = x_0_from_prediction(self.schedule, x_t, index, prediction, self.prediction_type)
-        if self.clip_range is not None:
-            x_0 = x_0.clamp(-self.clip_range, self.clip_range)
+        """Draws x_{t-1}; arguments as in `Solver.step`."""
         if gradient is not None:
+            # From x_0, which may have been clipped, and not from what the network said.
             epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
             epsilon = shift_epsilon(epsilon, read_table(self.schedule.noise_scale, index, x_t), gradient)
             x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)

@@ -1,5 +1,6 @@
 """What the pipelines share: loading and saving, labels, and the loop that samples (arXiv 2105.05233, section 4)."""
 
+import contextlib
 import difflib
 import math
 import os
@@ -15,10 +16,19 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
-from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.guidance import (
+    ClassifierGuidance,
+    GuidanceFunction,
+    GuidanceOptions,
+    combine_predictions,
+    differentiable,
+    guidance_gradient,
+    leaf,
+    normalized,
+)
 from diffusers_adm.hub import as_installed, download, push, write_code
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.solvers import build_solver, check_scheduler, takes_respacing
+from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, takes_respacing
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -196,6 +206,10 @@ class GuidedSamplingMixin:
         return_dict: bool,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        cfg_weight: float | list[float] | torch.Tensor,
+        guiding_unet: ADMUNet2DModel | None,
+        guidance_fn: GuidanceFunction | None,
+        guidance_options: GuidanceOptions | dict | None,
         low_res: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws images, on low-resolution ones `(batch, channels, any height, any width)` where the UNet takes them."""
@@ -221,9 +235,24 @@ class GuidedSamplingMixin:
             raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
         if len(generators) != batch_size:
             raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
+        guides = guidance_fn is not None or self.classifier is not None
         if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale if self.classifier is not None else 0.0
-        scales = self._scales(guidance_scale, batch_size)
+            guidance_scale = self.config.guidance_scale if guides else 0.0
+        scales = numbers_of_images(guidance_scale, batch_size, "guidance_scale")
+        if any(scales) and not guides:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
+        options = GuidanceOptions.parse(guidance_options)
+        if options.entropy_scaling and guidance_fn is not None:
+            raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
+        weights = numbers_of_images(cfg_weight, batch_size, "cfg_weight")
+        told = unet_takes_labels and (labels is not None or low_res is None)  # labels that are not given are drawn
+        if any(weights) and guiding_unet is None and (null_class is None or not told):
+            raise ValueError(
+                f"cfg_weight={cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class, or a"
+                " guiding_unet."
+            )
+        if guiding_unet is not None:
+            check_guiding_unet(guiding_unet, self.unet)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_size(height, width)
@@ -235,17 +264,22 @@ class GuidedSamplingMixin:
             if takes_respacing(self.scheduler):
                 timestep_respacing = self.config.timestep_respacing
         solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device)
+        if options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
+            raise ValueError(
+                f"gradient_at='mean' is of DDPMScheduler's steps, not of {type(self.scheduler).__name__}'s."
+            )
         timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
         self._num_timesteps = len(timesteps)
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
         # 3. Prepare labels and x_T, in this order: a seed's labels and noise come from one stream.
-        num_classes = self._num_classes(unet_takes_labels, any(scales))
+        guided_by_classifier = guidance_fn is None and any(scales)
+        num_classes = self._num_classes(unet_takes_labels, guided_by_classifier)
         if labels is None and num_classes is not None and low_res is None:
             labels = self._draw_labels(num_classes, batch_size, generator)
         elif labels is not None:
-            self._check_labels(labels, unet_takes_labels, scales)
+            self._check_labels(labels, unet_takes_labels, scales if guided_by_classifier else [0.0] * batch_size)
         label_ids = labels
         if labels is not None:
             labels = torch.tensor(labels, device=device)  # (batch,)
@@ -260,35 +294,64 @@ class GuidedSamplingMixin:
         latents = latents.to(device, torch.float32)
 
         # 4. Sample.
-        scales_seen, rows, row_scales = None, None, None
+        if guidance_fn is None and self.classifier is not None:
+            guidance = ClassifierGuidance(
+                self.classifier, options.max_entropy_scale if options.entropy_scaling else None
+            )
+        else:
+            guidance = guidance_fn
+        through_unet = getattr(guidance, "through_unet", False)
+        factors = options.factors(solver.schedule.x_0_from_epsilon.flip(0).tolist())
+        turns = guidance_turns(factors, options)
+        weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
+        scales_seen, rows, held = None, [], None
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, index in enumerate(reversed(range(len(timesteps)))):
                 if self.interrupt:
                     continue
-                timestep = timesteps[index].expand(batch_size)  # (batch,)
-                model_input = latents.to(self.unet.dtype)
-                model_output = self.unet(model_input, timestep, unet_labels, low_res).sample.float()
-
-                # The gradient of log p(y | x_t), of those images alone that are guided.
                 if self.guidance_scale is not scales_seen:
                     scales_seen = self.guidance_scale
-                    scales = self._scales(scales_seen, batch_size)
-                    if labels is not None:
+                    scales = numbers_of_images(scales_seen, batch_size, "guidance_scale")
+                    if any(scales) and guidance is None:
+                        raise ValueError(
+                            f"guidance_scale={scales_seen} needs a classifier, and the pipeline has none."
+                        )
+                    if label_ids is not None and guidance_fn is None:
                         self._check_labels(label_ids, unet_takes_labels, scales)
+                    # The classifier is asked of those images alone that are guided; another function may need all.
                     rows = [row for row, scale in enumerate(scales) if scale]
-                    row_scales = latents.new_tensor([scales[row] for row in rows])[:, None, None, None]
-                    row_index = torch.tensor(rows, device=device)
-                gradient = None
-                if len(rows) == batch_size:
-                    gradient = row_scales * classifier_gradient(self.classifier, latents, timestep, labels)
-                elif rows:
-                    guided = classifier_gradient(
-                        self.classifier, latents[row_index], timestep[row_index], labels[row_index]
-                    )
-                    gradient = torch.zeros_like(latents)
-                    gradient[row_index] = row_scales * guided
+                    asked_of = slice(None) if guidance_fn is not None else torch.tensor(rows, device=device)
+                    scale = latents.new_tensor(scales)[:, None, None, None]
+                guided = bool(rows) and factors[step] != 0
+                asks = guided and (step in turns or held is None)
 
-                latents = solver.step(model_output, index, latents, gradient, generator)
+                timestep = timesteps[index].expand(batch_size)  # (batch,)
+                with differentiable() if asks and through_unet else contextlib.nullcontext():
+                    x_t = leaf(latents) if asks and through_unet else latents
+                    model_output = self._evaluate_unets(x_t, timestep, unet_labels, low_res, weight, guiding_unet)
+                    x_0, fraction = solver.predict(model_output, index, x_t)  # (batch, channels, height, width)
+
+                gradient = None
+                if asks:
+                    if options.gradient_at == "mean":
+                        x_t, at = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
+                    else:
+                        at = timestep
+                    everything = len(rows) == batch_size or guidance_fn is not None
+                    if everything:
+                        held = guidance_gradient(guidance, x_t, at, x_0, labels)
+                    else:
+                        held = torch.zeros_like(latents)
+                        held[asked_of] = guidance_gradient(
+                            guidance, x_t[asked_of], at[asked_of], x_0[asked_of], labels[asked_of]
+                        )
+                    if options.normalize:
+                        held = normalized(held)
+                    x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
+                if guided and (asks or options.skipped == "reuse"):
+                    gradient = held * scale * (factors[step] * turns.get(step, 1))
+
+                latents = solver.step(x_0, fraction, index, latents, gradient, generator)
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -302,6 +365,35 @@ class GuidedSamplingMixin:
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _evaluate_unets(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+        cfg_weight: torch.Tensor | None,
+        guiding_unet: ADMUNet2DModel | None,
+    ) -> torch.Tensor:
+        """What the UNet says at x_t, away from what is said without a class, or by a weaker UNet; float32."""
+        model_input = x_t.to(self.unet.dtype)
+        if cfg_weight is None:
+            return self.unet(model_input, timestep, class_labels, low_res).sample.float()
+        if guiding_unet is not None:
+            output = self.unet(model_input, timestep, class_labels, low_res).sample.float()
+            guiding_labels = class_labels if guiding_unet.config.num_class_embeds is not None else None
+            weaker = guiding_unet(x_t.to(guiding_unet.dtype), timestep, guiding_labels, low_res).sample.float()
+        else:
+            # One evaluation of twice the batch.
+            labels = torch.cat([class_labels, torch.full_like(class_labels, self.unet.null_class)])
+            both = self.unet(
+                torch.cat([model_input, model_input]),
+                torch.cat([timestep, timestep]),
+                labels,
+                None if low_res is None else torch.cat([low_res, low_res]),
+            ).sample.float()
+            output, weaker = both.chunk(2)
+        return combine_predictions(output, weaker, cfg_weight, x_t.shape[1])
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
         """
@@ -376,20 +468,6 @@ class GuidedSamplingMixin:
             raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
         return next(iter(counts.values()))
 
-    def _scales(self, guidance_scale: float | list[float] | torch.Tensor, batch_size: int) -> list[float]:
-        try:
-            given = torch.as_tensor(guidance_scale, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"guidance_scale={guidance_scale!r} is neither a number nor one an image.") from error
-        scales = [given.item()] * batch_size if given.ndim == 0 else given.flatten().tolist()
-        if len(scales) != batch_size:
-            raise ValueError(f"{len(scales)} guidance scales were given for {batch_size} images.")
-        if not all(math.isfinite(scale) for scale in scales):
-            raise ValueError(f"guidance_scale={guidance_scale} is not finite.")
-        if any(scales) and self.classifier is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
-        return scales
-
     def _num_classes(self, unet_takes_labels: bool, guided: bool) -> int | None:
         """Number of labels that every model that receives one knows; of all models if none receives any."""
         unet_classes = self.unet.config.num_class_embeds
@@ -418,3 +496,37 @@ class GuidedSamplingMixin:
             return [label for one in generator for label in self._draw_labels(num_classes, 1, one)]
         device = generator.device if generator is not None else "cpu"
         return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
+
+
+def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:
+    """
+    One number for each image of what may be one for all.
+
+    Raises:
+        ValueError: If it is not a number, or not finite, or there are too many or too few.
+    """
+    try:
+        tensor = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={given!r} is neither a number nor one an image.") from error
+    values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
+    if len(values) != batch_size:
+        raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name}={given} is not finite.")
+    return values
+
+
+def guidance_turns(factors: list[float], options: GuidanceOptions) -> dict[int, int]:
+    """The steps at which a gradient is asked for, and for how many steps each counts."""
+    guided = [step for step, factor in enumerate(factors) if factor]
+    groups = [guided[first : first + options.every] for first in range(0, len(guided), options.every)]
+    return {group[0]: len(group) if options.skipped == "sum" else 1 for group in groups}
+
+
+def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel) -> None:
+    """Raises a ValueError unless one UNet's predictions can be weighed against the other's."""
+    for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
+        ours, theirs = unet.config[name], guiding_unet.config[name]
+        if ours != theirs and not (name == "num_class_embeds" and theirs is None):
+            raise ValueError(f"guiding_unet differs from the UNet in {name}: {theirs} and {ours}.")

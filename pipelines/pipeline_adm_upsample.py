@@ -10,10 +10,11 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from diffusers_adm.conversion import is_upsampler
+from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.image_modes import to_mode
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai_flags import Checkpoint, build_scheduler, released_preset, resolve_flags
-from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
+from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin, numbers_of_images
 from diffusers_adm.presets import imagenet_class_names
 
 
@@ -109,6 +110,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cfg_weight: float | list[float] | torch.Tensor = 0.0,
+        guiding_unet: ADMUNet2DModel | None = None,
+        guidance_fn: GuidanceFunction | None = None,
+        guidance_options: GuidanceOptions | dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one large image for each small one.
@@ -134,6 +139,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given.
+            cfg_weight: As of [`ClassifierGuidedPipeline`], and so are the next three.
+            guiding_unet: A weaker upsampler.
+            guidance_fn: What guides in the classifier's place.
+            guidance_options: When guidance acts, and how strongly.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -155,8 +164,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if class_labels is None:
             if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
                 raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
-            guidance_scale = 0.0 if guidance_scale is None else guidance_scale
-            if any(self._scales(guidance_scale, len(low_res))):
+            if guidance_fn is None and guidance_scale is None:
+                guidance_scale = 0.0
+            if guidance_fn is None and any(numbers_of_images(guidance_scale, len(low_res), "guidance_scale")):
                 raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
         return self._sample(
             class_labels,
@@ -174,6 +184,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            cfg_weight,
+            guiding_unet,
+            guidance_fn,
+            guidance_options,
             low_res.to(self._execution_device),
         )
 

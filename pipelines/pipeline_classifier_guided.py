@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
+from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai_flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
 from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
@@ -102,6 +103,10 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cfg_weight: float | list[float] | torch.Tensor = 0.0,
+        guiding_unet: ADMUNet2DModel | None = None,
+        guidance_fn: GuidanceFunction | None = None,
+        guidance_options: GuidanceOptions | dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one image a label.
@@ -129,6 +134,16 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; what
                 it returns under "latents" takes their place.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given.
+            cfg_weight: w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022, eq. 6):
+                one number, or one an image; 0 is none. What others call `guidance_scale` of classifier-free guidance is
+                1 + w. It needs a UNet that has a null class, and works with a classifier and without.
+            guiding_unet: A weaker UNet, such as a smaller or less trained one, whose prediction takes the place of
+                epsilon(x): autoguidance (Karras et al. 2024, arXiv 2406.02507), whose weight is 1 + w.
+            guidance_fn: What guides in the classifier's place, scaled by `guidance_scale`: a function of x_t, timestep,
+                predicted x_0 and labels that returns a log-probability of each image, or a gradient. `diffusers_adm.guidance`
+                says more.
+            guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict
+                such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -152,6 +167,10 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            cfg_weight,
+            guiding_unet,
+            guidance_fn,
+            guidance_options,
         )
 
     def _check_components(self) -> None:

@@ -29,7 +29,14 @@ SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): scheduler for schedu
 FORMATS = ("npz", "png")
 # What a run decides for each image by itself.
 GIVEN_BY_THE_RUN = {"self", "image", "class_labels", "batch_size", "height", "width", "generator", "latents"}
-GIVEN_BY_THE_RUN |= {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+GIVEN_BY_THE_RUN |= {
+    "guiding_unet",
+    "guidance_fn",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+}
 IMAGES_OF_A_GRID = 100
 
 SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
