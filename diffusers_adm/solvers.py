@@ -3,13 +3,19 @@
 A solver is a local copy of a scheduler for one run; the scheduler itself is never changed.
 """
 
+import inspect
 from numbers import Integral
 
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -30,7 +36,21 @@ from .guidance import shift_epsilon, shift_mean
 from .respacing import evenly_spaced_timesteps, respaced_timesteps
 
 
-SUPPORTED_SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+# Those whose images keep their size, and have noise of standard deviation sigma added.
+VARIANCE_EXPLODING = (
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+SUPPORTED_SCHEDULERS = (
+    DDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    DEISMultistepScheduler,
+    *VARIANCE_EXPLODING,
+)
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
 
@@ -163,7 +183,7 @@ class EpsilonSolver(Solver):
         self.scheduler = prepared
         self.timesteps = timesteps
         self.step_kwargs = step_kwargs
-        self.takes_generator = not isinstance(scheduler, UniPCMultistepScheduler)
+        self.takes_generator = "generator" in inspect.signature(prepared.step).parameters
 
     def step(
         self,
@@ -180,8 +200,36 @@ class EpsilonSolver(Solver):
             epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
             epsilon = shift_epsilon(epsilon, read_table(self.schedule.noise_scale, index, x_t), gradient)
             x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)
+        return self.advance(x_0, index, x_t, generator)
+
+    def advance(
+        self,
+        x_0: torch.Tensor,
+        index: int,
+        x_t: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """x_{t-1}, towards the guided x_0."""
         step_kwargs = {**self.step_kwargs, "generator": generator} if self.takes_generator else self.step_kwargs
         return self.scheduler.step(x_0, self.timesteps[index], x_t, **step_kwargs).prev_sample
+
+
+class VarianceExplodingSolver(EpsilonSolver):
+    """One run of a scheduler that adds noise to images instead of fading them: x = x_0 + sigma * epsilon."""
+
+    def advance(
+        self,
+        x_0: torch.Tensor,
+        index: int,
+        x_t: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """x_{t-1}, towards the guided x_0."""
+        place = len(self.timesteps) - 1 - index
+        before, after = ((1 + sigma**2) ** 0.5 for sigma in self.scheduler.sigmas[place : place + 2].tolist())
+        epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
+        step_kwargs = {"generator": generator} if self.takes_generator else {}
+        return self.scheduler.step(epsilon, self.timesteps[index], x_t * before, **step_kwargs).prev_sample / after
 
 
 def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -> EpsilonSolver:
@@ -202,16 +250,26 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:
     """
-    A multistep solver that keeps its own noise levels (`sigmas`) and places its own timesteps.
+    A solver that keeps its own noise levels (`sigmas`) and places its own timesteps. Heun's method evaluates the network
+    twice a step, but once in the last; each evaluation is one of the run's steps.
 
     Raises:
         ValueError: If it would visit a timestep twice.
     """
-    changes = {"variance_type": None} if "variance_type" in scheduler.config else {}
-    prepared = type(scheduler).from_config(scheduler.config, prediction_type="sample", **changes)
+    exploding = isinstance(scheduler, VARIANCE_EXPLODING)
+    # The copy is told x_0, or the epsilon that it implies; it neither clips nor splits off a variance.
+    off = {"variance_type": None, "clip_sample": False}
+    changes = {name: value for name, value in off.items() if name in scheduler.config}
+    prediction_type = "epsilon" if exploding else "sample"
+    prepared = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type, **changes)
     prepared.set_timesteps(num_inference_steps, device=device)
     prepared.set_begin_index(0)
-    if not (prepared.sigmas.diff() < 0).all():
+    prepared.is_scale_input_called = True  # the network is given x_t as it was trained on it
+    levels = prepared.sigmas
+    if isinstance(scheduler, HeunDiscreteScheduler):
+        levels = torch.cat([levels[::2], levels[-1:]])
+    # DEIS may end where it was, at the lowest level.
+    if not ((levels[:-1].diff() < 0).all() and levels[-1] <= levels[-2]):
         raise ValueError(
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
@@ -220,7 +278,8 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
     # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
     sigmas = prepared.sigmas[: len(timesteps)].double().cpu().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps.cpu())
-    return EpsilonSolver(scheduler, schedule, prepared, timesteps)
+    solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
+    return solver_class(scheduler, schedule, prepared, timesteps)
 
 
 def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:

@@ -20,8 +20,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     Args:
         unet: [`ADMUNet2DModel`], class-conditional or not.
-        scheduler: `DDPMScheduler`, `DDIMScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`. Its
-            `clip_sample` and `clip_sample_range` clip the predicted x_0 before guidance, never after.
+        scheduler: Of diffusers: `DDPMScheduler`, `DDIMScheduler`, or one of those for DPM-Solver++ and UniPC and DEIS
+            (multistep), Euler, Euler ancestral, Heun and LMS (discrete). Its `clip_sample` and `clip_sample_range` clip the
+            predicted x_0 before guidance, never after.
         classifier: [`NoisyClassifier`]; without one nothing is guided.
         id2label: Name of each class by its number; synonyms are separated by commas.
         guidance_scale: Scale of guidance where a call gives none.
@@ -117,7 +118,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_scale: How strongly the classifier guides: one number, or one an image. 0 is no guidance. `None`
                 means the pipeline's default, which is 0 without a classifier.
             num_inference_steps: In [1, num_train_timesteps]. DDPM spaces them evenly, both ends included; DDIM takes
-                an integer stride where one gives that number. `None` means the pipeline's default.
+                an integer stride where one gives that number. Heun's method evaluates the UNet twice in each but the last. `None` means the pipeline's default.
             timestep_respacing: The steps of DDPM or DDIM as a published string, such as `"250"`, `"ddim25"` or
                 `"90,60,60,20,20"` (`""` is all steps); wins over `num_inference_steps`.
             condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,

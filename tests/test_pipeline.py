@@ -10,8 +10,9 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -920,7 +921,7 @@ def test_respacing_of_a_scheduler_that_places_its_own_steps_is_refused(scheduler
     refused(pipeline, "ddim25", "DDPMScheduler", scheduler_class.__name__, timestep_respacing="ddim25")
 
 
-@pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [PNDMScheduler, KDPM2DiscreteScheduler, FlowMatchEulerDiscreteScheduler])
 def test_unsupported_scheduler_is_refused_with_the_list_that_is(scheduler_class):
     pipeline = tiny_pipeline()
     for attempt in (

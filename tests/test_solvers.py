@@ -1,0 +1,198 @@
+"""Solvers held to theory: a mixture of Gaussians, whose noise and whose classes are known in closed form."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_models import tiny_pipeline, tiny_scheduler
+
+from diffusers_adm.guidance import guidance_gradient
+from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, build_solver
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Mixture:
+    """Of Gaussians of one spread, at each pixel by itself; its classes are its components."""
+
+    weights: tuple[float, ...] = (0.6, 0.4)
+    means: tuple[float, ...] = (-0.5, 0.4)
+    spread: float = 0.15
+
+    def components(self, x_t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+        """log p(x_t, component), `(components, *x_t.shape)`, up to a constant."""
+        variance = alpha_bar * self.spread**2 + 1 - alpha_bar
+        return torch.stack(
+            [
+                math.log(weight) - (x_t - alpha_bar**0.5 * mean).square() / (2 * variance)
+                for weight, mean in zip(self.weights, self.means)
+            ]
+        )
+
+    def epsilon(self, x_t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+        """The exact noise."""
+        variance = alpha_bar * self.spread**2 + 1 - alpha_bar
+        share = self.components(x_t, alpha_bar).softmax(dim=0)
+        shape = (-1, *[1] * x_t.ndim)
+        score = (share * (alpha_bar**0.5 * torch.tensor(self.means, dtype=x_t.dtype).view(shape) - x_t)).sum(
+            0
+        ) / variance
+        return -((1 - alpha_bar) ** 0.5) * score
+
+    def log_posterior(self, x_t: torch.Tensor, alpha_bar: float, component: int) -> torch.Tensor:
+        """log p(component | x_t), summed over the pixels of each image, `(batch,)`."""
+        return self.components(x_t, alpha_bar).log_softmax(dim=0)[component].sum(dim=(1, 2, 3))
+
+    def conditional_end(self, x: torch.Tensor, start: float, end: float, component: int) -> torch.Tensor:
+        """Where the ODE of one component alone leads from one alpha_bar to another."""
+        mean = self.means[component]
+        (first, last) = ((a * self.spread**2 + 1 - a) ** 0.5 for a in (start, end))
+        return end**0.5 * mean + (x - start**0.5 * mean) * last / first
+
+    def fine_end(self, x: torch.Tensor, start: float, end: float, steps: int = 400) -> torch.Tensor:
+        """Where the ODE leads: classical Runge-Kutta in float64 over log(sigma), of x / sqrt(alpha_bar)."""
+        log_sigmas = torch.linspace(
+            *(0.5 * math.log((1 - a) / a) for a in (start, end)), steps + 1, dtype=torch.float64
+        )
+        state = x.double() / start**0.5
+
+        def slope(log_sigma: float, state: torch.Tensor) -> torch.Tensor:
+            sigma = math.exp(log_sigma)
+            alpha_bar = 1 / (1 + sigma**2)
+            return sigma * self.epsilon(state * alpha_bar**0.5, alpha_bar)
+
+        for now, then in zip(log_sigmas.tolist(), log_sigmas[1:].tolist()):
+            h = then - now
+            k_1 = slope(now, state)
+            k_2 = slope(now + h / 2, state + h / 2 * k_1)
+            k_3 = slope(now + h / 2, state + h / 2 * k_2)
+            k_4 = slope(then, state + h * k_3)
+            state = state + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+        return state * end**0.5
+
+
+MIXTURE = Mixture()
+KARRAS = {"use_karras_sigmas": True}
+# Scheduler, options, promised order.
+ORDERS = {
+    "DDIM": (DDIMScheduler, {}, 1),
+    "Euler": (EulerDiscreteScheduler, KARRAS, 1),
+    "DPM-Solver++ 1": (DPMSolverMultistepScheduler, {**KARRAS, "solver_order": 1}, 1),
+    "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, KARRAS, 2),
+    "UniPC": (UniPCMultistepScheduler, KARRAS, 2),
+    "DEIS": (DEISMultistepScheduler, KARRAS, 2),
+    "Heun": (HeunDiscreteScheduler, KARRAS, 2),
+    "LMS": (LMSDiscreteScheduler, KARRAS, 2),
+}
+
+
+def run(scheduler_class: type, steps: int, x: torch.Tensor, component: int | None = None, generator=None, **options):
+    """The state before the last step of a run on the mixture, and the alpha_bar of its start and of that state."""
+    eta = options.pop("eta", 0.0)
+    solver = build_solver(tiny_scheduler(scheduler_class, **options), steps, None, eta, CPU)
+    solver.clip_range = None
+    schedule = solver.schedule
+    alpha_bars = schedule.alpha_bar.tolist()
+    end = max(index for index, alpha_bar in enumerate(alpha_bars) if alpha_bar == alpha_bars[0])
+    for index in reversed(range(end + 1, len(schedule))):
+        alpha_bar = alpha_bars[index]
+        model_output = MIXTURE.epsilon(x, alpha_bar)
+        if scheduler_class is DDPMScheduler:
+            model_output = torch.cat([model_output, torch.zeros_like(model_output)], dim=1)
+        x_0, fraction = solver.predict(model_output, index, x)
+        gradient = None
+        if component is not None:
+            posterior = lambda x_t, *_: MIXTURE.log_posterior(x_t, alpha_bar, component)  # noqa: E731
+            gradient = guidance_gradient(posterior, x, torch.zeros(len(x)), x_0, None)
+        x = solver.step(x_0, fraction, index, x, gradient, generator)
+    return x, alpha_bars[-1], alpha_bars[end]
+
+
+def start(images: int = 1, size: int = 8) -> torch.Tensor:
+    return torch.randn(images, 1, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def fitted_order(steps: list[int], errors: list[float]) -> float:
+    """Minus the slope of log(error) over log(steps)."""
+    x, y = torch.tensor(steps).double().log(), torch.tensor(errors).double().log()
+    x = x - x.mean()
+    return -((x * (y - y.mean())).sum() / x.square().sum()).item()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", ORDERS)
+def test_deterministic_solvers_converge_at_their_order(name, guided):
+    scheduler_class, options, order = ORDERS[name]
+    steps, errors = [20, 40, 80], []
+    for count in steps:
+        found, first, last = run(scheduler_class, count, start(), component=1 if guided else None, **options)
+        # Guided at scale 1 by its own posterior, the mixture is the one component.
+        expected = (
+            MIXTURE.conditional_end(start().double(), first, last, 1)
+            if guided
+            else MIXTURE.fine_end(start(), first, last)
+        )
+        errors.append((found - expected).square().mean().sqrt().item())
+    assert fitted_order(steps, errors) > order - 0.3, errors
+    assert errors[-1] < 0.03
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "options"),
+    [
+        (DDPMScheduler, {}),
+        (DDIMScheduler, {"eta": 1.0}),
+        (EulerAncestralDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {**KARRAS, "algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+@pytest.mark.parametrize("component", [None, 1])
+def test_stochastic_solvers_draw_the_distribution(component, scheduler_class, options):
+    generator = torch.Generator().manual_seed(1)
+    pixels, _, last = run(scheduler_class, 300, start(1, 150), component, generator, **options)
+    pixels = pixels / last**0.5  # at the lowest noise level
+    second = pixels > (MIXTURE.means[0] + MIXTURE.means[1]) / 2
+    share = second.double().mean().item()
+    # 22,500 pixels: the share's standard error is 0.0033; the rest is for the error of 300 steps.
+    assert share == pytest.approx(MIXTURE.weights[1] if component is None else 1.0, abs=0.03)
+    assert pixels[second].mean().item() == pytest.approx(MIXTURE.means[1], abs=0.02)
+    assert pixels[second].std().item() == pytest.approx(MIXTURE.spread, abs=0.015)
+
+
+def test_every_supported_scheduler_draws_guided_and_unguided():
+    for scheduler_class in SUPPORTED_SCHEDULERS:
+        pipeline = tiny_pipeline(scheduler=scheduler_class.from_config(tiny_scheduler().config))
+        drawn = [
+            pipeline(
+                [1, 3],
+                guidance_scale=scale,
+                num_inference_steps=3,
+                generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+                output_type="latent",
+            ).images
+            for scale in (0.0, 20.0)
+        ]
+        assert all(images.isfinite().all() for images in drawn), scheduler_class
+        assert (drawn[0] - drawn[1]).abs().max() > 1e-3, scheduler_class
+        alone = pipeline(
+            [3],
+            guidance_scale=20.0,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(alone[0], drawn[1][1], rtol=1e-3, atol=1e-3, msg=scheduler_class.__name__)
