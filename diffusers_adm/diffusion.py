@@ -160,6 +160,27 @@ def add_noise(schedule: NoiseSchedule, x_0: torch.Tensor, index: int | torch.Ten
     return read_table(schedule.signal_scale, index, x_0) * x_0 + read_table(schedule.noise_scale, index, x_0) * noise
 
 
+def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int, noise: torch.Tensor) -> torch.Tensor:
+    """
+    A draw from q(x_t | x_s) for a later t: the forward process from one step of a schedule to a noisier one.
+
+    Args:
+        schedule: Its steps.
+        x: At `index`, `(batch, channels, height, width)`.
+        index: Of a step, or -1 for clean images.
+        to_index: Of a noisier step.
+        noise: Of x's shape.
+
+    Raises:
+        ValueError: If `to_index` is not noisier.
+    """
+    if not -1 <= index < to_index < len(schedule):
+        raise ValueError(f"Noise cannot be added from step {index} to step {to_index} of {len(schedule)}.")
+    before = schedule.alpha_bar[index].item() if index >= 0 else 1.0
+    kept = schedule.alpha_bar[to_index].item() / before
+    return kept**0.5 * x + (1 - kept) ** 0.5 * noise
+
+
 def x_0_from_epsilon(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, epsilon: torch.Tensor):
     """The clean image that x_t and its noise imply; shapes `(batch, channels, height, width)`."""
     return (

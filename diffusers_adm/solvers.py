@@ -300,6 +300,7 @@ def build_solver(
     timestep_respacing: str | None,
     eta: float,
     device: torch.device,
+    timesteps: list[int] | None = None,
 ) -> DDPMSolver | EpsilonSolver:
     """
     Prepares a scheduler for one run.
@@ -310,6 +311,7 @@ def build_solver(
         timestep_respacing: A published respacing string, for DDPM and DDIM; wins over `num_inference_steps`.
         eta: Of DDIM, in [0, 1]: 0 is deterministic, 1 as noisy as DDPM.
         device: Of the samples.
+        timesteps: Those to visit, in any order, for DDPM and DDIM; wins over both.
 
     Raises:
         ValueError: If the scheduler is not supported, or cannot be told what is asked of it.
@@ -321,22 +323,32 @@ def build_solver(
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {type(scheduler).__name__}.")
     num_train_timesteps = config.num_train_timesteps
-    if timestep_respacing is None and not (
-        isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= num_train_timesteps
+    if timesteps is not None and not (
+        timesteps
+        and all(isinstance(timestep, Integral) and 0 <= timestep < num_train_timesteps for timestep in timesteps)
+    ):
+        raise ValueError(f"timesteps={timesteps} are not one or more integers in [0, {num_train_timesteps - 1}].")
+    if (
+        timesteps is None
+        and timestep_respacing is None
+        and not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= num_train_timesteps)
     ):
         raise ValueError(
             f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the integers up to the"
             " number of the model's timesteps."
         )
     if not takes_respacing(scheduler):
-        if timestep_respacing is not None:
+        if timestep_respacing is not None or timesteps is not None:
+            given = f"timesteps={timesteps}" if timesteps is not None else f"timestep_respacing={timestep_respacing!r}"
             raise ValueError(
-                f"timestep_respacing={timestep_respacing!r} is for DDPMScheduler and DDIMScheduler;"
+                f"{given} is for DDPMScheduler and DDIMScheduler;"
                 f" {type(scheduler).__name__} places its own num_inference_steps."
             )
         return sigma_solver(scheduler, num_inference_steps, device)
 
-    if timestep_respacing is not None:
+    if timesteps is not None:
+        timesteps = sorted(set(timesteps))
+    elif timestep_respacing is not None:
         timesteps = respaced_timesteps(timestep_respacing, num_train_timesteps)
     elif isinstance(scheduler, DDIMScheduler):
         timesteps = evenly_spaced_timesteps(num_inference_steps, num_train_timesteps)

@@ -5,17 +5,28 @@ import difflib
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from diffusers_adm.diffusion import (
+    NoiseSchedule,
+    epsilon_from_x_0,
+    fixed_log_variance,
+    learned_log_variance,
+    read_table,
+    renoise,
+    split_learned_variance,
+    x_0_from_prediction,
+)
 from diffusers_adm.guidance import (
     ClassifierGuidance,
     GuidanceFunction,
@@ -34,6 +45,24 @@ from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, tak
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 ClassLabels = int | str | list | torch.Tensor | np.ndarray
+
+
+@dataclass
+class Prediction:
+    """
+    What a UNet says of noised images, `(batch, channels, height, width)` each, float32.
+
+    Args:
+        epsilon: The noise in them.
+        log_variance: Of the step of all timesteps that leads down from them; one that broadcasts where it is fixed.
+        x_0: The clean images.
+        x_0_clipped: The same in the range of images.
+    """
+
+    epsilon: torch.Tensor
+    log_variance: torch.Tensor
+    x_0: torch.Tensor
+    x_0_clipped: torch.Tensor
 
 
 class GuidedSamplingMixin:
@@ -210,6 +239,9 @@ class GuidedSamplingMixin:
         guiding_unet: ADMUNet2DModel | None,
         guidance_fn: GuidanceFunction | None,
         guidance_options: GuidanceOptions | dict | None,
+        timesteps: list[int] | None,
+        x_0_fn: Callable | None,
+        callback_on_step_start: Callable | None,
         low_res: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws images, on low-resolution ones `(batch, channels, any height, any width)` where the UNet takes them."""
@@ -259,17 +291,18 @@ class GuidedSamplingMixin:
 
         # 2. Prepare the steps.
         device = self._execution_device
-        if timestep_respacing is None and num_inference_steps is None:
+        if timestep_respacing is None and num_inference_steps is None and timesteps is None:
             num_inference_steps = self.config.num_inference_steps
             if takes_respacing(self.scheduler):
                 timestep_respacing = self.config.timestep_respacing
-        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device)
+        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device, timesteps)
         if options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
             raise ValueError(
                 f"gradient_at='mean' is of DDPMScheduler's steps, not of {type(self.scheduler).__name__}'s."
             )
+        visits = visited_steps(solver.schedule, timesteps)
         timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
-        self._num_timesteps = len(timesteps)
+        self._num_timesteps = len(visits)
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
@@ -301,14 +334,17 @@ class GuidedSamplingMixin:
         else:
             guidance = guidance_fn
         through_unet = getattr(guidance, "through_unet", False)
-        factors = options.factors(solver.schedule.x_0_from_epsilon.flip(0).tolist())
+        factors = options.factors(solver.schedule.x_0_from_epsilon[visits].tolist())
         turns = guidance_turns(factors, options)
         weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
         scales_seen, rows, held = None, [], None
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for step, index in enumerate(reversed(range(len(timesteps)))):
+        with self.progress_bar(total=len(visits)) as progress_bar:
+            for step, index in enumerate(visits):
                 if self.interrupt:
                     continue
+                if callback_on_step_start is not None:
+                    outputs = callback_on_step_start(self, step, timesteps[index], {"latents": latents})
+                    latents = outputs.pop("latents", latents)
                 if self.guidance_scale is not scales_seen:
                     scales_seen = self.guidance_scale
                     scales = numbers_of_images(scales_seen, batch_size, "guidance_scale")
@@ -330,6 +366,8 @@ class GuidedSamplingMixin:
                     x_t = leaf(latents) if asks and through_unet else latents
                     model_output = self._evaluate_unets(x_t, timestep, unet_labels, low_res, weight, guiding_unet)
                     x_0, fraction = solver.predict(model_output, index, x_t)  # (batch, channels, height, width)
+                    if x_0_fn is not None:
+                        x_0 = x_0_fn(x_0, timesteps[index])
 
                 gradient = None
                 if asks:
@@ -359,6 +397,9 @@ class GuidedSamplingMixin:
                         callback_kwargs[name] = locals()[name]
                     outputs = callback_on_step_end(self, step, timesteps[index], callback_kwargs)
                     latents = outputs.pop("latents", latents)
+                if step + 1 < len(visits) and visits[step + 1] >= index:
+                    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+                    latents = renoise(solver.schedule, latents, index - 1, visits[step + 1], noise)
                 progress_bar.update()
 
         # 5. Make images of x_0.
@@ -394,6 +435,91 @@ class GuidedSamplingMixin:
             ).sample.float()
             output, weaker = both.chunk(2)
         return combine_predictions(output, weaker, cfg_weight, x_t.shape[1])
+
+    def predict(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        class_labels: ClassLabels | None = None,
+        low_res: torch.Tensor | None = None,
+    ) -> Prediction:
+        """
+        What the UNet says of noised images, with gradients with respect to them: for losses of one's own, such as those of
+        inverse problems. Nothing is sampled, and weights need no gradient.
+
+        Args:
+            sample: x_t, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`, or one for all.
+            class_labels: Class of each image, by number or name; `None` for a UNet without classes, or to run one that has
+                a null class without a class.
+            low_res: Low-resolution images in [-1, 1], for an upsampler.
+
+        Raises:
+            ValueError: If there is no such timestep or class.
+        """
+        schedule = NoiseSchedule.from_config(self.scheduler.config)
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # (batch,)
+        if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
+            raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")
+        labels = None
+        if class_labels is not None:
+            labels = self.class_ids(class_labels)
+            self._check_labels(labels, True, [0.0] * len(labels))
+            labels = torch.tensor(labels, device=sample.device)
+        model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample.float()
+        prediction, fraction = split_learned_variance(model_output, sample.shape[1])
+        prediction_type = self.scheduler.config.prediction_type
+        x_0 = x_0_from_prediction(schedule, sample, timestep, prediction, prediction_type)
+        if fraction is None:
+            variance_type = self.scheduler.config.get("variance_type") or "fixed_large"
+            log_variance = read_table(fixed_log_variance(schedule, variance_type), timestep, sample)
+        else:
+            log_variance = learned_log_variance(schedule, timestep, fraction)
+        clip_range = self.scheduler.config.get("clip_sample_range", 1.0)
+        return Prediction(
+            epsilon=prediction
+            if prediction_type == "epsilon"
+            else epsilon_from_x_0(schedule, sample, timestep, prediction),
+            log_variance=log_variance,
+            x_0=x_0,
+            x_0_clipped=x_0.clamp(-clip_range, clip_range),
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: torch.Tensor,
+        class_labels: ClassLabels | None = None,
+        num_inference_steps: int = 250,
+        low_res: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The noise from which DDIM draws given images, by its ODE in reverse (Dhariwal & Nichol 2021, appendix F): give it as
+        `latents` with a `DDIMScheduler`, the same labels and steps, and no guidance.
+
+        Args:
+            images: x_0 in [-1, 1], `(batch, channels, height, width)`.
+            class_labels: Class of each image, by number or name, or `None`, as of `predict`.
+            num_inference_steps: Of DDIM; the more, the nearer is what is drawn from the noise.
+            low_res: Low-resolution images in [-1, 1], for an upsampler.
+
+        Returns:
+            x_T, of the shape of `images`.
+
+        Raises:
+            ValueError: If the number of steps is out of its range, or there is no such class.
+        """
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        schedule = build_solver(scheduler, num_inference_steps, None, 0.0, images.device).schedule
+        alpha_bars = [1.0, *schedule.alpha_bar.tolist()]
+        x = images.float()
+        for index, timestep in enumerate(schedule.timesteps.tolist()):
+            # The noise at x_t stands for that on the way to the next step; at clean images it is the first step's.
+            at = timestep if index == 0 else schedule.timesteps[index - 1].item()
+            epsilon = self.predict(x, at, class_labels, low_res).epsilon
+            x_0 = (x - (1 - alpha_bars[index]) ** 0.5 * epsilon) / alpha_bars[index] ** 0.5
+            x = alpha_bars[index + 1] ** 0.5 * x_0 + (1 - alpha_bars[index + 1]) ** 0.5 * epsilon
+        return x
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
         """
@@ -496,6 +622,29 @@ class GuidedSamplingMixin:
             return [label for one in generator for label in self._draw_labels(num_classes, 1, one)]
         device = generator.device if generator is not None else "cpu"
         return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
+
+
+def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[int]:
+    """
+    The steps of a run in their order: down the schedule, or as the timesteps say.
+
+    Raises:
+        ValueError: If they skip one on the way down.
+    """
+    if timesteps is None:
+        return list(reversed(range(len(schedule))))
+    index_of = {timestep: index for index, timestep in enumerate(schedule.timesteps.tolist())}
+    visits = [index_of[timestep] for timestep in timesteps]
+    for before, after in zip(visits, visits[1:]):
+        if after < before - 1:
+            skipped = schedule.timesteps[before - 1].item()
+            raise ValueError(
+                f"timesteps: from {schedule.timesteps[before]} down to {schedule.timesteps[after]} skips {skipped}, which is"
+                " visited elsewhere. On the way down each step leads to the next lower of all that are visited."
+            )
+    if not visits or visits[-1] != 0:
+        raise ValueError(f"timesteps={timesteps} must end with the least noisy of them.")
+    return visits
 
 
 def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:

@@ -114,6 +114,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         guiding_unet: ADMUNet2DModel | None = None,
         guidance_fn: GuidanceFunction | None = None,
         guidance_options: GuidanceOptions | dict | None = None,
+        timesteps: list[int] | None = None,
+        x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        callback_on_step_start: Callable | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one large image for each small one.
@@ -143,6 +146,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             guiding_unet: A weaker upsampler.
             guidance_fn: What guides in the classifier's place.
             guidance_options: When guidance acts, and how strongly.
+            timesteps: As of [`ClassifierGuidedPipeline`], and so are the next two.
+            x_0_fn: What may change the predicted x_0.
+            callback_on_step_start: Called with x_t before each step.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -188,6 +194,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             guiding_unet,
             guidance_fn,
             guidance_options,
+            timesteps,
+            x_0_fn,
+            callback_on_step_start,
             low_res.to(self._execution_device),
         )
 

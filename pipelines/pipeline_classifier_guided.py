@@ -108,6 +108,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         guiding_unet: ADMUNet2DModel | None = None,
         guidance_fn: GuidanceFunction | None = None,
         guidance_options: GuidanceOptions | dict | None = None,
+        timesteps: list[int] | None = None,
+        x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        callback_on_step_start: Callable | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one image a label.
@@ -145,6 +148,12 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 says more.
             guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict
                 such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
+            timesteps: Training timesteps to visit, in this order, by DDPM or DDIM. Each step leads to the next lower of all
+                of them; where the next in the list is not that, noise is added up to it, as RePaint does (Lugmayr et al.
+                2022, arXiv 2201.09865, Algorithm 1).
+            x_0_fn: Called as `x_0_fn(x_0, timestep)` with the clipped x_0 that the UNet predicts; what it returns takes its
+                place, before guidance.
+            callback_on_step_start: As `callback_on_step_end`, with x_t before each step.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -172,6 +181,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guiding_unet,
             guidance_fn,
             guidance_options,
+            timesteps,
+            x_0_fn,
+            callback_on_step_start,
         )
 
     def _check_components(self) -> None:

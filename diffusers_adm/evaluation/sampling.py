@@ -32,6 +32,8 @@ GIVEN_BY_THE_RUN = {"self", "image", "class_labels", "batch_size", "height", "wi
 GIVEN_BY_THE_RUN |= {
     "guiding_unet",
     "guidance_fn",
+    "x_0_fn",
+    "callback_on_step_start",
     "output_type",
     "return_dict",
     "callback_on_step_end",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -199,6 +199,15 @@ class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
         """The label that stands for "no class"; `None` for a model without one."""
         return self.config.num_class_embeds if self.config.use_null_class else None
 
+    def epsilon_view(self, class_labels: torch.Tensor | None = None) -> "EpsilonView":
+        """
+        The same network for callers that know no learned variance, such as solvers of inverse problems.
+
+        Args:
+            class_labels: Class of each image, where they do not know of classes either.
+        """
+        return EpsilonView(self, class_labels)
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -255,4 +264,45 @@ class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
         hidden_states = self.act(self.norm_out(hidden_states))  # (batch, channels, height, width)
         sample = self.conv_out(hidden_states)  # (batch, out_channels, height, width)
 
+        return ADMUNet2DOutput(sample=sample) if return_dict else (sample,)
+
+
+class EpsilonView(nn.Module):
+    """
+    What a UNet predicts, without the variance: its output has as many channels as the image. It shares the weights, and
+    its `config` says the same but for `out_channels`.
+
+    Args:
+        unet: Of which.
+        class_labels: Class of each image, `(batch,)`, where a call gives none.
+    """
+
+    def __init__(self, unet: ADMUNet2DModel, class_labels: torch.Tensor | None = None):
+        super().__init__()
+        self.unet = unet
+        self.class_labels = class_labels
+        self.config = FrozenDict({**unet.config, "out_channels": unet.config.in_channels})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.unet.device
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        low_res: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ADMUNet2DOutput | tuple[torch.Tensor]:
+        """Arguments as of the UNet."""
+        labels = self.class_labels if class_labels is None else class_labels
+        output = self.unet(sample, timestep, labels, low_res).sample  # (batch, out_channels, height, width)
+        sample = output[:, : self.config.out_channels]  # (batch, in_channels, height, width)
         return ADMUNet2DOutput(sample=sample) if return_dict else (sample,)

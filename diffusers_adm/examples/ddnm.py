@@ -1,0 +1,40 @@
+"""Super-resolution without training, by DDNM (Wang et al. 2022, arXiv 2212.00490): x_0 is made to agree with what is known."""
+
+import torch
+import torch.nn.functional as F
+
+from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
+
+
+def shrink(x: torch.Tensor, factor: int = 4) -> torch.Tensor:
+    """A: the mean of each square of pixels."""
+    return F.avg_pool2d(x, factor)
+
+
+def enlarge(y: torch.Tensor, factor: int = 4) -> torch.Tensor:
+    """The pseudo-inverse of A: each pixel repeated."""
+    return F.interpolate(y, scale_factor=factor, mode="nearest")
+
+
+def super_resolve(pipeline, small: torch.Tensor, steps: int, **call) -> torch.Tensor:
+    """
+    Args:
+        pipeline: With DDIM.
+        small: Images of 8x8 pixels in [-1, 1].
+        steps: Of DDIM.
+        call: Other arguments of `draw`.
+    """
+
+    def agree(x_0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return x_0 - enlarge(shrink(x_0) - small)
+
+    return draw(pipeline, len(small), num_inference_steps=steps, eta=0.85, x_0_fn=agree, **call)
+
+
+if __name__ == "__main__":
+    args = parse_arguments(__doc__, steps=50)
+    pipeline, whole = quiet_pipeline(ddim=True), true_digits(args.digits)
+    small = shrink(whole)
+    drawn = super_resolve(pipeline, small, args.steps)
+    print(f"Mean absolute error of the shrunken images: {(shrink(drawn) - small).abs().mean():.4f}")
+    save_rows(pipeline, {"whole": whole, "8x8 pixels": enlarge(small), "enlarged": drawn}, args.output)

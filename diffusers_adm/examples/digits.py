@@ -1,0 +1,47 @@
+"""The digits that the examples start from, and the pictures that they end in."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+
+from diffusers_adm import ClassifierGuidedPipeline, default_model
+from diffusers_adm.grids import labelled_grid
+
+
+def parse_arguments(description: str, steps: int) -> argparse.Namespace:
+    """What all examples take: `--output`, `--steps` and `--digits`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=Path("example.png"), help="Picture to write.")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--digits", type=int, default=10, help="How many, up to 10.")
+    return parser.parse_args()
+
+
+def quiet_pipeline(ddim: bool = False) -> ClassifierGuidedPipeline:
+    """The default model, with DDPM or DDIM."""
+    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model())
+    pipeline.set_progress_bar_config(disable=True)
+    if ddim:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def true_digits(count: int) -> torch.Tensor:
+    """Digits 0, 1, ..., `(count, 1, 32, 32)` in [-1, 1]: what an example is not shown whole."""
+    return draw(quiet_pipeline(ddim=True), count, seed=100, num_inference_steps=25, guidance_scale=1.0)
+
+
+def draw(pipeline: ClassifierGuidedPipeline, count: int, seed: int = 0, **call) -> torch.Tensor:
+    """Digits 0, 1, ..., one from each seed."""
+    generators = [torch.Generator().manual_seed(seed + digit) for digit in range(count)]
+    call = {"class_labels": list(range(count)), "guidance_scale": 0.0, **call}
+    return pipeline(generator=generators, output_type="latent", **call).images.clamp(-1, 1)
+
+
+def save_rows(pipeline: ClassifierGuidedPipeline, rows: dict[str, torch.Tensor], output: Path) -> None:
+    """Writes rows of images in [-1, 1], each with its name."""
+    pictures = [pipeline.image_processor.postprocess(row) for row in rows.values()]
+    labelled_grid(list(rows), [str(column) for column in range(len(pictures[0]))], pictures).save(output)
+    print(f"Wrote {output}")

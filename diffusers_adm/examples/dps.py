@@ -1,0 +1,53 @@
+"""A linear inverse problem by DPS (Chung et al. 2022, arXiv 2209.14687): digits from noisy measurements of them, blurred.
+
+The gradient of the error of the predicted x_0 goes through the UNet, and is applied after each step (Algorithm 1).
+"""
+
+import torch
+from torchvision.transforms.functional import gaussian_blur
+
+from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
+
+
+def blur(x: torch.Tensor) -> torch.Tensor:
+    """A: a Gaussian blur."""
+    return gaussian_blur(x, kernel_size=9, sigma=3.0)
+
+
+def restore(pipeline, measured: torch.Tensor, steps: int, step_size: float = 1.0, **call) -> torch.Tensor:
+    """
+    Args:
+        pipeline: With DDPM.
+        measured: What is known of the images.
+        steps: Of DDPM.
+        step_size: zeta: the length of each correction, as a share of the error's.
+        call: Other arguments of `draw`.
+    """
+    x_t = None
+
+    def remember(pipe, step, timestep, tensors):
+        nonlocal x_t
+        x_t = tensors["latents"].clone()
+        return tensors
+
+    def correct(pipe, step, timestep, tensors):
+        with torch.enable_grad():
+            sample = x_t.requires_grad_()
+            x_0 = pipe.predict(sample, int(timestep), list(range(len(sample)))).x_0_clipped
+            error = torch.linalg.vector_norm((measured - blur(x_0)).flatten(1), dim=1)  # (batch,)
+            (gradient,) = torch.autograd.grad(error.sum(), sample)
+        return {"latents": tensors["latents"] - step_size * gradient}
+
+    hooks = {"callback_on_step_start": remember, "callback_on_step_end": correct}
+    return draw(pipeline, len(measured), num_inference_steps=steps, **hooks, **call)
+
+
+if __name__ == "__main__":
+    args = parse_arguments(__doc__, steps=100)
+    pipeline, whole = quiet_pipeline(), true_digits(args.digits)
+    measured = blur(whole) + 0.05 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    drawn = restore(pipeline, measured, args.steps)
+    print(
+        f"Mean absolute error: {(drawn - whole).abs().mean():.4f}; of the measurement: {(measured - whole).abs().mean():.4f}"
+    )
+    save_rows(pipeline, {"whole": whole, "measured": measured.clamp(-1, 1), "restored": drawn}, args.output)

@@ -1,0 +1,56 @@
+"""Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn anew."""
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
+
+
+def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_timesteps: int = 1000) -> list[int]:
+    """Timesteps that go down, and go back up by `jump_length` of them `jump_count` - 1 times wherever so many are done."""
+    stride = num_train_timesteps // steps
+    indices, index, jumps_left = [], steps - 1, {}
+    while index >= 0:
+        indices.append(index)
+        place = index - 1  # where the step leads
+        if place >= 0 and place % jump_length == 0 and place + jump_length < steps:
+            if jumps_left.setdefault(place, jump_count - 1) > 0:
+                jumps_left[place] -= 1
+                index = place + jump_length
+                continue
+        index = place
+    return [stride * index for index in indices]
+
+
+def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[int], **call) -> torch.Tensor:
+    """
+    Args:
+        pipeline: With DDPM.
+        known: Images in [-1, 1], of which the mask says what is known.
+        mask: 1 where it is, 0 where it is drawn; broadcasts to `known`.
+        timesteps: To visit.
+        call: Other arguments of `draw`.
+    """
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(0)
+
+    def paste(pipe, step, timestep, tensors):
+        noise = randn_tensor(known.shape, generator=generator)
+        noised = add_noise(schedule, known, int(timestep), noise)
+        return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
+
+    drawn = draw(pipeline, len(known), timesteps=timesteps, callback_on_step_start=paste, **call)
+    return mask * known + (1 - mask) * drawn
+
+
+if __name__ == "__main__":
+    args = parse_arguments(__doc__, steps=50)
+    pipeline, known = quiet_pipeline(), true_digits(args.digits)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16, :] = 1
+    timesteps = jumping_timesteps(args.steps, jump_length=10, jump_count=5)
+    print(f"{len(timesteps)} evaluations of the UNet")
+    masked = mask * known - (1 - mask)
+    rows = {"whole": known, "known": masked, "inpainted": inpaint(pipeline, known, mask, timesteps)}
+    save_rows(pipeline, rows, args.output)

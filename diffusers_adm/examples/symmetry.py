@@ -1,0 +1,29 @@
+"""Guidance by a function of one's own: digits that are their own mirror images."""
+
+import torch
+
+from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows
+
+
+def symmetric(
+    x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
+) -> torch.Tensor:
+    """A log-probability of each image, `(batch,)`: that the predicted x_0 is as its mirror image."""
+    return -(x_0 - x_0.flip(-1)).square().sum(dim=(1, 2, 3))
+
+
+symmetric.through_unet = True  # x_0 depends on x_t
+
+
+def asymmetry(images: torch.Tensor) -> float:
+    """Mean absolute difference from the mirror images."""
+    return (images - images.flip(-1)).abs().mean().item()
+
+
+if __name__ == "__main__":
+    args = parse_arguments(__doc__, steps=50)
+    pipeline = quiet_pipeline(ddim=True)
+    plain = draw(pipeline, args.digits, num_inference_steps=args.steps)
+    guided = draw(pipeline, args.digits, num_inference_steps=args.steps, guidance_fn=symmetric, guidance_scale=0.03)
+    print(f"Mean absolute difference from the mirror image: {asymmetry(plain):.3f}, guided {asymmetry(guided):.3f}")
+    save_rows(pipeline, {"unguided": plain, "symmetric": guided}, args.output)
