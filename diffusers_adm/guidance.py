@@ -37,8 +37,8 @@ class ClassifierGuidance:
     Args:
         classifier: Called as `classifier(x_t, timestep).logits`, `(batch, num_classes)`.
         max_entropy_scale: With it, each image's gradient is divided by the entropy of its p(y | x_t), as a share of the most
-            that it can be, and multiplied by no more than this (entropy-aware scaling: Li et al. 2022, arXiv 2206.11474,
-            eq. 8): guidance goes on where the classifier has become certain.
+            that it can be, and multiplied by no more than this (entropy-aware scaling: Li et al. 2022, arXiv 2206.11474):
+            guidance goes on where the classifier has become certain.
     """
 
     def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
@@ -76,6 +76,7 @@ class GuidanceOptions:
         schedule: Of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a function
             of the fraction of the run.
         normalize: Whether each image's gradient is made of root mean square 1.
+        max_size: The largest root mean square that each image's scaled gradient may have; larger ones are shortened to it.
         entropy_scaling: Whether the scale is divided by the entropy of what the classifier says.
         max_entropy_scale: The most that this may multiply by.
         every: Of so many guided steps one asks for a gradient.
@@ -92,6 +93,7 @@ class GuidanceOptions:
     steps: tuple[float, float] = (0.0, 1.0)
     schedule: str | Callable[[float], float] = "constant"
     normalize: bool = False
+    max_size: float | None = None
     entropy_scaling: bool = False
     max_entropy_scale: float = 1000.0
     every: int = 1
@@ -110,8 +112,9 @@ class GuidanceOptions:
         for name, known in (("skipped", ("reuse", "sum")), ("gradient_at", ("x_t", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}.")
-        if not self.max_entropy_scale > 0:
-            raise ValueError(f"max_entropy_scale={self.max_entropy_scale} must be above 0.")
+        for name in ("max_entropy_scale", "max_size"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
     @classmethod
     def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":
@@ -156,8 +159,19 @@ SCALE_SCHEDULES = {
 
 def normalized(gradient: torch.Tensor) -> torch.Tensor:
     """Each image's gradient with a root mean square of 1; one that is zero stays so."""
-    size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    size = root_mean_square(gradient)
     return torch.where(size > 0, gradient / size, gradient)
+
+
+def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
+    """Each image's gradient with a root mean square of no more than a number."""
+    size = root_mean_square(gradient)
+    return torch.where(size > max_size, gradient * (max_size / size), gradient)
+
+
+def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
+    """Of each image, `(batch, 1, 1, 1)`."""
+    return gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 @contextlib.contextmanager

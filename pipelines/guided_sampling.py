@@ -36,6 +36,7 @@ from diffusers_adm.guidance import (
     guidance_gradient,
     leaf,
     normalized,
+    shortened,
 )
 from diffusers_adm.hub import as_installed, download, push, write_code
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
@@ -388,6 +389,8 @@ class GuidedSamplingMixin:
                     x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
                 if guided and (asks or options.skipped == "reuse"):
                     gradient = held * scale * (factors[step] * turns.get(step, 1))
+                    if options.max_size is not None:
+                        gradient = shortened(gradient, options.max_size)
 
                 latents = solver.step(x_0, fraction, index, latents, gradient, generator)
 
