@@ -15,8 +15,9 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/diffusers-adm demo --output demo.png
 
+# Side by side: most of the time is that of processes that tests start and wait for.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

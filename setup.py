@@ -40,7 +40,7 @@ setup(
         "train": ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"],
         "eval": ["datasets>=4.0", "matplotlib", "torch-fidelity>=0.4", "tqdm"],
         "clip": ["transformers>=5"],
-        "test": ["pytest>=8", "ruff==0.17.6", "setuptools>=77", "transformers>=5"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "setuptools>=77", "transformers>=5"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
 )

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm.cascade import draw_cascade
 from diffusers_adm.presets import PRESETS
 
 
@@ -22,8 +23,7 @@ def upsampler(unet=None, scheduler=None, **changes):
     pipeline = ADMUpsamplePipeline(
         unet=tiny_unet(low_res_conditioning=True) if unet is None else unet,
         scheduler=tiny_scheduler() if scheduler is None else scheduler,
-        low_res_size=SMALL,
-        **changes,
+        **{"low_res_size": SMALL, **changes},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -134,6 +134,31 @@ def test_output_of_the_guided_pipeline_is_taken():
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(drawn[0], drawn[2], rtol=0, atol=0.1)  # 8 bits
     assert drawn[0].shape == (2, 3, 16, 16)
+
+
+def test_a_cascade_is_its_stages_one_after_the_other():
+    base = tiny_pipeline(tiny_unet(sample_size=8))
+    sizes = (16, 32)
+    stages = [base]
+    for size in sizes:
+        unet = tiny_unet(sample_size=size, low_res_conditioning=True, attention_resolutions=(size // 2,), seed=size)
+        stages.append(upsampler(unet, low_res_size=size // 2))
+    calls = [{"guidance_scale": 5.0, "num_inference_steps": 3}, {"num_inference_steps": 2}, {"num_inference_steps": 4}]
+    found = draw_cascade(stages, [1, 2], calls, torch.Generator().manual_seed(0), output_type="latent").images
+    generator = torch.Generator().manual_seed(0)
+    images = base([1, 2], generator=generator, output_type="pt", **calls[0]).images
+    images = stages[1](images, [1, 2], generator=generator, output_type="pt", **calls[1]).images
+    expected = stages[2](images, [1, 2], generator=generator, output_type="latent", **calls[2]).images
+    assert torch.equal(found, expected) and found.shape == (2, 3, 32, 32)
+    for wrong, said in (
+        ([base], "two stages"),
+        ([base, base], "takes no images"),
+        ([base, stages[2]], "enlarges 3 of 16"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            draw_cascade(wrong, [1, 2])
+    with pytest.raises(ValueError, match="1 calls"):
+        draw_cascade(stages, [1, 2], [{}])
 
 
 def test_image_is_the_same_alone_and_in_a_batch():
