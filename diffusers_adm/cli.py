@@ -172,7 +172,12 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, or 2 if what was given cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    try:
+        parser = build_parser(argv[0] if argv else None)
+    except ModuleNotFoundError as error:
+        print(f"diffusers-adm {argv[0]}: error: {error}: pip install 'diffusers-adm[train,eval]'", file=sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Metrics against closed forms and direct computations; reference batches; what is refused."""
 
+import argparse
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from digit_features import NAME as DIGITS
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from torch_fidelity import FeatureExtractorInceptionV3
 
@@ -22,8 +23,10 @@ from diffusers_adm.evaluation import (
     inception_score,
     precision_and_recall,
 )
+from diffusers_adm.evaluation import metrics, summarise
 from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.features import INCEPTION, spatial_features
+from diffusers_adm.evaluation.image_sets import open_images
 
 
 # Where the published example is: Inception's weights as torch-fidelity keeps them, and two files of the paper's authors.
@@ -72,7 +75,9 @@ def test_distance_of_gaussians_is_the_closed_form():
         frechet_distance(gaussians[0], GaussianStatistics(np.zeros(3), np.eye(3)))
 
 
-def test_statistics_in_batches_are_those_of_all_at_once():
+@pytest.mark.parametrize("fold", [1, 30, 2048])
+def test_statistics_in_batches_are_those_of_all_at_once(fold, monkeypatch):
+    monkeypatch.setattr(RunningStatistics, "ROWS_OF_A_FOLD", fold)
     features = torch.randn(103, 6, generator=torch.Generator().manual_seed(0)) + 1e4  # the mean must cost no digits
     running = RunningStatistics()
     for batch in features.split(10):
@@ -94,7 +99,7 @@ def direct_precision_and_recall(reference: np.ndarray, samples: np.ndarray, neig
 
 
 @pytest.mark.parametrize("block_size", [7, 5000])
-@pytest.mark.parametrize("kind", ["gaussian", "far from zero", "lattice"])
+@pytest.mark.parametrize("kind", ["gaussian", "far from zero", "lattice", "outlier", "copies", "bfloat16"])
 def test_precision_and_recall_are_those_of_all_distances(kind, block_size):
     generator = torch.Generator().manual_seed(1)
     reference, samples = torch.randn(60, 4, generator=generator), 0.7 * torch.randn(50, 4, generator=generator)
@@ -102,6 +107,12 @@ def test_precision_and_recall_are_those_of_all_distances(kind, block_size):
         reference, samples = reference + 1000, samples + 1000
     if kind == "lattice":  # on the edge of a ball lie many
         reference, samples = (3 * reference).round(), (3 * samples).round() + 1
+    if kind == "outlier":
+        reference[3] *= 1e3
+    if kind == "copies":  # balls of radius 0
+        reference, samples = reference[:15].repeat(4, 1), reference[:20].repeat(3, 1)
+    if kind == "bfloat16":
+        reference, samples = reference.bfloat16(), samples.bfloat16()
     found = precision_and_recall(reference, samples, block_size=block_size)
     assert found == direct_precision_and_recall(reference.double().numpy(), samples.double().numpy())
 
@@ -112,6 +123,10 @@ def test_precision_and_recall_of_known_sets():
     assert precision_and_recall(line, samples) == (0.5, 1.0)
     assert precision_and_recall(line, line) == (1.0, 1.0)
     assert precision_and_recall(line, line + 1000) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="1 features, and the samples 2"):
+        precision_and_recall(line, line.repeat(1, 2))
+    with pytest.raises(ValueError, match="too large"):
+        precision_and_recall(1e25 * line, line)
 
 
 def test_score_is_of_parts_of_5000_in_their_order():
@@ -188,7 +203,11 @@ def test_arrays_are_read_and_written_in_blocks(tmp_path):
 
 def test_samples_are_measured_against_a_reference_batch(reference, tmp_path, capsys):
     samples = digits_npz(tmp_path / "drawn.npz", random_images(30, seed=1), arr_1=np.zeros(30, dtype=np.int64))
+    kept = EvalResult("text-to-image", "someone/data", "theirs", "fid", 12.0)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    card = ModelCard.load(tmp_path / "README.md")
+    card.data.eval_results, card.data.model_name = [kept], "mine"
+    card.save(tmp_path / "README.md")
     words = [reference, samples, "--feature_extractor", DIGITS, "--output", tmp_path / "found.json"]
     assert run("evaluate", *words, "--model_card", tmp_path / "README.md") == 0
     printed = capsys.readouterr().out
@@ -207,10 +226,11 @@ def test_samples_are_measured_against_a_reference_batch(reference, tmp_path, cap
 
     run("evaluate", *words, "--model_card", tmp_path / "README.md")
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert len(results) == len(found["metrics"])  # those of before were replaced
+    assert len(results) == len(found["metrics"]) + 1  # ours of before were replaced, and what is another's stays
+    assert any(result.metric_value == 12.0 for result in results)
     by_type = {result.metric_type: result for result in results}
     assert by_type["recall"].metric_value == found["metrics"]["recall"]
-    assert by_type["frechet_distance"].metric_name == f"FD ({DIGITS}, 30 samples)"
+    assert by_type["fd"].metric_name == f"FD ({DIGITS}, 30 samples)"
 
 
 def test_a_folder_of_pictures_is_measured_as_the_same_images_in_a_file(reference, tmp_path):
@@ -226,6 +246,32 @@ def test_a_folder_of_pictures_is_measured_as_the_same_images_in_a_file(reference
         assert run("evaluate", reference, source, "--feature_extractor", DIGITS, "--output", output) == 0
         figures.append(json.loads(output.read_text())["metrics"])
     assert figures[0] == figures[1]
+
+
+def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "IMAGES_OF_A_SCORE", 10)
+    images = random_images(40)
+    (tmp_path / "png").mkdir()
+    order = np.random.default_rng(0).permutation(40)
+    with open(tmp_path / "png" / "manifest.jsonl", "w") as manifest:
+        for number, label in enumerate(order % 4):
+            path = tmp_path / "png" / "images" / f"{label:04d}" / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[number, ..., 0]).save(path)
+            manifest.write("{}\n")
+    args = argparse.Namespace(
+        split="train", resolution=None, in_channels=None, crop="center", image_column=None, label_column=None,
+        label_from="column", dataset_config_name=None, dataset_revision=None, data_files=None, cache_dir=None,
+        streaming=False, train_data_dir=None,
+    )  # fmt: skip
+    extractor = FeatureExtractor(DIGITS)
+    as_drawn = summarise(open_images(tmp_path / "png", args, labelled=True), extractor)
+    assert torch.equal(as_drawn.features.pooled, extractor(images).pooled) and as_drawn.mixed
+    (tmp_path / "png" / "manifest.jsonl").unlink()
+    by_class = open_images(tmp_path / "png", args, labelled=True)
+    assert by_class.labels.tolist() == sorted(by_class.labels) and not by_class.mixed
+    found = metrics.compare(as_drawn, summarise(by_class, extractor), DIGITS)
+    assert any(note.startswith("IS: ") for note in found.notes)
 
 
 def test_a_reference_holds_statistics_of_all_and_some_of_the_images(tmp_path):
@@ -269,22 +315,22 @@ def cut_off(path: Path) -> Path:
 
 def pictures_of_two_sizes(folder: Path) -> Path:
     folder.mkdir()
-    for size in (32, 40):
-        Image.fromarray(random_images(1, size=size)[0, ..., 0]).save(folder / f"{size}.png")
+    for number, size in enumerate((32, 32, 32, 40)):
+        Image.fromarray(random_images(1, size=size)[0, ..., 0]).save(folder / f"{number}.png")
     return folder
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: digits_npz(folder / "x.npz", random_images(3)), "more than 3 images"),
-        (lambda folder: digits_npz(folder / "x.npz", random_images(1)), "at least 2 images|all the same"),
+        (lambda folder: digits_npz(folder / "x.npz", random_images(3)), "has 3 images"),
+        (lambda folder: digits_npz(folder / "x.npz", random_images(1)), "has 1 images"),
         (lambda folder: digits_npz(folder / "x.npz", np.zeros((9, 32, 32, 1), np.uint8)), "all the same"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9).astype(np.float32)), "uint8"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, channels=3)), "in colour"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, size=28)), "28x28"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9)[..., 0]), "number, height, width"),
-        (lambda folder: digits_npz(folder / "x.npz", random_images(9), arr_1=np.zeros(8)), "does not label"),
+        (lambda folder: digits_npz(folder / "x.npz", np.asfortranarray(random_images(9))), "by columns"),
         (lambda folder: cut_off(folder / "x.npz"), "cut off"),
         (lambda folder: pictures_of_two_sizes(folder / "x"), "--resolution"),
         (lambda folder: folder / "x.npz", "no file"),

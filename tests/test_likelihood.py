@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from golden_cases import draw_weights, load_case, published_flags
 from PIL import Image
-from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler
+from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.cli import main
@@ -80,6 +80,34 @@ def test_likelihood_of_a_dataset_is_the_mean_of_its_images(model, tmp_path, caps
     assert json.loads((tmp_path / "run" / "nll.json").read_text()) == found
     assert run(*words, "--output", tmp_path / "run", "--seed", 1) == 2
     assert "other settings: seed" in capsys.readouterr().err
+    np.savez(tmp_path / "images.npz", arr_0=255 - images, arr_1=labels)
+    assert run(*words, "--output", tmp_path / "run") == 2
+    assert "other settings: images" in capsys.readouterr().err
+
+
+def test_clipping_and_the_null_class_are_as_asked_for(tmp_path):
+    pipeline = tiny_pipeline(tiny_unet(use_null_class=True))
+    pipeline.save_pretrained(tmp_path / "tiny")
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.array([-1, 0, 1]))  # labels that nothing takes
+    x_0 = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config, "3")
+    words = [
+        "nll",
+        tmp_path / "images.npz",
+        "--model",
+        tmp_path / "tiny",
+        "--timestep_respacing",
+        "3",
+        "--unconditional",
+    ]
+    for flag, clip in (("--clip_denoised", True), ("--no-clip_denoised", False)):
+        assert run(*words, flag, "--num_images", 2, "--output", tmp_path / flag) == 0
+        found = json.loads((tmp_path / flag / "nll.json").read_text())
+        generators = [image_generator(0, number) for number in range(2)]
+        null = torch.full((2,), NUM_CLASSES)
+        bound = variational_bound(pipeline.unet, schedule, x_0[:2], null, generators, clip_denoised=clip)
+        assert found["bits_per_dim"] == pytest.approx(bound.total.mean().item(), rel=1e-5)
 
 
 def test_likelihood_refuses_what_does_not_fit(model, tmp_path, capsys):

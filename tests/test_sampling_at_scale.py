@@ -19,7 +19,7 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.cli import main
 from diffusers_adm.evaluation import draw_samples
-from diffusers_adm.evaluation.sampling import call_options, parse_value
+from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value
 from diffusers_adm.evaluation.shards import image_generator
 
 
@@ -132,6 +132,13 @@ def test_an_upsampler_enlarges_samples_of_another_run(model, tmp_path):
     large = arrays_of(tmp_path / "large" / f"samples_9x{2 * SIZE}x{2 * SIZE}x3.npz")
     assert large["arr_0"].shape == (9, 2 * SIZE, 2 * SIZE, 3)
     assert np.array_equal(large["arr_1"], small["arr_1"][:9])
+    sample(model, tmp_path / "other", "--seed", 1)
+    assert run("sample", *words, "--low_res", tmp_path / "other" / base.name) == 2  # other images of the same size
+    unet = tiny_unet(
+        sample_size=2 * SIZE, low_res_conditioning=True, attention_resolutions=(8,), num_class_embeds=None
+    )
+    unlabelled = ADMUpsamplePipeline(unet, tiny_scheduler(), low_res_size=SIZE, num_inference_steps=2)
+    assert "arr_1" not in arrays_of(draw_samples(unlabelled, tmp_path / "unlabelled", 3, low_res=base))
     pipeline = ADMUpsamplePipeline.from_pretrained(tmp_path / "up")
     last = pipeline(small["arr_0"][8], large["arr_1"][8].item(), generator=image_generator(0, 8), output_type="latent")
     expected = ((last.images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[0].numpy()
@@ -172,12 +179,32 @@ def test_other_weights_and_other_folders_are_refused(model, tmp_path, capsys):
     assert "holds files of something else" in capsys.readouterr().err
 
 
+def test_a_run_that_drew_nothing_leaves_its_folder_free(model, tmp_path):
+    common = ["--model", model, "--output", tmp_path / "run", "--num_samples", 10, "--batch_size", 4]
+    assert run("sample", *common, "--timestep_respacing", "ddim7x") == 2
+    arrays = sample(model, tmp_path / "run", "--timestep_respacing", "3")
+    default = sample(model, tmp_path / "same", "--num_inference_steps", 3)
+    assert np.array_equal(arrays["arr_0"], default["arr_0"])
+    renamed = tmp_path / "renamed"
+    tiny_pipeline(num_inference_steps=3).save_pretrained(renamed)
+    before = (tmp_path / "same" / "shards" / "000000.npz").stat().st_mtime_ns
+    sample(renamed, tmp_path / "same", "--condition_unet", "true", "--guidance_scale", "none")  # the same run
+    assert (tmp_path / "same" / "shards" / "000000.npz").stat().st_mtime_ns == before
+
+
+def test_labels_and_noise_are_apart():
+    first = torch.randint(2**31, (), generator=image_generator(0, 3, purpose=1))
+    assert first != torch.randint(2**31, (), generator=image_generator(0, 3))
+
+
 def test_whatever_a_call_takes_is_an_option():
     assert {"guidance_scale", "num_inference_steps", "timestep_respacing", "condition_unet", "eta"} <= set(
         call_options()
     )
-    words = ["1", "1.5", "true", "False", "none", "ddim25", "90,60", "1e-1"]
-    assert [parse_value(word) for word in words] == [1, 1.5, True, False, None, "ddim25", "90,60", 0.1]
+    words = ["1", "-1.5", "true", "False", "none", "ddim25", "90,60", "1e-1", '{"schedule": "Linear"}']
+    expected = [1, -1.5, True, False, None, "ddim25", "90,60", 0.1, {"schedule": "Linear"}]
+    assert [parse_value(word) for word in words] == expected
+    assert option_type("timestep_respacing")("250") == "250" and option_type("eta")("0.5") == 0.5
 
 
 def command(model: Path, output: Path, *words: str | Path) -> list[str]:
@@ -242,6 +269,7 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
     assert run(*words, "--condition_unet", "true", "false") == 0
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert len(results) == 4
+    assert results[0]["settings"]["samples"]["metadata"]["scheduler"] == "DDIMScheduler"
     unconditional = results[1]["settings"]["samples"]["metadata"]["call"]
     assert unconditional["condition_unet"] is False and unconditional["guidance_scale"] == 0
 

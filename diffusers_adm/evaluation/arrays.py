@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import lzma
 import os
 import zipfile
 import zlib
@@ -57,6 +58,11 @@ class NpzFile:
         with self._opened(name) as (_, shape, dtype):
             return shape, dtype
 
+    def checksum(self, name: str) -> int:
+        """That of an array, which the file holds beside it."""
+        with self._reading(), zipfile.ZipFile(self.path) as archive:
+            return archive.getinfo(name + ".npy").CRC
+
     def read(self, name: str) -> np.ndarray:
         """
         All of an array.
@@ -98,14 +104,14 @@ class NpzFile:
                 raise ValueError(f"version {version} of the format is not known")
             shape, fortran_order, dtype = read_header(member)
             if dtype.hasobject or (fortran_order and len(shape) > 1):
-                raise ValueError(f"{name} holds objects, or is kept by columns")
+                raise ValueError(f"{self.path}: {name} holds objects, or is kept by columns.")
             yield member, shape, dtype
 
     @contextlib.contextmanager
     def _reading(self):
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError) as error:
             if str(self.path) in str(error):
                 raise
             raise ValueError(f"{self.path} is damaged, cut off, or no .npz file: {error}") from error

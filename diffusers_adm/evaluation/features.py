@@ -42,7 +42,7 @@ class FeatureExtractor:
 
     A registered one says by `get_default_feature_layer_for_metric` which of its features stand for `"fid"`, and, where it
     classifies, for `"isc"`; one that it provides as `"spatial"` stands for sFID. Of Inception, those are the first seven
-    channels of the first branch of the fifth block at 17 x 17, rows before columns before channels, as the published
+    channels of the first branch of the fourth block at 17 x 17, rows before columns before channels, as the published
     evaluator reads them.
 
     Args:

@@ -29,17 +29,28 @@ class ImageSet:
         name: Where they come from.
         num_images: How many there are.
         shape: `(height, width, channels)`.
-        labels: Class of each, `(num_images,)`, or `None`.
+        labels: Class of each, `(num_images,)`, or `None`; where they were asked for.
+        fingerprint: What tells the images from others of the same name.
+        mixed: Whether their order says nothing of their classes.
     """
 
     name: str
     num_images: int
     shape: tuple[int, int, int]
     labels: np.ndarray | None
+    fingerprint: str
+    mixed: bool
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """All images in order, `(batch, height, width, channels)` uint8."""
         raise NotImplementedError
+
+    def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        """Some of the images, by their ascending numbers; of each batch of all of them those that are wanted, if there are any."""
+        for first, batch in zip(range(0, self.num_images, batch_size), self.batches(batch_size)):
+            wanted = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + len(batch))]
+            if len(wanted):
+                yield batch[wanted - first]
 
 
 class NpzImages(ImageSet):
@@ -48,12 +59,15 @@ class NpzImages(ImageSet):
 
     Args:
         path: Of the file.
+        labelled: Whether labels are wanted.
 
     Raises:
         ValueError: If there are no such arrays in it.
     """
 
-    def __init__(self, path: str | Path):
+    mixed = True  # as samples are drawn, and published batches kept
+
+    def __init__(self, path: str | Path, labelled: bool = False):
         self.name = str(path)
         self.file = NpzFile(path)
         shape, dtype = self.file.header("arr_0")
@@ -62,9 +76,15 @@ class NpzImages(ImageSet):
                 f"{path}: arr_0 must be images (number, height, width, 1 or 3) of uint8: it is {shape} {dtype}."
             )
         self.num_images, self.shape = shape[0], shape[1:]
-        self.labels = self.file.read("arr_1") if "arr_1" in self.file else None
-        if self.labels is not None and self.labels.shape != (self.num_images,):
-            raise ValueError(f"{path}: arr_1 of shape {self.labels.shape} does not label {self.num_images} images.")
+        self.fingerprint = f"{self.file.checksum('arr_0'):08x}"
+        self.labels = self.file.read("arr_1") if labelled and "arr_1" in self.file else None
+        if self.labels is None:
+            return
+        if self.labels.shape != (self.num_images,) or not np.issubdtype(self.labels.dtype, np.integer):
+            raise ValueError(
+                f"{path}: arr_1, {self.labels.dtype} {self.labels.shape}, does not number the classes of"
+                f" {self.num_images} images."
+            )
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         return self.file.blocks("arr_0", batch_size)
@@ -89,6 +109,13 @@ class DatasetImages(ImageSet):
         self.name = f"{args.dataset_name}, split {args.split}"
         self.rows, self.image_column, label_column = load_rows(args, args.split, labelled, streaming=False)
         self.labels = None if label_column is None else np.asarray(self.rows[label_column])
+        manifest = Path(str(args.dataset_name)) / "manifest.jsonl"
+        self.mixed = manifest.is_file()
+        if self.mixed:  # written by `sample`, whose images bear their numbers
+            order = np.argsort([int(Path(value["path"]).stem) for value in self.rows[self.image_column]])
+            self.rows = self.rows.select(order)
+            self.labels = None if self.labels is None else self.labels[order]
+        self.fingerprint = self.rows._fingerprint
         self.num_images = len(self.rows)
         if not self.num_images:
             raise ValueError(f"{self.name} has no images.")
@@ -103,11 +130,15 @@ class DatasetImages(ImageSet):
         Raises:
             ValueError: If one is unreadable, or of another size.
         """
+        return self.chosen(np.arange(self.num_images), batch_size)
+
+    def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        """Some of the images, by their ascending numbers."""
         with ThreadPoolExecutor() as pool:
-            for start in range(0, self.num_images, batch_size):
-                numbers = range(start, min(start + batch_size, self.num_images))
-                images = list(pool.map(self._read, numbers))
-                for number, image in zip(numbers, images):
+            for first in range(0, len(numbers), batch_size):
+                batch = numbers[first : first + batch_size].tolist()
+                images = list(pool.map(self._read, batch))
+                for number, image in zip(batch, images):
                     if image.shape != self.shape:
                         raise ValueError(
                             f"Image {self._file_name(number)} is {_size(image.shape)}, the first is {_size(self.shape)}:"
@@ -151,7 +182,7 @@ def open_images(source: str | Path, args: argparse.Namespace, labelled: bool = F
     if Path(source).suffix == ".npz":
         if not Path(source).is_file():
             raise ValueError(f"There is no file {source}.")
-        return NpzImages(source)
+        return NpzImages(source, labelled)
     return DatasetImages(argparse.Namespace(**{**vars(args), "dataset_name": str(source)}), labelled)
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import csv
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def measure_likelihood(args: argparse.Namespace) -> None:
     state = processes()
     pipeline = load_pipeline(args, state.device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    images = open_images(args.dataset, args, labelled=True)
+    told = unet.config.num_class_embeds is not None and not args.unconditional
+    images = open_images(args.dataset, args, labelled=told)
     size = (unet.config.sample_size, unet.config.sample_size, unet.config.in_channels)
     if images.shape != size:
         raise ValueError(f"Images are {images.shape} (height, width, channels), and the UNet's {size}.")
@@ -150,24 +152,26 @@ def measure_likelihood(args: argparse.Namespace) -> None:
         "model": Path(args.model or "adm-mnist-32").name,
         "weights": weights_digest({"unet": unet}),
         "dtype": args.dtype,
+        "scheduler_config": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         "images": {
             "name": images.name,
-            "num_images": images.num_images,
+            "fingerprint": images.fingerprint,
+            "resolution": args.resolution,
             "crop": args.crop,
-            "size": list(images.shape),
+            "in_channels": args.in_channels,
         },
+        "labels": None if labels is None else hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],
         "timestep_respacing": args.timestep_respacing,
         "clip_denoised": args.clip_denoised,
-        "conditional": labels is not None and not args.unconditional,
         "seed": args.seed,
     }
     shards = Shards(Path(args.output), settings, num_images, args.batch_size, state)
-    wanted = set(shards.dealt())
-    progress = tqdm(total=len(wanted), desc="batches", disable=None if state.is_main_process else True)
-    for batch, pixels in enumerate(images.batches(args.batch_size)):
-        if batch not in wanted:
-            continue
-        rows = np.minimum(shards.numbers(batch), images.num_images - 1)  # beyond the end none is kept
+    dealt = shards.dealt()
+    # Beyond the end the last image is repeated, so that all batches are of one size; of that none is kept.
+    numbers = [np.minimum(shards.numbers(batch), images.num_images - 1) for batch in dealt]
+    read = images.chosen(np.unique(np.concatenate(numbers)) if numbers else np.arange(0), args.batch_size)
+    progress = tqdm(zip(dealt, numbers, read), total=len(dealt), disable=None if state.is_main_process else True)
+    for batch, rows, pixels in progress:
         x_0 = torch.from_numpy(pixels[rows - rows[0]]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with one_thread(state.device):
             bound = variational_bound(
@@ -181,7 +185,6 @@ def measure_likelihood(args: argparse.Namespace) -> None:
                 args.clip_denoised,
             )
         shards.save(batch, {name: value.cpu().numpy() for name, value in vars(bound).items()})
-        progress.update()
     state.wait_for_everyone()
     if state.is_main_process:
         write_likelihood(shards, schedule)

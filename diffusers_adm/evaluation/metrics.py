@@ -1,6 +1,7 @@
 """The paper's metrics (Dhariwal & Nichol 2021, arXiv 2105.05233, section 2.2) of a set of samples against a reference."""
 
 import argparse
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers_adm.evaluation.arrays import NpzFile, write_json, written_whole
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
 from diffusers_adm.evaluation.image_sets import ImageSet, NpzImages, add_image_set_arguments, open_images
 from diffusers_adm.evaluation.statistics import (
+    NEIGHBOUR,
     GaussianStatistics,
     RunningStatistics,
     check_features,
@@ -50,6 +52,7 @@ class Summary:
         features: Of single images, or `None` if there are none.
         shape: `(height, width, channels)` of the images, or `None` if there are none.
         metadata: What the file says of itself.
+        mixed: Whether the order of the images says nothing of their classes.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Summary:
     features: Features | None
     shape: tuple[int, ...] | None
     metadata: dict
+    mixed: bool = True
 
 
 @dataclass
@@ -106,10 +110,17 @@ class Evaluation:
                 task_type="unconditional-image-generation",
                 dataset_type=reference["metadata"].get("dataset", name),
                 dataset_name=name,
-                metric_type=metric,
+                metric_type=self.label(metric).lower().replace(" ", "_"),
                 metric_name=f"{self.label(metric)} ({extractor}, {samples['num_images']} samples)",
                 metric_value=value,
-                metric_args={"feature_extractor": extractor, "samples": samples["metadata"]},
+                metric_args={
+                    "feature_extractor": extractor,
+                    **{
+                        name: samples["metadata"][name]
+                        for name in ("scheduler", "call")
+                        if name in samples["metadata"]
+                    },
+                },
             )
             for metric, value in self.metrics.items()
         ]
@@ -152,11 +163,12 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
         features,
         images.shape,
         _metadata(images.file) if isinstance(images, NpzImages) else {},
+        images.mixed,
     )
 
 
 def summarise_reference(
-    source: str | Path, extractor: FeatureExtractor, args: argparse.Namespace, batch_size: int = 64
+    source: str | Path, extractor: FeatureExtractor, args: argparse.Namespace | None = None, batch_size: int = 64
 ) -> Summary:
     """
     As [`summarise`], of a reference: the statistics that a reference batch holds (`mu`, `sigma` and of sFID `mu_s`,
@@ -165,7 +177,7 @@ def summarise_reference(
     Args:
         source: Reference batch, or what `open_images` takes.
         extractor: Of the features.
-        args: Parsed `add_image_set_arguments`.
+        args: Parsed `add_image_set_arguments`; only of a reference that is no `.npz` file.
         batch_size: Images at once.
 
     Raises:
@@ -220,7 +232,11 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
     if reference.spatial is not None and samples.spatial is not None:
         metrics["spatial_frechet_distance"] = frechet_distance(reference.spatial, samples.spatial)
     if samples.features.logits is not None:
-        metrics["inception_score"] = inception_score(samples.features.logits)
+        logits = samples.features.logits
+        if not samples.mixed and len(logits) > IMAGES_OF_A_SCORE:
+            logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
+            notes.append("IS: the images are in no order of their own; its parts of 5000 are of a random one.")
+        metrics["inception_score"] = inception_score(logits)
     if reference.features is None:
         notes.append("Precision, recall and the kernel distance are left out: the reference has no images (arr_0).")
     else:
@@ -311,9 +327,18 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the two cannot be compared.
     """
-    card = None if args.model_card is None else ModelCard.load(args.model_card)
     # What is read fast comes first: a mistake shows before the features are extracted.
+    if args.model_card is not None and not Path(args.model_card).is_file():
+        raise ValueError(f"--model_card {args.model_card} is no file.")
+    card = None if args.model_card is None else ModelCard.load(args.model_card)
+    if args.output is not None and not Path(args.output).resolve().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no such folder.")
     samples = open_images(args.samples, argparse.Namespace(**{**vars(args), "split": args.samples_split}))
+    if samples.num_images <= NEIGHBOUR:
+        raise ValueError(
+            f"{args.samples} has {samples.num_images} images; precision and recall need more than {NEIGHBOUR}, and"
+            " figures that mean something thousands."
+        )
     extractor = extractor_from(args)
     reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
     if reference.shape is not None and reference.shape != samples.shape:
@@ -339,7 +364,11 @@ def add_to_card(card: ModelCard, found: Evaluation, path: Path) -> None:
 
 
 def _metadata(file: NpzFile) -> dict:
-    return json.loads(str(file.read("metadata"))) if "metadata" in file else {}
+    """What `sample` or `make-reference` wrote of a file; other files may have something else of that name."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(str(file.read("metadata"))) if "metadata" in file else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _described(shape: tuple[int, ...]) -> str:

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from diffusers_adm.evaluation.arrays import Rows, write_npz
-from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, open_images
+from diffusers_adm.evaluation.image_sets import add_image_set_arguments, open_images
 from diffusers_adm.evaluation.metrics import add_extractor_arguments, extractor_from, summarise
 
 
@@ -41,6 +40,10 @@ def make_reference(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix != ".npz" or output.exists() or not output.parent.is_dir():
         raise ValueError(f"{output} must be a new .npz file in a folder that exists.")
+    if Path(args.dataset).suffix == ".npz" and (args.resolution, args.in_channels) != (None, None):
+        raise ValueError(
+            "--resolution and --in_channels are for datasets: the images of an .npz file are taken as they are."
+        )
     images = open_images(args.dataset, args)
     if not 4 <= args.num_neighbours:
         raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need at least 4.")
@@ -61,16 +64,7 @@ def make_reference(args: argparse.Namespace) -> None:
     arrays = {"mu": summary.gaussian.mean, "sigma": summary.gaussian.covariance}
     if summary.spatial is not None:
         arrays |= {"mu_s": summary.spatial.mean, "sigma_s": summary.spatial.covariance}
-    arrays["arr_0"] = Rows(
-        (count, *images.shape), np.dtype(np.uint8), _chosen(images, chosen, args.feature_batch_size)
-    )
+    arrays["arr_0"] = Rows((count, *images.shape), np.dtype(np.uint8), images.chosen(chosen, args.feature_batch_size))
     arrays["metadata"] = np.array(json.dumps(metadata))
     write_npz(output, arrays)
     print(f"Wrote statistics of {images.num_images} images, and {count} of them, to {output}")
-
-
-def _chosen(images: ImageSet, chosen: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    for number, batch in enumerate(images.batches(batch_size)):
-        start = number * batch_size
-        wanted = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, start + len(batch))]
-        yield batch[wanted - start]

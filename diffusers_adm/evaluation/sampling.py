@@ -6,9 +6,8 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +50,13 @@ def call_options() -> list[str]:
     return [name for name in names if name not in GIVEN_BY_THE_RUN]
 
 
-def parse_value(text: str) -> bool | float | int | str | None:
-    """A word of the command line: a number, true, false, none or null, or else itself."""
+def parse_value(text: str) -> bool | float | int | str | list | dict | None:
+    """A word of the command line: a number, true, false, none, a list or an object in JSON, or else itself."""
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
     with contextlib.suppress(json.JSONDecodeError):
-        return json.loads({"none": "null"}.get(text.lower(), text if text[:1].isdigit() else text.lower()))
+        return json.loads(text)
     return text
 
 
@@ -102,7 +104,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scheduler", choices=sorted(SCHEDULERS), default=None, help="Instead of the pipeline's.")
     for name in call_options():
-        group.add_argument(f"--{name}", type=parse_value, default=argparse.SUPPRESS, metavar="VALUE")
+        group.add_argument(f"--{name}", type=option_type(name), default=argparse.SUPPRESS, metavar="VALUE")
+
+
+def option_type(name: str) -> Callable:
+    """What makes an argument of a call of a word: respacing strings may look like numbers."""
+    return str if name == "timestep_respacing" else parse_value
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> SamplingPipeline:
@@ -259,16 +266,16 @@ def draw_samples(
         ValueError: If the run cannot be, or the folder is of another.
     """
     state = processes()
-    call = dict(call or {})
+    call = {name: value for name, value in (call or {}).items() if value is not None}
     known = inspect.signature(type(pipeline).__call__).parameters
     unknown = sorted(name for name in call if name not in known or name in GIVEN_BY_THE_RUN)
     if unknown:
         raise ValueError(f"{type(pipeline).__name__} takes no {', '.join(unknown)} of a whole run.")
-    small = None if low_res is None else NpzImages(low_res)
+    small = None if low_res is None else NpzImages(low_res, labelled=True)
     if small is not None:
         if small.num_images < num_images:
             raise ValueError(f"{low_res} has {small.num_images} images, and {num_images} are wanted.")
-        if labels == "random" and small.labels is not None:
+        if labels == "random" and small.labels is not None and pipeline.unet.config.num_class_embeds is not None:
             labels = str(low_res)
     of_image = Labels(labels, pipeline, call, seed, num_images)
     settings = {
@@ -282,7 +289,7 @@ def draw_samples(
         "call": {**run_defaults(pipeline, call), **call},
         "seed": seed,
         "labels": of_image.policy,
-        "low_res": None if low_res is None else {"name": Path(low_res).name, "bytes": os.path.getsize(low_res)},
+        "low_res": None if small is None else small.fingerprint,
     }
     shards = Shards(folder, settings, num_images, batch_size, state)
     config = pipeline.unet.config
@@ -316,12 +323,14 @@ def draw_samples(
 
 
 def run_defaults(pipeline: SamplingPipeline, call: dict) -> dict:
-    """What the pipeline's defaults make of arguments that are not given."""
-    defaults = {"guidance_scale": pipeline.config.guidance_scale if pipeline.classifier is not None else 0.0}
+    """What arguments are that are not given."""
+    signature = inspect.signature(type(pipeline).__call__).parameters
+    defaults = {name: signature[name].default for name in call_options() if name in signature}
+    defaults["guidance_scale"] = pipeline.config.guidance_scale if pipeline.classifier is not None else 0.0
     if call.get("num_inference_steps") is None and call.get("timestep_respacing") is None:
         defaults["num_inference_steps"] = pipeline.config.num_inference_steps
         defaults["timestep_respacing"] = pipeline.config.timestep_respacing
-    return defaults
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
 def small_images(small: NpzImages | None, shards: Shards, dealt: list[int]) -> Iterator[dict]:
@@ -356,6 +365,11 @@ def merge(shards: Shards, path: Path) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} of {shards.num_batches} batches are missing in {shards.folder}: run it again."
+        )
+    images = itertools.chain.from_iterable(shards.rows("arr_0"))
+    with written_whole(shards.folder / "grid.png") as partial:
+        grid_of([to_picture(image) for image in itertools.islice(images, IMAGES_OF_A_GRID)]).save(
+            partial, format="PNG"
         )
     first = NpzFile(shards.path(0))
     labelled = "arr_1" in first

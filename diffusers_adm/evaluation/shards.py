@@ -15,6 +15,10 @@ from accelerate.utils import broadcast_object_list
 from diffusers_adm.evaluation.arrays import NpzFile, write_json, write_npz
 
 
+# Settings that change nothing of what is computed.
+FOR_THE_RECORD = {"model"}
+
+
 class Shards:
     """
     A folder with one file for each batch of image numbers: batch k is of the images from k * batch_size on.
@@ -40,7 +44,7 @@ class Shards:
         self.num_images = num_images
         self.batch_size = batch_size
         self.state = state
-        self.settings = json.loads(json.dumps({**settings, "batch_size": batch_size}))
+        self.settings = json.loads(json.dumps({**settings, "batch_size": batch_size}, default=as_plain))
         # A refusal must reach all processes, or the others would wait for ever.
         refusal = [None]
         if state.is_main_process:
@@ -54,20 +58,23 @@ class Shards:
 
     def _claim(self) -> None:
         path = self.folder / "settings.json"
-        if path.is_file():
+        if path.is_file() and (any(self.folder.glob("shards/0*.npz")) or any(self.folder.glob("samples_*"))):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            other = [name for name in sorted({*kept, *self.settings}) if kept.get(name) != self.settings.get(name)]
+            names = sorted({*kept, *self.settings} - FOR_THE_RECORD)
+            other = [name for name in names if kept.get(name) != self.settings.get(name)]
             if other:
                 differences = ", ".join(
                     f"{name} {kept.get(name)!r}, not {self.settings.get(name)!r}" for name in other
                 )
                 raise ValueError(f"{self.folder} is of a run of other settings: {differences}. Take a new folder.")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif not path.is_file() and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds files of something else: take a new folder.")
-        (self.folder / "shards").mkdir(parents=True, exist_ok=True)
-        for partial in (self.folder / "shards").glob("partial-*"):
-            partial.unlink()  # of a process that was killed
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
+        (self.folder / "shards").mkdir(exist_ok=True)
+        for partial in (*self.folder.glob("partial-*"), *self.folder.glob("shards/partial-*")):
+            if partial.is_file():
+                partial.unlink()  # of a process that was killed
 
     @property
     def num_batches(self) -> int:
@@ -134,3 +141,8 @@ def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def as_plain(value):
+    """A number or a list of what is neither for JSON."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -7,6 +7,13 @@ import torch
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 
+# The paper's manifolds reach to the third nearest other image.
+NEIGHBOUR = 3
+
+# Of a squared distance, by the squared norms that it is made of: of sums of products of this size, with room to spare.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+
 @dataclass(frozen=True)
 class GaussianStatistics:
     """
@@ -19,7 +26,7 @@ class GaussianStatistics:
     covariance: np.ndarray
 
     def __post_init__(self):
-        size = len(self.mean)
+        size = self.mean.size
         if self.mean.shape != (size,) or self.covariance.shape != (size, size):
             raise ValueError(
                 f"A mean of shape {self.mean.shape} does not belong to a covariance of shape {self.covariance.shape}."
@@ -102,7 +109,7 @@ def check_features(name: str, features: torch.Tensor) -> None:
 
 
 def precision_and_recall(
-    reference: torch.Tensor, samples: torch.Tensor, neighbour: int = 3, block_size: int = 5000
+    reference: torch.Tensor, samples: torch.Tensor, neighbour: int = NEIGHBOUR, block_size: int = 5000
 ) -> tuple[float, float]:
     """
     Share of samples within the reference's manifold, and of reference images within the samples' (Kynkaanniemi et al. 2019,
@@ -126,39 +133,67 @@ def precision_and_recall(
                 f"Precision and recall need more than {neighbour} images on each side: the {name} has {len(features)}."
             )
         check_features(name, features)
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(f"The reference has {reference.shape[1]} features, and the samples {samples.shape[1]}.")
     # Float32 distances lose digits to what all rows share.
-    centre = reference.mean(dim=0)
-    centred = [(features - centre).float() for features in (reference, samples)]
-    norms = [features.square().sum(dim=1) for features in centred]
-    # Of sums of products of this size and number, with room to spare.
-    tolerance = 64 * torch.finfo(torch.float32).eps * max(norm.max().item() for norm in norms)
+    exact = [features if features.dtype == torch.float64 else features.float() for features in (reference, samples)]
+    centre = exact[0].mean(dim=0)
+    sets = [PointSet(features, (features - centre).float()) for features in exact]
+    if not all(points.norms.isfinite().all() for points in sets):
+        raise ValueError("The features are too large for distances between them.")
     # One space for all blocks: to be given new memory takes longer than to look for neighbours in it.
-    space = centred[0].new_empty(min(block_size, max(len(reference), len(samples))) ** 2)
-    radii = [_squared_radii(*one, neighbour, block_size, space) for one in zip(centred, norms)]
+    space = sets[0].centred.new_empty(min(block_size, max(len(reference), len(samples))) ** 2)
+    for points in sets:
+        points.squared_radii = _squared_radii(points, neighbour, block_size, space)
 
-    # By how much each image is outside of the ball that it is deepest in: negative is inside.
-    depth = [torch.full((len(features),), torch.inf, device=features.device) for features in centred]
+    # By how much each image is outside of the ball that it is deepest in, as a share of what rounding errors grow with:
+    # negative is inside. An outlier's errors are large, and must not make those of others doubtful.
+    norms = torch.cat([points.norms for points in sets])
+    usual = norms.median().clamp(min=1e-6 * norms.max())
+    weights = [1 / (points.scale + usual) for points in sets]
+    depth = [torch.full_like(points.norms, torch.inf) for points in sets]
     for row in _blocks(len(reference), block_size):
         for column in _blocks(len(samples), block_size):
-            block = _squared_distances(centred[0][row], norms[0][row], centred[1][column], norms[1][column], space)
-            depth[0][row] = depth[0][row].minimum((block - radii[1][column]).amin(dim=1))
-            depth[1][column] = depth[1][column].minimum(block.sub_(radii[0][row][:, None]).amin(dim=0))
+            block = _squared_distances(sets[0], row, sets[1], column, space)
+            inside = (block - sets[1].squared_radii[column]).mul_(weights[1][column]).amin(dim=1)
+            depth[0][row] = depth[0][row].minimum(inside)
+            inside = block.sub_(sets[0].squared_radii[row][:, None]).mul_(weights[0][row][:, None]).amin(dim=0)
+            depth[1][column] = depth[1][column].minimum(inside)
     recall, precision = (
-        _share_inside(*one, tolerance, neighbour)
-        for one in zip(depth, (reference, samples), (samples, reference), reversed(radii))
+        _share_inside(below, points, centres, 1 + points.norms / usual, neighbour)
+        for below, points, centres in zip(depth, sets, reversed(sets))
     )
     return precision, recall
 
 
-def _squared_radii(
-    features: torch.Tensor, norms: torch.Tensor, neighbour: int, block_size: int, space: torch.Tensor
-) -> torch.Tensor:
-    """Squared distance of each row to its n-th nearest other, `(rows,)`, rounded."""
+@dataclass
+class PointSet:
+    """
+    Args:
+        features: `(images, features)`.
+        centred: The same about a common point, float32.
+    """
+
+    features: torch.Tensor
+    centred: torch.Tensor
+
+    def __post_init__(self):
+        self.norms = self.centred.square().sum(dim=1)  # (images,)
+        self.squared_radii = torch.zeros_like(self.norms)  # to be found
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the rounding errors of distances to the edges of the balls grow with, `(images,)`."""
+        return self.norms + self.squared_radii
+
+
+def _squared_radii(points: PointSet, neighbour: int, block_size: int, space: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each image to its n-th nearest other, `(images,)`, rounded."""
     radii = []
-    for row in _blocks(len(features), block_size):
+    for row in _blocks(len(points.centred), block_size):
         nearest = []
-        for column in _blocks(len(features), block_size):
-            block = _squared_distances(features[row], norms[row], features[column], norms[column], space)
+        for column in _blocks(len(points.centred), block_size):
+            block = _squared_distances(points, row, points, column, space)
             if row == column:
                 block.fill_diagonal_(torch.inf)
             nearest.append(block.topk(min(neighbour, block.shape[1]), dim=1, largest=False).values)
@@ -167,27 +202,41 @@ def _squared_radii(
 
 
 def _share_inside(
-    depth: torch.Tensor,
-    points: torch.Tensor,
-    centres: torch.Tensor,
-    squared_radii: torch.Tensor,
-    tolerance: float,
-    neighbour: int,
+    depth: torch.Tensor, points: PointSet, centres: PointSet, growth: torch.Tensor, neighbour: int
 ) -> float:
     """Share of points in some ball: by their rounded depths, and where those may be wrong by exact distances."""
+    tolerance = ROUNDING * growth  # (images,)
     inside = depth < -tolerance
+    space = depth.new_empty(len(centres.norms))
     exact_radii: dict[int, torch.Tensor] = {}
     for index in (depth.abs() <= tolerance).nonzero().flatten().tolist():
-        distances = _exact_distances(centres, points[index])
-        near_edge = (distances.square() - squared_radii).abs() <= 2 * tolerance
-        for centre in near_edge.nonzero().flatten().tolist():
+        doubtful = _near(points, index, centres, centres.squared_radii, space)
+        distances = _exact_distances(centres.features[doubtful], points.features[index])
+        for centre, distance in zip(doubtful.tolist(), distances):
             if centre not in exact_radii:
-                to_all = _exact_distances(centres, centres[centre])
-                exact_radii[centre] = to_all.kthvalue(neighbour + 1).values  # the nearest of all is itself
-            if distances[centre] <= exact_radii[centre]:
+                # The nearest of all is itself; of the others those may be the n-th that are no farther than it seems.
+                near = _near(centres, centre, centres, centres.squared_radii[centre], space, or_nearer=True)
+                to_others = _exact_distances(centres.features[near], centres.features[centre])
+                exact_radii[centre] = to_others.kthvalue(neighbour + 1).values
+            if distance <= exact_radii[centre]:
                 inside[index] = True
                 break
     return inside.double().mean().item()
+
+
+def _near(
+    points: PointSet,
+    index: int,
+    centres: PointSet,
+    squared: torch.Tensor,
+    space: torch.Tensor,
+    or_nearer: bool = False,
+) -> torch.Tensor:
+    """The centres whose squared distance from a point is as given, as far as rounding can tell; or is smaller."""
+    found = _squared_distances(points, slice(index, index + 1), centres, slice(len(centres.norms)), space)[0]
+    error = 2 * ROUNDING * (points.scale[index] + centres.scale)
+    beyond = found - squared
+    return ((beyond <= error) & ((beyond >= -error) | or_nearer)).nonzero().flatten()
 
 
 def _blocks(rows: int, size: int) -> list[slice]:
@@ -195,16 +244,13 @@ def _blocks(rows: int, size: int) -> list[slice]:
 
 
 def _squared_distances(
-    first: torch.Tensor,
-    first_norms: torch.Tensor,
-    second: torch.Tensor,
-    second_norms: torch.Tensor,
-    space: torch.Tensor,
+    first: PointSet, row: slice, second: PointSet, column: slice, space: torch.Tensor
 ) -> torch.Tensor:
-    """`(rows of first, rows of second)` in `space`, float32: rounding may make small ones negative."""
-    block = space[: len(first) * len(second)].view(len(first), len(second))
-    block.copy_(second_norms.expand_as(block)).addmm_(first, second.T, alpha=-2)
-    return block.add_(first_norms[:, None])
+    """`(rows, columns)` in `space`, float32: rounding may make small ones negative."""
+    rows, columns = first.centred[row], second.centred[column]
+    block = space[: len(rows) * len(columns)].view(len(rows), len(columns))
+    block.copy_(second.norms[column].expand_as(block)).addmm_(rows, columns.T, alpha=-2)
+    return block.add_(first.norms[row][:, None])
 
 
 def _exact_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

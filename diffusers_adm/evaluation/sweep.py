@@ -28,10 +28,10 @@ from diffusers_adm.evaluation.sampling import (
     call_options,
     draw_samples,
     load_pipeline,
-    parse_value,
+    option_type,
     set_scheduler,
 )
-from diffusers_adm.evaluation.shards import processes
+from diffusers_adm.evaluation.shards import processes, weights_digest
 
 
 PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall")
@@ -52,7 +52,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scheduler", nargs="+", choices=sorted(SCHEDULERS), default=[None])
     for name in call_options():
-        group.add_argument(f"--{name}", nargs="+", type=parse_value, default=argparse.SUPPRESS, metavar="VALUE")
+        group.add_argument(f"--{name}", nargs="+", type=option_type(name), default=argparse.SUPPRESS, metavar="VALUE")
     add_extractor_arguments(parser)
     add_image_set_arguments(parser)
 
@@ -80,6 +80,12 @@ def sweep(args: argparse.Namespace) -> None:
     if state.is_main_process:
         extractor = extractor_from(args)
         reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
+        config = pipeline.unet.config
+        size = (config.sample_size, config.sample_size, config.in_channels)
+        if reference.shape is not None and reference.shape != size:
+            raise ValueError(
+                f"The reference's images are {reference.shape} (height, width, channels), the model's {size}."
+            )
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:
@@ -120,8 +126,14 @@ def described(point: dict) -> str:
 def measure(samples: Path, reference: Summary, extractor: FeatureExtractor, batch_size: int) -> dict:
     """The metrics of a point's samples; those beside them are taken if they are of the same reference and extractor."""
     kept = samples.with_name(f"metrics_{samples.stem}.json")
-    means = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes()).hexdigest()
-    key = {"feature_extractor": extractor.name, "reference_statistics": means}
+    digest = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes())
+    if reference.features is not None:
+        digest.update(reference.features.pooled.cpu().numpy().tobytes())
+    key = {
+        "feature_extractor": extractor.name,
+        "weights": weights_digest({"extractor": extractor.network}),
+        "reference": digest.hexdigest(),
+    }
     if kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["key"] == key:
@@ -168,6 +180,7 @@ def plot(path: Path, results: list[dict], axes: dict[str, list]) -> None:
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in axes[name])
     ]
     if not numbers:
+        path.unlink(missing_ok=True)  # of a sweep of other axes
         return
     horizontal = "guidance_scale" if "guidance_scale" in numbers else numbers[0]
     lines: dict[str, list[dict]] = {}
