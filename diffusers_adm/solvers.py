@@ -15,7 +15,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -41,7 +40,6 @@ VARIANCE_EXPLODING = (
     EulerDiscreteScheduler,
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
 )
 SUPPORTED_SCHEDULERS = (
     DDPMScheduler,

@@ -21,7 +21,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
     Args:
         unet: [`ADMUNet2DModel`], class-conditional or not.
         scheduler: Of diffusers: `DDPMScheduler`, `DDIMScheduler`, or one of those for DPM-Solver++ and UniPC and DEIS
-            (multistep), Euler, Euler ancestral, Heun and LMS (discrete). Its `clip_sample` and `clip_sample_range` clip the
+            (multistep), Euler, Euler ancestral and Heun (discrete). Its `clip_sample` and `clip_sample_range` clip the
             predicted x_0 before guidance, never after.
         classifier: [`NoisyClassifier`]; without one nothing is guided.
         id2label: Name of each class by its number; synonyms are separated by commas.

@@ -21,9 +21,10 @@ from diffusers_adm.evaluation import (
     RunningStatistics,
     frechet_distance,
     inception_score,
+    metrics,
     precision_and_recall,
+    summarise,
 )
-from diffusers_adm.evaluation import metrics, summarise
 from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.features import INCEPTION, spatial_features
 from diffusers_adm.evaluation.image_sets import open_images

@@ -13,7 +13,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from tiny_models import tiny_pipeline, tiny_scheduler
@@ -96,7 +95,6 @@ ORDERS = {
     "UniPC": (UniPCMultistepScheduler, KARRAS, 2),
     "DEIS": (DEISMultistepScheduler, KARRAS, 2),
     "Heun": (HeunDiscreteScheduler, KARRAS, 2),
-    "LMS": (LMSDiscreteScheduler, KARRAS, 2),
 }
 
 
