@@ -230,12 +230,15 @@ def guidance_gradient(
             )
         if value.shape == x_t.shape:
             return value.detach()
-        if not value.requires_grad:
-            raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
         inputs = [x_t] if depends else [x_t, x_0]
-        # The sum, not the mean: an image's gradient must not depend on the batch it is in.
-        gradients = torch.autograd.grad(loss_scale * value.sum(), inputs, allow_unused=True)
-        gradient = sum(one for one in gradients if one is not None)
+        gradients = [None]
+        if value.requires_grad:
+            # The sum, not the mean: an image's gradient must not depend on the batch it is in.
+            gradients = torch.autograd.grad(loss_scale * value.sum(), inputs, allow_unused=True)
+        gradients = [one for one in gradients if one is not None]
+        if not gradients:
+            raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
+        gradient = sum(gradients)
     return gradient / loss_scale
 
 

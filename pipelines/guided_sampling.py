@@ -275,6 +275,8 @@ class GuidedSamplingMixin:
         if any(scales) and not guides:
             raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
         options = GuidanceOptions.parse(guidance_options)
+        if options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
+            raise ValueError("gradient_at='mean' is not for a function whose gradient goes through the UNet to x_t.")
         if options.entropy_scaling and guidance_fn is not None:
             raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
         weights = numbers_of_images(cfg_weight, batch_size, "cfg_weight")
@@ -355,9 +357,7 @@ class GuidedSamplingMixin:
                         )
                     if label_ids is not None and guidance_fn is None:
                         self._check_labels(label_ids, unet_takes_labels, scales)
-                    # The classifier is asked of those images alone that are guided; another function may need all.
                     rows = [row for row, scale in enumerate(scales) if scale]
-                    asked_of = slice(None) if guidance_fn is not None else torch.tensor(rows, device=device)
                     scale = latents.new_tensor(scales)[:, None, None, None]
                 guided = bool(rows) and factors[step] != 0
                 asks = guided and (step in turns or held is None)
@@ -376,14 +376,13 @@ class GuidedSamplingMixin:
                         x_t, at = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
                     else:
                         at = timestep
-                    everything = len(rows) == batch_size or guidance_fn is not None
-                    if everything:
+                    # The classifier is asked of those images alone that are guided; another function may need all.
+                    if guidance_fn is not None or len(rows) == batch_size:
                         held = guidance_gradient(guidance, x_t, at, x_0, labels)
                     else:
+                        some = torch.tensor(rows, device=device)
                         held = torch.zeros_like(latents)
-                        held[asked_of] = guidance_gradient(
-                            guidance, x_t[asked_of], at[asked_of], x_0[asked_of], labels[asked_of]
-                        )
+                        held[some] = guidance_gradient(guidance, x_t[some], at[some], x_0[some], labels[some])
                     if options.normalize:
                         held = normalized(held)
                     x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()

@@ -144,6 +144,13 @@ def test_what_does_not_fit_is_refused_before_anything_runs(call, said):
 def test_no_null_class_no_classifier_free_guidance():
     with pytest.raises(ValueError, match="use_null_class"):
         draw(tiny_pipeline(), cfg_weight=1.0)
+
+    def through(x_t, timestep, x_0, class_labels):
+        return x_0.sum(dim=(1, 2, 3))
+
+    through.through_unet = True
+    with pytest.raises(ValueError, match="through the UNet"):
+        draw(pipeline_of(), guidance_fn=through, guidance_options={"gradient_at": "mean"})
     with pytest.raises(ValueError, match="gradient_at='mean' is of DDPMScheduler"):
         draw(pipeline_of(DDIMScheduler), guidance_options={"gradient_at": "mean"})
 
@@ -292,6 +299,7 @@ def test_a_function_may_guide_images_without_labels():
         (lambda x_t, *_: x_t.sum(), "returned ()"),
         (lambda x_t, *_: None, "returned NoneType"),
         (lambda x_t, *_: torch.zeros(2), "does not depend on x_t or x_0"),
+        (lambda x_t, *_: torch.zeros(2, requires_grad=True) + 1, "does not depend on x_t or x_0"),
     ],
 )
 def test_a_function_that_returns_something_else_is_told(returned, said):
