@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow bench-train bench-eval cards judge quality style
+.PHONY: install demo test test-slow bench-train bench-eval bench-sampling cards judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,12 @@ bench-train: install
 
 bench-eval: install
 	$(BIN)/python -m diffusers_adm.evaluation.bench
+
+# Hours; goes on where it was stopped. MNIST may be a local folder of the dataset.
+MNIST ?= ylecun/mnist
+bench-sampling: install
+	$(BIN)/python -m diffusers_adm.evaluation.bench_sampling $(MNIST) --split test --resolution 32 --crop pad \
+	    --register tests/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
 
 cards: install
 	$(BIN)/python -m diffusers_adm.cards model_cards

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
 from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
@@ -19,6 +20,7 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.cli import main
 from diffusers_adm.evaluation import draw_samples
+from diffusers_adm.evaluation.bench_sampling import evaluations
 from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value
 from diffusers_adm.evaluation.shards import image_generator
 
@@ -234,6 +236,14 @@ def test_two_processes_and_a_killed_run_draw_the_same_set(model, tmp_path):
     name = f"samples_60x{SIZE}x{SIZE}x3.npz"
     two, one = arrays_of(tmp_path / "two" / name), arrays_of(tmp_path / "killed" / name)
     assert np.array_equal(two["arr_0"], one["arr_0"]) and np.array_equal(two["arr_1"], one["arr_1"])
+
+
+def test_evaluations_are_counted():
+    pipeline = tiny_pipeline(scheduler=HeunDiscreteScheduler.from_config(tiny_scheduler().config))
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert evaluations(pipeline, call) == (7, 7)
+    assert evaluations(pipeline, {**call, "guidance_options": {"every": 3}}) == (7, 3)
+    assert evaluations(pipeline, {**call, "guidance_scale": 0.0}) == (7, 0)
 
 
 def test_sweep_measures_each_point_once(tmp_path, capsys):

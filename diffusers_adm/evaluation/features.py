@@ -85,6 +85,11 @@ class FeatureExtractor:
         if name == INCEPTION:
             network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether it knows classes."""
+        return "logits" in self._layers
+
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self._spatial = spatial_features(output)
 
