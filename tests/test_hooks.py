@@ -114,15 +114,16 @@ def test_timesteps_are_visited_as_they_are_listed():
     pipeline, seen, states = tiny_pipeline(), [], []
     pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append((int(args[1][0]), args[0].clone())))
     after = {"callback_on_step_end": lambda _, step, t, tensors: states.append(tensors["latents"].clone()) or tensors}
-    listed = [900, 600, 300, 900, 600, 300, 0]
+    listed = [300, 200, 300, 200, 100, 0]
     draw(pipeline, timesteps=listed, **after)
     assert [timestep for timestep, _ in seen] == listed
-    # Between the third step, which leads to timestep 0, and the fourth noise is added up to timestep 900.
+    # Between the second step, which leads to timestep 100, and the third noise is added up to timestep 300.
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, sorted(set(listed)))
-    kept = schedule.alpha_bar[3].item() / schedule.alpha_bar[0].item()
-    added = (seen[3][1] - kept**0.5 * states[2]) / (1 - kept) ** 0.5
-    assert added.mean().abs() < 0.15 and 0.85 < added.std() < 1.15
-    assert torch.equal(seen[4][1], states[3])
+    kept = schedule.alpha_bar[3].item() / schedule.alpha_bar[1].item()
+    added = (seen[2][1] - kept**0.5 * states[1]) / (1 - kept) ** 0.5
+    assert added.mean().abs() < 0.15 and 0.92 < added.std() < 1.08
+    assert (added * states[1]).mean().abs() < 0.15 * states[1].square().mean()
+    assert torch.equal(seen[3][1], states[2])
 
     descending = NoiseSchedule.from_config(pipeline.scheduler.config, "4").timesteps.flip(0).tolist()
     assert torch.equal(draw(pipeline, timesteps=descending), draw(pipeline))
