@@ -39,7 +39,7 @@ setup(
     extras_require={
         "train": ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"],
         "eval": ["datasets>=4.0", "matplotlib", "torch-fidelity>=0.4", "tqdm"],
-        "clip": ["transformers>=5"],
+        "transformers": ["transformers>=5"],
         "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "setuptools>=77", "transformers>=5"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},

@@ -270,6 +270,59 @@ def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Ten
     return schedule.posterior_log_variance
 
 
+@dataclass
+class Prediction:
+    """
+    What a network says of noised images, `(batch, channels, height, width)` each.
+
+    Args:
+        epsilon: The noise in them.
+        x_0: The clean images.
+        log_variance: Of the step that leads down from them; it broadcasts where it is fixed.
+    """
+
+    epsilon: torch.Tensor
+    x_0: torch.Tensor
+    log_variance: torch.Tensor
+
+    @property
+    def x_0_clipped(self) -> torch.Tensor:
+        """The clean images within the range of images, [-1, 1]."""
+        return self.x_0.clamp(-1, 1)
+
+
+def read_prediction(
+    schedule: NoiseSchedule,
+    x_t: torch.Tensor,
+    index: torch.Tensor,
+    model_output: torch.Tensor,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_large",
+) -> Prediction:
+    """
+    What a network's output says, in float32.
+
+    Args:
+        schedule: The steps.
+        x_t: Noised images, `(batch, channels, height, width)`.
+        index: Step of each image, `(batch,)`.
+        model_output: `(batch, channels or 2 * channels, height, width)`; the second half is the learned variance.
+        prediction_type: What the network predicts: `"epsilon"`, or `"sample"` for x_0.
+        variance_type: Of a network that learns none: `"fixed_large"` or `"fixed_small"`.
+
+    Raises:
+        ValueError: If the output has another number of channels, or the prediction type is unknown.
+    """
+    prediction, fraction = split_learned_variance(model_output.float(), x_t.shape[1])
+    x_0 = x_0_from_prediction(schedule, x_t, index, prediction, prediction_type)
+    epsilon = prediction if prediction_type == "epsilon" else epsilon_from_x_0(schedule, x_t, index, x_0)
+    if fraction is None:
+        log_variance = read_table(fixed_log_variance(schedule, variance_type), index, x_t)
+    else:
+        log_variance = learned_log_variance(schedule, index, fraction)
+    return Prediction(epsilon, x_0, log_variance)
+
+
 def mean_bits(values: torch.Tensor) -> torch.Tensor:
     """Mean over all but the batch dimension, from nats to bits: `(batch,)`."""
     return values.flatten(1).mean(dim=1) / math.log(2)

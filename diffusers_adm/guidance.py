@@ -30,6 +30,13 @@ GuidanceFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 FLOAT16_LOSS_SCALE = 2.0**10
 
 
+SCALE_SCHEDULES = {
+    "constant": lambda fraction: 1.0,
+    "linear": lambda fraction: 1.0 - fraction,
+    "cosine": lambda fraction: 0.5 + 0.5 * math.cos(math.pi * fraction),
+}
+
+
 class ClassifierGuidance:
     """
     A noise-aware classifier's log p(y | x_t).
@@ -71,8 +78,8 @@ class GuidanceOptions:
     Args:
         interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which it acts, from above the first up to the
             second (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-        steps: The same as fractions of the steps of a run, the noisiest being 0: from the first up to, and without, the
-            second.
+        step_fractions: The same as fractions of the steps of a run, the noisiest being 0: from the first up to, and without,
+            the second.
         schedule: Of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a function
             of the fraction of the run.
         normalize: Whether each image's gradient is made of root mean square 1.
@@ -90,7 +97,7 @@ class GuidanceOptions:
     """
 
     interval: tuple[float, float] | None = None
-    steps: tuple[float, float] = (0.0, 1.0)
+    step_fractions: tuple[float, float] = (0.0, 1.0)
     schedule: str | Callable[[float], float] = "constant"
     normalize: bool = False
     max_size: float | None = None
@@ -101,7 +108,7 @@ class GuidanceOptions:
     gradient_at: str = "x_t"
 
     def __post_init__(self):
-        for name in ("interval", "steps"):
+        for name in ("interval", "step_fractions"):
             window = getattr(self, name)
             if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1]):
                 raise ValueError(f"{name}={window} must be two numbers from 0, the smaller first.")
@@ -145,16 +152,20 @@ class GuidanceOptions:
         for step, sigma in enumerate(sigmas):
             fraction = step / len(sigmas)
             acts = self.interval is None or self.interval[0] < sigma <= self.interval[1]
-            acts = acts and self.steps[0] <= fraction < self.steps[1]
+            acts = acts and self.step_fractions[0] <= fraction < self.step_fractions[1]
             factors.append(float(schedule(fraction)) if acts else 0.0)
         return factors
 
+    def gradient_steps(self, factors: list[float]) -> dict[int, int]:
+        """
+        The steps at which a gradient is asked for, and for how many steps each counts.
 
-SCALE_SCHEDULES = {
-    "constant": lambda fraction: 1.0,
-    "linear": lambda fraction: 1.0 - fraction,
-    "cosine": lambda fraction: 0.5 + 0.5 * math.cos(math.pi * fraction),
-}
+        Args:
+            factors: Of each step; 0 where guidance does not act.
+        """
+        guided = [step for step, factor in enumerate(factors) if factor]
+        groups = [guided[first : first + self.every] for first in range(0, len(guided), self.every)]
+        return {group[0]: len(group) if self.skipped == "sum" else 1 for group in groups}
 
 
 def normalized(gradient: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
 
-from .hub_files import CODE_PATTERNS, SAVED_CLASSES, add_code, add_file, write_json
+from .hub_files import CODE_PATTERNS, SAVED_CLASSES, add_code, add_file
+from .whole_files import write_json
 
 
 PACKAGE = __package__
@@ -52,7 +53,7 @@ def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
     stem, name = add_file(type(model), Path(folder), single_file)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json({**config, "auto_map": {"AutoModel": f"{stem}.{name}"}}, path)
+    write_json(path, {**config, "auto_map": {"AutoModel": f"{stem}.{name}"}}, sort_keys=True)
 
 
 def as_installed(config: dict, pipeline_class: type) -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from .whole_files import write_json
 
 
 # Classes of this package that a pipeline may hold, and what their files are called.
@@ -39,14 +40,7 @@ def add_code(pipeline, folder: Path, source: Callable[[type], str]) -> None:
     for name, component in pipeline.components.items():
         if type(component).__name__ in SAVED_CLASSES:
             index[name] = add_file(type(component), folder / name, source)
-    write_json(index, folder / "model_index.json")
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Puts a file in the place of another, as diffusers writes them."""
-    partial = path.with_name("partial-" + path.name)
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / "model_index.json", index, sort_keys=True)
 
 
 def add_file(cls: type, folder: Path, source: Callable[[type], str]) -> list[str]:

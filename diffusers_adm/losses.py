@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from .diffusion import (
     NoiseSchedule,
     discretized_log_likelihood,
-    fixed_log_variance,
     gaussian_kl,
     learned_log_variance,
     mean_bits,
     posterior_mean,
+    read_prediction,
     read_table,
     split_learned_variance,
     x_0_from_prediction,
@@ -103,13 +103,8 @@ def vlb_loss(
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
-    prediction, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
-    predicted_x_0 = x_0_from_prediction(schedule, x_t, index, prediction, prediction_type)
-    if fraction is None:
-        log_variance = read_table(fixed_log_variance(schedule, variance_type), index, x_t)
-    else:
-        log_variance = learned_log_variance(schedule, index, fraction)
-    return vlb_bits(schedule, x_0, x_t, index, predicted_x_0, log_variance) * len(schedule)
+    found = read_prediction(schedule, x_t, index, model_output, prediction_type, variance_type)
+    return vlb_bits(schedule, x_0, x_t, index, found.x_0, found.log_variance) * len(schedule)
 
 
 def vlb_bits(

@@ -86,28 +86,6 @@ class Solver:
             x_0 = x_0.clamp(-self.clip_range, self.clip_range)
         return x_0, fraction
 
-    def step(
-        self,
-        x_0: torch.Tensor,
-        fraction: torch.Tensor | None,
-        index: int,
-        x_t: torch.Tensor,
-        gradient: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
-        """
-        Draws x_{t-1}.
-
-        Args:
-            x_0: Predicted clean images: clipped before guidance, and never after.
-            fraction: The learned variance, or `None`.
-            index: Of the step in the schedule.
-            x_t: Noised images.
-            gradient: Of log p(y | x_t) times the guidance scale, same shape; `None` without guidance.
-            generator: Of the noise, one for all images or one an image.
-        """
-        raise NotImplementedError
-
 
 class DDPMSolver(Solver):
     """
@@ -149,7 +127,17 @@ class DDPMSolver(Solver):
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1}; arguments as in `Solver.step`."""
+        """
+        Draws x_{t-1}.
+
+        Args:
+            x_0: Predicted clean images: clipped before guidance, and never after.
+            fraction: The learned variance, or `None`.
+            index: Of the step in the schedule.
+            x_t: Noised images.
+            gradient: Of log p(y | x_t) times the guidance scale, same shape; `None` without guidance.
+            generator: Of the noise, one for all images or one an image.
+        """
         model_output = torch.cat([x_0, fraction], dim=1) if self.learns_variance else x_0
         x_prev = self.scheduler.step(model_output, index, x_t, generator=generator).prev_sample
         if gradient is None:
@@ -192,41 +180,28 @@ class EpsilonSolver(Solver):
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1}; arguments as in `Solver.step`."""
+        """Draws x_{t-1}; arguments as in `DDPMSolver.step`."""
         if gradient is not None:
             # From x_0, which may have been clipped, and not from what the network said.
             epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
             epsilon = shift_epsilon(epsilon, read_table(self.schedule.noise_scale, index, x_t), gradient)
             x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)
-        return self.advance(x_0, index, x_t, generator)
-
-    def advance(
-        self,
-        x_0: torch.Tensor,
-        index: int,
-        x_t: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """x_{t-1}, towards the guided x_0."""
         step_kwargs = {**self.step_kwargs, "generator": generator} if self.takes_generator else self.step_kwargs
+        return self.advance(x_0, index, x_t, **step_kwargs)
+
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
+        """x_{t-1}, towards the guided x_0."""
         return self.scheduler.step(x_0, self.timesteps[index], x_t, **step_kwargs).prev_sample
 
 
 class VarianceExplodingSolver(EpsilonSolver):
     """One run of a scheduler that adds noise to images instead of fading them: x = x_0 + sigma * epsilon."""
 
-    def advance(
-        self,
-        x_0: torch.Tensor,
-        index: int,
-        x_t: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """x_{t-1}, towards the guided x_0."""
         place = len(self.timesteps) - 1 - index
         before, after = ((1 + sigma**2) ** 0.5 for sigma in self.scheduler.sigmas[place : place + 2].tolist())
         epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
-        step_kwargs = {"generator": generator} if self.takes_generator else {}
         return self.scheduler.step(epsilon, self.timesteps[index], x_t * before, **step_kwargs).prev_sample / after
 
 
@@ -356,6 +331,29 @@ def build_solver(
     if isinstance(scheduler, DDIMScheduler):
         return ddim_solver(scheduler, schedule, eta)
     return DDPMSolver(scheduler, schedule)
+
+
+def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[int]:
+    """
+    The steps of a run in their order: down the schedule, or as the timesteps say.
+
+    Raises:
+        ValueError: If they skip one on the way down.
+    """
+    if timesteps is None:
+        return list(reversed(range(len(schedule))))
+    index_of = {timestep: index for index, timestep in enumerate(schedule.timesteps.tolist())}
+    visits = [index_of[timestep] for timestep in timesteps]
+    for before, after in zip(visits, visits[1:]):
+        if after < before - 1:
+            skipped = schedule.timesteps[before - 1].item()
+            raise ValueError(
+                f"timesteps: from {schedule.timesteps[before]} down to {schedule.timesteps[after]} skips {skipped}, which is"
+                " visited elsewhere. On the way down each step leads to the next lower of all that are visited."
+            )
+    if not visits or visits[-1] != 0:
+        raise ValueError(f"timesteps={timesteps} must end with the least noisy of them.")
+    return visits
 
 
 def takes_respacing(scheduler: SchedulerMixin) -> bool:

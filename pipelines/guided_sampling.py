@@ -5,7 +5,6 @@ import difflib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Self
@@ -17,16 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
-from diffusers_adm.diffusion import (
-    NoiseSchedule,
-    epsilon_from_x_0,
-    fixed_log_variance,
-    learned_log_variance,
-    read_table,
-    renoise,
-    split_learned_variance,
-    x_0_from_prediction,
-)
+from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, read_prediction, renoise, x_0_from_epsilon
 from diffusers_adm.guidance import (
     ClassifierGuidance,
     GuidanceFunction,
@@ -40,30 +30,12 @@ from diffusers_adm.guidance import (
 )
 from diffusers_adm.hub import as_installed, download, push, write_code
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, takes_respacing
+from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, takes_respacing, visited_steps
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 ClassLabels = int | str | list | torch.Tensor | np.ndarray
-
-
-@dataclass
-class Prediction:
-    """
-    What a UNet says of noised images, `(batch, channels, height, width)` each, float32.
-
-    Args:
-        epsilon: The noise in them.
-        log_variance: Of the step of all timesteps that leads down from them; one that broadcasts where it is fixed.
-        x_0: The clean images.
-        x_0_clipped: The same in the range of images.
-    """
-
-    epsilon: torch.Tensor
-    log_variance: torch.Tensor
-    x_0: torch.Tensor
-    x_0_clipped: torch.Tensor
 
 
 class GuidedSamplingMixin:
@@ -280,8 +252,8 @@ class GuidedSamplingMixin:
         if options.entropy_scaling and guidance_fn is not None:
             raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
         weights = numbers_of_images(cfg_weight, batch_size, "cfg_weight")
-        told = unet_takes_labels and (labels is not None or low_res is None)  # labels that are not given are drawn
-        if any(weights) and guiding_unet is None and (null_class is None or not told):
+        labels_come = labels is not None or low_res is None  # an upsampler's are not drawn
+        if any(weights) and guiding_unet is None and (null_class is None or not (unet_takes_labels and labels_come)):
             raise ValueError(
                 f"cfg_weight={cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class, or a"
                 " guiding_unet."
@@ -338,9 +310,9 @@ class GuidedSamplingMixin:
             guidance = guidance_fn
         through_unet = getattr(guidance, "through_unet", False)
         factors = options.factors(solver.schedule.x_0_from_epsilon[visits].tolist())
-        turns = guidance_turns(factors, options)
+        gradient_steps = options.gradient_steps(factors)
         weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
-        scales_seen, rows, held = None, [], None
+        scales_seen, rows, last_gradient = None, [], None
         with self.progress_bar(total=len(visits)) as progress_bar:
             for step, index in enumerate(visits):
                 if self.interrupt:
@@ -360,7 +332,7 @@ class GuidedSamplingMixin:
                     rows = [row for row, scale in enumerate(scales) if scale]
                     scale = latents.new_tensor(scales)[:, None, None, None]
                 guided = bool(rows) and factors[step] != 0
-                asks = guided and (step in turns or held is None)
+                asks = guided and (step in gradient_steps or last_gradient is None)
 
                 timestep = timesteps[index].expand(batch_size)  # (batch,)
                 with differentiable() if asks and through_unet else contextlib.nullcontext():
@@ -373,21 +345,21 @@ class GuidedSamplingMixin:
                 gradient = None
                 if asks:
                     if options.gradient_at == "mean":
-                        x_t, at = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
-                    else:
-                        at = timestep
+                        x_t, timestep = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
                     # The classifier is asked of those images alone that are guided; another function may need all.
                     if guidance_fn is not None or len(rows) == batch_size:
-                        held = guidance_gradient(guidance, x_t, at, x_0, labels)
+                        last_gradient = guidance_gradient(guidance, x_t, timestep, x_0, labels)
                     else:
                         some = torch.tensor(rows, device=device)
-                        held = torch.zeros_like(latents)
-                        held[some] = guidance_gradient(guidance, x_t[some], at[some], x_0[some], labels[some])
+                        last_gradient = torch.zeros_like(latents)
+                        last_gradient[some] = guidance_gradient(
+                            guidance, x_t[some], timestep[some], x_0[some], labels[some]
+                        )
                     if options.normalize:
-                        held = normalized(held)
+                        last_gradient = normalized(last_gradient)
                     x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
                 if guided and (asks or options.skipped == "reuse"):
-                    gradient = held * scale * (factors[step] * turns.get(step, 1))
+                    gradient = last_gradient * scale * (factors[step] * gradient_steps.get(step, 1))
                     if options.max_size is not None:
                         gradient = shortened(gradient, options.max_size)
 
@@ -468,24 +440,10 @@ class GuidedSamplingMixin:
             labels = self.class_ids(class_labels)
             self._check_labels(labels, True, [0.0] * len(labels))
             labels = torch.tensor(labels, device=sample.device)
-        model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample.float()
-        prediction, fraction = split_learned_variance(model_output, sample.shape[1])
-        prediction_type = self.scheduler.config.prediction_type
-        x_0 = x_0_from_prediction(schedule, sample, timestep, prediction, prediction_type)
-        if fraction is None:
-            variance_type = self.scheduler.config.get("variance_type") or "fixed_large"
-            log_variance = read_table(fixed_log_variance(schedule, variance_type), timestep, sample)
-        else:
-            log_variance = learned_log_variance(schedule, timestep, fraction)
-        clip_range = self.scheduler.config.get("clip_sample_range", 1.0)
-        return Prediction(
-            epsilon=prediction
-            if prediction_type == "epsilon"
-            else epsilon_from_x_0(schedule, sample, timestep, prediction),
-            log_variance=log_variance,
-            x_0=x_0,
-            x_0_clipped=x_0.clamp(-clip_range, clip_range),
-        )
+        model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
+        config = self.scheduler.config
+        variance_type = config.get("variance_type") or "fixed_large"
+        return read_prediction(schedule, sample, timestep, model_output, config.prediction_type, variance_type)
 
     @torch.no_grad()
     def invert(
@@ -513,14 +471,13 @@ class GuidedSamplingMixin:
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         schedule = build_solver(scheduler, num_inference_steps, None, 0.0, images.device).schedule
-        alpha_bars = [1.0, *schedule.alpha_bar.tolist()]
         x = images.float()
-        for index, timestep in enumerate(schedule.timesteps.tolist()):
-            # The noise at x_t stands for that on the way to the next step; at clean images it is the first step's.
-            at = timestep if index == 0 else schedule.timesteps[index - 1].item()
-            epsilon = self.predict(x, at, class_labels, low_res).epsilon
-            x_0 = (x - (1 - alpha_bars[index]) ** 0.5 * epsilon) / alpha_bars[index] ** 0.5
-            x = alpha_bars[index + 1] ** 0.5 * x_0 + (1 - alpha_bars[index + 1]) ** 0.5 * epsilon
+        for index in range(len(schedule)):
+            # The noise at one step stands for that on the way to the next; that of the first for clean images.
+            before = max(index - 1, 0)
+            epsilon = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).epsilon
+            x_0 = x if index == 0 else x_0_from_epsilon(schedule, x, before, epsilon)
+            x = add_noise(schedule, x_0, index, epsilon)
         return x
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
@@ -626,29 +583,6 @@ class GuidedSamplingMixin:
         return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
 
 
-def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[int]:
-    """
-    The steps of a run in their order: down the schedule, or as the timesteps say.
-
-    Raises:
-        ValueError: If they skip one on the way down.
-    """
-    if timesteps is None:
-        return list(reversed(range(len(schedule))))
-    index_of = {timestep: index for index, timestep in enumerate(schedule.timesteps.tolist())}
-    visits = [index_of[timestep] for timestep in timesteps]
-    for before, after in zip(visits, visits[1:]):
-        if after < before - 1:
-            skipped = schedule.timesteps[before - 1].item()
-            raise ValueError(
-                f"timesteps: from {schedule.timesteps[before]} down to {schedule.timesteps[after]} skips {skipped}, which is"
-                " visited elsewhere. On the way down each step leads to the next lower of all that are visited."
-            )
-    if not visits or visits[-1] != 0:
-        raise ValueError(f"timesteps={timesteps} must end with the least noisy of them.")
-    return visits
-
-
 def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:
     """
     One number for each image of what may be one for all.
@@ -666,13 +600,6 @@ def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{name}={given} is not finite.")
     return values
-
-
-def guidance_turns(factors: list[float], options: GuidanceOptions) -> dict[int, int]:
-    """The steps at which a gradient is asked for, and for how many steps each counts."""
-    guided = [step for step, factor in enumerate(factors) if factor]
-    groups = [guided[first : first + options.every] for first in range(0, len(guided), options.every)]
-    return {group[0]: len(group) if options.skipped == "sum" else 1 for group in groups}
 
 
 def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel) -> None:

@@ -4,18 +4,12 @@
 `pooled` are the 64 numbers before its last layer, `spatial` the first seven channels after its second stage (8x8 pixels).
 """
 
-import sys
-from pathlib import Path
-
 import torch
+from digit_classifier import load_digit_classifier
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from diffusers_adm.evaluation.features import spatial_features
-
-
-sys.path.append(str(Path(__file__).parent))
-from digit_classifier import load_digit_classifier  # noqa: E402
 
 
 NAME = "mnist-digits"

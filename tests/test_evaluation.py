@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from digit_features import NAME as DIGITS
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from torch_fidelity import FeatureExtractorInceptionV3
 
-from diffusers_adm.cli import main
 from diffusers_adm.evaluation import (
     FeatureExtractor,
     GaussianStatistics,
@@ -36,10 +36,6 @@ PUBLISHED = {
     "reference": os.environ.get("VIRTUAL_IMAGENET256_LABELED"),
     "samples": os.environ.get("ADMNET_GUIDED_UPSAMPLED_IMAGENET256"),
 }
-
-
-def run(*words: str | Path) -> int:
-    return main([str(word) for word in words])
 
 
 def digits_npz(path: Path, images: np.ndarray, **arrays) -> Path:

@@ -164,8 +164,10 @@ def test_guidance_acts_within_its_interval_and_costs_nothing_outside():
     options = GuidanceOptions(interval=(low, high))
     found = draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options=options)
     assert rows == [2] * 4 and seen == [700, 600, 500, 400]
-    by_steps = {"steps": (0.2, 0.6)}
-    assert torch.equal(draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options=by_steps), found)
+    by_fractions = {"step_fractions": (0.2, 0.6)}
+    assert torch.equal(
+        draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options=by_fractions), found
+    )
     assert (draw(pipeline, num_inference_steps=10, guidance_scale=20.0) - found).abs().max() > 1e-3
     outside = draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options={"interval": (1e3, 1e4)})
     assert torch.equal(outside, draw(pipeline, num_inference_steps=10))

@@ -7,20 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from diffusers import DDIMScheduler, DDPMScheduler
 from golden_cases import draw_weights, load_case, published_flags
 from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.cli import main
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.evaluation.likelihood import variational_bound
 from diffusers_adm.evaluation.shards import image_generator
-
-
-def run(*words: str | Path) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture

@@ -12,21 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from diffusers import HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
 from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUpsamplePipeline
-from diffusers_adm.cli import main
 from diffusers_adm.evaluation import draw_samples
 from diffusers_adm.evaluation.bench_sampling import evaluations
 from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value
 from diffusers_adm.evaluation.shards import image_generator
-
-
-def run(*words: str | Path) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,10 @@ def run(scheduler_class: type, steps: int, x: torch.Tensor, component: int | Non
         x_0, fraction = solver.predict(model_output, index, x)
         gradient = None
         if component is not None:
-            posterior = lambda x_t, *_: MIXTURE.log_posterior(x_t, alpha_bar, component)  # noqa: E731
+
+            def posterior(x_t, *_, alpha_bar=alpha_bar):
+                return MIXTURE.log_posterior(x_t, alpha_bar, component)
+
             gradient = guidance_gradient(posterior, x, torch.zeros(len(x)), x_0, None)
         x = solver.step(x_0, fraction, index, x, gradient, generator)
     return x, alpha_bars[-1], alpha_bars[end]

@@ -33,6 +33,7 @@ from diffusers_adm.training.checkpoints import (
 from diffusers_adm.training.data import LabelledImages, StreamedImages
 from diffusers_adm.training.metrics import Means, read_metrics
 from diffusers_adm.training.stopping import StopRequest, leave_signals_to_the_trainer
+from diffusers_adm.whole_files import written_whole
 
 
 logger = get_logger(__name__)
@@ -562,6 +563,5 @@ class Trainer:
         path = self.args.output_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
             entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
-            partial = path.with_name("partial-" + path.name)
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-            os.replace(partial, path)
+            with written_whole(path) as partial:
+                partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -1,7 +1,6 @@
 """Arrays in `.npz` files, read and written block by block: neither needs the memory of a whole array."""
 
 import contextlib
-import json
 import lzma
 import os
 import zipfile
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from diffusers_adm.whole_files import written_whole
 
 
 @dataclass
@@ -144,22 +145,3 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
                     member.write(np.ascontiguousarray(block).tobytes())
                 if written != int(np.prod(rows.shape)):
                     raise ValueError(f"{name}: {written} numbers came for the shape {rows.shape}.")
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes its place once all of it is on the disk."""
-    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

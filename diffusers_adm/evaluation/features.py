@@ -1,8 +1,9 @@
 """Features of images: torch-fidelity's extractors, any that a user registers there, and the spatial features of sFID."""
 
 import contextlib
-import importlib.util
 import os
+import runpy
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -120,16 +121,19 @@ def spatial_features(maps: torch.Tensor) -> torch.Tensor:
 
 def register_from(path: str | Path) -> None:
     """
-    Runs a Python file that registers feature extractors.
+    Runs a Python file that registers feature extractors; as of a script, its imports are looked for beside it too.
 
     Raises:
         ValueError: If there is no such file.
     """
     path = Path(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or not path.is_file():
+    if not path.is_file():
         raise ValueError(f"There is no Python file {path}.")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        runpy.run_path(str(path))
+    finally:
+        sys.path.pop(0)
 
 
 @contextlib.contextmanager

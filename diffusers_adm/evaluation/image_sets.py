@@ -21,41 +21,17 @@ def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(resolution=None, in_channels=None, streaming=False, train_data_dir=None)
 
 
-class ImageSet:
+class NpzImages:
     """
-    8-bit images of one size, in an order.
+    The images of an `.npz` file: `arr_0` `(images, height, width, channels)` uint8 and, if it is there, `arr_1`, the labels.
 
     Attributes:
-        name: Where they come from.
+        name: Where the images come from.
         num_images: How many there are.
-        shape: `(height, width, channels)`.
+        shape: `(height, width, channels)` of each.
         labels: Class of each, `(num_images,)`, or `None`; where they were asked for.
         fingerprint: What tells the images from others of the same name.
         mixed: Whether their order says nothing of their classes.
-    """
-
-    name: str
-    num_images: int
-    shape: tuple[int, int, int]
-    labels: np.ndarray | None
-    fingerprint: str
-    mixed: bool
-
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All images in order, `(batch, height, width, channels)` uint8."""
-        raise NotImplementedError
-
-    def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-        """Some of the images, by their ascending numbers; of each batch of all of them those that are wanted, if there are any."""
-        for first, batch in zip(range(0, self.num_images, batch_size), self.batches(batch_size)):
-            wanted = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + len(batch))]
-            if len(wanted):
-                yield batch[wanted - first]
-
-
-class NpzImages(ImageSet):
-    """
-    The images of an `.npz` file: `arr_0` `(images, height, width, channels)` uint8 and, if it is there, `arr_1`, the labels.
 
     Args:
         path: Of the file.
@@ -87,12 +63,20 @@ class NpzImages(ImageSet):
             )
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """All images in order, `(batch, height, width, channels)` uint8."""
         return self.file.blocks("arr_0", batch_size)
 
+    def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        """Some of the images, by their ascending numbers; of each batch of all of them those that are wanted, if there are any."""
+        for first, batch in zip(range(0, self.num_images, batch_size), self.batches(batch_size)):
+            wanted = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + len(batch))]
+            if len(wanted):
+                yield batch[wanted - first]
 
-class DatasetImages(ImageSet):
+
+class DatasetImages:
     """
-    The images of one split of a dataset, or of a folder.
+    The images of one split of a dataset, or of a folder. Attributes are those of [`NpzImages`].
 
     Args:
         args: Parsed `add_image_set_arguments`, with `dataset_name`. Without `resolution` images keep their size; without
@@ -166,6 +150,9 @@ class DatasetImages(ImageSet):
 
     def _file_name(self, number: int) -> str:
         return file_name(self.rows[number][self.image_column], number)
+
+
+ImageSet = NpzImages | DatasetImages
 
 
 def open_images(source: str | Path, args: argparse.Namespace, labelled: bool = False) -> ImageSet:

@@ -17,20 +17,17 @@ from diffusers_adm.diffusion import (
     NoiseSchedule,
     add_noise,
     epsilon_from_x_0,
-    fixed_log_variance,
     gaussian_kl,
-    learned_log_variance,
     mean_bits,
+    read_prediction,
     read_table,
-    split_learned_variance,
-    x_0_from_prediction,
 )
-from diffusers_adm.evaluation.arrays import write_json, written_whole
 from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, open_images
 from diffusers_adm.evaluation.plots import save_lines
-from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
+from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline, model_settings
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes
 from diffusers_adm.losses import vlb_bits
+from diffusers_adm.whole_files import write_json, written_whole
 
 
 @dataclass
@@ -78,23 +75,16 @@ def variational_bound(
         variance_type: Of a network that learns none: `"fixed_large"` or `"fixed_small"`.
         clip_denoised: Whether the predicted x_0 is clipped to [-1, 1], as published.
     """
-    fixed = None if unet.learns_variance else fixed_log_variance(schedule, variance_type)
     terms, x_0_mse, epsilon_mse = [], [], []
     for step in reversed(range(len(schedule))):
         index = torch.full((len(x_0),), step, device=x_0.device)  # (batch,)
         noise = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         x_t = add_noise(schedule, x_0, index, noise)
         timestep = schedule.timesteps.to(x_0.device)[index]
-        model_output = unet(x_t.to(unet.dtype), timestep, class_labels).sample.float()
-        prediction, fraction = split_learned_variance(model_output, x_0.shape[1])
-        predicted = x_0_from_prediction(schedule, x_t, index, prediction, prediction_type)
-        if clip_denoised:
-            predicted = predicted.clamp(-1, 1)
-        if fraction is None:
-            log_variance = read_table(fixed, index, x_t)
-        else:
-            log_variance = learned_log_variance(schedule, index, fraction)
-        terms.append(vlb_bits(schedule, x_0, x_t, index, predicted, log_variance))
+        model_output = unet(x_t.to(unet.dtype), timestep, class_labels).sample
+        found = read_prediction(schedule, x_t, index, model_output, prediction_type, variance_type)
+        predicted = found.x_0_clipped if clip_denoised else found.x_0
+        terms.append(vlb_bits(schedule, x_0, x_t, index, predicted, found.log_variance))
         x_0_mse.append((predicted - x_0).square().flatten(1).mean(dim=1))
         implied = epsilon_from_x_0(schedule, x_t, index, predicted)
         epsilon_mse.append((implied - noise).square().flatten(1).mean(dim=1))
@@ -149,10 +139,7 @@ def measure_likelihood(args: argparse.Namespace) -> None:
     labels = labels_of(unet, images, args.unconditional)
     schedule = NoiseSchedule.from_config(scheduler.config, args.timestep_respacing)
     settings = {
-        "model": Path(args.model or "adm-mnist-32").name,
-        "weights": weights_digest({"unet": unet}),
-        "dtype": args.dtype,
-        "scheduler_config": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
+        **model_settings(pipeline, args.model),
         "images": {
             "name": images.name,
             "fingerprint": images.fingerprint,

@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from tqdm.auto import tqdm
 
-from diffusers_adm.evaluation.arrays import NpzFile, write_json, written_whole
+from diffusers_adm.evaluation.arrays import NpzFile
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
 from diffusers_adm.evaluation.image_sets import ImageSet, NpzImages, add_image_set_arguments, open_images
 from diffusers_adm.evaluation.statistics import (
@@ -23,6 +23,7 @@ from diffusers_adm.evaluation.statistics import (
     frechet_distance,
     precision_and_recall,
 )
+from diffusers_adm.whole_files import write_json, written_whole
 
 
 # What each figure is called of Inception's features, and of any others: a distance of those is no FID.
@@ -34,6 +35,7 @@ METRICS = {
     "recall": ("recall", "recall"),
     "kernel_distance": ("KID", "KD"),
     "kernel_distance_std": ("KID std", "KD std"),
+    "accuracy": ("accuracy", "accuracy"),
 }
 IMAGES_OF_A_SCORE = 5000
 IMAGES_OF_A_SUBSET = 1000
@@ -217,10 +219,7 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
     Raises:
         ValueError: If images differ in size or channels, or are too few.
     """
-    if reference.shape is not None and reference.shape != samples.shape:
-        raise ValueError(
-            f"The reference's images are {_described(reference.shape)}, and the samples {_described(samples.shape)}."
-        )
+    check_shape(reference, samples.shape)
     notes = []
     metrics = {"frechet_distance": frechet_distance(reference.gaussian, samples.gaussian)}
     counts = [count for count in (samples.num_images, reference.num_images) if count is not None]
@@ -341,10 +340,7 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     extractor = extractor_from(args)
     reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
-    if reference.shape is not None and reference.shape != samples.shape:
-        raise ValueError(
-            f"The reference's images are {_described(reference.shape)}, and the samples {_described(samples.shape)}."
-        )
+    check_shape(reference, samples.shape)
     found = compare(reference, summarise(samples, extractor, args.feature_batch_size), extractor.name)
     print(found.table())
     if args.output is not None:
@@ -369,6 +365,14 @@ def _metadata(file: NpzFile) -> dict:
         found = json.loads(str(file.read("metadata"))) if "metadata" in file else {}
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def check_shape(reference: Summary, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless samples of a shape, `(height, width, channels)`, can be compared with a reference."""
+    if reference.shape is not None and reference.shape != shape:
+        raise ValueError(
+            f"The reference's images are {_described(reference.shape)}, and the samples {_described(shape)}."
+        )
 
 
 def _described(shape: tuple[int, ...]) -> str:

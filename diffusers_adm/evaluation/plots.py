@@ -2,36 +2,50 @@
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from diffusers_adm.evaluation.arrays import written_whole
+from diffusers_adm.whole_files import written_whole
 
 
 Line = tuple[list[float], list[float]]
 
 
+MARKERS = "osD^vPX*<>p"  # of another number than colours, so that both repeat together late
+FEW_POINTS = 30
+
+
 def save_lines(path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_scale: bool = False) -> None:
     """
-    Draws panels side by side, in rows of three.
+    Draws panels side by side, in rows of three, with one legend below all.
 
     Args:
         path: Of the picture, PNG.
-        panels: Of each: what is on its vertical axis, what on its horizontal one, and its lines by their names.
+        panels: Of each: what is on its vertical axis, what on its horizontal one, and its lines by their names, the same in
+            all panels.
         log_scale: Of the vertical axes.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    names = list(panels[0][2])
+    legend_columns = 3 if columns > 1 else 2
+    legend_height = 0.22 * -(-len(names) // legend_columns) if any(names) else 0
+    width, height = (4.2 * columns, 3.4 * rows) if columns > 1 else (7.0, 4.5)
+    figure = Figure(figsize=(width, height + legend_height), layout="constrained")
+    colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
     for position, (vertical, horizontal, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, position + 1)
-        for name, (x, y) in lines.items():
-            axes.plot(x, y, marker="o" if len(x) <= 30 else None, markersize=4, label=name)
+        for number, name in enumerate(names):
+            x, y = lines[name]
+            marker = MARKERS[number % len(MARKERS)] if len(x) <= FEW_POINTS else None
+            axes.plot(x, y, marker=marker, markersize=5, color=colours(number % colours.N), label=name)
         axes.set_xlabel(horizontal)
         axes.set_ylabel(vertical)
         axes.grid(alpha=0.3)
         if log_scale:
             axes.set_yscale("log")
-        if any(lines):
-            axes.legend(fontsize="small")
+    if any(names):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, fontsize="small")
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

@@ -9,6 +9,7 @@ import numpy as np
 from diffusers_adm.evaluation.arrays import Rows, write_npz
 from diffusers_adm.evaluation.image_sets import add_image_set_arguments, open_images
 from diffusers_adm.evaluation.metrics import add_extractor_arguments, extractor_from, summarise
+from diffusers_adm.evaluation.statistics import NEIGHBOUR
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,8 @@ def make_reference(args: argparse.Namespace) -> None:
             "--resolution and --in_channels are for datasets: the images of an .npz file are taken as they are."
         )
     images = open_images(args.dataset, args)
-    if not 4 <= args.num_neighbours:
-        raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need at least 4.")
+    if args.num_neighbours <= NEIGHBOUR:
+        raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need more than {NEIGHBOUR}.")
     extractor = extractor_from(args)
     summary = summarise(images, extractor, args.feature_batch_size)
     count = min(args.num_neighbours, images.num_images)

@@ -17,26 +17,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
-from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz, written_whole
+from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
 from diffusers_adm.grids import grid_of
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
+from diffusers_adm.whole_files import written_whole
 
 
 SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): scheduler for scheduler in SUPPORTED_SCHEDULERS}
 FORMATS = ("npz", "png")
-# What a run decides for each image by itself.
-GIVEN_BY_THE_RUN = {"self", "image", "class_labels", "batch_size", "height", "width", "generator", "latents"}
-GIVEN_BY_THE_RUN |= {
-    "guiding_unet",
-    "guidance_fn",
-    "x_0_fn",
-    "callback_on_step_start",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
+# Arguments of a call that are not the same for all images of a run, or that no word can say.
+GIVEN_BY_THE_RUN = {
+    *("self", "image", "class_labels", "batch_size", "height", "width", "generator", "latents"),
+    *("output_type", "return_dict", "guiding_unet", "guidance_fn", "x_0_fn"),
+    *("callback_on_step_start", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 }
 IMAGES_OF_A_GRID = 100
 
@@ -279,13 +274,7 @@ def draw_samples(
             labels = str(low_res)
     of_image = Labels(labels, pipeline, call, seed, num_images)
     settings = {
-        "model": Path(model_name or default_model()).name,
-        "weights": weights_digest(pipeline.components),
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": {
-            name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")
-        },
+        **model_settings(pipeline, model_name),
         "call": {**run_defaults(pipeline, call), **call},
         "seed": seed,
         "labels": of_image.policy,
@@ -320,6 +309,18 @@ def draw_samples(
         merge(shards, path)
     state.wait_for_everyone()
     return path
+
+
+def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
+    """What a run of a pipeline depends on; its name, of `--model`, is for the record."""
+    config = pipeline.scheduler.config
+    return {
+        "model": Path(name or default_model()).name,
+        "weights": weights_digest(pipeline.components),
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": {key: value for key, value in config.items() if not key.startswith("_")},
+    }
 
 
 def run_defaults(pipeline: SamplingPipeline, call: dict) -> dict:

@@ -138,13 +138,10 @@ def precision_and_recall(
     # Float32 distances lose digits to what all rows share.
     exact = [features if features.dtype == torch.float64 else features.float() for features in (reference, samples)]
     centre = exact[0].mean(dim=0)
-    sets = [PointSet(features, (features - centre).float()) for features in exact]
-    if not all(points.norms.isfinite().all() for points in sets):
-        raise ValueError("The features are too large for distances between them.")
     # One space for all blocks: to be given new memory takes longer than to look for neighbours in it.
-    space = sets[0].centred.new_empty(min(block_size, max(len(reference), len(samples))) ** 2)
-    for points in sets:
-        points.squared_radii = _squared_radii(points, neighbour, block_size, space)
+    largest = min(block_size, max(len(reference), len(samples)))
+    space = torch.empty(largest**2, device=centre.device)
+    sets = [Manifold(features, centre, neighbour, block_size, space) for features in exact]
 
     # By how much each image is outside of the ball that it is deepest in, as a share of what rounding errors grow with:
     # negative is inside. An outlier's errors are large, and must not make those of others doubtful.
@@ -166,28 +163,35 @@ def precision_and_recall(
     return precision, recall
 
 
-@dataclass
-class PointSet:
+class Manifold:
     """
+    Images as points, with a ball round each that reaches to its n-th nearest other.
+
     Args:
         features: `(images, features)`.
-        centred: The same about a common point, float32.
+        centre: What they are taken about, `(features,)`.
+        neighbour: n.
+        block_size: Rows of a block.
+        space: For the distances of a block.
+
+    Raises:
+        ValueError: If the distances are too large for numbers.
     """
 
-    features: torch.Tensor
-    centred: torch.Tensor
-
-    def __post_init__(self):
+    def __init__(
+        self, features: torch.Tensor, centre: torch.Tensor, neighbour: int, block_size: int, space: torch.Tensor
+    ):
+        self.features = features
+        self.centred = (features - centre).float()
         self.norms = self.centred.square().sum(dim=1)  # (images,)
-        self.squared_radii = torch.zeros_like(self.norms)  # to be found
+        if not self.norms.isfinite().all():
+            raise ValueError("The features are too large for distances between them.")
+        self.squared_radii = _squared_radii(self, neighbour, block_size, space)  # (images,), rounded
+        # What the rounding errors of distances to the edges of the balls grow with.
+        self.scale = self.norms + self.squared_radii
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """What the rounding errors of distances to the edges of the balls grow with, `(images,)`."""
-        return self.norms + self.squared_radii
 
-
-def _squared_radii(points: PointSet, neighbour: int, block_size: int, space: torch.Tensor) -> torch.Tensor:
+def _squared_radii(points: Manifold, neighbour: int, block_size: int, space: torch.Tensor) -> torch.Tensor:
     """Squared distance of each image to its n-th nearest other, `(images,)`, rounded."""
     radii = []
     for row in _blocks(len(points.centred), block_size):
@@ -202,7 +206,7 @@ def _squared_radii(points: PointSet, neighbour: int, block_size: int, space: tor
 
 
 def _share_inside(
-    depth: torch.Tensor, points: PointSet, centres: PointSet, growth: torch.Tensor, neighbour: int
+    depth: torch.Tensor, points: Manifold, centres: Manifold, growth: torch.Tensor, neighbour: int
 ) -> float:
     """Share of points in some ball: by their rounded depths, and where those may be wrong by exact distances."""
     tolerance = ROUNDING * growth  # (images,)
@@ -225,9 +229,9 @@ def _share_inside(
 
 
 def _near(
-    points: PointSet,
+    points: Manifold,
     index: int,
-    centres: PointSet,
+    centres: Manifold,
     squared: torch.Tensor,
     space: torch.Tensor,
     or_nearer: bool = False,
@@ -244,7 +248,7 @@ def _blocks(rows: int, size: int) -> list[slice]:
 
 
 def _squared_distances(
-    first: PointSet, row: slice, second: PointSet, column: slice, space: torch.Tensor
+    first: Manifold, row: slice, second: Manifold, column: slice, space: torch.Tensor
 ) -> torch.Tensor:
     """`(rows, columns)` in `space`, float32: rounding may make small ones negative."""
     rows, columns = first.centred[row], second.centred[column]

@@ -8,13 +8,15 @@ import itertools
 import json
 from pathlib import Path
 
-from diffusers_adm.evaluation.arrays import write_json, written_whole
+import torch
+
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments
 from diffusers_adm.evaluation.metrics import (
     METRICS,
     Summary,
     add_extractor_arguments,
+    check_shape,
     compare,
     extractor_from,
     metric_label,
@@ -32,6 +34,7 @@ from diffusers_adm.evaluation.sampling import (
     set_scheduler,
 )
 from diffusers_adm.evaluation.shards import processes, weights_digest
+from diffusers_adm.whole_files import write_json, written_whole
 
 
 PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall")
@@ -81,11 +84,7 @@ def sweep(args: argparse.Namespace) -> None:
         extractor = extractor_from(args)
         reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
         config = pipeline.unet.config
-        size = (config.sample_size, config.sample_size, config.in_channels)
-        if reference.shape is not None and reference.shape != size:
-            raise ValueError(
-                f"The reference's images are {reference.shape} (height, width, channels), the model's {size}."
-            )
+        check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:
@@ -105,7 +104,7 @@ def sweep(args: argparse.Namespace) -> None:
         )
         if state.is_main_process:
             results.append({"point": point, **measure(samples, reference, extractor, args.feature_batch_size)})
-            write_tables(folder, results, list(axes))
+            write_tables(folder, results)
         state.wait_for_everyone()
     if state.is_main_process:
         plot(folder / "trade-off.png", results, axes)
@@ -123,8 +122,19 @@ def described(point: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in point.items())
 
 
-def measure(samples: Path, reference: Summary, extractor: FeatureExtractor, batch_size: int) -> dict:
-    """The metrics of a point's samples; those beside them are taken if they are of the same reference and extractor."""
+def measure(
+    samples: Path, reference: Summary, extractor: FeatureExtractor, batch_size: int, judged: bool = False
+) -> dict:
+    """
+    The metrics of a point's samples; those beside them are taken if they are of the same reference and extractor.
+
+    Args:
+        samples: `.npz` file.
+        reference: To measure against.
+        extractor: Of features.
+        batch_size: Images at once.
+        judged: Whether to count the samples whose label is the extractor's most likely class, as `"accuracy"`.
+    """
     kept = samples.with_name(f"metrics_{samples.stem}.json")
     digest = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes())
     if reference.features is not None:
@@ -133,24 +143,29 @@ def measure(samples: Path, reference: Summary, extractor: FeatureExtractor, batc
         "feature_extractor": extractor.name,
         "weights": weights_digest({"extractor": extractor.network}),
         "reference": digest.hexdigest(),
+        "judged": judged,
     }
     if kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["key"] == key:
             return found
-    summary = summarise(NpzImages(samples), extractor, batch_size)
+    images = NpzImages(samples, labelled=judged)
+    summary = summarise(images, extractor, batch_size)
     found = {**compare(reference, summary, extractor.name).as_dict(), "key": key}
+    if judged:
+        right = summary.features.logits.argmax(dim=1).cpu() == torch.from_numpy(images.labels)
+        found["metrics"]["accuracy"] = right.double().mean().item()
     write_json(kept, found)
     return found
 
 
-def write_tables(folder: Path, results: list[dict], axes: list[str]) -> None:
-    """Writes the points so far as JSON, CSV and Markdown."""
+def write_tables(folder: Path, results: list[dict]) -> None:
+    """Writes the points so far as `results.json`, `results.csv` and `results.md`."""
     write_json(folder / "results.json", results)
     settings = results[0]["settings"]
     extractor = settings["feature_extractor"]
     metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
-    header = [*axes, *(metric_label(metric, extractor) for metric in metrics)]
+    header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
     rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
     with written_whole(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
