@@ -257,7 +257,7 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
             Image.fromarray(images[number, ..., 0]).save(path)
             manifest.write("{}\n")
     args = argparse.Namespace(
-        split="train", resolution=None, in_channels=None, crop="center", image_column=None, label_column=None,
+        split="train", resolution=None, source_resolution=None, in_channels=None, crop="center", image_column=None, label_column=None,
         label_from="column", dataset_config_name=None, dataset_revision=None, data_files=None, cache_dir=None,
         streaming=False, train_data_dir=None,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from diffusers_adm.cli import main
 from diffusers_adm.image_modes import to_mode
 from diffusers_adm.training.data import add_data_arguments, load_images, required_class_names
+from diffusers_adm.training.train_upsampler import shrink
 
 
 def arguments(*options):
@@ -135,6 +136,21 @@ def test_what_is_random_depends_on_seed_epoch_and_index_alone(folder):
     args.seed = 1
     other, _ = load_images(args)
     assert not all(torch.equal(other[i]["image"], first[i]) for i in range(8))
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "pad"])
+def test_small_images_are_those_that_an_upsampler_is_given(folder, crop):
+    options = ["--train_data_dir", str(folder), "--crop", crop]
+    large, small = arguments(*options), arguments(*options, "--source_resolution", "32")
+    large.resolution = 32
+    (large, _), (small, _) = load_images(large), load_images(small)
+    for whole, shrunk in zip(large, small):
+        expected = shrink(whole["image"][None], 16)[0]
+        assert shrunk["image"].shape == (3, 16, 16)
+        assert (shrunk["image"] - expected).abs().max() < 1.01 / 255  # half a step of 8 bits
+    for size in (8, 16, 24):
+        with pytest.raises(ValueError, match=f"--source_resolution {size} is not a multiple of --resolution 16"):
+            load_images(arguments(*options, "--source_resolution", str(size)))
 
 
 def test_all_modes_become_eight_bit_grey_or_colour(tmp_path):

@@ -46,6 +46,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         default="center",
         help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
     )
+    group.add_argument(
+        "--source_resolution",
+        type=int,
+        default=None,
+        help="Crop to this multiple of --resolution and shrink by averages, as an upsampler's small images are made.",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +317,16 @@ def load_images(
     return images, held_out
 
 
+def check_source_resolution(source_resolution: int | None, resolution: int | None) -> None:
+    """Raises a ValueError unless images of the one can be shrunk to the other."""
+    if source_resolution is not None and not (
+        resolution is not None and source_resolution > resolution and source_resolution % resolution == 0
+    ):
+        raise ValueError(
+            f"--source_resolution {source_resolution} is not a multiple of --resolution {resolution}, and larger."
+        )
+
+
 def check_workers(args: argparse.Namespace, num_files: int) -> None:
     """Raises a ValueError unless the files of a process's stream can be dealt evenly to the loader's workers."""
     if args.dataloader_num_workers and num_files % args.dataloader_num_workers:
@@ -334,9 +350,11 @@ def load_rows(
         classes: What the labels must be; those of the split itself by default.
 
     Raises:
-        ValueError: If there is no such column, or some labels are missing or of other classes.
+        ValueError: If there is no such column, some labels are missing or of other classes, or `source_resolution` is no
+            multiple of `resolution`.
         DatasetNotFoundError: If there is no such dataset.
     """
+    check_source_resolution(args.source_resolution, args.resolution)
     source = (
         {"path": "imagefolder", "data_dir": args.train_data_dir}
         if args.dataset_name is None

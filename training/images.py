@@ -69,7 +69,8 @@ class ImageReader:
         rng = random.Random(key)
         try:
             image = to_mode(image, self.args.in_channels)
-            image = fit_image(image, self.args.resolution, self.args.crop, rng if self.augment else None)
+            args = self.args
+            image = fit_image(image, args.resolution, args.crop, rng if self.augment else None, args.source_resolution)
         except ValueError as error:
             raise ValueError(f"Image {name}: {error}") from error
         if self.augment and self.args.random_flip and rng.random() < 0.5:
@@ -116,8 +117,24 @@ def decode(value: dict | None) -> Image.Image:
         raise UnreadableImage(str(error)) from error
 
 
-def fit_image(image: Image.Image, resolution: int, crop: str, rng: random.Random | None) -> Image.Image:
-    """A square image of the given resolution; without a source of randomness a random crop becomes the central one."""
+def fit_image(
+    image: Image.Image, resolution: int, crop: str, rng: random.Random | None, source_resolution: int | None = None
+) -> Image.Image:
+    """
+    A square image of the given resolution.
+
+    Args:
+        image: Of any size.
+        resolution: In pixels.
+        crop: One of `CROPS`.
+        rng: Of the place of a random crop; without it, that becomes the central one.
+        source_resolution: With it, the image is made of this resolution first; each pixel is the mean of those it covers.
+
+    Raises:
+        ValueError: If the image is larger than it is to be padded to.
+    """
+    if source_resolution is not None:
+        return fit_image(image, source_resolution, crop, rng).reduce(source_resolution // resolution)
     if crop == "pad":
         if max(image.size) > resolution:
             raise ValueError(f"--crop pad: an image of {image.size} does not fit into {resolution}x{resolution}.")

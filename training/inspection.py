@@ -60,9 +60,10 @@ def print_summary(title: str, images: LabelledImages) -> None:
         for label, name in enumerate(images.class_names):
             print(f"    {counts[label]:>8} {label:>5} {name}")
     print(f"  {len(sizes)} sizes (width x height): {_most_common(sizes, 'x')}")
-    small = sum(count for size, count in sizes.items() if min(size) < images.args.resolution)
+    resolution = images.args.source_resolution or images.args.resolution
+    small = sum(count for size, count in sizes.items() if min(size) < resolution)
     if small and images.args.crop != "pad":
-        print(f"  {small} smaller than {images.args.resolution} pixels, which would be enlarged")
+        print(f"  {small} smaller than {resolution} pixels, which would be enlarged")
     print(f"  modes: {_most_common(modes)}")
     print(f"  {len(unreadable)} unreadable")
     for message in unreadable:

@@ -137,7 +137,8 @@ class DatasetImages:
         try:
             image = to_mode(image, self.channels)
             if self.args.resolution is not None:
-                image = fit_image(image, self.args.resolution, self.args.crop, rng=None)
+                args = self.args
+                image = fit_image(image, args.resolution, args.crop, None, args.source_resolution)
         except ValueError as error:
             raise ValueError(f"Image {self._file_name(number)}: {error}") from error
         return np.asarray(image).reshape(image.height, image.width, self.channels)

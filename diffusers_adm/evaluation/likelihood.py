@@ -145,6 +145,7 @@ def measure_likelihood(args: argparse.Namespace) -> None:
             "fingerprint": images.fingerprint,
             "resolution": args.resolution,
             "crop": args.crop,
+            "source_resolution": args.source_resolution,
             "in_channels": args.in_channels,
         },
         "labels": None if labels is None else hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],

@@ -41,9 +41,11 @@ def make_reference(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix != ".npz" or output.exists() or not output.parent.is_dir():
         raise ValueError(f"{output} must be a new .npz file in a folder that exists.")
-    if Path(args.dataset).suffix == ".npz" and (args.resolution, args.in_channels) != (None, None):
+    changes = (args.resolution, args.source_resolution, args.in_channels)
+    if Path(args.dataset).suffix == ".npz" and any(change is not None for change in changes):
         raise ValueError(
-            "--resolution and --in_channels are for datasets: the images of an .npz file are taken as they are."
+            "--resolution, --source_resolution and --in_channels are for datasets: the images of an .npz file are taken as"
+            " they are."
         )
     images = open_images(args.dataset, args)
     if args.num_neighbours <= NEIGHBOUR:
@@ -58,6 +60,7 @@ def make_reference(args: argparse.Namespace) -> None:
         "num_images": images.num_images,
         "size": list(images.shape),
         "crop": args.crop if args.resolution is not None else None,
+        "source_resolution": args.source_resolution,
         "feature_extractor": extractor.name,
         "num_neighbours": count,
         "seed": args.seed,
