@@ -310,9 +310,13 @@ class GuidedSamplingMixin:
             guidance = guidance_fn
         through_unet = getattr(guidance, "through_unet", False)
         factors = options.factors(solver.schedule.x_0_from_epsilon[visits].tolist())
+        if any(scales) and not any(factors):
+            raise ValueError(f"{options} let guidance act at none of the {len(visits)} steps.")
         gradient_steps = options.gradient_steps(factors)
         weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
         scales_seen, rows, last_gradient = None, [], None
+        # The step at which each image's gradient was no longer a number; looked at once, as looking waits for the device.
+        failed_at = torch.full((batch_size,), -1, device=device)  # (batch,)
         with self.progress_bar(total=len(visits)) as progress_bar:
             for step, index in enumerate(visits):
                 if self.interrupt:
@@ -355,6 +359,8 @@ class GuidedSamplingMixin:
                         last_gradient[some] = guidance_gradient(
                             guidance, x_t[some], timestep[some], x_0[some], labels[some]
                         )
+                    failed = ~last_gradient.flatten(1).isfinite().all(dim=1) & (failed_at < 0)
+                    failed_at = failed_at.masked_fill(failed, step)
                     if options.normalize:
                         last_gradient = normalized(last_gradient)
                     x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
@@ -377,6 +383,7 @@ class GuidedSamplingMixin:
                 progress_bar.update()
 
         # 5. Make images of x_0.
+        check_gradients(failed_at, timesteps[visits])
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -600,6 +607,22 @@ def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{name}={given} is not finite.")
     return values
+
+
+def check_gradients(failed_at: torch.Tensor, timesteps: torch.Tensor) -> None:
+    """
+    Raises a ValueError if a gradient was not finite.
+
+    Args:
+        failed_at: Step at which each image's was not for the first time, or -1.
+        timesteps: Of all steps.
+    """
+    for image, step in enumerate(failed_at.tolist()):
+        if step >= 0:
+            raise ValueError(
+                f"The gradient that guides image {image} is not finite at step {step} of {len(timesteps)}, timestep"
+                f" {timesteps[step]}."
+            )
 
 
 def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel) -> None:

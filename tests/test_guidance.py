@@ -169,8 +169,8 @@ def test_guidance_acts_within_its_interval_and_costs_nothing_outside():
         draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options=by_fractions), found
     )
     assert (draw(pipeline, num_inference_steps=10, guidance_scale=20.0) - found).abs().max() > 1e-3
-    outside = draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options={"interval": (1e3, 1e4)})
-    assert torch.equal(outside, draw(pipeline, num_inference_steps=10))
+    with pytest.raises(ValueError, match="at none of the 10 steps"):
+        draw(pipeline, num_inference_steps=10, guidance_scale=20.0, guidance_options={"interval": (1e3, 1e4)})
 
 
 def test_scale_follows_its_schedule():
@@ -308,6 +308,17 @@ def test_a_function_that_returns_something_else_is_told(returned, said):
     with pytest.raises(ValueError) as error:
         draw(pipeline_of(), guidance_fn=returned, guidance_scale=1.0)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_is_told_with_its_step_and_image(value):
+    def breaks(x_t, timestep, x_0, class_labels):
+        gradient = torch.ones_like(x_t)
+        gradient[1, 0, 0, 0] = value if timestep[1] <= 666 else 1.0
+        return gradient
+
+    with pytest.raises(ValueError, match="guides image 1 is not finite at step 1 of 4, timestep 666"):
+        draw(pipeline_of(), guidance_fn=breaks, guidance_scale=1.0, guidance_options={"normalize": True})
 
 
 def test_gradient_at_the_mean_is_that_of_the_next_timestep():
