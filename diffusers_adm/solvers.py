@@ -218,7 +218,11 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
     prepared.set_timesteps(len(schedule))
     if not scheduler.config.set_alpha_to_one:
         prepared.final_alpha_cumprod = schedule.alpha_bar[0]  # in float64 too, or the last variance is below zero
-    return EpsilonSolver(scheduler, schedule, prepared, list(range(len(schedule))), eta=eta)
+    timesteps = list(range(len(schedule)))
+    # Where the copy thresholds x_0, epsilon is what that implies.
+    return EpsilonSolver(
+        scheduler, schedule, prepared, timesteps, eta=eta, use_clipped_model_output=scheduler.config.thresholding
+    )
 
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:

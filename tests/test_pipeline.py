@@ -392,19 +392,40 @@ def test_unguided_multistep_solver_without_clipping_is_the_stock_one(scheduler_c
     assert (output - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
+# Every second value lies beyond the threshold, which is far above 1 where guidance is strong.
+THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 1e3}
+
+
+@pytest.mark.parametrize("options", [{}, THRESHOLDING])
 @pytest.mark.parametrize("guidance_scale", [0.0, SCALE])
-def test_first_order_multistep_solver_without_clipping_is_ddim(guidance_scale):
+def test_first_order_multistep_solver_without_clipping_is_ddim(guidance_scale, options):
     # DPM-Solver++ of first order takes DDIM's steps (Lu et al. 2022, section 4), on the same timesteps.
     unet, call = tiny_unet(), {"latents": images(2), "guidance_scale": guidance_scale}
-    scheduler = tiny_scheduler(DPMSolverMultistepScheduler, solver_order=1, timestep_spacing="leading")
+    scheduler = tiny_scheduler(DPMSolverMultistepScheduler, solver_order=1, timestep_spacing="leading", **options)
     scheduler.register_to_config(clip_sample=False)
     multistep = tiny_pipeline(unet, scheduler)
-    ddim = tiny_pipeline(unet, tiny_scheduler(DDIMScheduler, clip_sample=False))
+    ddim = tiny_pipeline(unet, tiny_scheduler(DDIMScheduler, clip_sample=False, **options))
     timesteps = [800, 600, 400, 200]
     assert visited(multistep, num_inference_steps=4) == visited(ddim, timestep_respacing="0,1,1,1,1") == timesteps
     expected = draw(ddim, timestep_respacing="0,1,1,1,1", **call)
     output = draw(multistep, num_inference_steps=4, **call)
     assert (output - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "unipc"])
+def test_dynamic_thresholding_scales_x_0_back_to_its_range(solver):
+    # Each image's x_0 is clipped at a quantile of its size, at least 1, and divided by it (Saharia et al. 2022, arXiv
+    # 2205.11487, section 2.3).
+    scheduler_class, call = SOLVERS[solver]
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, **THRESHOLDING))
+    steps = {"timestep_respacing": "1"} if solver in ("ddpm", "ddim") else {"num_inference_steps": 1}
+    (timestep,), latents = visited(pipeline, **steps), 4 * images(2)
+    found = draw(pipeline, guidance_scale=0, latents=latents, **steps)
+    with torch.no_grad():
+        x_0 = pipeline.predict(latents, timestep, [1, 3]).x_0
+    threshold = x_0.abs().flatten(1).quantile(0.5, dim=1).clamp(min=1)[:, None, None, None]
+    assert (threshold > 1).any()
+    torch.testing.assert_close(found, x_0.clamp(-threshold, threshold) / threshold, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc"])
