@@ -17,15 +17,17 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from tiny_models import draw_parameters
+from torch.utils.data import DataLoader
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler
 from diffusers_adm.training.data import load_images
-from diffusers_adm.training.denoising import build_unet
+from diffusers_adm.training.denoising import DenoisingObjective, build_unet, label_conditions
 from diffusers_adm.training.images import center_crop, fit_image, random_crop, to_tensor
 from diffusers_adm.training.loop import Trainer, start
+from diffusers_adm.training.metrics import read_metrics
 
 
 ARCHITECTURE = (
@@ -82,7 +84,7 @@ def checkpoint_tensors(folder):
     [
         (train_unet, unet_args, []),
         (train_unet, unet_args, ["--gradient_accumulation_steps", "2"]),
-        (train_upsampler, upsampler_args, []),
+        (train_upsampler, upsampler_args, ["--validation_fraction", "0.15"]),
         (train_upsampler, upsampler_args, ["--streaming", "--dataloader_num_workers", "1"]),
         (train_classifier, classifier_args, []),
     ],
@@ -121,6 +123,32 @@ def test_published_unet_is_the_average_not_the_raw_weights(dataset, tmp_path):
     published = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(published[key], tensor) for key, tensor in checkpoint["ema-0.5.safetensors"].items())
     assert any(not torch.equal(published[key], tensor) for key, tensor in checkpoint["model.safetensors"].items())
+
+
+def test_losses_on_held_out_images_are_those_of_the_average(dataset, tmp_path):
+    # More than half of the labels are dropped, and timesteps in training are not drawn evenly.
+    more = ["--validation_split", "train", "--label_dropout", "0.6", "--schedule_sampler", "loss-second-moment"]
+    args = unet_args(dataset, tmp_path / "often", 3, "--validation_steps", "1", *more)
+    train_unet.main(args)
+    logged = [entry for entry in read_metrics(tmp_path / "often" / "metrics.jsonl") if "validation_loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2, 3]
+    assert len({entry["validation_simple"] for entry in logged}) == 3
+
+    # Measuring changes nothing of the training.
+    train_unet.main(unet_args(dataset, tmp_path / "once", 3, *more))
+    often, once = (checkpoint_tensors(tmp_path / name / "checkpoint-3") for name in ("often", "once"))
+    assert all(torch.equal(often[name][key], once[name][key]) for name in often for key in often[name])
+
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "often" / "pipeline")
+    objective = DenoisingObjective(args, start(args), lambda batch: label_conditions(args, pipeline.unet, batch))
+    _, held_out = load_images(args)
+    losses = []
+    torch.manual_seed(args.seed)
+    with torch.no_grad():
+        for batch in DataLoader(held_out, batch_size=4, generator=torch.Generator()):
+            timestep = torch.randint(1000, batch["image"].shape[:1])
+            losses.append(objective.terms(pipeline.unet, batch, timestep)["simple"])
+    assert logged[-1]["validation_simple"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_classifier_learns_and_reports_accuracy_by_noise(dataset, tmp_path):
@@ -353,7 +381,6 @@ def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
         (["--no-class_conditional"], "label_dropout"),
         (["--label_dropout", "1.5"], "1.5"),
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
-        (["--validation_fraction", "0.5"], "nothing is held out"),
         (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
         (["--resolution", "8"], "12, 12"),
     ],

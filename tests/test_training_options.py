@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from golden_cases import meta_state_dict
 from PIL import Image as PILImage
 from tiny_models import tiny_unet
@@ -13,6 +14,7 @@ from diffusers_adm.presets import PRESETS
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.arguments import architecture, as_options, as_yaml, preset_names
 from diffusers_adm.training.denoising import build_unet
+from diffusers_adm.training.loop import check_distribution
 from diffusers_adm.training.plan import measure
 
 
@@ -116,6 +118,14 @@ def test_options_on_a_card_are_a_command_line():
     again = train_unet.parse_args([*REQUIRED, *words])
     assert vars(again) == vars(args)
     assert "--no-use_8bit_adam" not in words
+
+
+def test_launchers_that_divide_the_weights_are_refused():
+    for distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=f"do not run under {distributed_type.value}"):
+            check_distribution(distributed_type)
+    for distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        check_distribution(distributed_type)
 
 
 def test_later_of_epochs_and_steps_wins():

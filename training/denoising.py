@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
@@ -17,8 +18,9 @@ from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_loss
 from diffusers_adm.timestep_sampling import SAMPLERS
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler, numbers
 from diffusers_adm.training.checkpoints import save_whole
+from diffusers_adm.training.data import LabelledImages
 from diffusers_adm.training.loop import Trainer
-from diffusers_adm.training.metrics import quarter_of
+from diffusers_adm.training.metrics import Means, quarter_of
 from diffusers_adm.training.publishing import publish, write_card
 
 
@@ -116,10 +118,17 @@ class DenoisingObjective:
         self.sampler = SAMPLERS[args.schedule_sampler](len(self.schedule)).to(accelerator.device)
 
     def __call__(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-        """The terms of the loss, `(batch,)` each."""
+        """The terms of the loss at timesteps that the sampler draws, `(batch,)` each."""
+        timestep, weight = self.sampler.sample(len(batch["image"]), batch["image"].device)  # (batch,) each
+        terms = self.terms(model, batch, timestep)
+        if self.sampler.needs_losses:
+            self.sampler.update(*self.accelerator.gather((timestep, terms["loss"].detach())))
+        return {**terms, "loss": terms["loss"] * weight}
+
+    def terms(self, model: torch.nn.Module, batch: dict, timestep: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The terms of the loss, and the quarter that each timestep is in: `(batch,)` each."""
         args, schedule = self.args, self.schedule
         x_0 = batch["image"]  # (batch, channels, resolution, resolution)
-        timestep, weight = self.sampler.sample(len(x_0), x_0.device)  # (batch,) each
         noise = torch.randn_like(x_0)
         if args.noise_offset:
             noise = noise + args.noise_offset * torch.randn_like(x_0[..., :1, :1])
@@ -134,9 +143,28 @@ class DenoisingObjective:
             )
             total = loss.total
             terms = {"simple": loss.simple} if loss.vlb is None else {"simple": loss.simple, "vlb": loss.vlb}
-        if self.sampler.needs_losses:
-            self.sampler.update(*self.accelerator.gather((timestep, total.detach())))
-        return {"loss": total * weight, **terms, "quarter": quarter_of(timestep, len(schedule))}
+        return {"loss": total, **terms, "quarter": quarter_of(timestep, len(schedule))}
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, loader: DataLoader) -> None:
+        """
+        Logs the losses of the averaged weights on held-out images, at timesteps and with noise that are the same each time.
+
+        Args:
+            trainer: Of the model.
+            loader: Of the images; `accelerator` has prepared it.
+        """
+        means, device = Means(), self.accelerator.device
+        devices = [device] if device.type == "cuda" else []
+        with trainer.averaged_weights(self.args.ema_decay[0]), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            for batch in loader:
+                timestep = torch.randint(len(self.schedule), batch["image"].shape[:1], device=device)  # (batch,)
+                terms = self.accelerator.gather_for_metrics(self.terms(trainer.model, batch, timestep))
+                means.add([name for name in terms if name != "quarter"], Means.of_batch(terms))
+                if trainer.stop.agreed():
+                    return
+        trainer.log({f"validation_{name}": value for name, value in means.take(self.accelerator).items()})
 
 
 class Grid:
@@ -231,6 +259,7 @@ def train_pipeline(
     pipeline: DiffusionPipeline,
     grid: Grid,
     class_names: list[str] | None,
+    held_out: LabelledImages | None,
 ) -> None:
     """
     Trains a pipeline's UNet, and saves the pipeline with each moving average, its card, and pictures on the way.
@@ -241,11 +270,18 @@ def train_pipeline(
         pipeline: That holds it.
         grid: Its pictures.
         class_names: For the card.
+        held_out: Images to measure the losses on.
     """
     args, accelerator = trainer.args, trainer.accelerator
+    loader = None
+    if held_out is not None:
+        loader = DataLoader(held_out, batch_size=args.train_batch_size, generator=torch.Generator())
+        loader = accelerator.prepare(loader)
 
     def validate() -> None:
         save_averages(trainer, pipeline, args.output_dir)
+        if loader is not None:
+            objective.measure(trainer, loader)
         grid.save()
 
     trainer.train(objective, validate)

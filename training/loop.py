@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    send_to_device,
+    set_seed,
+)
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -48,7 +54,7 @@ def start(args: argparse.Namespace) -> Accelerator:
     What a script does first: sets up the processes, then seeds them, before anything is drawn at random.
 
     Raises:
-        ValueError: If `total_batch_size` cannot be divided among the processes.
+        ValueError: If `total_batch_size` cannot be divided among the processes, or these would divide the weights.
     """
     if args.total_batch_size is not None:
         at_once = args.train_batch_size * PartialState().num_processes
@@ -73,8 +79,18 @@ def start(args: argparse.Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         dynamo_backend="inductor" if args.compile else None,
     )
+    check_distribution(accelerator.distributed_type)
     set_seed(args.seed, device_specific=True)
     return accelerator
+
+
+def check_distribution(distributed_type: DistributedType) -> None:
+    """Raises a ValueError if weights would be divided among processes, which averages and checkpoints do not know of."""
+    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"These scripts do not run under {distributed_type.value}: launch them with --multi_gpu, which gives each process"
+            " all weights, and save memory by --gradient_checkpointing, --offload_ema and --use_8bit_adam."
+        )
 
 
 def load_pretrained(model: ModelMixin, args: argparse.Namespace) -> None:

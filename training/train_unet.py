@@ -38,13 +38,9 @@ def main(args: argparse.Namespace) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     check_denoising_options(args)
-    if args.validation_split or args.validation_fraction:
-        raise ValueError(
-            "A UNet is judged by what it draws: nothing is held out here. Take --train_split to train on a part."
-        )
     accelerator = start(args)
     with accelerator.main_process_first():
-        images, _ = load_images(args, args.class_conditional)
+        images, held_out = load_images(args, args.class_conditional)
     resolve_steps(args, images.num_images, accelerator.num_processes)
     names = required_class_names(images) if args.class_conditional else None
     unet = build_unet(args, len(names) if names else None)
@@ -61,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     def inputs(numbers: list[int]) -> dict:
         return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
-    train_pipeline(trainer, objective, pipeline, Grid(trainer, pipeline, inputs), names)
+    train_pipeline(trainer, objective, pipeline, Grid(trainer, pipeline, inputs), names, held_out)
 
 
 if __name__ == "__main__":

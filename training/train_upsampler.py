@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> None:
         return {"image": low_res[rows], **labels}
 
     enlarged = as_grid(pipeline, F.interpolate(low_res, args.resolution, mode="nearest"))
-    train_pipeline(trainer, objective, pipeline, Grid(trainer, pipeline, inputs, shown=enlarged), names)
+    grid = Grid(trainer, pipeline, inputs, shown=enlarged)
+    train_pipeline(trainer, objective, pipeline, grid, names, held_out)
 
 
 def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
