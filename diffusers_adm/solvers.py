@@ -49,6 +49,14 @@ SUPPORTED_SCHEDULERS = (
     DEISMultistepScheduler,
     *VARIANCE_EXPLODING,
 )
+# What the authors of fast solvers advise for guided sampling of pixels (README of github.com/LuChengTHU/dpm-solver; diffusers' page
+# of UniPC): second order, and dynamic thresholding. A `sample_max_value` of 1, the default, would make that clipping.
+_THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1000.0}
+GUIDED_SETTINGS = {
+    DPMSolverMultistepScheduler: {"algorithm_type": "dpmsolver++", "solver_order": 2, **_THRESHOLDING},
+    # The corrector mistakes what strong guidance does in the first step for an error.
+    UniPCMultistepScheduler: {"solver_type": "bh2", "solver_order": 2, "disable_corrector": [0], **_THRESHOLDING},
+}
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
 

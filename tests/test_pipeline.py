@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
+from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS
 
 
 CPU = torch.device("cpu")
@@ -426,6 +426,16 @@ def test_dynamic_thresholding_scales_x_0_back_to_its_range(solver):
     threshold = x_0.abs().flatten(1).quantile(0.5, dim=1).clamp(min=1)[:, None, None, None]
     assert (threshold > 1).any()
     torch.testing.assert_close(found, x_0.clamp(-threshold, threshold) / threshold, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler_class", GUIDED_SETTINGS)
+def test_what_authors_advise_keeps_strongly_guided_images_in_their_range(scheduler_class):
+    advised = scheduler_class.from_config(tiny_scheduler().config, **GUIDED_SETTINGS[scheduler_class])
+    assert dict(advised.config) | GUIDED_SETTINGS[scheduler_class] == dict(advised.config)
+    call = {"guidance_scale": 1e4, "num_inference_steps": 6}
+    found = draw(tiny_pipeline(scheduler=advised), **call)
+    assert 0.5 < found.abs().max() <= 1 + 1e-4
+    assert draw(tiny_pipeline(scheduler=tiny_scheduler(scheduler_class)), **call).abs().max() > 1.01
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc"])

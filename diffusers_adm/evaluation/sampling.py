@@ -21,11 +21,16 @@ from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
 from diffusers_adm.grids import grid_of
-from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
+from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS
 from diffusers_adm.whole_files import written_whole
 
 
-SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): scheduler for scheduler in SUPPORTED_SCHEDULERS}
+# By name, with settings beside the noise schedule's.
+SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): (scheduler, {}) for scheduler in SUPPORTED_SCHEDULERS}
+SCHEDULERS |= {
+    scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
+    for scheduler, settings in GUIDED_SETTINGS.items()
+}
 FORMATS = ("npz", "png")
 # Arguments of a call that are not the same for all images of a run, or that no word can say.
 GIVEN_BY_THE_RUN = {
@@ -97,7 +102,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling", "Arguments of the pipeline's call; its own defaults where not given."
     )
-    group.add_argument("--scheduler", choices=sorted(SCHEDULERS), default=None, help="Instead of the pipeline's.")
+    group.add_argument(
+        "--scheduler",
+        choices=sorted(SCHEDULERS),
+        default=None,
+        help="Instead of the pipeline's; -guided: as its authors advise for guided sampling.",
+    )
     for name in call_options():
         group.add_argument(f"--{name}", type=option_type(name), default=argparse.SUPPRESS, metavar="VALUE")
 
@@ -127,12 +137,15 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> SamplingPip
 
 def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     """Puts another scheduler of the same noise schedule in the place of a pipeline's; `None` leaves it."""
-    if name is None or type(pipeline.scheduler) is SCHEDULERS[name]:
+    if name is None:
         return
-    config = dict(pipeline.scheduler.config)
-    if SCHEDULERS[name] is DDPMScheduler:
+    scheduler_class, settings = SCHEDULERS[name]
+    if type(pipeline.scheduler) is scheduler_class and not settings:
+        return
+    config = {**pipeline.scheduler.config, **settings}
+    if scheduler_class is DDPMScheduler:
         config["variance_type"] = "learned_range" if pipeline.unet.learns_variance else "fixed_large"
-    pipeline.scheduler = SCHEDULERS[name].from_config(config)
+    pipeline.scheduler = scheduler_class.from_config(config)
 
 
 class Labels:
