@@ -6,9 +6,6 @@ precision and recall. The floor of the last is the time of its three matrix prod
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,17 +17,7 @@ from diffusers_adm.evaluation.statistics import (
     frechet_distance,
     precision_and_recall,
 )
-
-
-def seconds(calls: list[Callable], rounds: int) -> list[float]:
-    """Median time of each call; they take turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, taken in zip(calls, times):
-            started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
+from diffusers_adm.timing import seconds
 
 
 def running_statistics(features: torch.Tensor, batch_size: int = 64) -> GaussianStatistics:
