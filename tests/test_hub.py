@@ -379,6 +379,24 @@ def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub)
     assert drawn_with == run(WITHOUT_PACKAGE + without + draw, **environment) and float(drawn_with)
 
 
+def test_pipeline_so_far_is_pushed_while_training_goes_on(images, hub):
+    server, environment = hub
+    more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--validation_steps", "1", "--hub_token", TOKEN]
+    assert "multiple of --validation_steps 2" in train(
+        "unet", images, environment, *more, "--validation_steps", "2", "--push_every", "3"
+    )
+    assert train("unet", images, environment, *more, "--push_every", "1") == "ended"
+    repository = server.repositories["me/trained"]
+    pushes = [files for files in repository.commits.values() if "README.md" in files]
+    assert len(pushes) == 2
+    for steps, files in enumerate(pushes, start=1):
+        assert f"{steps} steps of 4 images" in files["README.md"].decode()
+        assert {"model_index.json", "samples/grid.png"} <= files.keys()
+    weights = [files["unet/diffusion_pytorch_model.safetensors"] for files in pushes]
+    kept = images.parent / "unet" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights[0] != weights[1] == kept.read_bytes()
+
+
 def test_failed_push_harms_nothing(images, hub):
     server, environment = hub
     server.fail_commits = 100

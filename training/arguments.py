@@ -21,7 +21,7 @@ RESUMABLE_OPTIONS = {
     "hub_private_repo", "hub_revision", "hub_retry_seconds", "hub_token", "keep_every", "learning_rate", "logging_steps", "lr_scheduler", "lr_warmup_steps",
     "max_grad_norm", "max_skipped_steps", "max_train_steps", "mixed_precision", "num_epochs", "num_validation_images", "offload_ema",
     "on_unreadable", "output_dir", "preset",
-    "pretrained_model_name_or_path", "pretrained_subfolder", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
+    "pretrained_model_name_or_path", "pretrained_subfolder", "push_every", "push_to_hub", "report_to", "resume_from_checkpoint", "train_data_dir",
     "validation_steps",
 }  # fmt: skip
 

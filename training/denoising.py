@@ -21,7 +21,7 @@ from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.data import LabelledImages
 from diffusers_adm.training.loop import Trainer
 from diffusers_adm.training.metrics import Means, quarter_of
-from diffusers_adm.training.publishing import publish, write_card
+from diffusers_adm.training.publishing import BackgroundPush, publish, write_card
 
 
 LOSSES = ("hybrid", "vlb")
@@ -60,12 +60,26 @@ def add_denoising_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ema_power", type=float, default=0.75, help="The power of the warm-up.")
     group.add_argument("--offload_ema", action="store_true", help="Keep the averages in the CPU's memory.")
     group.add_argument("--num_validation_images", type=int, default=20, help="Drawn every --validation_steps.")
+    group.add_argument(
+        "--push_every",
+        type=int,
+        default=None,
+        help="Upload the pipeline so far every so many steps, a multiple of --validation_steps, while training goes on.",
+    )
 
 
 def check_denoising_options(args: argparse.Namespace) -> None:
     """Raises a ValueError if options are out of their range."""
     if args.num_validation_images < 1:
         raise ValueError(f"--num_validation_images {args.num_validation_images} must be at least 1.")
+    if args.push_every is not None:
+        if not args.push_to_hub:
+            raise ValueError("--push_every needs --push_to_hub.")
+        if args.push_every < 1 or args.push_every % args.validation_steps:
+            raise ValueError(
+                f"--push_every {args.push_every} is not a multiple of --validation_steps {args.validation_steps}, when"
+                " pipelines are saved."
+            )
     if args.noise_offset < 0:
         raise ValueError(f"--noise_offset {args.noise_offset} must be at least 0.")
     if not args.ema_decay or not all(0 <= decay < 1 for decay in args.ema_decay):
@@ -278,15 +292,26 @@ def train_pipeline(
         loader = DataLoader(held_out, batch_size=args.train_batch_size, generator=torch.Generator())
         loader = accelerator.prepare(loader)
 
+    folder, background = args.output_dir / "pipeline", BackgroundPush(args)
+
+    def add_card() -> None:
+        facts = (type(pipeline).__name__, trainer.images.num_images, class_names, trainer.global_step)
+        write_card(args, accelerator, folder, *facts)
+
     def validate() -> None:
         save_averages(trainer, pipeline, args.output_dir)
         if loader is not None:
             objective.measure(trainer, loader)
         grid.save()
+        due = args.push_every is not None and trainer.global_step % args.push_every == 0
+        if due and accelerator.is_main_process and trainer.global_step < args.max_train_steps:
+            with trainer.surviving("card"):
+                add_card()
+                background.start(folder)
 
     trainer.train(objective, validate)
     if accelerator.is_main_process and trainer.finished:
-        folder = args.output_dir / "pipeline"
-        write_card(args, accelerator, folder, type(pipeline).__name__, trainer.images.num_images, class_names)
+        add_card()
         if args.push_to_hub:
+            background.finish()
             publish(args, folder)

@@ -2,6 +2,8 @@
 
 import argparse
 import shutil
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def publish(args: argparse.Namespace, folder: Path) -> bool:
     Uploads a folder, some times over if need be. Whether it arrived; if not, a message says how to do it by hand.
 
     Args:
-        args: With `hub_model_id` and `hub_token`.
+        args: Of the script.
         folder: What `save_pretrained` has written, and its card.
     """
     for attempt in range(ATTEMPTS):
@@ -82,8 +84,43 @@ def publish(args: argparse.Namespace, folder: Path) -> bool:
                 time.sleep(args.hub_retry_seconds * 2**attempt)
         else:
             return True
-    logger.error("Nothing is lost: push it by `hf upload %s %s`.", args.hub_model_id, folder)
+    kept = args.output_dir / folder.name
+    logger.error("Nothing is lost: push it by `hf upload %s %s`.", args.hub_model_id, kept)
     return False
+
+
+class BackgroundPush:
+    """
+    Uploads what a run has so far, while it goes on.
+
+    Args:
+        args: As of `publish`.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.thread: threading.Thread | None = None
+
+    def start(self, folder: Path) -> None:
+        """Uploads a folder as it is now; not if the push before is still under way."""
+        if self.thread is not None and self.thread.is_alive():
+            logger.warning("The push before is still under way: this one is left out.")
+            return
+        copies = tempfile.TemporaryDirectory(prefix="push-")
+        copy = shutil.copytree(folder, Path(copies.name) / folder.name)  # the run writes the folder anew
+
+        def push() -> None:
+            with copies:
+                publish(self.args, copy)
+
+        # A daemon: a run that is stopped does not wait for the Hub.
+        self.thread = threading.Thread(target=push, daemon=True)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Waits for the push that is under way, lest it comes after the next."""
+        if self.thread is not None:
+            self.thread.join()
 
 
 def write_card(
@@ -93,6 +130,7 @@ def write_card(
     class_name: str,
     num_images: int | None,
     classes: list[str] | None,
+    steps: int,
 ) -> None:
     """
     Writes `README.md` into a model's folder, from the run's own facts, and the last grid beside it.
@@ -104,6 +142,7 @@ def write_card(
         class_name: Of what was saved: "ClassifierGuidedPipeline", "ADMUpsamplePipeline" or "NoisyClassifier".
         num_images: Trained on; `None` for a stream.
         classes: Their names.
+        steps: That were taken.
     """
     metrics: dict[str, float] = {}
     for entry in read_metrics(args.output_dir / "metrics.jsonl"):
@@ -167,14 +206,14 @@ def write_card(
 ## Training
 
 {"A stream of images" if num_images is None else f"{num_images} images"} of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
-{args.max_train_steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
+{steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
 `{accelerator.mixed_precision}`, with these options:
 
 ```
 {options}
 ```
 
-| at the end of training | |
+| after these steps | |
 | --- | --- |
 {figures}
 

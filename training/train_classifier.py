@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and trainer.finished:
         folder = args.output_dir / "classifier"
         save_whole(classifier, folder)
-        write_card(args, accelerator, folder, type(classifier).__name__, images.num_images, names)
+        write_card(args, accelerator, folder, type(classifier).__name__, images.num_images, names, trainer.global_step)
         if args.push_to_hub:
             publish(args, folder)
 
