@@ -19,6 +19,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -108,20 +109,24 @@ class GuidanceOptions:
     gradient_at: str = "x_t"
 
     def __post_init__(self):
-        for name in ("interval", "step_fractions"):
-            window = getattr(self, name)
-            if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1]):
-                raise ValueError(f"{name}={window} must be two numbers from 0, the smaller first.")
+        for name, window, last in (
+            ("interval", (0, 1) if self.interval is None else self.interval, math.inf),
+            ("step_fractions", self.step_fractions, 1),
+        ):
+            numbers = isinstance(window, (tuple, list)) and all(isinstance(end, Real) for end in window)
+            if not (numbers and len(window) == 2 and 0 <= window[0] < window[1] <= last):
+                raise ValueError(f"{name}={window!r} must be two numbers in [0, {last}], the smaller first.")
         if not (callable(self.schedule) or self.schedule in SCALE_SCHEDULES):
             raise ValueError(f"schedule={self.schedule!r} is not one of {tuple(SCALE_SCHEDULES)}, or a function.")
-        if not (isinstance(self.every, int) and self.every >= 1):
+        if not (isinstance(self.every, Integral) and self.every >= 1):
             raise ValueError(f"every={self.every!r} must be an integer, at least 1.")
         for name, known in (("skipped", ("reuse", "sum")), ("gradient_at", ("x_t", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}.")
         for name in ("max_entropy_scale", "max_size"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and value > 0) and not (name == "max_size" and value is None):
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
 
     @classmethod
     def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":

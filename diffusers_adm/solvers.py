@@ -74,7 +74,9 @@ class Solver:
         self.schedule = schedule
         self.prediction_type = config.prediction_type
         # What the published code calls clip_denoised; schedulers without the option clip too, as it does by default.
-        clips = config.get("clip_sample", True) and not config.get("thresholding", False)
+        # A config keeps the options of other classes that it came from: not all that say so can threshold.
+        can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
+        clips = config.get("clip_sample", True) and not (can_threshold and config.thresholding)
         self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
 
     def predict(

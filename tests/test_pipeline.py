@@ -10,6 +10,8 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     KDPM2DiscreteScheduler,
     PNDMScheduler,
@@ -436,6 +438,15 @@ def test_what_authors_advise_keeps_strongly_guided_images_in_their_range(schedul
     found = draw(tiny_pipeline(scheduler=advised), **call)
     assert 0.5 < found.abs().max() <= 1 + 1e-4
     assert draw(tiny_pipeline(scheduler=tiny_scheduler(scheduler_class)), **call).abs().max() > 1.01
+
+
+@pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_schedulers_that_cannot_threshold_clip_whatever_they_were_made_of(scheduler_class):
+    advised = DPMSolverMultistepScheduler.from_config(
+        tiny_scheduler().config, **GUIDED_SETTINGS[DPMSolverMultistepScheduler]
+    )
+    pipeline = tiny_pipeline(scheduler=scheduler_class.from_config(advised.config))
+    assert draw(pipeline, guidance_scale=0, num_inference_steps=6, latents=4 * images(2)).abs().max() <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc"])
