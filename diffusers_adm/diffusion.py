@@ -273,7 +273,7 @@ def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Ten
 @dataclass
 class Prediction:
     """
-    What a network says of noised images, `(batch, channels, height, width)` each.
+    What a network says of noised images, `(batch, channels, height, width)` each, float32.
 
     Args:
         epsilon: The noise in them.
@@ -287,7 +287,7 @@ class Prediction:
 
     @property
     def x_0_clipped(self) -> torch.Tensor:
-        """The clean images within the range of images, [-1, 1]."""
+        """The clean images within the range of images, [-1, 1], whatever a scheduler clips to."""
         return self.x_0.clamp(-1, 1)
 
 

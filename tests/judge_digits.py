@@ -1,7 +1,8 @@
 """Judges the default model's digits by the independent classifier: `python tests/judge_digits.py --output figures.json`.
 
 Draws `--images` digits, as many of each class, in each of the four ways of the demo's rows, at 250 DDPM and at 25 DDIM
-steps, and counts those that the judge takes for the digit that was asked for. Image i is drawn from seed i.
+steps, and counts those that the judge takes for the digit that was asked for. Image i is drawn from seed i. With
+`--upsampler` the model's digits are enlarged, in as many steps.
 """
 
 import argparse
@@ -9,29 +10,35 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from digit_classifier import load_digit_classifier
 
-from diffusers_adm import ClassifierGuidedPipeline, default_model
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
+from diffusers_adm.cascade import draw_cascade
 from diffusers_adm.demo import ROWS
+from diffusers_adm.evaluation.sampling import set_scheduler
 
 
 @torch.no_grad()
 def share_judged_right(
-    pipeline: ClassifierGuidedPipeline, images: int, batch_size: int, condition_unet: bool, guidance_scale: float
+    pipeline: ClassifierGuidedPipeline,
+    upsampler: ADMUpsamplePipeline | None,
+    images: int,
+    batch_size: int,
+    condition_unet: bool,
+    guidance_scale: float,
 ) -> float:
     """Share of `images` digits that the judge takes for what they were drawn as."""
     judge = load_digit_classifier()
     hits = []
     for seeds in torch.arange(images).split(batch_size):
         labels = seeds % 10
-        drawn = pipeline(
-            class_labels=labels,
-            guidance_scale=guidance_scale,
-            condition_unet=condition_unet,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds.tolist()],
-            output_type="latent",
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        shared = {"class_labels": labels, "generator": generators, "output_type": "latent"}
+        how = {"guidance_scale": guidance_scale, "condition_unet": condition_unet}
+        if upsampler is None:
+            drawn = pipeline(**shared, **how).images
+        else:
+            drawn = draw_cascade([pipeline, upsampler], calls=[how, {}], **shared).images
         hits.append(judge(drawn.clamp(-1, 1)).argmax(dim=1) == labels)
     return torch.cat(hits).float().mean().item()
 
@@ -39,6 +46,7 @@ def share_judged_right(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=default_model(), help="Folder of the pipeline.")
+    parser.add_argument("--upsampler", default=None, help="Folder of the pipeline that enlarges.")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--solvers", default="250 DDPM,25 DDIM")
@@ -47,18 +55,19 @@ def main() -> None:
     args = parser.parse_args()
 
     pipeline = ClassifierGuidedPipeline.from_pretrained(args.model)
-    pipeline.set_progress_bar_config(disable=True)
-    stock_scheduler = pipeline.scheduler
+    upsampler = None if args.upsampler is None else ADMUpsamplePipeline.from_pretrained(args.upsampler)
+    stages = [stage for stage in (pipeline, upsampler) if stage is not None]
+    stock_schedulers = [stage.scheduler for stage in stages]
     figures = {}
     for solver in args.solvers.split(","):
         steps, kind = solver.split()
-        pipeline.scheduler = stock_scheduler
-        if kind == "DDIM":
-            pipeline.scheduler = DDIMScheduler.from_config(stock_scheduler.config)
-        pipeline.register_to_config(num_inference_steps=int(steps))
+        for stage, stage.scheduler in zip(stages, stock_schedulers):
+            stage.set_progress_bar_config(disable=True)
+            set_scheduler(stage, kind)
+            stage.register_to_config(num_inference_steps=int(steps))
         for row in args.rows.split(","):
             name, condition_unet, scale = ROWS[int(row)]
-            share = share_judged_right(pipeline, args.images, args.batch_size, condition_unet, scale)
+            share = share_judged_right(pipeline, upsampler, args.images, args.batch_size, condition_unet, scale)
             figures[f"{solver} steps, {name}"] = share
             print(f"{solver} steps, {name}: {share:.1%} of {args.images} judged right", flush=True)
     if args.output:

@@ -310,6 +310,22 @@ def cut_off(path: Path) -> Path:
     return path
 
 
+def test_small_images_of_a_dataset_are_those_that_an_upsampler_is_given(tmp_path):
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    for number, pixels in enumerate(random_images(12, size=64)):
+        large = Image.fromarray(pixels[..., 0])
+        large.save(tmp_path / "large" / f"{number}.png")
+        large.reduce(2).save(tmp_path / "small" / f"{number}.png")
+    options = ["--resolution", "32", "--source_resolution", "64", "--feature_extractor", DIGITS]
+    words = [tmp_path / "large", tmp_path / "small", *options, "--output", tmp_path / "found.json"]
+    assert run("evaluate", *words, "--samples_split", "train") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-6) and found["metrics"]["recall"] == 1
+    batch = tmp_path / "npz.npz"
+    assert run("make-reference", digits_npz(tmp_path / "x.npz", random_images(9)), batch, *options[2:]) == 2
+
+
 def pictures_of_two_sizes(folder: Path) -> Path:
     folder.mkdir()
     for number, size in enumerate((32, 32, 32, 40)):

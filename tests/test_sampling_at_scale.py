@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
-from diffusers import HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
 from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
@@ -21,8 +21,9 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.evaluation import draw_samples
 from diffusers_adm.evaluation.bench_sampling import evaluations
-from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value
+from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value, set_scheduler
 from diffusers_adm.evaluation.shards import image_generator
+from diffusers_adm.solvers import GUIDED_SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,22 @@ def test_a_run_that_drew_nothing_leaves_its_folder_free(model, tmp_path):
 def test_labels_and_noise_are_apart():
     first = torch.randint(2**31, (), generator=image_generator(0, 3, purpose=1))
     assert first != torch.randint(2**31, (), generator=image_generator(0, 3))
+
+
+def test_schedulers_are_set_as_they_are_named():
+    pipeline = tiny_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    stock = pipeline.scheduler
+    for scheduler_class, settings in GUIDED_SETTINGS.items():
+        name = scheduler_class.__name__.removesuffix("Scheduler")
+        pipeline.scheduler = stock
+        set_scheduler(pipeline, name)
+        assert not pipeline.scheduler.config.thresholding
+        set_scheduler(pipeline, f"{name}-guided")
+        config = dict(pipeline.scheduler.config)
+        assert {**config, **settings} == config
+    pipeline.scheduler = DDIMScheduler()
+    set_scheduler(pipeline, "DDPM")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
 
 
 def test_whatever_a_call_takes_is_an_option():

@@ -17,6 +17,7 @@ from diffusers_adm.evaluation.image_sets import add_image_set_arguments
 from diffusers_adm.evaluation.metrics import (
     Summary,
     add_extractor_arguments,
+    check_shape,
     extractor_from,
     metric_label,
     summarise_reference,
@@ -166,6 +167,8 @@ def main() -> None:
     if pipeline.classifier is None or not extractor.has_logits:
         raise SystemExit("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
     reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
+    config = pipeline.unet.config
+    check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
     bench = Bench(args, pipeline, reference, extractor)
     solvers = [name for name in SCHEDULERS if name != "DDPM"]
     fast = [bench.measure(name, steps) for steps in FAST_STEPS for name in solvers]

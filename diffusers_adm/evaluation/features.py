@@ -121,7 +121,8 @@ def spatial_features(maps: torch.Tensor) -> torch.Tensor:
 
 def register_from(path: str | Path) -> None:
     """
-    Runs a Python file that registers feature extractors; as of a script, its imports are looked for beside it too.
+    Runs a Python file that registers feature extractors. While it runs its imports are looked for beside it too, as a
+    script's are.
 
     Raises:
         ValueError: If there is no such file.
@@ -129,11 +130,12 @@ def register_from(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no Python file {path}.")
-    sys.path.insert(0, str(path.resolve().parent))
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)
     try:
         runpy.run_path(str(path))
     finally:
-        sys.path.pop(0)
+        sys.path.remove(beside)
 
 
 @contextlib.contextmanager

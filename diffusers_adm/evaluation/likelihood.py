@@ -25,7 +25,7 @@ from diffusers_adm.diffusion import (
 from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, open_images
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline, model_settings
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
 from diffusers_adm.losses import vlb_bits
 from diffusers_adm.whole_files import write_json, written_whole
 
@@ -140,6 +140,8 @@ def measure_likelihood(args: argparse.Namespace) -> None:
     schedule = NoiseSchedule.from_config(scheduler.config, args.timestep_respacing)
     settings = {
         **model_settings(pipeline, args.model),
+        "weights": weights_digest({"unet": unet}),  # no classifier takes part, nor a solver
+        "scheduler": None,
         "images": {
             "name": images.name,
             "fingerprint": images.fingerprint,

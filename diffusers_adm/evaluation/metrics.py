@@ -332,7 +332,9 @@ def evaluate(args: argparse.Namespace) -> None:
     card = None if args.model_card is None else ModelCard.load(args.model_card)
     if args.output is not None and not Path(args.output).resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no such folder.")
-    samples = open_images(args.samples, argparse.Namespace(**{**vars(args), "split": args.samples_split}))
+    # Samples are of the small size already.
+    of_samples = {**vars(args), "split": args.samples_split, "source_resolution": None}
+    samples = open_images(args.samples, argparse.Namespace(**of_samples))
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
             f"{args.samples} has {samples.num_images} images; precision and recall need more than {NEIGHBOUR}, and"

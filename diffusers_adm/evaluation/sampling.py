@@ -142,10 +142,9 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     scheduler_class, settings = SCHEDULERS[name]
     if type(pipeline.scheduler) is scheduler_class and not settings:
         return
-    config = {**pipeline.scheduler.config, **settings}
     if scheduler_class is DDPMScheduler:
-        config["variance_type"] = "learned_range" if pipeline.unet.learns_variance else "fixed_large"
-    pipeline.scheduler = scheduler_class.from_config(config)
+        settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
 
 
 class Labels:
@@ -398,11 +397,6 @@ def merge(shards: Shards, path: Path) -> None:
         write_npz(path, arrays)
     else:
         write_png(shards, path, labelled)
-    images = itertools.chain.from_iterable(shards.rows("arr_0"))
-    with written_whole(shards.folder / "grid.png") as partial:
-        grid_of([to_picture(image) for image in itertools.islice(images, IMAGES_OF_A_GRID)]).save(
-            partial, format="PNG"
-        )
 
 
 def write_png(shards: Shards, folder: Path, labelled: bool) -> None:
