@@ -1,6 +1,7 @@
 """What a network that removes noise is trained by, and pictures of how far it has come."""
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -169,9 +170,8 @@ class DenoisingObjective:
             loader: Of the images; `accelerator` has prepared it.
         """
         means, device = Means(), self.accelerator.device
-        devices = [device] if device.type == "cuda" else []
-        with trainer.averaged_weights(self.args.ema_decay[0]), torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+        seed = self.args.seed + self.accelerator.process_index
+        with trainer.averaged_weights(self.args.ema_decay[0]), own_random_state(seed, device):
             for batch in loader:
                 timestep = torch.randint(len(self.schedule), batch["image"].shape[:1], device=device)  # (batch,)
                 terms = self.accelerator.gather_for_metrics(self.terms(trainer.model, batch, timestep))
@@ -179,6 +179,20 @@ class DenoisingObjective:
                 if trainer.stop.agreed():
                     return
         trainer.log({f"validation_{name}": value for name, value in means.take(self.accelerator).items()})
+
+
+@contextlib.contextmanager
+def own_random_state(seed: int, device: torch.device):
+    """A random state for as long as the context lasts; that from before, of the CPU and of the device, then goes on."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    state = None if module is None else module.get_rng_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if module is not None:
+            module.set_rng_state(state)
 
 
 class Grid:
@@ -258,13 +272,19 @@ def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
     return grid_of(pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images)))
 
 
-def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Saves the pipeline with each moving average: the first as `pipeline`, the others with their rate in the name."""
+def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -> bool:
+    """
+    Saves the pipeline with each moving average: the first as `pipeline`, the others with their rate in the name. Whether
+    this process could write all.
+    """
+    written = 0
     for decay in trainer.args.ema_decay:
         name = "pipeline" if decay == trainer.args.ema_decay[0] else f"pipeline-ema-{decay:g}"
         if trainer.accelerator.is_main_process:
             with trainer.averaged_weights(decay), trainer.surviving(name):
                 save_whole(pipeline, folder / name)
+                written += 1
+    return written == len(trainer.args.ema_decay)
 
 
 def train_pipeline(
@@ -299,13 +319,14 @@ def train_pipeline(
         write_card(args, accelerator, folder, *facts)
 
     def validate() -> None:
-        save_averages(trainer, pipeline, args.output_dir)
+        saved = save_averages(trainer, pipeline, args.output_dir)
         if loader is not None:
             objective.measure(trainer, loader)
         grid.save()
         due = args.push_every is not None and trainer.global_step % args.push_every == 0
-        if due and accelerator.is_main_process and trainer.global_step < args.max_train_steps:
-            with trainer.surviving("card"):
+        going_on = trainer.global_step < args.max_train_steps and not trainer.stop.received
+        if due and going_on and saved:
+            with trainer.surviving("what is to be pushed"):
                 add_card()
                 background.start(folder)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -78,7 +77,7 @@ def publish(args: argparse.Namespace, folder: Path) -> bool:
                 delete_patterns=CODE_PATTERNS,
                 commit_message=f"Upload {folder.name}",
             )
-        except Exception as error:  # whatever the Hub, its client and the network come up with: training is over
+        except Exception as error:  # whatever the Hub, its client and the network come up with
             logger.warning("Push %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, args.hub_model_id, error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(args.hub_retry_seconds * 2**attempt)
@@ -106,12 +105,13 @@ class BackgroundPush:
         if self.thread is not None and self.thread.is_alive():
             logger.warning("The push before is still under way: this one is left out.")
             return
-        copies = tempfile.TemporaryDirectory(prefix="push-")
-        copy = shutil.copytree(folder, Path(copies.name) / folder.name)  # the run writes the folder anew
+        copies = folder.parent / "partial-push"
+        shutil.rmtree(copies, ignore_errors=True)  # of a run that was killed
+        copy = shutil.copytree(folder, copies / folder.name)  # the run writes the folder anew
 
         def push() -> None:
-            with copies:
-                publish(self.args, copy)
+            publish(self.args, copy)
+            shutil.rmtree(copies, ignore_errors=True)
 
         # A daemon: a run that is stopped does not wait for the Hub.
         self.thread = threading.Thread(target=push, daemon=True)
