@@ -13,17 +13,18 @@ import sys
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.guidance import classifier_gradient
 from diffusers_adm.timing import seconds
+from diffusers_adm.training.plan import measure
 
 
 LABEL = 207
 TIMESTEP = 500
-# Parts of a UNet's time, by what their kernels are called.
+# Parts of a UNet's time, by what their operations are called.
 PARTS = {
     "convolutions": ("convolution",),
     "matrix products": ("addmm", "bmm", "mm"),
@@ -83,10 +84,12 @@ def own_peak_memory(name: str, batch_size: int, device: torch.device) -> float:
 def times_of_parts(unet: torch.nn.Module, sample: torch.Tensor) -> dict[str, float]:
     """Seconds that the kinds of operations take in one evaluation."""
     cuda = sample.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
         evaluate(unet, sample)
     parts = dict.fromkeys((*PARTS, "all else"), 0.0)
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time its operation has too
         part = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "all else")
         parts[part] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     return parts
@@ -148,15 +151,14 @@ def main() -> None:
     print(f"  a guided step takes {guided / unguided:.2f} unguided ones")
     print(f"  beside the networks: {unguided - ours:.3f} s unguided, {guided - ours - gradient:.3f} s guided")
 
-    with FlopCounterMode(display=False) as counter:
-        evaluate(unets[0], sample)
+    operations = args.batch_size * measure(unets[0])[0]
     side = 2048
     factors = torch.randn(2, side, side, device=device)
     (product,) = seconds([lambda: factors[0] @ factors[1]], 2 * args.rounds)
     speed = 2 * side**3 / product
-    ideal = counter.get_total_flops() / speed
+    ideal = operations / speed
     print(
-        f"{counter.get_total_flops() / 1e9:.0f} GFLOPs an evaluation; a matrix product of {side} runs at {speed / 1e9:.0f}"
+        f"{operations / 1e9:.0f} GFLOPs an evaluation; a matrix product of {side} runs at {speed / 1e9:.0f}"
         f" GFLOPs a second.\nAt that speed the UNet would take {ideal:.3f} s, {ideal / ours:.0%} of what it takes. Its"
         " operations take"
     )

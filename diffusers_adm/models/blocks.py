@@ -33,7 +33,7 @@ def rescaled_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_fact
 def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
     """Each pixel four times: `(batch, channels, 2 * height, 2 * width)`."""
     if hidden_states.device.type == "cpu" and hidden_states.is_contiguous():
-        # Many times faster than the CPU's kernel, which is fast only if channels are last.
+        # For large maps some times faster than the CPU's kernel, which is fast only if channels are last.
         rows = torch.stack([hidden_states] * 2, dim=-1).flatten(-2)  # (batch, channels, height, 2 * width)
         return torch.stack([rows] * 2, dim=-2).flatten(-3, -2)  # (batch, channels, 2 * height, 2 * width)
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
