@@ -421,8 +421,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             with self.surviving("metrics.jsonl"), open(self.args.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.global_step, **values}) + "\n")
-            brief = (f"{name} {value:.4g}" for name, value in values.items() if "_quarter_" not in name)
-            tqdm.write(f"step {self.global_step}: " + ", ".join(brief))
+            brief = {name: value for name, value in values.items() if "_quarter_" not in name} or values
+            tqdm.write(
+                f"step {self.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
+            )
 
     @contextlib.contextmanager
     def surviving(self, what: str):
