@@ -2,7 +2,7 @@
 
 DDPM and DDIM at 250 steps once, each solver at 5 to 25; then, of the two best solvers, guidance within an interval, by entropy, and
 with skipped classifier calls; then the best fast settings and DDPM again with other seeds. All draw the same labels, guided. What is
-drawn already is not drawn again, so a run that was stopped goes on.
+drawn already is not drawn again, so a run that was stopped goes on; all processes of an `accelerate launch` draw.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.image_sets import add_image_set_arguments
@@ -54,15 +55,22 @@ class Bench:
     """
     Args:
         args: Parsed.
+        state: Of the processes.
         pipeline: To draw with.
         reference: To measure against.
         extractor: Of features.
     """
 
     def __init__(
-        self, args: argparse.Namespace, pipeline: SamplingPipeline, reference: Summary, extractor: FeatureExtractor
+        self,
+        args: argparse.Namespace,
+        state: PartialState,
+        pipeline: SamplingPipeline,
+        reference: Summary,
+        extractor: FeatureExtractor,
     ):
         self.args = args
+        self.state = state
         self.pipeline = pipeline
         self.stock_scheduler = pipeline.scheduler
         self.reference = reference
@@ -99,10 +107,12 @@ class Bench:
             model_name=self.args.model,
         )
         unet, classifier = evaluations(self.pipeline, call)
-        found = measure(samples, self.reference, self.extractor, self.args.feature_batch_size, judged=True)
+        with self.state.main_process_first():  # the others then read what it has found
+            found = measure(samples, self.reference, self.extractor, self.args.feature_batch_size, judged=True)
         found = {**found, "point": {**point, "UNet": unet, "classifier": classifier}}
         self.results.append(found)
-        write_tables(self.folder, self.results)
+        if self.state.is_main_process:
+            write_tables(self.folder, self.results)
         return found
 
     def again(self, found: dict, **changes) -> dict:
@@ -162,14 +172,15 @@ def main() -> None:
     add_image_set_arguments(parser)
     args = parser.parse_args()
 
-    pipeline = load_pipeline(args, processes().device)
+    state = processes()
+    pipeline = load_pipeline(args, state.device)
     extractor = extractor_from(args)
     if pipeline.classifier is None or not extractor.has_logits:
         raise SystemExit("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
     reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
     config = pipeline.unet.config
     check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
-    bench = Bench(args, pipeline, reference, extractor)
+    bench = Bench(args, state, pipeline, reference, extractor)
     solvers = [name for name in SCHEDULERS if name != "DDPM"]
     fast = [bench.measure(name, steps) for steps in FAST_STEPS for name in solvers]
     slow = [bench.measure(name, SLOW_STEPS) for name in ("DDPM", "DDIM")]
@@ -188,6 +199,8 @@ def main() -> None:
                 "standard_deviation": statistics.stdev(distances),
             }
         )
+    if not state.is_main_process:
+        return
     write_json(bench.folder / "three_seeds.json", spread)
     bench.plot()
     print((bench.folder / "results.md").read_text(encoding="utf-8"))
