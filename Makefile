@@ -1,4 +1,4 @@
-.PHONY: install demo test test-slow bench-train bench-eval bench-sampling cards judge quality style
+.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-eval bench-sampling cards judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,9 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/diffusers-adm demo --output demo.png
 
+demo-cascade: install
+	$(BIN)/diffusers-adm demo --cascade --output cascade.png
+
 # Side by side: most of the time is that of processes that tests start and wait for.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -24,6 +27,9 @@ test-slow: install
 
 bench-train: install
 	$(BIN)/python -m diffusers_adm.training.bench_train
+
+bench-step: install
+	$(BIN)/python -m diffusers_adm.bench_step
 
 bench-eval: install
 	$(BIN)/python -m diffusers_adm.evaluation.bench

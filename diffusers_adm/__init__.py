@@ -8,6 +8,15 @@ from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
 
 def default_model() -> str:
     """Folder of the pipeline that ships with this package: digits of 32x32 pixels, trained on MNIST."""
+    return _shipped("adm-mnist-32")
+
+
+def default_cascade() -> tuple[str, str]:
+    """Folders of the cascade that ships with this package: digits of 16x16 pixels, and their upsampler to 32x32."""
+    return _shipped("adm-mnist-16"), _shipped("adm-mnist-16-32-upsampler")
+
+
+def _shipped(name: str) -> str:
     from . import model_cards
 
-    return str(Path(model_cards.__path__[0]) / "adm-mnist-32")
+    return str(Path(model_cards.__path__[0]) / name)

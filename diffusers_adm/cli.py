@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from .cards import released_card
 from .conversion import is_upsampler
-from .demo import draw_demo
+from .demo import draw_cascade_demo, draw_demo
 from .hub import save_model
 from .openai_flags import released_preset
 from .presets import guiding_classifier
@@ -118,8 +118,9 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draws the picture of the default model."""
-    draw_demo(args.output, args.steps, args.seed)
+    """Draws the picture of the default model, or of the default cascade."""
+    draw = draw_cascade_demo if args.cascade else draw_demo
+    draw(args.output, args.steps, args.seed)
 
 
 def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
@@ -145,6 +146,7 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     command.set_defaults(run=convert)
 
     command = commands.add_parser("demo", help="draw digits with the default model, guided and unguided")
+    command.add_argument("--cascade", action="store_true", help="draw small digits, and enlarge them")
     command.add_argument(
         "--output", metavar="FILE", default="demo.png", help="picture to write (default: %(default)s)"
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from diffusers import DDIMScheduler
 from digit_classifier import load_digit_classifier
 from PIL import Image
 
-from diffusers_adm import ClassifierGuidedPipeline, default_model
-from diffusers_adm.demo import draw_demo
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
+from diffusers_adm.cascade import draw_cascade
 
 
 ROOT = Path(__file__).parent.parent
@@ -94,8 +95,27 @@ def test_default_model_draws_the_digits_that_are_asked_for(condition_unet, guida
     assert (judged == labels).sum() >= right
 
 
-def test_demo_draws_a_labelled_grid_of_four_rows(tmp_path, capsys):
-    draw_demo(tmp_path / "demo.png", num_inference_steps=2)
+def test_default_cascade_draws_the_digits_that_are_asked_for():
+    files = [path for folder in default_cascade() for path in Path(folder).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    small, large = default_cascade()
+    stages = [ClassifierGuidedPipeline.from_pretrained(small), ADMUpsamplePipeline.from_pretrained(large)]
+    for stage in stages:
+        stage.scheduler = DDIMScheduler.from_config(stage.scheduler.config)
+        stage.set_progress_bar_config(disable=True)
+    labels = torch.arange(30) % 10
+    calls = [{"num_inference_steps": 25}, {"num_inference_steps": 10}]
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw_cascade(stages, labels, calls, generator, output_type="latent").images.clamp(-1, 1)
+    background = drawn.where(drawn > -0.6, -1.0)  # it is a little noisy, which the judge has never seen
+    with torch.no_grad():
+        judged = load_digit_classifier()(background).argmax(dim=1)
+    assert (judged == labels).sum() >= 28
+
+
+@pytest.mark.parametrize(("words", "rows"), [([], 4), (["--cascade"], 2)])
+def test_demo_draws_a_labelled_grid(words, rows, tmp_path, capsys):
+    assert run("demo", *words, "--steps", 2, "--output", tmp_path / "demo.png") == 0
     grid = Image.open(tmp_path / "demo.png")
-    assert grid.width > 10 * 64 and grid.height > 4 * 64
+    assert grid.width > 10 * 64 and rows * 64 < grid.height < (rows + 1) * 64 + 64
     assert str(tmp_path / "demo.png") in capsys.readouterr().out
