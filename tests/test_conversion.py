@@ -10,7 +10,14 @@ import pytest
 import torch
 from golden_cases import RELEASED, draw_weights, load_case, meta_state_dict, published_flags
 
-from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm import (
+    ADMUNet2DModel,
+    ADMUpsamplePipeline,
+    ClassifierGuidedPipeline,
+    NoisyClassifier,
+    default_cascade,
+    default_model,
+)
 from diffusers_adm.cards import card_name, released_card
 from diffusers_adm.cli import build_parser, main
 from diffusers_adm.openai_flags import parse_flags
@@ -622,7 +629,8 @@ def test_cards_of_released_models_are_those_of_the_table():
         args = build_parser().parse_args(command.split()[1:])
         assert preset.file in (args.unet, args.classifier)
         assert {args.unet, args.classifier} - {None} <= PRESETS.keys()
-    assert len(list(folder.glob("*/README.md"))) == len(PRESETS) + 1  # and the default model's
+    shipped = {Path(model).name for model in (default_model(), *default_cascade())}
+    assert {path.parent.name for path in folder.glob("*/README.md")} == {*map(card_name, PRESETS.values()), *shipped}
 
 
 def test_command_of_a_card_converts_and_leaves_the_card(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ class ADMResnetBlock2D(nn.Module):
         emb = self.time_emb_proj(self.act(emb))[:, :, None, None]  # (batch, (2 *) out_channels, 1, 1)
         if self.time_scale_shift == "scale_shift":
             scale, shift = emb.chunk(2, dim=1)
-            hidden_states = torch.addcmul(shift, self.norm2(hidden_states), 1 + scale)
+            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
         else:
             hidden_states = self.norm2(hidden_states + emb)
         hidden_states = self.conv2(self.dropout(self.act(hidden_states)))  # (batch, out_channels, height, width)
