@@ -149,7 +149,6 @@ def main() -> None:
         args.steps,
     )
     print(f"  a guided step takes {guided / unguided:.2f} unguided ones")
-    print(f"  beside the networks: {unguided - ours:.3f} s unguided, {guided - ours - gradient:.3f} s guided")
 
     operations = args.batch_size * measure(unets[0])[0]
     side = 2048

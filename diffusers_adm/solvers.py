@@ -54,7 +54,7 @@ SUPPORTED_SCHEDULERS = (
 _THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1000.0}
 GUIDED_SETTINGS = {
     DPMSolverMultistepScheduler: {"algorithm_type": "dpmsolver++", "solver_order": 2, **_THRESHOLDING},
-    # The corrector mistakes what strong guidance does in the first step for an error.
+    # Strong guidance and the corrector do not go together in the first step.
     UniPCMultistepScheduler: {"solver_type": "bh2", "solver_order": 2, "disable_corrector": [0], **_THRESHOLDING},
 }
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")

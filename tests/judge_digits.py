@@ -61,7 +61,8 @@ def main() -> None:
     figures = {}
     for solver in args.solvers.split(","):
         steps, kind = solver.split()
-        for stage, stage.scheduler in zip(stages, stock_schedulers):
+        for stage, stock_scheduler in zip(stages, stock_schedulers):
+            stage.scheduler = stock_scheduler
             stage.set_progress_bar_config(disable=True)
             set_scheduler(stage, kind)
             stage.register_to_config(num_inference_steps=int(steps))
