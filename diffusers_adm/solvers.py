@@ -12,9 +12,14 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -35,18 +40,19 @@ from .guidance import shift_epsilon, shift_mean
 from .respacing import evenly_spaced_timesteps, respaced_timesteps
 
 
+# Those that evaluate the network twice a step, but once in the last.
+TWO_STAGE = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
 # Those whose images keep their size, and have noise of standard deviation sigma added.
-VARIANCE_EXPLODING = (
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    HeunDiscreteScheduler,
-)
+VARIANCE_EXPLODING = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, *TWO_STAGE)
 SUPPORTED_SCHEDULERS = (
     DDPMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     UniPCMultistepScheduler,
     DEISMultistepScheduler,
+    SASolverScheduler,
+    PNDMScheduler,
     *VARIANCE_EXPLODING,
 )
 # What the authors of fast solvers advise for guided sampling of pixels (README of github.com/LuChengTHU/dpm-solver; diffusers' page
@@ -209,10 +215,23 @@ class VarianceExplodingSolver(EpsilonSolver):
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """x_{t-1}, towards the guided x_0."""
-        place = len(self.timesteps) - 1 - index
-        before, after = ((1 + sigma**2) ** 0.5 for sigma in self.scheduler.sigmas[place : place + 2].tolist())
+        before = self.schedule.x_0_from_x_t[index].item()  # sqrt(1 + sigma^2)
+        after = (
+            self.schedule.x_0_from_x_t[index - 1].item()
+            if index
+            else (1 + self.scheduler.sigmas[-1].item() ** 2) ** 0.5
+        )
         epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
         return self.scheduler.step(epsilon, self.timesteps[index], x_t * before, **step_kwargs).prev_sample / after
+
+
+class PNDMSolver(EpsilonSolver):
+    """One run of pseudo linear multistep, which is told epsilon."""
+
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
+        """x_{t-1}, towards the guided x_0."""
+        epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
+        return super().advance(epsilon, index, x_t, **step_kwargs)
 
 
 def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -> EpsilonSolver:
@@ -237,36 +256,67 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:
     """
-    A solver that keeps its own noise levels (`sigmas`) and places its own timesteps. Heun's method evaluates the network
-    twice a step, but once in the last; each evaluation is one of the run's steps.
+    A solver that keeps its own noise levels (`sigmas`) and places its own timesteps; each evaluation of the network is one of
+    the run's steps.
 
     Raises:
-        ValueError: If it would visit a timestep twice.
+        ValueError: If it would visit a timestep twice, or has noise levels that are not finite.
     """
     exploding = isinstance(scheduler, VARIANCE_EXPLODING)
     # The copy is told x_0, or the epsilon that it implies; it neither clips nor splits off a variance.
     off = {"variance_type": None, "clip_sample": False}
     changes = {name: value for name, value in off.items() if name in scheduler.config}
+    if isinstance(scheduler, DPMSolverSinglestepScheduler):
+        changes["lower_order_final"] = True  # as it says itself, with a warning
     prediction_type = "epsilon" if exploding else "sample"
     prepared = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type, **changes)
     prepared.set_timesteps(num_inference_steps, device=device)
     prepared.set_begin_index(0)
     prepared.is_scale_input_called = True  # the network is given x_t as it was trained on it
-    levels = prepared.sigmas
-    if isinstance(scheduler, HeunDiscreteScheduler):
-        levels = torch.cat([levels[::2], levels[-1:]])
-    # DEIS may end where it was, at the lowest level.
-    if not ((levels[:-1].diff() < 0).all() and levels[-1] <= levels[-2]):
+    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
+        # In float32 a step that removes nearly all noise would put back more than it may end with.
+        prepared.sigmas = prepared.sigmas.double()
+    levels = noise_levels(prepared)
+    if not levels.isfinite().all():
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps}: so few steps of {type(scheduler).__name__} are lost in rounding;"
+            " take more."
+        )
+    steps = torch.cat([levels[:-1:2], levels[-1:]]) if isinstance(scheduler, TWO_STAGE) else levels
+    # DEIS and SASolver may end where they were, at the lowest level.
+    if not ((steps[:-1].diff() < 0).all() and steps[-1] <= steps[-2]):
         raise ValueError(
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
         )
     timesteps = prepared.timesteps.flip(0)
     # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
-    sigmas = prepared.sigmas[: len(timesteps)].double().cpu().flip(0)
+    sigmas = levels[:-1].double().cpu().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps.cpu())
     solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
     return solver_class(scheduler, schedule, prepared, timesteps)
+
+
+def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The sigma of each evaluation of a run, and that of its end; those of DPM-Solver-2 lie between two steps every other time."""
+    levels = scheduler.sigmas[: len(scheduler.timesteps) + 1].clone()
+    if isinstance(scheduler, KDPM2DiscreteScheduler):
+        levels[1:-1:2] = scheduler.sigmas_interpol[1 : len(levels) - 1 : 2]
+    if isinstance(scheduler, KDPM2AncestralDiscreteScheduler):
+        levels[1:-1:2] = scheduler.sigmas_interpol[: len(levels) - 2 : 2]
+    return levels
+
+
+def pndm_solver(scheduler: PNDMScheduler, num_inference_steps: int) -> PNDMSolver:
+    """Pseudo linear multistep. Its first step is taken again, once the network has been evaluated at its end."""
+    # Its steps go from each timestep to that a stride below, which is the next one with this spacing alone.
+    prepared = type(scheduler).from_config(
+        scheduler.config, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0
+    )
+    prepared.set_timesteps(num_inference_steps)
+    timesteps = prepared.timesteps.flip(0)
+    schedule = NoiseSchedule.from_alpha_bar(prepared.alphas_cumprod[timesteps].double(), timesteps)
+    return PNDMSolver(scheduler, schedule, prepared, timesteps)
 
 
 def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:
@@ -331,6 +381,8 @@ def build_solver(
                 f"{given} is for DDPMScheduler and DDIMScheduler;"
                 f" {type(scheduler).__name__} places its own num_inference_steps."
             )
+        if isinstance(scheduler, PNDMScheduler):
+            return pndm_solver(scheduler, num_inference_steps)
         return sigma_solver(scheduler, num_inference_steps, device)
 
     if timesteps is not None:
@@ -384,5 +436,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"prediction_type={scheduler.config.prediction_type!r} is not one of {PREDICTION_TYPES}.")
     if scheduler.config.get("use_flow_sigmas"):
         raise ValueError("use_flow_sigmas=True is for flow matching; these are diffusion models.")
+    if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+        raise ValueError(
+            "skip_prk_steps=False is not supported: the Runge-Kutta steps of PNDMScheduler mistake the noise level where their"
+            " stride is odd. skip_prk_steps=True is."
+        )
     if scheduler.config.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")

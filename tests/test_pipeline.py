@@ -10,10 +10,11 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    KDPM2DiscreteScheduler,
+    IPNDMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -760,7 +761,8 @@ def test_components_make_another_pipeline():
 def test_scheduler_made_from_anothers_config_works():
     pipeline = tiny_pipeline()
     for scheduler_class in SUPPORTED_SCHEDULERS:
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        settings = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
         assert draw(pipeline).isfinite().all()
 
 
@@ -963,7 +965,7 @@ def test_respacing_of_a_scheduler_that_places_its_own_steps_is_refused(scheduler
     refused(pipeline, "ddim25", "DDPMScheduler", scheduler_class.__name__, timestep_respacing="ddim25")
 
 
-@pytest.mark.parametrize("scheduler_class", [PNDMScheduler, KDPM2DiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [IPNDMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
 def test_unsupported_scheduler_is_refused_with_the_list_that_is(scheduler_class):
     pipeline = tiny_pipeline()
     for attempt in (
@@ -1000,6 +1002,11 @@ def test_scheduler_config_that_cannot_be_sampled_is_refused(config, message):
 def test_classifier_and_unet_that_differ_are_refused(classifier, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(classifier=tiny_classifier(**classifier))
+
+
+def test_runge_kutta_steps_of_pndm_are_refused():
+    with pytest.raises(ValueError, match="skip_prk_steps=False"):
+        tiny_pipeline(scheduler=tiny_scheduler(PNDMScheduler, skip_prk_steps=False))
 
 
 def test_learned_variance_that_the_unet_does_not_give_is_refused():

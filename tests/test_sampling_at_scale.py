@@ -21,7 +21,7 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.evaluation import bench_sampling, draw_samples
 from diffusers_adm.evaluation.bench_sampling import evaluations
-from diffusers_adm.evaluation.sampling import call_options, option_type, parse_value, set_scheduler
+from diffusers_adm.evaluation.sampling import SCHEDULERS, call_options, option_type, parse_value, set_scheduler
 from diffusers_adm.evaluation.shards import image_generator
 from diffusers_adm.solvers import GUIDED_SETTINGS
 
@@ -263,18 +263,20 @@ def test_evaluations_are_counted():
 def test_bench_measures_solvers_and_guidance_and_the_spread_of_the_best(tmp_path, monkeypatch):
     real = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=real)
-    monkeypatch.setattr(bench_sampling, "FAST_STEPS", (5, 10))
+    monkeypatch.setattr(bench_sampling, "FAST_EVALUATIONS", (5, 10, 20))
     monkeypatch.setattr(bench_sampling, "SLOW_STEPS", 12)
     words = [tmp_path / "real.npz", "--output", tmp_path / "bench", "--num_samples", 10, "--batch_size", 10]
     monkeypatch.setattr("sys.argv", ["bench", *map(str, words), "--feature_extractor", DIGITS])
     bench_sampling.main()
     results = json.loads((tmp_path / "bench" / "results.json").read_text())
     points = [result["point"] for result in results]
-    # Nine solvers but DDPM at two numbers of steps; two at many; two with five ways to guide; four with two more seeds.
-    assert len(points) == 9 * 2 + 2 + 2 * 5 + 4 * 2
+    # All solvers but DDPM with three numbers of evaluations; two at many; twice two with five ways to guide; four with two
+    # more seeds.
+    assert len(points) == (len(SCHEDULERS) - 1) * 3 + 2 + 2 * 2 * 5 + 4 * 2
     assert len({tuple(point.values()) for point in points}) == len(points)
     heun = next(point for point in points if point["solver"] == "HeunDiscrete" and point["steps"] == 5)
     assert (heun["UNet"], heun["classifier"]) == (9, 9)
+    assert {point["UNet"] for point in points} == {5, 9, 10, 12, 19, 20}
     assert all(0 <= result["metrics"]["accuracy"] <= 1 for result in results)
     spread = json.loads((tmp_path / "bench" / "three_seeds.json").read_text())
     assert [point["steps"] for point in spread][0] == 12 and all(point["UNet"] <= 20 for point in spread[1:])

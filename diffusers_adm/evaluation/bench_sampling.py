@@ -1,8 +1,9 @@
 """Quality against cost, of solvers and of ways to guide: `python -m diffusers_adm.evaluation.bench_sampling REFERENCE`.
 
-DDPM and DDIM at 250 steps once, each solver at 5 to 25; then, of the two best solvers, guidance within an interval, by entropy, and
-with skipped classifier calls; then the best fast settings and DDPM again with other seeds. All draw the same labels, guided. What is
-drawn already is not drawn again, so a run that was stopped goes on; all processes of an `accelerate launch` draw.
+DDPM and DDIM at 250 steps once, each solver with at most 5 to 25 evaluations of the UNet; then, of the two best solvers, guidance
+within an interval, by entropy, and with skipped classifier calls; then the best fast settings and DDPM again with other seeds. All
+draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes of an
+`accelerate launch` draw.
 """
 
 import argparse
@@ -34,12 +35,13 @@ from diffusers_adm.evaluation.sampling import (
 )
 from diffusers_adm.evaluation.shards import processes
 from diffusers_adm.evaluation.sweep import folder_name, measure, write_tables
+from diffusers_adm.solvers import build_solver
 from diffusers_adm.whole_files import write_json
 
 
-FAST_STEPS = (5, 10, 15, 20, 25)
+FAST_EVALUATIONS = (5, 10, 15, 20, 25)
 SLOW_STEPS = 250
-MAX_FAST_EVALUATIONS = 20
+RECOMMENDED_EVALUATIONS = 20  # at most
 EVERY_STEP = "every step"
 GUIDANCE = {
     EVERY_STEP: {},
@@ -78,6 +80,20 @@ class Bench:
         self.folder = Path(args.output)
         self.results: list[dict] = []
 
+    def steps_within(self, scheduler: str, evaluations: int) -> int:
+        """How many steps a scheduler takes with no more evaluations of the UNet than that."""
+        self.set_scheduler(scheduler)
+        return max(
+            steps
+            for steps in range(1, evaluations + 1)
+            if len(build_solver(self.pipeline.scheduler, steps, None, 0.0, self.state.device).schedule) <= evaluations
+        )
+
+    def set_scheduler(self, scheduler: str) -> None:
+        """Puts one in the place of the pipeline's own."""
+        self.pipeline.scheduler = self.stock_scheduler
+        set_scheduler(self.pipeline, scheduler)
+
     def measure(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int = 0) -> dict:
         """
         Draws a point's samples and measures them; keeps what was found, and writes the table so far.
@@ -89,8 +105,7 @@ class Bench:
             seed: Of the samples.
         """
         point = {"solver": scheduler, "steps": steps, "guidance": guidance, "seed": seed}
-        self.pipeline.scheduler = self.stock_scheduler
-        set_scheduler(self.pipeline, scheduler)
+        self.set_scheduler(scheduler)
         call = {
             "num_inference_steps": steps,
             "guidance_scale": self.args.guidance_scale,
@@ -126,7 +141,7 @@ class Bench:
         lines: dict[str, Line] = {}
         for found in sorted(self.results, key=lambda found: found["point"]["steps"]):
             point = found["point"]
-            if point["seed"] or point["steps"] > max(FAST_STEPS):
+            if point["seed"] or point["UNet"] > max(FAST_EVALUATIONS):
                 continue
             guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
             x, y = lines.setdefault(point["solver"] + guidance, ([], []))
@@ -182,12 +197,14 @@ def main() -> None:
     check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
     bench = Bench(args, state, pipeline, reference, extractor)
     solvers = [name for name in SCHEDULERS if name != "DDPM"]
-    fast = [bench.measure(name, steps) for steps in FAST_STEPS for name in solvers]
+    fast = {
+        count: [bench.measure(name, bench.steps_within(name, count)) for name in solvers] for count in FAST_EVALUATIONS
+    }
     slow = [bench.measure(name, SLOW_STEPS) for name in ("DDPM", "DDIM")]
-    for steps in (10, 20):
-        for found in best([found for found in fast if found["point"]["steps"] == steps], 2):
-            fast += [bench.again(found, guidance=guidance) for guidance in GUIDANCE if guidance != EVERY_STEP]
-    candidates = [found for found in fast if found["point"]["UNet"] <= MAX_FAST_EVALUATIONS]
+    for count in (10, 20):
+        for found in best(fast[count], 2):
+            fast[count] += [bench.again(found, guidance=guidance) for guidance in GUIDANCE if guidance != EVERY_STEP]
+    candidates = [found for count, points in fast.items() if count <= RECOMMENDED_EVALUATIONS for found in points]
     spread = []
     for found in (slow[0], *best(candidates, 3)):
         distances = [distance(found), *(distance(bench.again(found, seed=seed)) for seed in (1, 2))]

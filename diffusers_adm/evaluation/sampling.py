@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PNDMScheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -27,6 +27,7 @@ from diffusers_adm.whole_files import written_whole
 
 # By name, with settings beside the noise schedule's.
 SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): (scheduler, {}) for scheduler in SUPPORTED_SCHEDULERS}
+SCHEDULERS["PNDM"] = (PNDMScheduler, {"skip_prk_steps": True})
 SCHEDULERS |= {
     scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
     for scheduler, settings in GUIDED_SETTINGS.items()
