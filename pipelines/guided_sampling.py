@@ -46,7 +46,7 @@ class GuidedSamplingMixin:
 
     model_cpu_offload_seq = "unet->classifier"
     _optional_components = ["classifier"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "x_0", "gradient"]
 
     def _register(
         self,

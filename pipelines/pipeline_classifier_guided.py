@@ -20,9 +20,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     Args:
         unet: [`ADMUNet2DModel`], class-conditional or not.
-        scheduler: Of diffusers: `DDPMScheduler`, `DDIMScheduler`, or one of those for DPM-Solver++ and UniPC and DEIS
-            (multistep), Euler, Euler ancestral and Heun (discrete). Its `clip_sample` and `clip_sample_range` clip the
-            predicted x_0 before guidance, never after.
+        scheduler: Of diffusers: one of `diffusers_adm.solvers.SUPPORTED_SCHEDULERS`, such as `DDPMScheduler`,
+            `DDIMScheduler` or `DPMSolverMultistepScheduler`. Its `clip_sample` and `clip_sample_range` clip the predicted
+            x_0 before guidance, never after.
         classifier: [`NoisyClassifier`]; without one nothing is guided.
         id2label: Name of each class by its number; synonyms are separated by commas.
         guidance_scale: Scale of guidance where a call gives none.
@@ -121,7 +121,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_scale: How strongly the classifier guides: one number, or one an image. 0 is no guidance. `None`
                 means the pipeline's default, which is 0 without a classifier.
             num_inference_steps: In [1, num_train_timesteps]. DDPM spaces them evenly, both ends included; DDIM takes
-                an integer stride where one gives that number. Heun's method evaluates the UNet twice in each but the last. `None` means the pipeline's default.
+                an integer stride where one gives that number. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice
+                in each but the last, PNDM twice in the first. `None` means the pipeline's default.
             timestep_respacing: The steps of DDPM or DDIM as a published string, such as `"250"`, `"ddim25"` or
                 `"90,60,60,20,20"` (`""` is all steps); wins over `num_inference_steps`.
             condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,
@@ -137,7 +138,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; what
                 it returns under "latents" takes their place.
-            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
+                clean images that the step went to before guidance; `"gradient"`, of the log-probability times the guidance
+                scale, or `None` where there was no guidance.
             cfg_weight: w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022, eq. 6):
                 one number, or one an image; 0 is none. What others call `guidance_scale` of classifier-free guidance is
                 1 + w. It needs a UNet that has a null class, and works with a classifier and without.

