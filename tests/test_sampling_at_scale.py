@@ -207,6 +207,9 @@ def test_schedulers_are_set_as_they_are_named():
         set_scheduler(pipeline, f"{name}-guided")
         config = dict(pipeline.scheduler.config)
         assert {**config, **settings} == config
+    pipeline.scheduler = stock
+    set_scheduler(pipeline, "HeunDiscrete-Karras")
+    assert isinstance(pipeline.scheduler, HeunDiscreteScheduler) and pipeline.scheduler.config.use_karras_sigmas
     pipeline.scheduler = DDIMScheduler()
     set_scheduler(pipeline, "DDPM")
     assert pipeline.scheduler.config.variance_type == "learned_range"

@@ -83,9 +83,9 @@ class Bench:
     def steps_within(self, scheduler: str, evaluations: int) -> int:
         """How many steps a scheduler takes with no more evaluations of the UNet than that."""
         self.set_scheduler(scheduler)
-        return max(
+        return next(
             steps
-            for steps in range(1, evaluations + 1)
+            for steps in range(evaluations, 0, -1)
             if len(build_solver(self.pipeline.scheduler, steps, None, 0.0, self.state.device).schedule) <= evaluations
         )
 

@@ -32,6 +32,10 @@ SCHEDULERS |= {
     scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
     for scheduler, settings in GUIDED_SETTINGS.items()
 }
+# Straight steps in sigma go astray where they are few, unless placed as by Karras et al. 2022 (arXiv 2206.00364, eq. 5).
+SCHEDULERS |= {
+    f"{name}-Karras": (SCHEDULERS[name][0], {"use_karras_sigmas": True}) for name in ("HeunDiscrete", "KDPM2Discrete")
+}
 FORMATS = ("npz", "png")
 # Arguments of a call that are not the same for all images of a run, or that no word can say.
 GIVEN_BY_THE_RUN = {
@@ -107,7 +111,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheduler",
         choices=sorted(SCHEDULERS),
         default=None,
-        help="Instead of the pipeline's; -guided: as its authors advise for guided sampling.",
+        help="Instead of the pipeline's; -guided: as its authors advise for guided sampling; -Karras: with their noise levels.",
     )
     for name in call_options():
         group.add_argument(f"--{name}", type=option_type(name), default=argparse.SUPPRESS, metavar="VALUE")
