@@ -19,7 +19,8 @@ def draw_cascade(
 
     Args:
         stages: The base pipeline, then one upsampler or more, each from what the one before draws.
-        class_labels: Class of each image, by number or name; `None` for models without classes.
+        class_labels: Class of each image, by number or name. `None` for models without classes; where the base has some, it
+            draws them, and the upsamplers, which must then have a null class, are told none.
         calls: Of each stage, other arguments of its call: its own steps, guidance scale, ...
         generator: One for all images, or a list of one an image.
         output_type: As of the pipelines.
@@ -41,7 +42,9 @@ def draw_cascade(
                 f"A stage draws {drawn.in_channels} channels of {drawn.sample_size} pixels, and the next enlarges"
                 f" {taken.in_channels} of {after.config.low_res_size}."
             )
-    if isinstance(class_labels, list):
+        if class_labels is None and taken.num_class_embeds is not None and after.unet.null_class is None:
+            raise ValueError("class_labels are missing: an upsampler is class-conditional and has no null class.")
+    if class_labels is not None:
         # Names mean the same in all stages; numbers must.
         class_labels = stages[0].class_ids(class_labels)
     images = None

@@ -74,7 +74,7 @@ class ClassifierGuidance:
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    When guidance acts, and how strongly.
+    When guidance acts, and how strongly. The first three are of classifier-free guidance too; the rest is of gradients.
 
     Args:
         interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which it acts, from above the first up to the
@@ -123,6 +123,9 @@ class GuidanceOptions:
         for name, known in (("skipped", ("reuse", "sum")), ("gradient_at", ("x_t", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}.")
+        for name in ("normalize", "entropy_scaling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False.")
         for name in ("max_entropy_scale", "max_size"):
             value = getattr(self, name)
             if not (isinstance(value, Real) and value > 0) and not (name == "max_size" and value is None):
@@ -151,6 +154,9 @@ class GuidanceOptions:
 
         Args:
             sigmas: Noise level of each step, from the noisiest on.
+
+        Raises:
+            ValueError: If the schedule gives something else than finite numbers.
         """
         schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]
         factors = []
@@ -158,7 +164,12 @@ class GuidanceOptions:
             fraction = step / len(sigmas)
             acts = self.interval is None or self.interval[0] < sigma <= self.interval[1]
             acts = acts and self.step_fractions[0] <= fraction < self.step_fractions[1]
-            factors.append(float(schedule(fraction)) if acts else 0.0)
+            factor = schedule(fraction) if acts else 0.0
+            if not (isinstance(factor, Real) and math.isfinite(factor)):
+                raise ValueError(
+                    f"schedule gave {factor!r} at {fraction:g} of the run, where a finite number is needed."
+                )
+            factors.append(float(factor))
         return factors
 
     def gradient_steps(self, factors: list[float]) -> dict[int, int]:
@@ -187,7 +198,9 @@ def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
 
 def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
     """Of each image, `(batch, 1, 1, 1)`."""
-    return gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would be lost
+    return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 @contextlib.contextmanager
@@ -214,6 +227,7 @@ def guidance_gradient(
     timestep: torch.Tensor,
     x_0: torch.Tensor,
     class_labels: torch.Tensor | None,
+    through_half: bool = False,
 ) -> torch.Tensor:
     """
     The gradient that a function guides by. Weights and their `requires_grad` stay as they are.
@@ -224,6 +238,8 @@ def guidance_gradient(
         timestep: Training timestep of each image, `(batch,)`.
         x_0: Predicted clean images.
         class_labels: The class that guides each image, `(batch,)`, or `None`.
+        through_half: Whether `x_0` depends on x_t by a network in float16. At the cost of a second backward pass of the
+            function, what goes back through that network is then of a size that it can hold.
 
     Returns:
         Of x_t's shape and dtype.
@@ -231,7 +247,7 @@ def guidance_gradient(
     Raises:
         ValueError: If the function returns something else than a log-probability of each image or a gradient.
     """
-    loss_scale = FLOAT16_LOSS_SCALE if getattr(guidance_fn, "dtype", None) == torch.float16 else 1.0
+    half = getattr(guidance_fn, "dtype", None) == torch.float16
     with differentiable():
         depends = x_0.grad_fn is not None
         if not depends:
@@ -248,14 +264,22 @@ def guidance_gradient(
             return value.detach()
         inputs = [x_t] if depends else [x_t, x_0]
         gradients = [None]
+        value = value.float()  # (batch,)
+        loss_scale = torch.full_like(value, FLOAT16_LOSS_SCALE if half else 1.0)  # powers of two do not round
+        if through_half and value.requires_grad:
+            (at_x_0,) = torch.autograd.grad((loss_scale * value).sum(), x_0, retain_graph=True, allow_unused=True)
+            if at_x_0 is not None:
+                _, exponent = (at_x_0.abs().amax(dim=(1, 2, 3)) / loss_scale).frexp()
+                loss_scale = torch.ldexp(torch.ones_like(value), -exponent)
+                loss_scale = loss_scale.clamp(max=FLOAT16_LOSS_SCALE) if half else loss_scale
         if value.requires_grad:
             # The sum, not the mean: an image's gradient must not depend on the batch it is in.
-            gradients = torch.autograd.grad(loss_scale * value.sum(), inputs, allow_unused=True)
+            gradients = torch.autograd.grad((loss_scale * value).sum(), inputs, allow_unused=True)
         gradients = [one for one in gradients if one is not None]
         if not gradients:
             raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
         gradient = sum(gradients)
-    return gradient / loss_scale
+    return gradient / loss_scale[:, None, None, None]
 
 
 def classifier_gradient(

@@ -4,6 +4,7 @@ predicts. They are functions for a pipeline's `guidance_fn`, which `diffusers_ad
 
 import copy
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ class CleanClassifierGuidance:
         conditional_temperature: tau_2, by which all logits are in the normaliser; the authors take 0.5.
         softplus_beta: With it, a copy of the classifier guides whose ReLUs are softplus functions of this beta, which are
             smooth; the authors take 3.
+
+    Raises:
+        ValueError: If `softplus_beta` is not above 0, or the classifier has no `torch.nn.ReLU` modules.
     """
 
     def __init__(
@@ -37,8 +41,6 @@ class CleanClassifierGuidance:
         softplus_beta: float | None = None,
     ):
         if softplus_beta is not None:
-            if not isinstance(classifier, nn.Module):
-                raise ValueError("softplus_beta is for classifiers that are modules.")
             classifier = smoothed(classifier, softplus_beta)
         self.classifier = classifier.eval() if isinstance(classifier, nn.Module) else classifier
         self.image_processor = image_processor
@@ -61,13 +63,19 @@ class CleanClassifierGuidance:
         classifier = AutoModelForImageClassification.from_pretrained(name).to(device)
         return cls(classifier, AutoImageProcessor.from_pretrained(name), **kwargs)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the classifier's weights; `None` where it has none."""
+        return dtype_of(self.classifier)
+
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         """The calibrated log-probability of each image's class, `(batch,)`."""
         if class_labels is None:
             raise ValueError("A classifier guides to class_labels, and there are none.")
-        output = self.classifier(as_pixels(x_0, self.image_processor))
+        pixels = as_pixels(x_0, self.image_processor)
+        output = self.classifier(pixels.to(self.dtype or pixels.dtype))
         logits = getattr(output, "logits", output).float()  # (batch, classes)
         if class_labels.max() >= logits.shape[1]:
             raise ValueError(f"class_labels {class_labels.tolist()} are not all in [0, {logits.shape[1] - 1}].")
@@ -114,12 +122,17 @@ class CLIPGuidance:
             features = model.get_text_features(**words.to(model.device)).pooler_output
         self.text = F.normalize(features.float(), dim=-1)  # (1 or batch, features)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of CLIP's weights."""
+        return dtype_of(self.model)
+
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Minus the distance of each image, `(batch,)`."""
         pixels = torch.cat([as_pixels(self._cutout(x_0), self.image_processor) for _ in range(self.num_cutouts)])
-        features = self.model.get_image_features(pixels.to(self.model.dtype)).pooler_output
+        features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
         seen = F.normalize(features.float(), dim=-1).unflatten(0, (self.num_cutouts, -1))  # (cutouts, batch, features)
         return -spherical_distance(seen, self.text).mean(dim=0)
 
@@ -145,8 +158,18 @@ def spherical_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tenso
     return 2 * ((first - second).norm(dim=-1) / 2).arcsin().square()
 
 
+def dtype_of(network: nn.Module | Callable) -> torch.dtype | None:
+    """Of a network's weights; `None` where there are none."""
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+
+
 def smoothed(classifier: nn.Module, beta: float) -> nn.Module:
     """A copy whose ReLUs are softplus functions."""
+    if not (isinstance(beta, Real) and beta > 0):
+        raise ValueError(f"softplus_beta={beta!r} is not a number above 0.")
+    if not (isinstance(classifier, nn.Module) and any(isinstance(module, nn.ReLU) for module in classifier.modules())):
+        raise ValueError("softplus_beta is for classifiers with torch.nn.ReLU modules, and this one has none.")
     classifier = copy.deepcopy(classifier)
     for parent in list(classifier.modules()):
         for name, child in parent.named_children():

@@ -4,7 +4,7 @@ A solver is a local copy of a scheduler for one run; the scheduler itself is nev
 """
 
 import inspect
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from diffusers import (
@@ -260,7 +260,7 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
     the run's steps.
 
     Raises:
-        ValueError: If it would visit a timestep twice, or has noise levels that are not finite.
+        ValueError: If it would visit a timestep twice.
     """
     exploding = isinstance(scheduler, VARIANCE_EXPLODING)
     # The copy is told x_0, or the epsilon that it implies; it neither clips nor splits off a variance.
@@ -273,15 +273,9 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
     prepared.set_timesteps(num_inference_steps, device=device)
     prepared.set_begin_index(0)
     prepared.is_scale_input_called = True  # the network is given x_t as it was trained on it
-    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
-        # In float32 a step that removes nearly all noise would put back more than it may end with.
-        prepared.sigmas = prepared.sigmas.double()
+    if isinstance(scheduler, (EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
+        make_ancestral_levels_exact(prepared)
     levels = noise_levels(prepared)
-    if not levels.isfinite().all():
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps}: so few steps of {type(scheduler).__name__} are lost in rounding;"
-            " take more."
-        )
     steps = torch.cat([levels[:-1:2], levels[-1:]]) if isinstance(scheduler, TWO_STAGE) else levels
     # DEIS and SASolver may end where they were, at the lowest level.
     if not ((steps[:-1].diff() < 0).all() and steps[-1] <= steps[-2]):
@@ -297,6 +291,21 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
     return solver_class(scheduler, schedule, prepared, timesteps)
 
 
+def make_ancestral_levels_exact(
+    prepared: EulerAncestralDiscreteScheduler | KDPM2AncestralDiscreteScheduler,
+) -> None:
+    """In float64: in float32 a step that removes nearly all noise may add more than it should end with."""
+    prepared.sigmas = prepared.sigmas.double()
+    if isinstance(prepared, KDPM2AncestralDiscreteScheduler):
+        # A step goes down to sigma_next^2 / sigma before it adds noise; its geometric middle is then sigma_next. Of these
+        # tables the scheduler reads the even places, where the next one holds sigma_next.
+        sigma_next = prepared.sigmas.roll(-1)
+        prepared.sigmas_interpol = sigma_next
+        prepared.sigmas_down = sigma_next**2 / prepared.sigmas
+        prepared.sigmas_up = (sigma_next**2 - prepared.sigmas_down**2).sqrt()
+        prepared.timesteps[1::2] = prepared.timesteps[2::2].clone()
+
+
 def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
     """The sigma of each evaluation of a run, and that of its end; those of DPM-Solver-2 lie between two steps every other time."""
     levels = scheduler.sigmas[: len(scheduler.timesteps) + 1].clone()
@@ -307,16 +316,20 @@ def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
     return levels
 
 
-def pndm_solver(scheduler: PNDMScheduler, num_inference_steps: int) -> PNDMSolver:
+def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver:
     """Pseudo linear multistep. Its first step is taken again, once the network has been evaluated at its end."""
-    # Its steps go from each timestep to that a stride below, which is the next one with this spacing alone.
-    prepared = type(scheduler).from_config(
-        scheduler.config, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0
+    prepared = respaced_copy(
+        scheduler,
+        schedule,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        steps_offset=0,
+        set_alpha_to_one=True,  # or the last evaluation would lead nowhere
     )
-    prepared.set_timesteps(num_inference_steps)
-    timesteps = prepared.timesteps.flip(0)
-    schedule = NoiseSchedule.from_alpha_bar(prepared.alphas_cumprod[timesteps].double(), timesteps)
-    return PNDMSolver(scheduler, schedule, prepared, timesteps)
+    prepared.set_timesteps(len(schedule))
+    places = prepared.timesteps.flip(0)
+    evaluated = NoiseSchedule.from_alpha_bar(schedule.alpha_bar[places], schedule.timesteps[places])
+    return PNDMSolver(scheduler, evaluated, prepared, places)
 
 
 def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:
@@ -355,16 +368,20 @@ def build_solver(
     """
     check_scheduler(scheduler)
     config = scheduler.config
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} is not in [0, 1].")
+    if not (isinstance(eta, Real) and 0 <= eta <= 1):
+        raise ValueError(f"eta={eta!r} is not a number in [0, 1].")
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {type(scheduler).__name__}.")
     num_train_timesteps = config.num_train_timesteps
     if timesteps is not None and not (
-        timesteps
-        and all(isinstance(timestep, Integral) and 0 <= timestep < num_train_timesteps for timestep in timesteps)
+        isinstance(timesteps, (list, tuple))
+        and timesteps
+        and all(isinstance(timestep, Integral) and not isinstance(timestep, bool) for timestep in timesteps)
+        and all(0 <= timestep < num_train_timesteps for timestep in timesteps)
     ):
-        raise ValueError(f"timesteps={timesteps} are not one or more integers in [0, {num_train_timesteps - 1}].")
+        raise ValueError(
+            f"timesteps={timesteps} is not a list of one or more integers in [0, {num_train_timesteps - 1}]."
+        )
     if (
         timesteps is None
         and timestep_respacing is None
@@ -382,7 +399,8 @@ def build_solver(
                 f" {type(scheduler).__name__} places its own num_inference_steps."
             )
         if isinstance(scheduler, PNDMScheduler):
-            return pndm_solver(scheduler, num_inference_steps)
+            timesteps = evenly_spaced_timesteps(num_inference_steps, num_train_timesteps)
+            return pndm_solver(scheduler, NoiseSchedule.from_config(config, timesteps))
         return sigma_solver(scheduler, num_inference_steps, device)
 
     if timesteps is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import math
 import os
 from collections.abc import Callable
 from numbers import Integral
@@ -222,6 +221,15 @@ class GuidedSamplingMixin:
         self._check_components()
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+        functions = {
+            "guidance_fn": guidance_fn,
+            "x_0_fn": x_0_fn,
+            "callback_on_step_start": callback_on_step_start,
+            "callback_on_step_end": callback_on_step_end,
+        }
+        for name, function in functions.items():
+            if function is not None and (not callable(function) or isinstance(function, NoisyClassifier)):
+                raise ValueError(f"{name} must be a function: got {type(function).__name__}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -260,6 +268,8 @@ class GuidedSamplingMixin:
             )
         if guiding_unet is not None:
             check_guiding_unet(guiding_unet, self.unet)
+            if not any(weights):
+                raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_size(height, width)
@@ -286,7 +296,7 @@ class GuidedSamplingMixin:
         num_classes = self._num_classes(unet_takes_labels, guided_by_classifier)
         if labels is None and num_classes is not None and low_res is None:
             labels = self._draw_labels(num_classes, batch_size, generator)
-        elif labels is not None:
+        elif labels is not None and (unet_takes_labels or guidance_fn is None):  # else they are the function's own
             self._check_labels(labels, unet_takes_labels, scales if guided_by_classifier else [0.0] * batch_size)
         label_ids = labels
         if labels is not None:
@@ -310,20 +320,20 @@ class GuidedSamplingMixin:
             guidance = guidance_fn
         through_unet = getattr(guidance, "through_unet", False)
         factors = options.factors(solver.schedule.x_0_from_epsilon[visits].tolist())
-        if any(scales) and not any(factors):
+        if (any(scales) or any(weights)) and not any(factors):
             raise ValueError(f"{options} let guidance act at none of the {len(visits)} steps.")
         gradient_steps = options.gradient_steps(factors)
         weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
+        through_half = through_unet and self.unet.dtype == torch.float16
         scales_seen, rows, last_gradient = None, [], None
-        # The step at which each image's gradient was no longer a number; looked at once, as looking waits for the device.
-        failed_at = torch.full((batch_size,), -1, device=device)  # (batch,)
+        gradients_finite, x_0_finite = FiniteCheck(batch_size, device), FiniteCheck(batch_size, device)
         with self.progress_bar(total=len(visits)) as progress_bar:
             for step, index in enumerate(visits):
                 if self.interrupt:
                     continue
                 if callback_on_step_start is not None:
                     outputs = callback_on_step_start(self, step, timesteps[index], {"latents": latents})
-                    latents = outputs.pop("latents", latents)
+                    latents = returned_latents(outputs, latents, "callback_on_step_start")
                 if self.guidance_scale is not scales_seen:
                     scales_seen = self.guidance_scale
                     scales = numbers_of_images(scales_seen, batch_size, "guidance_scale")
@@ -331,9 +341,13 @@ class GuidedSamplingMixin:
                         raise ValueError(
                             f"guidance_scale={scales_seen} needs a classifier, and the pipeline has none."
                         )
-                    if label_ids is not None and guidance_fn is None:
+                    if guidance_fn is None and label_ids is not None:
                         self._check_labels(label_ids, unet_takes_labels, scales)
-                    rows = [row for row, scale in enumerate(scales) if scale]
+                    elif guidance_fn is None and any(scales):
+                        raise ValueError(f"guidance_scale={scales_seen} needs class_labels to guide to.")
+                    rows_before, rows = rows, [row for row, scale in enumerate(scales) if scale]
+                    if not set(rows) <= set(rows_before):
+                        last_gradient = None  # of images that were not guided there is none to use again
                     scale = latents.new_tensor(scales)[:, None, None, None]
                 guided = bool(rows) and factors[step] != 0
                 asks = guided and (step in gradient_steps or last_gradient is None)
@@ -341,10 +355,12 @@ class GuidedSamplingMixin:
                 timestep = timesteps[index].expand(batch_size)  # (batch,)
                 with differentiable() if asks and through_unet else contextlib.nullcontext():
                     x_t = leaf(latents) if asks and through_unet else latents
-                    model_output = self._evaluate_unets(x_t, timestep, unet_labels, low_res, weight, guiding_unet)
+                    step_weight = weight * factors[step] if weight is not None and factors[step] else None
+                    model_output = self._evaluate_unets(x_t, timestep, unet_labels, low_res, step_weight, guiding_unet)
                     x_0, fraction = solver.predict(model_output, index, x_t)  # (batch, channels, height, width)
                     if x_0_fn is not None:
-                        x_0 = x_0_fn(x_0, timesteps[index])
+                        x_0 = changed_x_0(x_0_fn(x_0, timesteps[index]), x_0)
+                        x_0_finite.see(x_0, step)
 
                 gradient = None
                 if asks:
@@ -352,15 +368,13 @@ class GuidedSamplingMixin:
                         x_t, timestep = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
                     # The classifier is asked of those images alone that are guided; another function may need all.
                     if guidance_fn is not None or len(rows) == batch_size:
-                        last_gradient = guidance_gradient(guidance, x_t, timestep, x_0, labels)
+                        last_gradient = guidance_gradient(guidance, x_t, timestep, x_0, labels, through_half)
                     else:
                         some = torch.tensor(rows, device=device)
                         last_gradient = torch.zeros_like(latents)
                         last_gradient[some] = guidance_gradient(
                             guidance, x_t[some], timestep[some], x_0[some], labels[some]
                         )
-                    failed = ~last_gradient.flatten(1).isfinite().all(dim=1) & (failed_at < 0)
-                    failed_at = failed_at.masked_fill(failed, step)
                     if options.normalize:
                         last_gradient = normalized(last_gradient)
                     x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
@@ -368,6 +382,7 @@ class GuidedSamplingMixin:
                     gradient = last_gradient * scale * (factors[step] * gradient_steps.get(step, 1))
                     if options.max_size is not None:
                         gradient = shortened(gradient, options.max_size)
+                    gradients_finite.see(gradient, step)
 
                 latents = solver.step(x_0, fraction, index, latents, gradient, generator)
 
@@ -376,14 +391,15 @@ class GuidedSamplingMixin:
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     outputs = callback_on_step_end(self, step, timesteps[index], callback_kwargs)
-                    latents = outputs.pop("latents", latents)
+                    latents = returned_latents(outputs, latents, "callback_on_step_end")
                 if step + 1 < len(visits) and visits[step + 1] >= index:
                     noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
                     latents = renoise(solver.schedule, latents, index - 1, visits[step + 1], noise)
                 progress_bar.update()
 
         # 5. Make images of x_0.
-        check_gradients(failed_at, timesteps[visits])
+        x_0_finite.check(timesteps[visits], "What x_0_fn returned for")
+        gradients_finite.check(timesteps[visits], "The gradient that guides")
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -436,15 +452,18 @@ class GuidedSamplingMixin:
             low_res: Low-resolution images in [-1, 1], for an upsampler.
 
         Raises:
-            ValueError: If there is no such timestep or class.
+            ValueError: If there is no such timestep or class, or they are not as many as the images.
         """
         schedule = NoiseSchedule.from_config(self.scheduler.config)
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # (batch,)
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        labels = None if class_labels is None else self.class_ids(class_labels)
+        for name, count in (("timestep", timestep.numel()), ("class_labels", None if labels is None else len(labels))):
+            if count not in (None, len(sample)) and not (name == "timestep" and count == 1):
+                raise ValueError(f"{name}: {count} were given for {len(sample)} images.")
+        timestep = timestep.flatten().expand(len(sample))  # (batch,)
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
             raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")
-        labels = None
-        if class_labels is not None:
-            labels = self.class_ids(class_labels)
+        if labels is not None:
             self._check_labels(labels, True, [0.0] * len(labels))
             labels = torch.tensor(labels, device=sample.device)
         model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
@@ -604,29 +623,66 @@ def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int
     values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
     if len(values) != batch_size:
         raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"{name}={given} is not finite.")
+    if not all(abs(value) <= torch.finfo(torch.float32).max for value in values):
+        raise ValueError(f"{name}={given} is not finite in float32.")
     return values
 
 
-def check_gradients(failed_at: torch.Tensor, timesteps: torch.Tensor) -> None:
+class FiniteCheck:
     """
-    Raises a ValueError if a gradient was not finite.
+    The step at which something of each image was no longer finite; looked at once, as looking waits for the device.
 
     Args:
-        failed_at: Step at which each image's was not for the first time, or -1.
-        timesteps: Of all steps.
+        batch_size: Number of images.
+        device: Of the tensors.
     """
-    for image, step in enumerate(failed_at.tolist()):
-        if step >= 0:
-            raise ValueError(
-                f"The gradient that guides image {image} is not finite at step {step} of {len(timesteps)}, timestep"
-                f" {timesteps[step]}."
-            )
+
+    def __init__(self, batch_size: int, device: torch.device):
+        self.failed_at = torch.full((batch_size,), -1, device=device)  # (batch,)
+
+    def see(self, tensor: torch.Tensor, step: int) -> None:
+        """Notes the images of which a tensor, `(batch, channels, height, width)`, is not finite for the first time."""
+        failed = ~tensor.flatten(1).isfinite().all(dim=1) & (self.failed_at < 0)
+        self.failed_at = self.failed_at.masked_fill(failed, step)
+
+    def check(self, timesteps: torch.Tensor, what: str) -> None:
+        """Raises a ValueError that names image, step and timestep, of those of all steps, unless all was finite."""
+        for image, step in enumerate(self.failed_at.tolist()):
+            if step >= 0:
+                raise ValueError(
+                    f"{what} image {image} is not finite at step {step} of {len(timesteps)}, timestep {timesteps[step]}."
+                )
+
+
+def changed_x_0(returned: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+    """
+    What a function made of x_0, in float32.
+
+    Raises:
+        ValueError: If it is not a tensor of its shape.
+    """
+    if not isinstance(returned, torch.Tensor) or returned.shape != x_0.shape:
+        got = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
+        raise ValueError(f"x_0_fn returned {got}, where a tensor {tuple(x_0.shape)} is needed.")
+    return returned.to(x_0.dtype)
+
+
+def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.Tensor:
+    """
+    What a callback returned, or else the latents as they are.
+
+    Raises:
+        ValueError: If it returned no dict.
+    """
+    if not isinstance(outputs, dict):
+        raise ValueError(f"{name} returned {type(outputs).__name__}, where a dict, of latents or empty, is needed.")
+    return outputs.pop("latents", latents)
 
 
 def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel) -> None:
     """Raises a ValueError unless one UNet's predictions can be weighed against the other's."""
+    if type(guiding_unet).__name__ != type(unet).__name__:  # by name: saved code has classes of its own
+        raise ValueError(f"guiding_unet must be an {type(unet).__name__}: got {type(guiding_unet).__name__}.")
     for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
         ours, theirs = unet.config[name], guiding_unet.config[name]
         if ours != theirs and not (name == "num_class_embeds" and theirs is None):

@@ -142,8 +142,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
-                clean images that the step went to before guidance; `"gradient"`, of the log-probability times the guidance
-                scale, or `None` where there was no guidance.
+                predicted clean images, as they were before guidance; `"gradient"`, by which the step was guided, scale and
+                options included, or `None` where it was not.
             cfg_weight: As of [`ClassifierGuidedPipeline`], and so are the next three.
             guiding_unet: A weaker upsampler.
             guidance_fn: What guides in the classifier's place.

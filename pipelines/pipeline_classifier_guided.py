@@ -119,7 +119,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
                 `batch_size` of them from `generator`, before the noise.
             guidance_scale: How strongly the classifier guides: one number, or one an image. 0 is no guidance. `None`
-                means the pipeline's default, which is 0 without a classifier.
+                means the pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
             num_inference_steps: In [1, num_train_timesteps]. DDPM spaces them evenly, both ends included; DDIM takes
                 an integer stride where one gives that number. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice
                 in each but the last, PNDM twice in the first. `None` means the pipeline's default.
@@ -139,8 +139,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; what
                 it returns under "latents" takes their place.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
-                clean images that the step went to before guidance; `"gradient"`, of the log-probability times the guidance
-                scale, or `None` where there was no guidance.
+                predicted clean images, as they were before guidance; `"gradient"`, by which the step was guided, scale and
+                options included, or `None` where it was not.
             cfg_weight: w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022, eq. 6):
                 one number, or one an image; 0 is none. What others call `guidance_scale` of classifier-free guidance is
                 1 + w. It needs a UNet that has a null class, and works with a classifier and without.

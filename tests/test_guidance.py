@@ -15,6 +15,7 @@ from diffusers_adm.guidance import (
     classifier_gradient,
     guidance_gradient,
     normalized,
+    shortened,
 )
 
 
@@ -60,6 +61,25 @@ def test_classifier_free_guidance_moves_epsilon_away_from_that_of_no_class(weigh
     w = torch.as_tensor(weights).expand(2)[:, None, None, None]
     epsilon = (1 + w) * epsilon_of(pipeline.unet, x_t, LABELS) - w * epsilon_of(pipeline.unet, x_t, [NULL, NULL])
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, epsilon), rtol=1e-4, atol=1e-5)
+
+
+def test_options_say_when_classifier_free_guidance_acts_too():
+    pipeline = pipeline_of(DDIMScheduler)
+    rows, states = calls_of(pipeline.unet), []
+
+    def remember(_, step, timestep, tensors):
+        states.append(tensors["latents"].clone())
+        return tensors
+
+    always = draw(pipeline, cfg_weight=2.0, callback_on_step_end=remember)
+    halfway = states[1]
+    found = draw(pipeline, cfg_weight=2.0, guidance_options={"step_fractions": (0.0, 0.5)})
+    assert rows == [4] * 4 + [4, 4, 2, 2]
+    rest = draw(pipeline, num_inference_steps=None, timesteps=[250, 0], latents=halfway)
+    torch.testing.assert_close(found, rest, rtol=1e-4, atol=1e-4)
+    assert (found - always).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="let guidance act at none"):
+        draw(pipeline, cfg_weight=2.0, guidance_options={"interval": (1e6, 1e7)})
 
 
 def test_weight_of_minus_one_is_the_unconditional_model_and_zero_costs_nothing():
@@ -292,6 +312,43 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pipeline.unet.parameters())
 
 
+def test_a_function_may_know_classes_that_no_network_knows():
+    seen = []
+
+    def near(x_t, timestep, x_0, class_labels):
+        seen.append(class_labels.tolist())
+        return -x_0.square().sum(dim=(1, 2, 3))
+
+    unconditional = tiny_unet(num_class_embeds=None)
+    for with_classifier in (False, True):
+        pipeline = tiny_pipeline(unconditional, with_classifier=with_classifier)
+        draw(pipeline, [1, NUM_CLASSES + 1], guidance_fn=near, guidance_scale=1.0)
+    assert seen == [[1, NUM_CLASSES + 1]] * 8
+    with pytest.raises(ValueError, match=f"{NUM_CLASSES + 1}"):
+        draw(tiny_pipeline(), [1, NUM_CLASSES + 1], guidance_fn=near, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_gradients_through_a_unet_in_half_precision_neither_vanish_nor_overflow(size):
+    target = images(seed=5)
+
+    def near(x_t, timestep, x_0, class_labels):
+        return -size * (x_0 - target.to(x_0)).square().sum(dim=(1, 2, 3))
+
+    near.through_unet = True
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        pipeline = pipeline_of(DDIMScheduler).to(dtype)
+
+        def keep(_, step, timestep, tensors, dtype=dtype):
+            return found.setdefault(dtype, tensors) and {}
+
+        call = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["gradient"]}
+        draw(pipeline, guidance_fn=near, guidance_scale=1.0, num_inference_steps=1, latents=images(), **call)
+    exact, half = (found[dtype]["gradient"] for dtype in found)
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_function_may_guide_images_without_labels():
     pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), with_classifier=False)
     bright = draw(
@@ -324,6 +381,49 @@ def test_a_gradient_that_is_no_number_is_told_with_its_step_and_image(value):
 
     with pytest.raises(ValueError, match="guides image 1 is not finite at step 1 of 4, timestep 666"):
         draw(pipeline_of(), guidance_fn=breaks, guidance_scale=1.0, guidance_options={"normalize": True})
+
+
+@pytest.mark.parametrize("call", [{"guidance_scale": 1e10}, {"guidance_scale": 1.0, "guidance_options": {"every": 2}}])
+def test_a_gradient_that_its_scale_makes_no_number_is_told(call):
+    size = 1e30 if call["guidance_scale"] > 1 else 3e38
+
+    def steep(x_t, timestep, x_0, class_labels):
+        return torch.full_like(x_t, size)
+
+    options = {"schedule": lambda fraction: 1.0 if fraction == 0 else 2.0, **call.get("guidance_options", {})}
+    step = 0 if call["guidance_scale"] > 1 else 1
+    with pytest.raises(ValueError, match=f"guides image 0 is not finite at step {step} of 4"):
+        draw(pipeline_of(), guidance_fn=steep, **{**call, "guidance_options": options})
+
+
+@pytest.mark.parametrize("size", [1e-24, 1.0, 1e20])
+def test_gradients_of_any_size_are_normalised_and_shortened(size):
+    gradient = images() * size
+    unit = images() / images().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(normalized(gradient), unit)
+    torch.testing.assert_close(shortened(gradient, 0.2), 0.2 * unit if size > 0.5 else gradient)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "a", None])
+def test_schedules_that_give_no_numbers_are_refused(value):
+    options = {"schedule": lambda fraction: 1.0 if fraction < 0.7 else value}
+    with pytest.raises(ValueError, match="schedule gave .* at 0.75"):
+        draw(pipeline_of(), guidance_scale=1.0, guidance_options=options)
+
+
+def test_an_image_that_is_guided_from_now_on_does_not_wait_for_the_next_gradient():
+    pipeline, gradients = pipeline_of(), []
+
+    def turn_on(called, step, timestep, tensors):
+        gradients.append(tensors["gradient"])
+        called._guidance_scale = [20.0, 20.0]
+        return {}
+
+    draw(
+        pipeline, guidance_scale=[0.0, 20.0], guidance_options={"every": 4}, callback_on_step_end=turn_on,
+        callback_on_step_end_tensor_inputs=["gradient"],
+    )  # fmt: skip
+    assert not gradients[0][0].any() and all(gradient.flatten(1).any(dim=1).all() for gradient in gradients[1:])
 
 
 def test_gradient_at_the_mean_is_that_of_the_next_timestep():

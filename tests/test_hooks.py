@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from tiny_models import NUM_CLASSES, SIZE, images, tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny_models import NUM_CLASSES, SIZE, images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm.diffusion import NoiseSchedule, add_noise, learned_log_variance, renoise, x_0_from_epsilon
 from diffusers_adm.examples import ddnm, digits, dps, repaint, symmetry
@@ -75,7 +75,32 @@ def test_callback_is_given_x_0_and_the_gradient():
 
 
 @pytest.mark.parametrize(
-    ("timestep", "labels", "said"), [(1000, LABELS, "1000"), (0.5, LABELS, "0.5"), (3, [1, 5], "5")]
+    ("call", "said"),
+    [
+        ({"x_0_fn": lambda x_0, timestep: x_0[:1]}, r"x_0_fn returned \(1, 3, 8, 8\)"),
+        ({"x_0_fn": lambda x_0, timestep: None}, "x_0_fn returned NoneType"),
+        (
+            {"x_0_fn": lambda x_0, timestep: x_0 / (timestep > 300)},
+            "x_0_fn returned for image 0 is not finite at step 2",
+        ),
+        ({"x_0_fn": 5}, "x_0_fn must be a function: got int"),
+        ({"callback_on_step_start": lambda *_: None}, "callback_on_step_start returned NoneType"),
+        ({"callback_on_step_end": lambda *_: None}, "callback_on_step_end returned NoneType"),
+        ({"guidance_fn": "a"}, "guidance_fn must be a function: got str"),
+        ({"guidance_fn": tiny_classifier()}, "guidance_fn must be a function: got NoisyClassifier"),
+        ({"guiding_unet": "a", "cfg_weight": 1.0}, "guiding_unet must be an ADMUNet2DModel: got str"),
+        ({"guiding_unet": tiny_unet(seed=7)}, "guiding_unet guides by cfg_weight, which is 0"),
+        ({"cfg_weight": 1e40, "guiding_unet": tiny_unet(seed=7)}, "cfg_weight=1e[+]40 is not finite in float32"),
+    ],
+)
+def test_hooks_that_return_something_else_are_told(call, said):
+    with pytest.raises(ValueError, match=said):
+        draw(tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler)), **call)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "labels", "said"),
+    [(1000, LABELS, "1000"), (0.5, LABELS, "0.5"), (3, [1, 5], "5"), ([3] * 3, LABELS, "3"), (3, [1], "1")],
 )
 def test_prediction_refuses_what_is_not_there(timestep, labels, said):
     with pytest.raises(ValueError, match=said):

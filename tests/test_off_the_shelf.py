@@ -1,5 +1,6 @@
 """Guidance by networks that never saw noise, real ones of transformers with random weights."""
 
+import copy
 import json
 import math
 
@@ -29,6 +30,7 @@ from diffusers_adm.off_the_shelf import CleanClassifierGuidance, CLIPGuidance, a
 
 
 LABELS = torch.tensor([1, 3])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 
 
@@ -94,6 +96,27 @@ def test_smoothing_leaves_the_classifier_as_it_is(classifier):
     assert not any(isinstance(module, nn.ReLU) for module in guide.classifier.modules())
     with pytest.raises(ValueError, match="softplus_beta"):
         CleanClassifierGuidance(lambda pixels: pixels, softplus_beta=3.0)
+
+
+@pytest.mark.parametrize(
+    ("beta", "network", "said"),
+    [
+        (-1.0, None, "softplus_beta=-1.0"),
+        (3.0, nn.GELU(), "ReLU modules"),
+        (3.0, lambda pixels: pixels, "ReLU modules"),
+    ],
+)
+def test_smoothing_of_what_has_nothing_to_smooth_is_refused(classifier, beta, network, said):
+    with pytest.raises(ValueError, match=said):
+        CleanClassifierGuidance(network or classifier, softplus_beta=beta)
+
+
+def test_a_classifier_in_half_precision_guides_as_one_in_full(classifier):
+    x_0, timestep = images(seed=2), torch.zeros(2)
+    guides = [CleanClassifierGuidance(copy.deepcopy(classifier).to(dtype), PROCESSOR) for dtype in DTYPES]
+    exact, *others = [guidance_gradient(guide, x_0, timestep, x_0, LABELS) for guide in guides]
+    for other in others:
+        assert other.dtype == exact.dtype and (other - exact).norm() < 0.05 * exact.norm()
 
 
 def test_labels_that_the_classifier_does_not_know_are_refused(classifier):

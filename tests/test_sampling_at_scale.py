@@ -1,5 +1,6 @@
 """Samples by the thousand, and sweeps: the same on any processes, after any interruption."""
 
+import argparse
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from command_line import run
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
@@ -20,7 +22,7 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.evaluation import bench_sampling, draw_samples
-from diffusers_adm.evaluation.bench_sampling import evaluations
+from diffusers_adm.evaluation.bench_sampling import FAST_EVALUATIONS, Bench, evaluations
 from diffusers_adm.evaluation.sampling import SCHEDULERS, call_options, option_type, parse_value, set_scheduler
 from diffusers_adm.evaluation.shards import image_generator
 from diffusers_adm.solvers import GUIDED_SETTINGS
@@ -260,6 +262,16 @@ def test_evaluations_are_counted():
     assert evaluations(pipeline, call) == (7, 7)
     assert evaluations(pipeline, {**call, "guidance_options": {"every": 3}}) == (7, 3)
     assert evaluations(pipeline, {**call, "guidance_scale": 0.0}) == (7, 0)
+
+
+def test_bench_knows_the_steps_of_every_scheduler_within_its_evaluations():
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler())
+    bench = Bench(argparse.Namespace(output="."), PartialState(), pipeline, None, None)
+    for name in SCHEDULERS:
+        for count in FAST_EVALUATIONS:
+            bench.set_scheduler(name)
+            unet, _ = evaluations(pipeline, {"num_inference_steps": bench.steps_within(name, count)})
+            assert count - 1 <= unet <= count, (name, count)
 
 
 @pytest.mark.slow

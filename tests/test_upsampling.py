@@ -159,6 +159,14 @@ def test_a_cascade_is_its_stages_one_after_the_other():
             draw_cascade(wrong, [1, 2])
     with pytest.raises(ValueError, match="1 calls"):
         draw_cascade(stages, [1, 2], [{}])
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        draw_cascade(stages)
+    base.register_to_config(id2label={number: f"class {number}" for number in range(NUM_CLASSES)})
+    named, numbered = (
+        draw_cascade(stages, labels, calls, torch.Generator().manual_seed(0), output_type="latent").images
+        for labels in ("class 2", 2)
+    )
+    assert torch.equal(named, numbered)
 
 
 def test_image_is_the_same_alone_and_in_a_batch():
@@ -176,6 +184,14 @@ def test_null_class_runs_without_labels():
     torch.testing.assert_close(draw(conditional, image, None), expected)
     with pytest.raises(ValueError, match="class_labels are missing"):
         draw(upsampler(), image, None)
+    guided = upsampler(conditional.unet, classifier=tiny_classifier())
+
+    def turn_on(called, step, timestep, tensors):
+        called._guidance_scale = 1.0
+        return {}
+
+    with pytest.raises(ValueError, match="guidance_scale=1.0 needs class_labels"):
+        draw(guided, image, None, callback_on_step_end=turn_on)
     unconditional = upsampler(tiny_unet(low_res_conditioning=True, num_class_embeds=None))
     assert draw(unconditional, image, None).shape == (2, 3, SIZE, SIZE)
 

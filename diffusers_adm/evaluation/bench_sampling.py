@@ -1,8 +1,8 @@
 """Quality against cost, of solvers and of ways to guide: `python -m diffusers_adm.evaluation.bench_sampling REFERENCE`.
 
 DDPM and DDIM at 250 steps once, each solver with at most 5 to 25 evaluations of the UNet; then, of the two best solvers, guidance
-within an interval, by entropy, and with skipped classifier calls; then the best fast settings and DDPM again with other seeds. All
-draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes of an
+within an interval, by entropy, and with skipped classifier calls; then DDPM and the best fast settings, by seed 0, with two more
+seeds. All draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes of an
 `accelerate launch` draw.
 """
 
@@ -212,6 +212,7 @@ def main() -> None:
             {
                 **found["point"],
                 "seeds": [0, 1, 2],
+                "distances": distances,
                 "mean": statistics.mean(distances),
                 "standard_deviation": statistics.stdev(distances),
             }

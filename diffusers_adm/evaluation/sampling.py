@@ -32,7 +32,7 @@ SCHEDULERS |= {
     scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
     for scheduler, settings in GUIDED_SETTINGS.items()
 }
-# Straight steps in sigma go astray where they are few, unless placed as by Karras et al. 2022 (arXiv 2206.00364, eq. 5).
+# Few of their steps, which are straight in sigma, go astray unless placed as by Karras et al. 2022 (arXiv 2206.00364, eq. 5).
 SCHEDULERS |= {
     f"{name}-Karras": (SCHEDULERS[name][0], {"use_karras_sigmas": True}) for name in ("HeunDiscrete", "KDPM2Discrete")
 }

@@ -201,7 +201,8 @@ class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
 
     def epsilon_view(self, class_labels: torch.Tensor | None = None) -> "EpsilonView":
         """
-        The same network for callers that know no learned variance, such as solvers of inverse problems.
+        The same network for callers that know no learned variance, such as solvers of inverse problems. Stock schedulers take
+        its output as they are, but for a `DDPMScheduler`, whose `variance_type` must be a fixed one.
 
         Args:
             class_labels: Class of each image, where they do not know of classes either.
