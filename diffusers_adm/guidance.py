@@ -270,8 +270,8 @@ def guidance_gradient(
             (at_x_0,) = torch.autograd.grad((loss_scale * value).sum(), x_0, retain_graph=True, allow_unused=True)
             if at_x_0 is not None:
                 _, exponent = (at_x_0.abs().amax(dim=(1, 2, 3)) / loss_scale).frexp()
-                loss_scale = torch.ldexp(torch.ones_like(value), -exponent)
-                loss_scale = loss_scale.clamp(max=FLOAT16_LOSS_SCALE) if half else loss_scale
+                largest = FLOAT16_LOSS_SCALE if half else math.inf  # more, the function could not hold
+                loss_scale = torch.ldexp(torch.ones_like(value), -exponent).clamp(max=largest)
         if value.requires_grad:
             # The sum, not the mean: an image's gradient must not depend on the batch it is in.
             gradients = torch.autograd.grad((loss_scale * value).sum(), inputs, allow_unused=True)
@@ -279,7 +279,7 @@ def guidance_gradient(
         if not gradients:
             raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
         gradient = sum(gradients)
-    return gradient / loss_scale[:, None, None, None]
+    return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)
 
 
 def classifier_gradient(

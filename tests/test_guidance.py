@@ -349,6 +349,13 @@ def test_gradients_through_a_unet_in_half_precision_neither_vanish_nor_overflow(
     assert (half - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_gradient_has_the_dtype_of_x_t(dtype):
+    classifier, x_t = tiny_classifier().to(dtype), images().to(dtype)
+    gradient = classifier_gradient(classifier, x_t, torch.tensor([5, 200]), torch.tensor(LABELS))
+    assert gradient.dtype == dtype and gradient.any()
+
+
 def test_a_function_may_guide_images_without_labels():
     pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), with_classifier=False)
     bright = draw(
