@@ -107,9 +107,8 @@ def test_default_cascade_draws_the_digits_that_are_asked_for():
     calls = [{"num_inference_steps": 25}, {"num_inference_steps": 10}]
     generator = torch.Generator().manual_seed(0)
     drawn = draw_cascade(stages, labels, calls, generator, output_type="latent").images.clamp(-1, 1)
-    background = drawn.where(drawn > -0.6, -1.0)  # it is a little noisy, which the judge has never seen
     with torch.no_grad():
-        judged = load_digit_classifier()(background).argmax(dim=1)
+        judged = load_digit_classifier()(drawn).argmax(dim=1)
     assert (judged == labels).sum() >= 28
 
 
