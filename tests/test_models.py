@@ -276,6 +276,13 @@ def test_size_that_the_downsampling_does_not_divide_is_refused(kind, size):
         predict(tiny_model(kind), images(height=size[0], width=size[1]))
 
 
+@every_model
+def test_other_numbers_of_channels_are_refused(kind):
+    for sample in (images()[:, :2], images()[0]):
+        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\) is needed"):
+            tiny_model(kind)(sample, 5)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (16, 4), (4, 8)])
 def test_attention_pool_refuses_other_sizes(size):
     with pytest.raises(ValueError, match=f"4x4, got {size[0] // 2}x{size[1] // 2}"):

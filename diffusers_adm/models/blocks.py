@@ -383,8 +383,12 @@ class ADMEncoder(nn.Module):
         return block(hidden_states, emb)
 
 
-def check_image_size(sample: torch.Tensor, num_levels: int) -> None:
-    """Raises a ValueError unless height and width can be halved between all levels."""
+def check_images(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
+    """Raises a ValueError unless there are as many channels as a model takes, and height and width can be halved between all levels."""
+    if sample.ndim != 4 or sample.shape[1] != in_channels:
+        raise ValueError(
+            f"sample has shape {tuple(sample.shape)}, where (batch, {in_channels}, height, width) is needed."
+        )
     factor = 2 ** (num_levels - 1)
     height, width = sample.shape[2:]
     if height % factor or width % factor:

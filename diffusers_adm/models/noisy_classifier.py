@@ -18,7 +18,7 @@ from .blocks import (
     ADMEncoder,
     ADMGroupNorm,
     ADMTimeEmbedding,
-    check_image_size,
+    check_images,
     zero_init,
 )
 
@@ -211,10 +211,10 @@ class NoisyClassifier(ModelMixin, ADMConfigMixin, AttentionMixin):
             return_dict: Whether to return a [`NoisyClassifierOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If the image cannot be halved between all levels, or is not of the size that
-                `pool="attention"` was made for.
+            ValueError: If the image has another number of channels, cannot be halved between all levels, or is not of the
+                size that `pool="attention"` was made for.
         """
-        check_image_size(sample, len(self.config.channel_mult))
+        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
         hidden_states, skips = self.encoder(sample, emb)  # (batch, channels, height / 2**k, width / 2**k)
         if self.config.pool in ("attention", "adaptive"):

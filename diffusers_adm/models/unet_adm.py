@@ -21,7 +21,7 @@ from .blocks import (
     ADMTimeEmbedding,
     ADMUpBlock,
     ADMUpsample2D,
-    check_image_size,
+    check_images,
     zero_init,
 )
 
@@ -227,10 +227,10 @@ class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
             return_dict: Whether to return an [`ADMUNet2DOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If labels or low-resolution images are missing or not taken, or if the image cannot be halved
-                between all levels.
+            ValueError: If labels or low-resolution images are missing or not taken, or if the image has another number of
+                channels or cannot be halved between all levels.
         """
-        check_image_size(sample, len(self.config.channel_mult))
+        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
         if self.class_embedding is None and class_labels is not None:
             raise ValueError("class_labels were given to an unconditional model (num_class_embeds=None).")
         if self.class_embedding is not None and class_labels is None and self.null_class is None:
