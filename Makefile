@@ -34,10 +34,11 @@ bench-step: install
 bench-eval: install
 	$(BIN)/python -m diffusers_adm.evaluation.bench
 
-# Hours; goes on where it was stopped. MNIST may be a local folder of the dataset.
+# Hours; goes on where it was stopped. MNIST may be a local folder of the dataset; each process takes one core, or a GPU.
 MNIST ?= ylecun/mnist
+PROCESSES ?= 1
 bench-sampling: install
-	$(BIN)/python -m diffusers_adm.evaluation.bench_sampling $(MNIST) --split test --resolution 32 --crop pad \
+	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.evaluation.bench_sampling $(MNIST) --split test --resolution 32 --crop pad \
 	    --register tests/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
 
 cards: install

@@ -236,8 +236,10 @@ def command(model: Path, output: Path, *words: str | Path) -> list[str]:
 def test_two_processes_and_a_killed_run_draw_the_same_set(model, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     words = ["--guidance_scale", 1.0, "--num_inference_steps", 50]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    subprocess.run([sys.executable, *launcher, *command(model, tmp_path / "two", *words)], check=True, env=environment)
+    # `accelerate launch --cpu` starts a single process, whatever it is told.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = [sys.executable, *launcher, *command(model, tmp_path / "two", *words)]
+    subprocess.run(two, check=True, env={**environment, "OMP_NUM_THREADS": "1"})
 
     killed = subprocess.Popen([sys.executable, *command(model, tmp_path / "killed", *words)], env=environment)
     shards = tmp_path / "killed" / "shards"

@@ -3,7 +3,7 @@
 DDPM and DDIM at 250 steps once, each solver with at most 5 to 25 evaluations of the UNet; then, of the two best solvers, guidance
 within an interval, by entropy, and with skipped classifier calls; then DDPM and the best fast settings, by seed 0, with two more
 seeds. All draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes
-of an `accelerate launch` draw.
+of a launch draw.
 """
 
 import argparse
