@@ -270,7 +270,7 @@ def test_bench_knows_the_steps_of_every_scheduler_within_its_evaluations():
     pipeline = tiny_pipeline(scheduler=tiny_scheduler())
     bench = Bench(argparse.Namespace(output="."), PartialState(), pipeline, None, None)
     for name in SCHEDULERS:
-        for count in FAST_EVALUATIONS:
+        for count in FAST_EVALUATIONS[:2]:
             bench.set_scheduler(name)
             unet, _ = evaluations(pipeline, {"num_inference_steps": bench.steps_within(name, count)})
             assert count - 1 <= unet <= count, (name, count)
