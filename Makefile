@@ -38,7 +38,8 @@ bench-eval: install
 MNIST ?= ylecun/mnist
 PROCESSES ?= 1
 bench-sampling: install
-	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.evaluation.bench_sampling $(MNIST) --split test --resolution 32 --crop pad \
+	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.evaluation.bench_sampling \
+	    $(MNIST) --split test --resolution 32 --crop pad \
 	    --register tests/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
 
 cards: install

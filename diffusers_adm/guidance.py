@@ -74,7 +74,7 @@ class ClassifierGuidance:
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    When guidance acts, and how strongly. The first three are of classifier-free guidance too; the rest is of gradients.
+    When guidance acts, and how strongly. `interval`, `step_fractions` and `schedule` hold for classifier-free guidance too.
 
     Args:
         interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which it acts, from above the first up to the

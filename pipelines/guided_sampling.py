@@ -457,9 +457,10 @@ class GuidedSamplingMixin:
         schedule = NoiseSchedule.from_config(self.scheduler.config)
         timestep = torch.as_tensor(timestep, device=sample.device)
         labels = None if class_labels is None else self.class_ids(class_labels)
-        for name, count in (("timestep", timestep.numel()), ("class_labels", None if labels is None else len(labels))):
-            if count not in (None, len(sample)) and not (name == "timestep" and count == 1):
-                raise ValueError(f"{name}: {count} were given for {len(sample)} images.")
+        if timestep.numel() not in (1, len(sample)):
+            raise ValueError(f"timestep: {timestep.numel()} were given for {len(sample)} images.")
+        if labels is not None and len(labels) != len(sample):
+            raise ValueError(f"class_labels: {len(labels)} were given for {len(sample)} images.")
         timestep = timestep.flatten().expand(len(sample))  # (batch,)
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
             raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")

@@ -615,6 +615,7 @@ def test_callback_is_given_only_what_it_asks_for():
         callback_on_step_end_tensor_inputs=[],
     )
     assert seen == [{}] * STEPS
+    assert pipeline._callback_tensor_inputs == ["latents", "x_0", "gradient"]
     with pytest.raises(ValueError, match="'noise'.*latents"):
         draw(pipeline, callback_on_step_end_tensor_inputs=["noise"])
 
@@ -769,7 +770,7 @@ def test_pipeline_declares_what_diffusers_reads():
     assert issubclass(ClassifierGuidedPipeline, DiffusionPipeline)
     assert ClassifierGuidedPipeline._optional_components == ["classifier"]
     assert ClassifierGuidedPipeline.model_cpu_offload_seq.split("->") == ["unet", "classifier"]
-    assert "latents" in ClassifierGuidedPipeline._callback_tensor_inputs
+    assert ClassifierGuidedPipeline._callback_tensor_inputs == ["latents", "x_0", "gradient"]
     assert tiny_pipeline(with_classifier=False).classifier is None
 
 
