@@ -77,7 +77,7 @@ class CleanClassifierGuidance:
         pixels = as_pixels(x_0, self.image_processor)
         output = self.classifier(pixels.to(self.dtype or pixels.dtype))
         logits = getattr(output, "logits", output).float()  # (batch, classes)
-        if class_labels.max() >= logits.shape[1]:
+        if not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
             raise ValueError(f"class_labels {class_labels.tolist()} are not all in [0, {logits.shape[1] - 1}].")
         joint = self.joint_temperature * logits.gather(1, class_labels[:, None])[:, 0]  # (batch,)
         return joint - (self.conditional_temperature * logits).logsumexp(dim=1)

@@ -121,7 +121,7 @@ def test_a_classifier_in_half_precision_guides_as_one_in_full(classifier):
 
 def test_labels_that_the_classifier_does_not_know_are_refused(classifier):
     guide = CleanClassifierGuidance(classifier, PROCESSOR)
-    for labels, said in ((torch.tensor([1, 5]), "[1, 5]"), (None, "class_labels")):
+    for labels, said in ((torch.tensor([1, 5]), "[1, 5]"), (torch.tensor([1, -1]), "[1, -1]"), (None, "class_labels")):
         with pytest.raises(ValueError) as error:
             guidance_gradient(guide, images(), torch.tensor([1, 1]), images(), labels)
         assert said in str(error.value)
