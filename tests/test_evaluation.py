@@ -322,8 +322,24 @@ def test_small_images_of_a_dataset_are_those_that_an_upsampler_is_given(tmp_path
     assert run("evaluate", *words, "--samples_split", "train") == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-6) and found["metrics"]["recall"] == 1
-    batch = tmp_path / "npz.npz"
-    assert run("make-reference", digits_npz(tmp_path / "x.npz", random_images(9)), batch, *options[2:]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["make-reference", "x.npz", "new.npz"],
+        ["evaluate", "x.npz", "x.npz"],
+        ["sweep", "x.npz", "--output", "sweep"],
+        ["nll", "x.npz", "--output", "nll"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_images_of_an_npz_file_are_not_changed_in_silence(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    digits_npz(tmp_path / "x.npz", random_images(9))
+    assert run(*words, "--resolution", "16", "--source_resolution", "32") == 2
+    assert "--resolution, --source_resolution: for datasets only" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
 def pictures_of_two_sizes(folder: Path) -> Path:

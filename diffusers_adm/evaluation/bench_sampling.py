@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.image_sets import add_image_set_arguments
+from diffusers_adm.evaluation.image_sets import add_image_set_arguments, check_changes
 from diffusers_adm.evaluation.metrics import (
     Summary,
     add_extractor_arguments,
@@ -187,6 +187,7 @@ def main() -> None:
     add_image_set_arguments(parser)
     args = parser.parse_args()
 
+    check_changes(args, args.reference)
     state = processes()
     pipeline = load_pipeline(args, state.device)
     extractor = extractor_from(args)

@@ -174,5 +174,14 @@ def open_images(source: str | Path, args: argparse.Namespace, labelled: bool = F
     return DatasetImages(argparse.Namespace(**{**vars(args), "dataset_name": str(source)}), labelled)
 
 
+def check_changes(args: argparse.Namespace, *sources: str | Path) -> None:
+    """Raises a ValueError if the images of sources are to be changed, and all are of `.npz` files, which are taken as they are."""
+    given = [name for name in ("resolution", "source_resolution", "in_channels") if getattr(args, name) is not None]
+    if given and all(Path(source).suffix == ".npz" for source in sources):
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."
+        )
+
+
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]} pixels"

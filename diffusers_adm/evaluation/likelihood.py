@@ -22,7 +22,7 @@ from diffusers_adm.diffusion import (
     read_prediction,
     read_table,
 )
-from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, open_images
+from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, check_changes, open_images
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline, model_settings
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
@@ -125,6 +125,7 @@ def measure_likelihood(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If model and images do not fit together, or the folder is of another run.
     """
+    check_changes(args, args.dataset)
     state = processes()
     pipeline = load_pipeline(args, state.device)
     unet, scheduler = pipeline.unet, pipeline.scheduler

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from diffusers_adm.evaluation.arrays import NpzFile
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
-from diffusers_adm.evaluation.image_sets import ImageSet, NpzImages, add_image_set_arguments, open_images
+from diffusers_adm.evaluation.image_sets import ImageSet, NpzImages, add_image_set_arguments, check_changes, open_images
 from diffusers_adm.evaluation.statistics import (
     NEIGHBOUR,
     GaussianStatistics,
@@ -327,6 +327,7 @@ def evaluate(args: argparse.Namespace) -> None:
         ValueError: If the two cannot be compared.
     """
     # What is read fast comes first: a mistake shows before the features are extracted.
+    check_changes(args, args.samples, args.reference)
     if args.model_card is not None and not Path(args.model_card).is_file():
         raise ValueError(f"--model_card {args.model_card} is no file.")
     card = None if args.model_card is None else ModelCard.load(args.model_card)

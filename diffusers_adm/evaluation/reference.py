@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_adm.evaluation.arrays import Rows, write_npz
-from diffusers_adm.evaluation.image_sets import add_image_set_arguments, open_images
+from diffusers_adm.evaluation.image_sets import add_image_set_arguments, check_changes, open_images
 from diffusers_adm.evaluation.metrics import add_extractor_arguments, extractor_from, summarise
 from diffusers_adm.evaluation.statistics import NEIGHBOUR
 
@@ -41,12 +41,7 @@ def make_reference(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix != ".npz" or output.exists() or not output.parent.is_dir():
         raise ValueError(f"{output} must be a new .npz file in a folder that exists.")
-    changes = (args.resolution, args.source_resolution, args.in_channels)
-    if Path(args.dataset).suffix == ".npz" and any(change is not None for change in changes):
-        raise ValueError(
-            "--resolution, --source_resolution and --in_channels are for datasets: the images of an .npz file are taken as"
-            " they are."
-        )
+    check_changes(args, args.dataset)
     images = open_images(args.dataset, args)
     if args.num_neighbours <= NEIGHBOUR:
         raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need more than {NEIGHBOUR}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments
+from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments, check_changes
 from diffusers_adm.evaluation.metrics import (
     METRICS,
     Summary,
@@ -71,6 +71,7 @@ def sweep(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If a point cannot be drawn, or measured against the reference.
     """
+    check_changes(args, args.reference)
     state = processes()
     folder = Path(args.output)
     axes = {"scheduler": args.scheduler}
