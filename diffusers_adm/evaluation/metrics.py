@@ -14,7 +14,13 @@ from tqdm.auto import tqdm
 
 from diffusers_adm.evaluation.arrays import NpzFile
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
-from diffusers_adm.evaluation.image_sets import ImageSet, NpzImages, add_image_set_arguments, check_changes, open_images
+from diffusers_adm.evaluation.image_sets import (
+    ImageSet,
+    NpzImages,
+    add_image_set_arguments,
+    check_changes,
+    open_images,
+)
 from diffusers_adm.evaluation.statistics import (
     NEIGHBOUR,
     GaussianStatistics,
