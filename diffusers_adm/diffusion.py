@@ -151,7 +151,7 @@ def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tenso
     """The table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
     if isinstance(index, int):
         return table[index].float().item()
-    values = table.to(index.device)[index].float()
+    values = table.float().to(index.device)[index]
     return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
 
 

@@ -62,13 +62,16 @@ class ClassifierGuidance:
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         """The log-probability of each image's class, `(batch,)`."""
+        x_t = x_t.view_as(x_t)  # a tensor of its own, for the hook below
         logits = self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits.float()  # (batch, num_classes)
         log_probabilities = logits.log_softmax(dim=-1)
         log_probability = log_probabilities.gather(1, class_labels[:, None])[:, 0]  # (batch,)
-        if self.max_entropy_scale is None:
-            return log_probability
-        entropy = torch.special.entr(log_probabilities.detach().exp()).sum(dim=1)  # (batch,)
-        return (math.log(logits.shape[1]) / entropy).clamp(max=self.max_entropy_scale) * log_probability
+        if self.max_entropy_scale is not None and x_t.requires_grad:
+            entropy = torch.special.entr(log_probabilities.detach().exp()).sum(dim=1)  # (batch,)
+            factor = (math.log(logits.shape[1]) / entropy).clamp(max=self.max_entropy_scale)[:, None, None, None]
+            # Not of the log-probability: a classifier in float16 could not hold gradients that are so large.
+            x_t.register_hook(lambda gradient: factor * gradient)
+        return log_probability
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class GuidanceOptions:
     Args:
         interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which it acts, from above the first up to the
             second (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-        step_fractions: The same as fractions of the steps of a run, the noisiest being 0: from the first up to, and without,
-            the second.
+        step_fractions: The same as fractions of the steps of a run, the first step being 0: from the first fraction up to,
+            and without, the second.
         schedule: Of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a function
             of the fraction of the run.
         normalize: Whether each image's gradient is made of root mean square 1.
@@ -88,8 +91,8 @@ class GuidanceOptions:
         entropy_scaling: Whether the scale is divided by the entropy of what the classifier says.
         max_entropy_scale: The most that this may multiply by.
         every: Of so many guided steps one asks for a gradient.
-        skipped: What the others do: `"reuse"` the last gradient; or nothing, and it counts for all of them (`"sum"`; both in
-            the manner of Dinh et al. 2024, arXiv 2408.11194).
+        skipped: What the other steps do: use the last gradient again (`"reuse"`), or nothing, while that gradient is applied
+            with the weight of all of them (`"sum"`; both in the manner of Dinh et al. 2024, arXiv 2408.11194).
         gradient_at: Where the gradient is taken: at `"x_t"`, as the published code does, or at the `"mean"` of DDPM's step,
             as the paper derives it.
 
@@ -116,7 +119,7 @@ class GuidanceOptions:
             numbers = isinstance(window, (tuple, list)) and all(isinstance(end, Real) for end in window)
             if not (numbers and len(window) == 2 and 0 <= window[0] < window[1] <= last):
                 raise ValueError(f"{name}={window!r} must be two numbers in [0, {last}], the smaller first.")
-        if not (callable(self.schedule) or self.schedule in SCALE_SCHEDULES):
+        if not (callable(self.schedule) or self.schedule in tuple(SCALE_SCHEDULES)):
             raise ValueError(f"schedule={self.schedule!r} is not one of {tuple(SCALE_SCHEDULES)}, or a function.")
         if not (isinstance(self.every, Integral) and self.every >= 1):
             raise ValueError(f"every={self.every!r} must be an integer, at least 1.")
@@ -153,7 +156,7 @@ class GuidanceOptions:
         What the scale is multiplied by at each step; 0 where guidance does not act.
 
         Args:
-            sigmas: Noise level of each step, from the noisiest on.
+            sigmas: Noise level of each step, in the order in which they are taken.
 
         Raises:
             ValueError: If the schedule gives something else than finite numbers.
@@ -239,7 +242,7 @@ def guidance_gradient(
         x_0: Predicted clean images.
         class_labels: The class that guides each image, `(batch,)`, or `None`.
         through_half: Whether `x_0` depends on x_t by a network in float16. At the cost of a second backward pass of the
-            function, what goes back through that network is then of a size that it can hold.
+            function, the gradient is then scaled so that float16 neither overflows nor underflows on its way back.
 
     Returns:
         Of x_t's shape and dtype.
@@ -247,7 +250,9 @@ def guidance_gradient(
     Raises:
         ValueError: If the function returns something else than a log-probability of each image or a gradient.
     """
+    device = x_t.device.type
     half = getattr(guidance_fn, "dtype", None) == torch.float16
+    half = half or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
     with differentiable():
         depends = x_0.grad_fn is not None
         if not depends:
@@ -261,7 +266,7 @@ def guidance_gradient(
                 f" {tuple(x_t.shape)}, is needed."
             )
         if value.shape == x_t.shape:
-            return value.detach()
+            return value.detach().to(x_t.dtype)
         inputs = [x_t] if depends else [x_t, x_0]
         gradients = [None]
         value = value.float()  # (batch,)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from diffusers.utils.torch_utils import unwrap_module
+
 from .whole_files import write_json
 
 
@@ -38,8 +40,9 @@ def add_code(pipeline, folder: Path, source: Callable[[type], str]) -> None:
     if type(pipeline).__name__ in SAVED_CLASSES:
         index["_class_name"] = add_file(type(pipeline), folder, source)
     for name, component in pipeline.components.items():
-        if type(component).__name__ in SAVED_CLASSES:
-            index[name] = add_file(type(component), folder / name, source)
+        cls = type(unwrap_module(component))  # of a compiled one, the model's
+        if cls.__name__ in SAVED_CLASSES:
+            index[name] = add_file(cls, folder / name, source)
     write_json(folder / "model_index.json", index, sort_keys=True)
 
 

@@ -131,6 +131,8 @@ class CLIPGuidance:
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Minus the distance of each image, `(batch,)`."""
+        if len(self.text) not in (1, len(x_0)):
+            raise ValueError(f"{len(self.text)} prompts were given for {len(x_0)} images.")
         pixels = torch.cat([as_pixels(self._cutout(x_0), self.image_processor) for _ in range(self.num_cutouts)])
         features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
         seen = F.normalize(features.float(), dim=-1).unflatten(0, (self.num_cutouts, -1))  # (cutouts, batch, features)

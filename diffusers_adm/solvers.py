@@ -246,7 +246,8 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
     )
     prepared.set_timesteps(len(schedule))
     if not scheduler.config.set_alpha_to_one:
-        prepared.final_alpha_cumprod = schedule.alpha_bar[0]  # in float64 too, or the last variance is below zero
+        # In float64 too, or the last variance is below zero.
+        prepared.final_alpha_cumprod = NoiseSchedule.from_config(scheduler.config).alpha_bar[0]
     timesteps = list(range(len(schedule)))
     # Where the copy thresholds x_0, epsilon is what that implies.
     return EpsilonSolver(

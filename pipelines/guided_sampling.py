@@ -1,6 +1,7 @@
 """What the pipelines share: loading and saving, labels, and the loop that samples (arXiv 2105.05233, section 4)."""
 
 import contextlib
+import copy
 import difflib
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import CommitInfo
 
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, read_prediction, renoise, x_0_from_epsilon
@@ -219,6 +220,7 @@ class GuidedSamplingMixin:
         """Draws images, on low-resolution ones `(batch, channels, any height, any width)` where the UNet takes them."""
         # 1. Check what was given.
         self._check_components()
+        check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=guiding_unet)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
         functions = {
@@ -244,7 +246,7 @@ class GuidedSamplingMixin:
         labels = None if class_labels is None else self.class_ids(class_labels)
         batch_size = self._batch_size(batch_size, labels, latents, low_res)
         generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
         if len(generators) != batch_size:
             raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
@@ -267,7 +269,7 @@ class GuidedSamplingMixin:
                 " guiding_unet."
             )
         if guiding_unet is not None:
-            check_guiding_unet(guiding_unet, self.unet)
+            check_guiding_unet(guiding_unet, self.unet, unet_takes_labels and labels_come)
             if not any(weights):
                 raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
         height = self.unet.config.sample_size if height is None else height
@@ -288,7 +290,9 @@ class GuidedSamplingMixin:
         visits = visited_steps(solver.schedule, timesteps)
         timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
         self._num_timesteps = len(visits)
-        self._guidance_scale = guidance_scale
+        # A copy: a callback may change it in place. On the CPU, where reading it every step waits for nothing.
+        is_tensor = isinstance(guidance_scale, torch.Tensor)
+        self._guidance_scale = guidance_scale.to("cpu", copy=True) if is_tensor else copy.copy(guidance_scale)
         self._interrupt = False
 
         # 3. Prepare labels and x_T, in this order: a seed's labels and noise come from one stream.
@@ -334,18 +338,19 @@ class GuidedSamplingMixin:
                 if callback_on_step_start is not None:
                     outputs = callback_on_step_start(self, step, timesteps[index], {"latents": latents})
                     latents = returned_latents(outputs, latents, "callback_on_step_start")
-                if self.guidance_scale is not scales_seen:
-                    scales_seen = self.guidance_scale
-                    scales = numbers_of_images(scales_seen, batch_size, "guidance_scale")
+                scales = numbers_of_images(self.guidance_scale, batch_size, "guidance_scale")
+                if scales != scales_seen:
+                    scales_seen = scales
                     if any(scales) and guidance is None:
                         raise ValueError(
-                            f"guidance_scale={scales_seen} needs a classifier, and the pipeline has none."
+                            f"guidance_scale={self.guidance_scale} needs a classifier, and the pipeline has none."
                         )
                     if guidance_fn is None and label_ids is not None:
                         self._check_labels(label_ids, unet_takes_labels, scales)
                     elif guidance_fn is None and any(scales):
-                        raise ValueError(f"guidance_scale={scales_seen} needs class_labels to guide to.")
+                        raise ValueError(f"guidance_scale={self.guidance_scale} needs class_labels to guide to.")
                     rows_before, rows = rows, [row for row, scale in enumerate(scales) if scale]
+                    guided_rows = torch.tensor(rows, dtype=torch.long, device=device)
                     if not set(rows) <= set(rows_before):
                         last_gradient = None  # of images that were not guided there is none to use again
                     scale = latents.new_tensor(scales)[:, None, None, None]
@@ -356,11 +361,17 @@ class GuidedSamplingMixin:
                 with differentiable() if asks and through_unet else contextlib.nullcontext():
                     x_t = leaf(latents) if asks and through_unet else latents
                     step_weight = weight * factors[step] if weight is not None and factors[step] else None
-                    model_output = self._evaluate_unets(x_t, timestep, unet_labels, low_res, step_weight, guiding_unet)
+                    # Autograd does not save what was made in inference mode; a clone here is made outside it.
+                    told = None if unet_labels is None else unet_labels.clone()
+                    model_output = self._evaluate_unets(x_t, timestep, told, low_res, step_weight, guiding_unet)
                     x_0, fraction = solver.predict(model_output, index, x_t)  # (batch, channels, height, width)
                     if x_0_fn is not None:
-                        x_0 = changed_x_0(x_0_fn(x_0, timesteps[index]), x_0)
+                        x_0 = as_returned(x_0_fn(x_0, timesteps[index]), x_0, "x_0_fn")
                         x_0_finite.see(x_0, step)
+                        if asks and through_unet and not x_0.requires_grad:
+                            raise ValueError(
+                                "x_0_fn returned what does not depend on x_0, and guidance_fn guides through it (through_unet)."
+                            )
 
                 gradient = None
                 if asks:
@@ -370,10 +381,9 @@ class GuidedSamplingMixin:
                     if guidance_fn is not None or len(rows) == batch_size:
                         last_gradient = guidance_gradient(guidance, x_t, timestep, x_0, labels, through_half)
                     else:
-                        some = torch.tensor(rows, device=device)
                         last_gradient = torch.zeros_like(latents)
-                        last_gradient[some] = guidance_gradient(
-                            guidance, x_t[some], timestep[some], x_0[some], labels[some]
+                        last_gradient[guided_rows] = guidance_gradient(
+                            guidance, *(one[guided_rows] for one in (x_t, timestep, x_0, labels))
                         )
                     if options.normalize:
                         last_gradient = normalized(last_gradient)
@@ -413,7 +423,10 @@ class GuidedSamplingMixin:
         cfg_weight: torch.Tensor | None,
         guiding_unet: ADMUNet2DModel | None,
     ) -> torch.Tensor:
-        """What the UNet says at x_t, away from what is said without a class, or by a weaker UNet; float32."""
+        """
+        What the UNet says at x_t, float32; with `cfg_weight` extrapolated away from what it says without a class, or from what
+        `guiding_unet` says.
+        """
         model_input = x_t.to(self.unet.dtype)
         if cfg_weight is None:
             return self.unet(model_input, timestep, class_labels, low_res).sample.float()
@@ -631,7 +644,7 @@ def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int
 
 class FiniteCheck:
     """
-    The step at which something of each image was no longer finite; looked at once, as looking waits for the device.
+    The step at which something of each image was first not finite; read once, at the end, as reading synchronises.
 
     Args:
         batch_size: Number of images.
@@ -655,17 +668,17 @@ class FiniteCheck:
                 )
 
 
-def changed_x_0(returned: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+def as_returned(returned: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
     """
-    What a function made of x_0, in float32.
+    What a user's function made of a tensor, in its dtype.
 
     Raises:
         ValueError: If it is not a tensor of its shape.
     """
-    if not isinstance(returned, torch.Tensor) or returned.shape != x_0.shape:
+    if not isinstance(returned, torch.Tensor) or returned.shape != like.shape:
         got = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
-        raise ValueError(f"x_0_fn returned {got}, where a tensor {tuple(x_0.shape)} is needed.")
-    return returned.to(x_0.dtype)
+        raise ValueError(f"{name} returned {got}, where a tensor {tuple(like.shape)} is needed.")
+    return returned.to(like.dtype)
 
 
 def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.Tensor:
@@ -673,17 +686,31 @@ def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.T
     What a callback returned, or else the latents as they are.
 
     Raises:
-        ValueError: If it returned no dict.
+        ValueError: If it returned no dict, or latents that are no tensor of their shape.
     """
     if not isinstance(outputs, dict):
         raise ValueError(f"{name} returned {type(outputs).__name__}, where a dict, of latents or empty, is needed.")
-    return outputs.pop("latents", latents)
+    return as_returned(outputs.pop("latents", latents), latents, f"{name}, as latents,")
 
 
-def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel) -> None:
-    """Raises a ValueError unless one UNet's predictions can be weighed against the other's."""
-    if type(guiding_unet).__name__ != type(unet).__name__:  # by name: saved code has classes of its own
-        raise ValueError(f"guiding_unet must be an {type(unet).__name__}: got {type(guiding_unet).__name__}.")
+def check_no_dropout(**models: torch.nn.Module | None) -> None:
+    """Raises a ValueError if a model would drop features at random."""
+    for name, model in models.items():
+        if getattr(model, "training", False) and any(
+            isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
+        ):
+            raise ValueError(
+                f"The {name} is in training mode, in which its dropout acts: call its eval() before sampling."
+            )
+
+
+def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
+    """Raises a ValueError unless one UNet's predictions, with or without a class, can be weighed against the other's."""
+    names = [type(unwrap_module(one)).__name__ for one in (guiding_unet, unet)]  # of a compiled one, the model's
+    if names[0] != names[1]:  # by name: saved code has classes of its own
+        raise ValueError(f"guiding_unet must be an {names[1]}: got {names[0]}.")
+    if not told_class and guiding_unet.config.num_class_embeds is not None and guiding_unet.null_class is None:
+        raise ValueError("guiding_unet has no null class (use_null_class), and the UNet is told no class.")
     for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
         ours, theirs = unet.config[name], guiding_unet.config[name]
         if ours != theirs and not (name == "num_class_embeds" and theirs is None):

@@ -227,7 +227,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             image = image.reshape(*image.shape[:2], channels)
         if isinstance(image, np.ndarray):
             pixels = torch.tensor(image, dtype=torch.float32) / (255 if image.dtype == np.uint8 else 1)
-            pixels = pixels.movedim(-1, -3)
+            pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
         elif isinstance(image, torch.Tensor):
             pixels = image.float()
         else:

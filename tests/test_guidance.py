@@ -151,6 +151,11 @@ def test_an_upsampler_with_a_null_class_is_guided_too():
         ({"guidance_options": {"step_fractions": (0.5, 2)}}, "in [0, 1]"),
         ({"guidance_options": {"max_size": "a"}}, "max_size='a'"),
         ({"guidance_options": {"schedule": "steep"}}, "schedule='steep'"),
+        ({"guidance_options": {"schedule": ["linear"]}}, "schedule=['linear']"),
+        (
+            {"cfg_weight": 1.0, "guiding_unet": tiny_unet(seed=7), "condition_unet": False},
+            "guiding_unet has no null class",
+        ),
         ({"guidance_options": {"every": 0}}, "every=0"),
         ({"guidance_options": {"skipped": "forget"}}, "skipped='forget'"),
         ({"guidance_options": {"gradient_at": "x_0"}}, "gradient_at='x_0'"),
@@ -231,6 +236,21 @@ def test_entropy_scaling_divides_by_the_share_of_the_entropy():
     assert certain.isfinite().all()  # of no entropy, and no gradient
 
 
+def test_entropy_scaling_of_a_classifier_in_half_precision_that_is_sure_of_another_class():
+    classifier, timestep = tiny_classifier(), torch.tensor([10, 800])
+    final = [layer for layer in classifier.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in final.parameters():
+            parameter *= 10
+    least = classifier(images(), timestep).logits.argmin(dim=1)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        guide = ClassifierGuidance(classifier.to(dtype), 1000.0)
+        found.append(guidance_gradient(guide, images(), timestep, images(), least))
+    exact, half = found
+    assert (half - exact).norm() < 0.1 * exact.norm()
+
+
 def test_normalized_gradients_have_one_size():
     gradient = images() * torch.tensor([1e-6, 50.0])[:, None, None, None]
     found = normalized(gradient)
@@ -309,6 +329,9 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
     (gradient,) = torch.autograd.grad(near(None, None, x_0, None).sum(), leaf if through_unet else x_0)
     shifted = epsilon - schedule.noise_scale[0].float() * 0.3 * gradient
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, shifted.detach()), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        again = draw(pipeline, guidance_fn=near, guidance_scale=0.3, num_inference_steps=1, latents=x_t)
+    assert torch.equal(again, found)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pipeline.unet.parameters())
 
 
@@ -352,8 +375,11 @@ def test_gradients_through_a_unet_in_half_precision_neither_vanish_nor_overflow(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_gradient_has_the_dtype_of_x_t(dtype):
     classifier, x_t = tiny_classifier().to(dtype), images().to(dtype)
-    gradient = classifier_gradient(classifier, x_t, torch.tensor([5, 200]), torch.tensor(LABELS))
+    timestep, labels = torch.tensor([5, 200]), torch.tensor(LABELS)
+    gradient = classifier_gradient(classifier, x_t, timestep, labels)
     assert gradient.dtype == dtype and gradient.any()
+    given = guidance_gradient(lambda x_t, *_: torch.ones(x_t.shape).half(), x_t, timestep, x_t, labels)
+    assert given.dtype == dtype and given.all()
 
 
 def test_a_function_may_guide_images_without_labels():

@@ -86,6 +86,14 @@ def test_callback_is_given_x_0_and_the_gradient():
         ({"x_0_fn": 5}, "x_0_fn must be a function: got int"),
         ({"callback_on_step_start": lambda *_: None}, "callback_on_step_start returned NoneType"),
         ({"callback_on_step_end": lambda *_: None}, "callback_on_step_end returned NoneType"),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": None}},
+            "callback_on_step_end, as latents, returned NoneType",
+        ),
+        (
+            {"callback_on_step_start": lambda _, step, timestep, kwargs: {"latents": kwargs["latents"][:1]}},
+            r"callback_on_step_start, as latents, returned \(1, 3, 8, 8\)",
+        ),
         ({"guidance_fn": "a"}, "guidance_fn must be a function: got str"),
         ({"guidance_fn": tiny_classifier()}, "guidance_fn must be a function: got NoisyClassifier"),
         ({"guiding_unet": "a", "cfg_weight": 1.0}, "guiding_unet must be an ADMUNet2DModel: got str"),

@@ -122,6 +122,15 @@ def test_folder_loads_with_the_classes_of_this_package(flag, saved):
     assert drawn(loaded) == drawn(pipeline)
 
 
+def test_pipeline_of_compiled_models_is_saved_with_their_code(tmp_path):
+    pipeline = tiny_pipeline()
+    expected = drawn(pipeline)
+    pipeline.unet, pipeline.classifier = (torch.compile(one) for one in (pipeline.unet, pipeline.classifier))
+    pipeline.save_pretrained(tmp_path)
+    load = f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+    assert run(WITHOUT_PACKAGE + load + DRAW) == expected
+
+
 def test_pipeline_without_a_classifier_loads_in_both_ways(tmp_path):
     pipeline = tiny_pipeline(with_classifier=False)
     pipeline.save_pretrained(tmp_path)

@@ -168,6 +168,8 @@ def test_clip_draws_what_is_nearer_to_the_text(clip):
     for through_unet in (True, False):
         assert (draw("a dog", through_unet=through_unet) > before).all()
     assert draw(["a dog", "a hat"]).shape == (2,)
+    with pytest.raises(ValueError, match="3 prompts were given for 2 images"):
+        draw(["a dog", "a hat", "a dog"])
     with pytest.raises(ValueError, match="num_cutouts=0"):
         CLIPGuidance(model, processor, "a dog", 0)
 

@@ -474,6 +474,15 @@ def test_ddim_that_was_told_not_to_end_at_alpha_one_gives_numbers():
     assert draw(pipeline).isfinite().all()
 
 
+def test_ddim_ends_at_the_least_noise_of_training_wherever_its_steps_end():
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler, set_alpha_to_one=False, clip_sample=False))
+    found = draw(pipeline, timesteps=[300], guidance_scale=0.0, latents=images())
+    predicted = pipeline.predict(images(), 300, [1, 3])
+    alpha_bar = 1 - pipeline.scheduler.config.beta_start
+    expected = alpha_bar**0.5 * predicted.x_0 + (1 - alpha_bar) ** 0.5 * predicted.epsilon
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_multistep_solver_that_would_stand_still_is_refused(scheduler_class):
     # As many steps as timesteps: the scheduler's spacing then visits one of them twice, which divides by zero.
@@ -588,6 +597,18 @@ def test_scale_that_a_callback_changes_takes_effect_at_the_next_step(solver):
     run("one image", [0.0, SCALE])
     assert rows == [2] * (4 + 2 + 2) + [1] * 2
     assert torch.equal(run("again", None), trail["plain"][-1]), "the change lasted beyond its call"
+
+
+def test_scale_that_a_callback_changes_in_place_is_changed_for_this_run_alone():
+    pipeline, given = tiny_pipeline(), torch.tensor([SCALE, SCALE])
+    rows = rows_seen(pipeline.classifier)
+
+    def stop(called, step, timestep, kwargs):
+        called._guidance_scale *= 0
+        return kwargs
+
+    draw(pipeline, guidance_scale=given, callback_on_step_end=stop, num_inference_steps=3)
+    assert rows == [2] and given.tolist() == [SCALE, SCALE]
 
 
 def test_interruption_skips_the_steps_that_are_left():
@@ -906,6 +927,7 @@ BAD_CALLS = {
     "infinite scale": ({"guidance_scale": float("inf")}, ["inf", "finite"]),
     "scale that is not a number": ({"guidance_scale": [1.0, float("nan")]}, ["nan", "finite"]),
     "number of generators": ({"generator": [seeded()] * 3}, ["3", "2"]),
+    "a generator missing": ({"generator": [None, seeded()]}, ["torch.Generator", "None"]),
     "no steps": ({"num_inference_steps": 0}, ["0", "[1, 1000]"]),
     "negative steps": ({"num_inference_steps": -5}, ["-5", "[1, 1000]"]),
     "too many steps": ({"num_inference_steps": 1001}, ["1001", "[1, 1000]"]),
@@ -933,6 +955,16 @@ BAD_CALLS = {
 def test_bad_call_is_refused_with_what_was_given_and_what_is_allowed(name):
     call, messages = BAD_CALLS[name]
     refused(tiny_pipeline(id2label=NAMES), *messages, **call)
+
+
+@pytest.mark.parametrize("name", ["unet", "classifier", "guiding_unet"])
+def test_dropout_is_refused(name):
+    model = tiny_classifier(dropout=0.1) if name == "classifier" else tiny_unet(use_null_class=True, dropout=0.1)
+    parts = {} if name == "guiding_unet" else {name: model}
+    pipeline, call = tiny_pipeline(**parts), {"guiding_unet": model, "cfg_weight": 1.0} if not parts else {}
+    assert draw(pipeline, **call).isfinite().all()
+    model.train()
+    refused(pipeline, f"The {name} is in training mode", **call)
 
 
 def test_name_without_names_is_refused():

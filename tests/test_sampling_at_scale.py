@@ -18,7 +18,7 @@ from command_line import run
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
 from PIL import Image
-from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny_models import NUM_CLASSES, SIZE, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.evaluation import bench_sampling, draw_samples
@@ -140,6 +140,19 @@ def test_an_upsampler_enlarges_samples_of_another_run(model, tmp_path):
     )
     unlabelled = ADMUpsamplePipeline(unet, tiny_scheduler(), low_res_size=SIZE, num_inference_steps=2)
     assert "arr_1" not in arrays_of(draw_samples(unlabelled, tmp_path / "unlabelled", 3, low_res=base))
+    bare = tmp_path / "bare.npz"  # without labels
+    np.savez(bare, arr_0=small["arr_0"])
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        draw_samples(ADMUpsamplePipeline.from_pretrained(tmp_path / "up"), tmp_path / "random", 3, low_res=bare)
+    guided = ADMUpsamplePipeline(
+        unet,
+        tiny_scheduler(),
+        tiny_classifier(sample_size=2 * SIZE, attention_resolutions=(8,)),
+        low_res_size=SIZE,
+        num_inference_steps=2,
+    )
+    drawn = arrays_of(draw_samples(guided, tmp_path / "guided", 3, low_res=base, call={"guidance_scale": 1.0}))
+    assert np.array_equal(drawn["arr_1"], small["arr_1"][:3])
     pipeline = ADMUpsamplePipeline.from_pretrained(tmp_path / "up")
     last = pipeline(small["arr_0"][8], large["arr_1"][8].item(), generator=image_generator(0, 8), output_type="latent")
     expected = ((last.images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)[0].numpy()

@@ -211,6 +211,7 @@ def test_other_sizes_by_height_and_width():
         (small_images() * float("nan"), r"must lie in \[0, 1\]"),
         (small_images(channels=1), "3 channels"),
         (small_images()[0, 0], "3 channels"),
+        (np.zeros((SMALL, SMALL), np.uint8), "3 channels"),
         ([small_images()[0], torch.rand(3, SIZE, SIZE)], "of one size"),
         ([], "at least one"),
         (7, "int"),

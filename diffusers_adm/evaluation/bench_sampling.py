@@ -1,8 +1,8 @@
 """Quality against cost, of solvers and of ways to guide: `python -m diffusers_adm.evaluation.bench_sampling REFERENCE`.
 
 DDPM and DDIM at 250 steps once, each solver with at most 5 to 25 evaluations of the UNet; then, of the two best solvers, guidance
-within an interval, by entropy, and with skipped classifier calls; then DDPM and the best fast settings, by seed 0, with two more
-seeds. All draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes
+within an interval, by entropy, and with skipped classifier calls; then DDPM and the best fast settings, by the first seed, with two
+more seeds. All draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes
 of a launch draw.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.image_sets import add_image_set_arguments, check_changes
@@ -94,7 +95,7 @@ class Bench:
         self.pipeline.scheduler = self.stock_scheduler
         set_scheduler(self.pipeline, scheduler)
 
-    def measure(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int = 0) -> dict:
+    def measure(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int | None = None) -> dict:
         """
         Draws a point's samples and measures them; keeps what was found, and writes the table so far.
 
@@ -102,8 +103,9 @@ class Bench:
             scheduler: Name in `SCHEDULERS`.
             steps: Of it.
             guidance: Name in `GUIDANCE`.
-            seed: Of the samples.
+            seed: Of the samples; the run's by default.
         """
+        seed = self.args.seed if seed is None else seed
         point = {"solver": scheduler, "steps": steps, "guidance": guidance, "seed": seed}
         self.set_scheduler(scheduler)
         call = {
@@ -122,8 +124,10 @@ class Bench:
             model_name=self.args.model,
         )
         unet, classifier = evaluations(self.pipeline, call)
-        with self.state.main_process_first():  # the others then read what it has found
+        found = None
+        if self.state.is_main_process:
             found = measure(samples, self.reference, self.extractor, self.args.feature_batch_size, judged=True)
+        [found] = broadcast_object_list([found])  # all processes choose the same points by it
         found = {**found, "point": {**point, "UNet": unet, "classifier": classifier}}
         self.results.append(found)
         if self.state.is_main_process:
@@ -141,7 +145,7 @@ class Bench:
         lines: dict[str, Line] = {}
         for found in sorted(self.results, key=lambda found: found["point"]["steps"]):
             point = found["point"]
-            if point["seed"] or point["UNet"] > max(FAST_EVALUATIONS):
+            if point["seed"] != self.args.seed or point["UNet"] > max(FAST_EVALUATIONS):
                 continue
             guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
             x, y = lines.setdefault(point["solver"] + guidance, ([], []))
@@ -208,11 +212,12 @@ def main() -> None:
     candidates = [found for count, points in fast.items() if count <= RECOMMENDED_EVALUATIONS for found in points]
     spread = []
     for found in (slow[0], *best(candidates, 3)):
-        distances = [distance(found), *(distance(bench.again(found, seed=seed)) for seed in (1, 2))]
+        seeds = [args.seed, args.seed + 1, args.seed + 2]
+        distances = [distance(found), *(distance(bench.again(found, seed=seed)) for seed in seeds[1:])]
         spread.append(
             {
                 **found["point"],
-                "seeds": [0, 1, 2],
+                "seeds": seeds,
                 "distances": distances,
                 "mean": statistics.mean(distances),
                 "standard_deviation": statistics.stdev(distances),

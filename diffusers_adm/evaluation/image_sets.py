@@ -93,10 +93,16 @@ class DatasetImages:
         self.name = f"{args.dataset_name}, split {args.split}"
         self.rows, self.image_column, label_column = load_rows(args, args.split, labelled, streaming=False)
         self.labels = None if label_column is None else np.asarray(self.rows[label_column])
-        manifest = Path(str(args.dataset_name)) / "manifest.jsonl"
-        self.mixed = manifest.is_file()
+        self.mixed = (Path(str(args.dataset_name)) / "manifest.jsonl").is_file()
         if self.mixed:  # written by `sample`, whose images bear their numbers
-            order = np.argsort([int(Path(value["path"]).stem) for value in self.rows[self.image_column]])
+            names = [Path(value["path"]).stem for value in self.rows[self.image_column]]
+            strange = [name for name in names if not name.isdecimal()]
+            if strange:
+                raise ValueError(
+                    f"{args.dataset_name} has a manifest.jsonl, as samples have, whose images are called by their numbers: got"
+                    f" {strange[:3]}."
+                )
+            order = np.argsort([int(name) for name in names])
             self.rows = self.rows.select(order)
             self.labels = None if self.labels is None else self.labels[order]
         self.fingerprint = self.rows._fingerprint

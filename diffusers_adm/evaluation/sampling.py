@@ -21,7 +21,7 @@ from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
 from diffusers_adm.grids import grid_of
-from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS
+from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS, takes_respacing
 from diffusers_adm.whole_files import written_whole
 
 
@@ -92,8 +92,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_samples", type=int, default=50_000)
     parser.add_argument(
         "--labels",
-        default="random",
-        help="random, balanced, or a file: .npz with arr_1, or a text of one number or name a line.",
+        default=None,
+        help="random, balanced, or a file: .npz with arr_1, or a text of one number or name a line. By default random; for an"
+        " upsampler those of --low_res, and none where it has none.",
     )
     parser.add_argument("--format", choices=FORMATS, default="npz", help="npz: one file; png: a folder a class.")
     parser.add_argument("--remove_shards", action="store_true", help="Once the samples are written.")
@@ -152,12 +153,21 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
 
 
+def known_classes(pipeline: SamplingPipeline, call: dict) -> int | None:
+    """How many classes all networks know that a run tells them; `None` where it tells none."""
+    unet, classifier = pipeline.unet.config, pipeline.classifier
+    guided = classifier is not None and call.get("guidance_scale", pipeline.config.guidance_scale)
+    receivers = [unet.num_class_embeds] if call.get("condition_unet", True) else []
+    receivers += [classifier.config.num_classes] if guided else []
+    return min((count for count in receivers if count is not None), default=None)
+
+
 class Labels:
     """
     The label of each image of a run.
 
     Args:
-        policy: `"random"`, `"balanced"` or a file's path.
+        policy: `"random"`, `"balanced"` or a file's path; `None` for no labels.
         pipeline: That is told them.
         call: Arguments of its call.
         seed: Of the run.
@@ -167,16 +177,12 @@ class Labels:
         ValueError: If there is no such file, or it has too few labels or others than the pipeline knows.
     """
 
-    def __init__(self, policy: str, pipeline: SamplingPipeline, call: dict, seed: int, num_images: int):
+    def __init__(self, policy: str | None, pipeline: SamplingPipeline, call: dict, seed: int, num_images: int):
         self.seed = seed
         self.policy = policy
         self.listed = None
-        unet, classifier = pipeline.unet.config, pipeline.classifier
-        guided = classifier is not None and call.get("guidance_scale", pipeline.config.guidance_scale)
-        receivers = [unet.num_class_embeds] if call.get("condition_unet", True) else []
-        receivers += [classifier.config.num_classes] if guided else []
-        self.num_classes = min((count for count in receivers if count is not None), default=None)
-        if policy in ("random", "balanced"):
+        self.num_classes = None if policy is None else known_classes(pipeline, call)
+        if policy in ("random", "balanced", None):
             return
         if self.num_classes is None:
             raise ValueError(f"--labels {policy}: nothing in this run takes labels.")
@@ -248,7 +254,7 @@ def draw_samples(
     num_images: int,
     batch_size: int = 50,
     seed: int = 0,
-    labels: str = "random",
+    labels: str | None = None,
     call: dict | None = None,
     low_res: str | Path | None = None,
     model_name: str | None = None,
@@ -265,7 +271,8 @@ def draw_samples(
         batch_size: Images drawn at once.
         seed: Of the run.
         labels: `"random"`, `"balanced"` (label i is i modulo the number of classes), or a file: `.npz` with `arr_1`, or a
-            text of one number or name a line.
+            text of one number or name a line. By default random; for an upsampler those of `low_res`, and none where it has
+            none.
         call: Arguments of the pipeline's call.
         low_res: `.npz` file of the images that an upsampler enlarges; its `arr_1` are their labels.
         model_name: For the record.
@@ -287,8 +294,11 @@ def draw_samples(
     if small is not None:
         if small.num_images < num_images:
             raise ValueError(f"{low_res} has {small.num_images} images, and {num_images} are wanted.")
-        if labels == "random" and small.labels is not None and pipeline.unet.config.num_class_embeds is not None:
-            labels = str(low_res)
+    if labels is None:
+        labels = "random"
+        if small is not None:  # the classes are those of the images
+            has_labels = small.labels is not None and known_classes(pipeline, call) is not None
+            labels = str(low_res) if has_labels else None
     of_image = Labels(labels, pipeline, call, seed, num_images)
     settings = {
         **model_settings(pipeline, model_name),
@@ -345,9 +355,10 @@ def run_defaults(pipeline: SamplingPipeline, call: dict) -> dict:
     signature = inspect.signature(type(pipeline).__call__).parameters
     defaults = {name: signature[name].default for name in call_options() if name in signature}
     defaults["guidance_scale"] = pipeline.config.guidance_scale if pipeline.classifier is not None else 0.0
-    if call.get("num_inference_steps") is None and call.get("timestep_respacing") is None:
+    if not {"num_inference_steps", "timestep_respacing", "timesteps"} & set(call):
         defaults["num_inference_steps"] = pipeline.config.num_inference_steps
-        defaults["timestep_respacing"] = pipeline.config.timestep_respacing
+        if takes_respacing(pipeline.scheduler):
+            defaults["timestep_respacing"] = pipeline.config.timestep_respacing
     return {name: value for name, value in defaults.items() if value is not None}
 
 
