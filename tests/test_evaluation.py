@@ -264,6 +264,11 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
     extractor = FeatureExtractor(DIGITS)
     as_drawn = summarise(open_images(tmp_path / "png", args, labelled=True), extractor)
     assert torch.equal(as_drawn.features.pooled, extractor(images).pooled) and as_drawn.mixed
+    picture = next((tmp_path / "png").rglob("000000.png"))
+    picture = picture.rename(picture.with_name("cat.png"))
+    with pytest.raises(ValueError, match="called by their numbers: got .'cat'"):
+        open_images(tmp_path / "png", args)
+    picture.rename(picture.with_name("000000.png"))
     (tmp_path / "png" / "manifest.jsonl").unlink()
     by_class = open_images(tmp_path / "png", args, labelled=True)
     assert by_class.labels.tolist() == sorted(by_class.labels) and not by_class.mixed

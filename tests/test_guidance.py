@@ -112,6 +112,9 @@ def test_a_weaker_unet_takes_the_place_of_no_class():
     found = draw(pipeline, cfg_weight=2.0, guiding_unet=weaker, num_inference_steps=1, latents=x_t)
     epsilon = 3 * epsilon_of(pipeline.unet, x_t, LABELS) - 2 * epsilon_of(weaker, x_t, LABELS)
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, epsilon), rtol=1e-4, atol=1e-5)
+    weaker = torch.compile(weaker, backend="eager")
+    again = draw(pipeline, cfg_weight=2.0, guiding_unet=weaker, num_inference_steps=1, latents=x_t)
+    torch.testing.assert_close(again, found)
     itself = draw(pipeline, cfg_weight=2.0, guiding_unet=pipeline.unet)
     torch.testing.assert_close(itself, draw(pipeline), rtol=1e-3, atol=1e-3)
     unlabelled = tiny_unet(num_class_embeds=None)
@@ -241,7 +244,7 @@ def test_entropy_scaling_of_a_classifier_in_half_precision_that_is_sure_of_anoth
     final = [layer for layer in classifier.modules() if isinstance(layer, torch.nn.Linear)][-1]
     with torch.no_grad():
         for parameter in final.parameters():
-            parameter *= 10
+            parameter *= 40
     least = classifier(images(), timestep).logits.argmin(dim=1)
     found = []
     for dtype in (torch.float32, torch.float16):
@@ -332,6 +335,9 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
     with torch.inference_mode():
         again = draw(pipeline, guidance_fn=near, guidance_scale=0.3, num_inference_steps=1, latents=x_t)
     assert torch.equal(again, found)
+    if through_unet:
+        with pytest.raises(ValueError, match="x_0_fn returned what does not depend on x_0"):
+            draw(pipeline, guidance_fn=near, guidance_scale=0.3, x_0_fn=lambda x_0, timestep: x_0.detach())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pipeline.unet.parameters())
 
 
