@@ -116,7 +116,7 @@ class GuidedSamplingMixin:
             safe_serialization: Whether weights go into safetensors.
             variant: Put into the names of the weight files, such as `"fp16"`.
             max_shard_size: Of a weight file, such as `"5GB"`.
-            push_to_hub: Whether to upload it too.
+            push_to_hub: Whether to upload it too, in safetensors of the default size, whatever the form of the folder.
             repo_id: Where to; the folder's name by default.
             kwargs: Other arguments of `push_to_hub`.
 
