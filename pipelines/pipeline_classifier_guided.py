@@ -154,8 +154,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             timesteps: Training timesteps to visit, in this order, by DDPM or DDIM. Each step leads to the next lower of all
                 of them; where the next in the list is not that, noise is added up to it, as RePaint does (Lugmayr et al.
                 2022, arXiv 2201.09865, Algorithm 1).
-            x_0_fn: Called as `x_0_fn(x_0, timestep)` with the x_0 that the UNet predicts, once clipped or thresholded; what it returns takes its
-                place, before guidance.
+            x_0_fn: Called as `x_0_fn(x_0, timestep)` with the x_0 that the UNet predicts, once clipped or thresholded; what it
+                returns takes its place, before guidance.
             callback_on_step_start: As `callback_on_step_end`, with x_t before each step.
 
         Returns:
