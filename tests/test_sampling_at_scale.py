@@ -310,7 +310,7 @@ def test_bench_measures_solvers_and_guidance_and_the_spread_of_the_best(tmp_path
     assert all(0 <= result["metrics"]["accuracy"] <= 1 for result in results)
     spread = json.loads((tmp_path / "bench" / "three_seeds.json").read_text())
     assert [point["steps"] for point in spread][0] == 12 and all(point["UNet"] <= 20 for point in spread[1:])
-    assert Image.open(tmp_path / "bench" / "quality.png").width > 500
+    assert all(Image.open(tmp_path / "bench" / name).width > 500 for name in ("quality.png", "guidance.png"))
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "bench").rglob("*.npz")}
     bench_sampling.main()
     assert all(path.stat().st_mtime_ns == before for path, before in drawn.items())

@@ -141,18 +141,32 @@ class Bench:
         return self.measure(**{**same, **changes})
 
     def plot(self) -> None:
-        """Draws the distance against evaluations, those of the classifier counted in."""
-        lines: dict[str, Line] = {}
-        for found in sorted(self.results, key=lambda found: found["point"]["steps"]):
-            point = found["point"]
-            if point["seed"] != self.args.seed or point["UNet"] > max(FAST_EVALUATIONS):
-                continue
-            guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
-            x, y = lines.setdefault(point["solver"] + guidance, ([], []))
-            x.append(point["UNet"] + point["classifier"])
-            y.append(distance(found))
+        """
+        Draws the distance against evaluations, those of the classifier counted in: `quality.png` of the solvers, and
+        `guidance.png` of the kinds of guidance. What is more than ten times the smallest is cut off.
+        """
+        shown = sorted(
+            (
+                found
+                for found in self.results
+                if found["point"]["seed"] == self.args.seed and found["point"]["UNet"] <= max(FAST_EVALUATIONS)
+            ),
+            key=lambda found: found["point"]["steps"],
+        )
+        solvers = [found for found in shown if found["point"]["guidance"] == EVERY_STEP]
+        compared = {found["point"]["solver"] for found in shown if found["point"]["guidance"] != EVERY_STEP}
+        kinds = [found for found in shown if found["point"]["solver"] in compared]
         label = metric_label("frechet_distance", self.extractor.name)
-        save_lines(self.folder / "quality.png", [(label, "evaluations of UNet and classifier", lines)], log_scale=True)
+        for name, results in (("quality.png", solvers), ("guidance.png", kinds)):
+            lines: dict[str, Line] = {}
+            for found in results:
+                point = found["point"]
+                guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
+                x, y = lines.setdefault(point["solver"] + guidance, ([], []))
+                x.append(point["UNet"] + point["classifier"])
+                y.append(distance(found))
+            panel = (label, "evaluations of UNet and classifier", dict(sorted(lines.items())))
+            save_lines(self.folder / name, [panel], log_scale=True, top=10 * min(map(distance, results)))
 
 
 def distance(found: dict) -> float:

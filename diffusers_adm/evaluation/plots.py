@@ -15,7 +15,9 @@ MARKERS = "osD^vPX*<>p"  # of another number than colours, so that both repeat t
 FEW_POINTS = 30
 
 
-def save_lines(path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_scale: bool = False) -> None:
+def save_lines(
+    path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_scale: bool = False, top: float | None = None
+) -> None:
     """
     Draws panels side by side, in rows of three, with one legend below all.
 
@@ -24,6 +26,7 @@ def save_lines(path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_s
         panels: Of each: what is on its vertical axis, what on its horizontal one, and its lines by their names, the same in
             all panels.
         log_scale: Of the vertical axes.
+        top: Where the vertical axes end; what is above is cut off.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -44,6 +47,7 @@ def save_lines(path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_s
         axes.grid(alpha=0.3)
         if log_scale:
             axes.set_yscale("log")
+        axes.set_ylim(top=top)
     if any(names):
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, fontsize="small")
