@@ -145,21 +145,15 @@ class Bench:
         Draws the distance against evaluations, those of the classifier counted in: `quality.png` of the solvers, and
         `guidance.png` of the kinds of guidance. What is more than ten times the smallest is cut off.
         """
-        shown = sorted(
-            (
-                found
-                for found in self.results
-                if found["point"]["seed"] == self.args.seed and found["point"]["UNet"] <= max(FAST_EVALUATIONS)
-            ),
-            key=lambda found: found["point"]["steps"],
-        )
+        seed, most = self.args.seed, max(FAST_EVALUATIONS)
+        shown = [found for found in self.results if found["point"]["seed"] == seed and found["point"]["UNet"] <= most]
         solvers = [found for found in shown if found["point"]["guidance"] == EVERY_STEP]
         compared = {found["point"]["solver"] for found in shown if found["point"]["guidance"] != EVERY_STEP}
         kinds = [found for found in shown if found["point"]["solver"] in compared]
         label = metric_label("frechet_distance", self.extractor.name)
         for name, results in (("quality.png", solvers), ("guidance.png", kinds)):
             lines: dict[str, Line] = {}
-            for found in results:
+            for found in sorted(results, key=lambda found: found["point"]["steps"]):
                 point = found["point"]
                 guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
                 x, y = lines.setdefault(point["solver"] + guidance, ([], []))
