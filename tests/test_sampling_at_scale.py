@@ -245,13 +245,22 @@ def command(model: Path, output: Path, *words: str | Path) -> list[str]:
     return ["-m", "diffusers_adm.cli", "sample", *map(str, common), *map(str, words)]
 
 
+# `accelerate launch --cpu` starts a single process, whatever it is told.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def test_processes_of_a_launch_on_a_cpu_share_the_images(model, tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = command(model, tmp_path / "run", "--guidance_scale", 0.0, "--num_inference_steps", 1)
+    run = subprocess.run([*TWO_PROCESSES, *words], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.count("60 samples in") == 1  # the main process says so
+
+
 @pytest.mark.slow
 def test_two_processes_and_a_killed_run_draw_the_same_set(model, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     words = ["--guidance_scale", 1.0, "--num_inference_steps", 50]
-    # `accelerate launch --cpu` starts a single process, whatever it is told.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [sys.executable, *launcher, *command(model, tmp_path / "two", *words)]
+    two = [*TWO_PROCESSES, *command(model, tmp_path / "two", *words)]
     subprocess.run(two, check=True, env={**environment, "OMP_NUM_THREADS": "1"})
 
     killed = subprocess.Popen([sys.executable, *command(model, tmp_path / "killed", *words)], env=environment)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_adm.processes import join_processes
 from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import (
     flush,
@@ -56,8 +57,9 @@ def start(args: argparse.Namespace) -> Accelerator:
     Raises:
         ValueError: If `total_batch_size` cannot be divided among the processes, or these would divide the weights.
     """
+    processes = join_processes()
     if args.total_batch_size is not None:
-        at_once = args.train_batch_size * PartialState().num_processes
+        at_once = args.train_batch_size * processes.num_processes
         if args.total_batch_size < at_once or args.total_batch_size % at_once:
             raise ValueError(
                 f"--total_batch_size {args.total_batch_size} is not a multiple of {at_once}, which is --train_batch_size"

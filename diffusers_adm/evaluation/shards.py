@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.evaluation.arrays import NpzFile, write_npz
+from diffusers_adm.processes import join_processes
 from diffusers_adm.whole_files import write_json
 
 
@@ -112,7 +113,7 @@ class Shards:
 
 def processes() -> PartialState:
     """Those of the launch; one may wait long for the others, or for what one of them does alone."""
-    return PartialState(timeout=datetime.timedelta(days=1))
+    return join_processes(timeout=datetime.timedelta(days=1))
 
 
 @contextlib.contextmanager
