@@ -25,6 +25,7 @@ from diffusers_adm.evaluation import bench_sampling, draw_samples
 from diffusers_adm.evaluation.bench_sampling import FAST_EVALUATIONS, Bench, evaluations
 from diffusers_adm.evaluation.sampling import SCHEDULERS, call_options, option_type, parse_value, set_scheduler
 from diffusers_adm.evaluation.shards import image_generator
+from diffusers_adm.launch import join_processes
 from diffusers_adm.solvers import GUIDED_SETTINGS
 
 
@@ -245,15 +246,24 @@ def command(model: Path, output: Path, *words: str | Path) -> list[str]:
     return ["-m", "diffusers_adm.cli", "sample", *map(str, common), *map(str, words)]
 
 
-# `accelerate launch --cpu` starts a single process, whatever it is told.
+# Without MPI `accelerate launch --cpu` starts a single process, whatever it is told.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is of machines without")
 def test_processes_of_a_launch_on_a_cpu_share_the_images(model, tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
     words = command(model, tmp_path / "run", "--guidance_scale", 0.0, "--num_inference_steps", 1)
     run = subprocess.run([*TWO_PROCESSES, *words], check=True, env=environment, stdout=subprocess.PIPE, text=True)
     assert run.stdout.count("60 samples in") == 1  # the main process says so
+
+
+def test_processes_that_cannot_be_joined_are_refused(monkeypatch):
+    join_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as where something had made a state of one process before
+    with pytest.raises(ValueError, match="2 processes were launched, which cannot be joined"):
+        join_processes()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_adm.processes import join_processes
+from diffusers_adm.launch import join_processes
 from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import (
     flush,

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.evaluation.arrays import NpzFile, write_npz
-from diffusers_adm.processes import join_processes
+from diffusers_adm.launch import join_processes
 from diffusers_adm.whole_files import write_json
 
 

@@ -1,0 +1,30 @@
+"""The processes of a launch."""
+
+import datetime
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def join_processes(timeout: datetime.timedelta | None = None) -> PartialState:
+    """
+    Joins the processes of a launch; to be called before anything else of accelerate, which then knows them.
+
+    Args:
+        timeout: How long one waits for the others; torch's by default.
+
+    Raises:
+        ValueError: If several were launched and cannot be joined.
+    """
+    # Left to itself, `PartialState` joins no processes on a CPU, and does not read the variable, as `Accelerator` does.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, **({} if timeout is None else {"timeout": timeout}))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes == 1 < launched:
+        raise ValueError(
+            f"{launched} processes were launched, which cannot be joined on {state.device}: each would do all the work. Launch one"
+            " process, or set ACCELERATE_USE_CPU=true."
+        )
+    return state
