@@ -55,7 +55,8 @@ def start(args: argparse.Namespace) -> Accelerator:
     What a script does first: sets up the processes, then seeds them, before anything is drawn at random.
 
     Raises:
-        ValueError: If `total_batch_size` cannot be divided among the processes, or these would divide the weights.
+        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, or they would divide the
+            weights.
     """
     processes = join_processes()
     if args.total_batch_size is not None:
