@@ -18,7 +18,7 @@ def join_processes(timeout: datetime.timedelta | None = None) -> PartialState:
     Raises:
         ValueError: If several were launched and cannot be joined.
     """
-    # Left to itself, `PartialState` joins no processes on a CPU, and does not read the variable, as `Accelerator` does.
+    # By itself `PartialState` joins no processes on a CPU, and of the two only `Accelerator` reads the variable.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, **({} if timeout is None else {"timeout": timeout}))
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -193,8 +193,8 @@ def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
 def test_two_processes_give_the_gradients_of_one(dataset, tmp_path):
     script = Path(__file__).with_name("first_gradients.py")
     for processes, batch_size in ((1, 4), (2, 2)):
-        options = f"--dataset_name {dataset} --output_dir {tmp_path / str(processes)} --max_train_steps 1"
-        options = f"{options} --total_batch_size 4".split()
+        folders = f"--dataset_name {dataset} --output_dir {tmp_path / str(processes)}"
+        options = f"{folders} --max_train_steps 1 --total_batch_size 4".split()
         words = [
             script,
             tmp_path / f"{processes}.safetensors",
