@@ -190,6 +190,13 @@ def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
     assert 0 <= entries[-1]["validation_accuracy_quarter_0"] <= 1
 
 
+def test_a_process_that_is_done_waits_for_those_that_still_write(dataset, tmp_path):
+    script = Path(__file__).with_name("slow_checkpoint.py")
+    options = f"--dataset_name {dataset} --output_dir {tmp_path} --max_train_steps 1".split()
+    assert launched([script, *options, *ARCHITECTURE], processes=2).wait(TIMEOUT) == 0
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-0"]
+
+
 def test_two_processes_give_the_gradients_of_one(dataset, tmp_path):
     script = Path(__file__).with_name("first_gradients.py")
     for processes, batch_size in ((1, 4), (2, 2)):

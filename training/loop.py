@@ -460,32 +460,35 @@ class Trainer:
         self._check_finite(not self.stop.on_any_process(not finite.item()))
         folder = self.args.output_dir / f"checkpoint-{self.global_step}"
         partial = partial_name(folder)
-        failure = None
         try:
-            self._write_checkpoint(partial)
+            self._on_all(self._write_checkpoint, partial)
+            # Not before all have written: names come and go in a folder that is written to.
+            self._on_all(flush, partial)
+            self._on_all(self._put_in_place, partial, folder)
         except Exception as error:  # of safetensors, torch or the system, as it happens
-            failure = error
-        if self.stop.on_any_process(failure is not None):
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             if must_succeed:
-                raise failure or RuntimeError("Another process could not write its part of the checkpoint.")
-            logger.error(
-                "Cannot write %s: %s. %s", folder, failure or "another process failed", self._last_checkpoint()
-            )
+                raise
+            logger.error("Cannot write %s: %s. %s", folder, error, self._last_checkpoint())
             return
         self.saved_step = self.global_step
-        if self.accelerator.is_main_process:
-            replace_folder(partial, folder)
-            remove_old_checkpoints(self.args.output_dir, self.args.checkpoints_total_limit, self.args.keep_every)
-        self.accelerator.wait_for_everyone()
+
+    def _on_all(self, task: Callable[..., None], *args: Path) -> None:
+        """Carries out a task; raises on all processes if it fails on any, and returns when it is done on all."""
+        failure = None
+        try:
+            task(*args)
+        except Exception as error:
+            failure = error
+        if self.stop.on_any_process(failure is not None):
+            raise failure or RuntimeError("another process could not write its part")
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
         if isinstance(self.images, StreamedImages):
             self._positions_file(folder).write_text(json.dumps(self.images.positions))
         if not self.accelerator.is_main_process:
-            flush(folder)
             return
         names = [name for name, _ in self.unwrapped_model.named_parameters()]
         for decay, average in self.averages.items():
@@ -501,7 +504,11 @@ class Trainer:
         }
         (folder / "options.yaml").write_text(as_yaml(self.args))
         (folder / "trainer_state.json").write_text(json.dumps(state))
-        flush(folder)
+
+    def _put_in_place(self, partial: Path, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            replace_folder(partial, folder)
+            remove_old_checkpoints(self.args.output_dir, self.args.checkpoints_total_limit, self.args.keep_every)
 
     def _positions_file(self, folder: Path) -> Path:
         """Where this process has got to in its stream."""
