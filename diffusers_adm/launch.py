@@ -8,19 +8,17 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 
-def join_processes(timeout: datetime.timedelta | None = None) -> PartialState:
+def join_processes() -> PartialState:
     """
-    Joins the processes of a launch; to be called before anything else of accelerate, which then knows them.
-
-    Args:
-        timeout: How long one waits for the others; torch's by default.
+    Joins the processes of a launch; to be called before anything else of accelerate, which then knows them. One waits up
+    to a day for what another does alone, such as to fetch a dataset.
 
     Raises:
         ValueError: If several were launched and cannot be joined.
     """
     # By itself `PartialState` joins no processes on a CPU, and of the two only `Accelerator` reads the variable.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, **({} if timeout is None else {"timeout": timeout}))
+    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes == 1 < launched:
         raise ValueError(

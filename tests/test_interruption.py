@@ -190,27 +190,31 @@ def test_two_processes_resume_a_stream_exactly(dataset, tmp_path):
     assert 0 <= entries[-1]["validation_accuracy_quarter_0"] <= 1
 
 
+def play(scene, dataset, output_dir, *more, processes=2):
+    """A scene of `trainer_scenes.py`."""
+    script = Path(__file__).with_name("trainer_scenes.py")
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps 1".split()
+    assert launched([script, scene, *options, *ARCHITECTURE, *more], processes).wait(TIMEOUT) == 0
+
+
 def test_a_process_that_is_done_waits_for_those_that_still_write(dataset, tmp_path):
-    script = Path(__file__).with_name("slow_checkpoint.py")
-    options = f"--dataset_name {dataset} --output_dir {tmp_path} --max_train_steps 1".split()
-    assert launched([script, *options, *ARCHITECTURE], processes=2).wait(TIMEOUT) == 0
+    play("slow_checkpoint", dataset, tmp_path)
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-0"]
 
 
+def test_a_run_is_unfinished_on_all_processes_if_one_is_stopped_while_validating(dataset, tmp_path):
+    play("stopped_while_validating", dataset, tmp_path)
+
+
+def test_all_processes_resume_from_the_checkpoint_of_the_first(dataset, tmp_path):
+    run(train_classifier, dataset, tmp_path / "0", 1)
+    play("own_disks", dataset, tmp_path, "--resume_from_checkpoint", "latest")
+
+
 def test_two_processes_give_the_gradients_of_one(dataset, tmp_path):
-    script = Path(__file__).with_name("first_gradients.py")
     for processes, batch_size in ((1, 4), (2, 2)):
-        folders = f"--dataset_name {dataset} --output_dir {tmp_path / str(processes)}"
-        options = f"{folders} --max_train_steps 1 --total_batch_size 4".split()
-        words = [
-            script,
-            tmp_path / f"{processes}.safetensors",
-            *options,
-            *ARCHITECTURE,
-            "--train_batch_size",
-            batch_size,
-        ]
-        assert launched(words, processes).wait(TIMEOUT) == 0
-    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+        sizes = ["--total_batch_size", 4, "--train_batch_size", batch_size]
+        play("first_gradients", dataset, tmp_path / str(processes), *sizes, processes=processes)
+    one, two = (load_file(tmp_path / str(processes) / "gradients.safetensors") for processes in (1, 2))
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6)

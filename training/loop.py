@@ -17,6 +17,7 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     send_to_device,
     set_seed,
 )
@@ -286,6 +287,7 @@ class Trainer:
             # Outside the steps: a run that was stopped in its last validation does it again when it resumes.
             if finished and validate is not None:
                 self._validate(validate)
+            self.stop.received = self.stop.agreed()
         self.accelerator.end_training()
 
     def _run(self, losses: Callable, validate: Callable | None, progress: tqdm) -> bool:
@@ -519,7 +521,8 @@ class Trainer:
         if name is None:
             return None
         if name == "latest":
-            checkpoints = list_checkpoints(self.args.output_dir)
+            # As the main process sees them: on a disk of its own another would find none, and silently begin.
+            [checkpoints] = broadcast_object_list([list_checkpoints(self.args.output_dir)])
             if not checkpoints:
                 self.accelerator.print(f"No checkpoint in {self.args.output_dir} yet: starting from the beginning.")
                 return None

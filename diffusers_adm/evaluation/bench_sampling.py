@@ -34,8 +34,8 @@ from diffusers_adm.evaluation.sampling import (
     load_pipeline,
     set_scheduler,
 )
-from diffusers_adm.evaluation.shards import processes
 from diffusers_adm.evaluation.sweep import folder_name, measure, write_tables
+from diffusers_adm.launch import join_processes
 from diffusers_adm.solvers import build_solver
 from diffusers_adm.whole_files import write_json
 
@@ -200,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
 
     check_changes(args, args.reference)
-    state = processes()
+    state = join_processes()
     pipeline = load_pipeline(args, state.device)
     extractor = extractor_from(args)
     if pipeline.classifier is None or not extractor.has_logits:

@@ -25,7 +25,8 @@ from diffusers_adm.diffusion import (
 from diffusers_adm.evaluation.image_sets import ImageSet, add_image_set_arguments, check_changes, open_images
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline, model_settings
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
+from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
 from diffusers_adm.whole_files import write_json, written_whole
 
@@ -126,7 +127,7 @@ def measure_likelihood(args: argparse.Namespace) -> None:
         ValueError: If model and images do not fit together, or the folder is of another run.
     """
     check_changes(args, args.dataset)
-    state = processes()
+    state = join_processes()
     pipeline = load_pipeline(args, state.device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     told = unet.config.num_class_embeds is not None and not args.unconditional

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
 from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, processes, weights_digest
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
 from diffusers_adm.grids import grid_of
+from diffusers_adm.launch import join_processes
 from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS, takes_respacing
 from diffusers_adm.whole_files import written_whole
 
@@ -226,7 +227,7 @@ def sample(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the run cannot be, or the folder is of another.
     """
-    state = processes()
+    state = join_processes()
     call = {name: getattr(args, name) for name in call_options() if hasattr(args, name)}
     pipeline = load_pipeline(args, state.device)
     set_scheduler(pipeline, args.scheduler)
@@ -284,7 +285,7 @@ def draw_samples(
     Raises:
         ValueError: If the run cannot be, or the folder is of another.
     """
-    state = processes()
+    state = join_processes()
     call = {name: value for name, value in (call or {}).items() if value is not None}
     known = inspect.signature(type(pipeline).__call__).parameters
     unknown = sorted(name for name in call if name not in known or name in GIVEN_BY_THE_RUN)

@@ -1,7 +1,6 @@
 """Work on many images that is dealt to processes batch by batch, and goes on where it was stopped."""
 
 import contextlib
-import datetime
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.evaluation.arrays import NpzFile, write_npz
-from diffusers_adm.launch import join_processes
 from diffusers_adm.whole_files import write_json
 
 
@@ -109,11 +107,6 @@ class Shards:
         """What was computed of all images, batch by batch, without what is beyond the last image."""
         for batch in range(self.num_batches):
             yield NpzFile(self.path(batch)).read(name)[: self.num_images - batch * self.batch_size]
-
-
-def processes() -> PartialState:
-    """Those of the launch; one may wait long for the others, or for what one of them does alone."""
-    return join_processes(timeout=datetime.timedelta(days=1))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ from diffusers_adm.evaluation.sampling import (
     option_type,
     set_scheduler,
 )
-from diffusers_adm.evaluation.shards import processes, weights_digest
+from diffusers_adm.evaluation.shards import weights_digest
+from diffusers_adm.launch import join_processes
 from diffusers_adm.whole_files import write_json, written_whole
 
 
@@ -72,7 +73,7 @@ def sweep(args: argparse.Namespace) -> None:
         ValueError: If a point cannot be drawn, or measured against the reference.
     """
     check_changes(args, args.reference)
-    state = processes()
+    state = join_processes()
     folder = Path(args.output)
     axes = {"scheduler": args.scheduler}
     axes |= {name: getattr(args, name) for name in call_options() if hasattr(args, name)}
