@@ -255,7 +255,7 @@ def ddim_solver(scheduler: DDIMScheduler, schedule: NoiseSchedule, eta: float) -
     )
 
 
-def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> EpsilonSolver:
+def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> EpsilonSolver:
     """
     A solver that keeps its own noise levels (`sigmas`) and places its own timesteps; each evaluation of the network is one of
     the run's steps.
@@ -271,7 +271,7 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
         changes["lower_order_final"] = True  # as it says itself, with a warning
     prediction_type = "epsilon" if exploding else "sample"
     prepared = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type, **changes)
-    prepared.set_timesteps(num_inference_steps, device=device)
+    prepared.set_timesteps(num_inference_steps)  # on the CPU, where reading one waits for nothing
     prepared.set_begin_index(0)
     prepared.is_scale_input_called = True  # the network is given x_t as it was trained on it
     if isinstance(scheduler, (EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
@@ -286,8 +286,8 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int, device: to
         )
     timesteps = prepared.timesteps.flip(0)
     # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
-    sigmas = levels[:-1].double().cpu().flip(0)
-    schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps.cpu())
+    sigmas = levels[:-1].double().flip(0)
+    schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
     solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
     return solver_class(scheduler, schedule, prepared, timesteps)
 
@@ -350,7 +350,6 @@ def build_solver(
     num_inference_steps: int | None,
     timestep_respacing: str | None,
     eta: float,
-    device: torch.device,
     timesteps: list[int] | None = None,
 ) -> DDPMSolver | EpsilonSolver:
     """
@@ -361,7 +360,6 @@ def build_solver(
         num_inference_steps: Number of steps, in [1, num_train_timesteps].
         timestep_respacing: A published respacing string, for DDPM and DDIM; wins over `num_inference_steps`.
         eta: Of DDIM, in [0, 1]: 0 is deterministic, 1 as noisy as DDPM.
-        device: Of the samples.
         timesteps: Those to visit, in any order, for DDPM and DDIM; wins over both.
 
     Raises:
@@ -402,7 +400,7 @@ def build_solver(
         if isinstance(scheduler, PNDMScheduler):
             timesteps = evenly_spaced_timesteps(num_inference_steps, num_train_timesteps)
             return pndm_solver(scheduler, NoiseSchedule.from_config(config, timesteps))
-        return sigma_solver(scheduler, num_inference_steps, device)
+        return sigma_solver(scheduler, num_inference_steps)
 
     if timesteps is not None:
         timesteps = sorted(set(timesteps))

@@ -282,7 +282,7 @@ class GuidedSamplingMixin:
             num_inference_steps = self.config.num_inference_steps
             if takes_respacing(self.scheduler):
                 timestep_respacing = self.config.timestep_respacing
-        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, device, timesteps)
+        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, timesteps)
         if options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
             raise ValueError(
                 f"gradient_at='mean' is of DDPMScheduler's steps, not of {type(self.scheduler).__name__}'s."
@@ -468,6 +468,8 @@ class GuidedSamplingMixin:
             ValueError: If there is no such timestep or class, or they are not as many as the images.
         """
         schedule = NoiseSchedule.from_config(self.scheduler.config)
+        sample = sample.to(self._execution_device)
+        low_res = None if low_res is None else low_res.to(sample.device)
         timestep = torch.as_tensor(timestep, device=sample.device)
         labels = None if class_labels is None else self.class_ids(class_labels)
         if timestep.numel() not in (1, len(sample)):
@@ -510,8 +512,8 @@ class GuidedSamplingMixin:
             ValueError: If the number of steps is out of its range, or there is no such class.
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        schedule = build_solver(scheduler, num_inference_steps, None, 0.0, images.device).schedule
-        x = images.float()
+        schedule = build_solver(scheduler, num_inference_steps, None, 0.0).schedule
+        x = images.to(self._execution_device, torch.float32)
         for index in range(len(schedule)):
             # The noise at one step stands for that on the way to the next; that of the first for clean images.
             before = max(index - 1, 0)
@@ -630,6 +632,8 @@ def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int
     Raises:
         ValueError: If it is not a number, or not finite, or there are too many or too few.
     """
+    if isinstance(given, torch.Tensor):
+        given = given.cpu()  # MPS has no float64
     try:
         tensor = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -264,6 +264,8 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
     extractor = FeatureExtractor(DIGITS)
     as_drawn = summarise(open_images(tmp_path / "png", args, labelled=True), extractor)
     assert torch.equal(as_drawn.features.pooled, extractor(images).pooled) and as_drawn.mixed
+    alone = summarise(open_images(tmp_path / "png", args), extractor, keep=False)
+    assert alone.features is None and np.array_equal(alone.gaussian.covariance, as_drawn.gaussian.covariance)
     picture = next((tmp_path / "png").rglob("000000.png"))
     picture = picture.rename(picture.with_name("cat.png"))
     with pytest.raises(ValueError, match="called by their numbers: got .'cat'"):

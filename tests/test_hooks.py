@@ -132,6 +132,7 @@ def test_epsilon_view_serves_callers_that_know_three_channels():
     assert torch.equal(
         view(x_t, 5, torch.tensor([0, 0]), return_dict=False)[0], view(x_t, 5, torch.tensor([0, 0])).sample
     )
+    assert view.to("meta").class_labels.is_meta  # labels go where the weights go
 
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])

@@ -26,9 +26,6 @@ from diffusers_adm.guidance import guidance_gradient
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, build_solver
 
 
-CPU = torch.device("cpu")
-
-
 @dataclass
 class Mixture:
     """Of Gaussians of one spread, at each pixel by itself; its classes are its components."""
@@ -110,7 +107,7 @@ ORDERS = {
 def run(scheduler_class: type, steps: int, x: torch.Tensor, component: int | None = None, generator=None, **options):
     """The state before the last step of a run on the mixture, and the alpha_bar of its start and of that state."""
     eta = options.pop("eta", 0.0)
-    solver = build_solver(tiny_scheduler(scheduler_class, **options), steps, None, eta, CPU)
+    solver = build_solver(tiny_scheduler(scheduler_class, **options), steps, None, eta)
     solver.clip_range = None
     schedule = solver.schedule
     alpha_bars = schedule.alpha_bar.tolist()
@@ -223,8 +220,8 @@ def test_few_steps_over_all_noise_there_is_draw_numbers():
 @pytest.mark.parametrize("steps", [10, 334, 501])
 def test_pndm_begins_where_there_is_nothing_but_noise_and_ends_where_there_is_none(steps):
     scheduler = tiny_scheduler(PNDMScheduler)
-    solver = build_solver(scheduler, steps, None, 0.0, CPU)
-    ddim = build_solver(tiny_scheduler(DDIMScheduler), steps, None, 0.0, CPU)
+    solver = build_solver(scheduler, steps, None, 0.0)
+    ddim = build_solver(tiny_scheduler(DDIMScheduler), steps, None, 0.0)
     assert sorted(set(solver.schedule.timesteps.tolist())) == ddim.schedule.timesteps.tolist()
     assert len(solver.schedule) == steps + 1
     # Told the same x_0 all the way, a run ends with it.

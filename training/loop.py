@@ -80,7 +80,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         log_with=args.report_to,
         project_dir=args.output_dir,
         step_scheduler_with_optimizer=False,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
         dynamo_backend="inductor" if args.compile else None,
     )
     check_distribution(accelerator.distributed_type)

@@ -87,7 +87,7 @@ class Bench:
         return next(
             steps
             for steps in range(evaluations, 0, -1)
-            if len(build_solver(self.pipeline.scheduler, steps, None, 0.0, self.state.device).schedule) <= evaluations
+            if len(build_solver(self.pipeline.scheduler, steps, None, 0.0).schedule) <= evaluations
         )
 
     def set_scheduler(self, scheduler: str) -> None:

@@ -25,7 +25,6 @@ from diffusers_adm.evaluation.statistics import (
     NEIGHBOUR,
     GaussianStatistics,
     RunningStatistics,
-    check_features,
     frechet_distance,
     precision_and_recall,
 )
@@ -139,7 +138,7 @@ def metric_label(metric: str, extractor: str) -> str:
     return METRICS[metric][extractor != INCEPTION]
 
 
-def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 64) -> Summary:
+def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 64, keep: bool = True) -> Summary:
     """
     Extracts the features of all images. Kept are those that neighbours and scores need; the spatial ones are not.
 
@@ -147,6 +146,7 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
         images: To look at.
         extractor: Of their features.
         batch_size: Images at once.
+        keep: Whether single images' features are kept; statistics need none, and those of a million do not fit.
 
     Raises:
         ValueError: If there are fewer than two images, or their features are all the same or not finite.
@@ -160,15 +160,17 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
         if has_spatial:
             spatial.update(features.spatial)
             features.spatial = None
-        kept.append(features)
-    features = Features.joined(kept)
-    check_features(images.name, features.pooled)
+        if keep:
+            kept.append(features)
+    gaussian = gaussian.finish()
+    if not gaussian.covariance.any():
+        raise ValueError(f"Features of the {images.name} are all the same.")
     return Summary(
         images.name,
-        gaussian.finish(),
+        gaussian,
         spatial.finish() if has_spatial else None,
         images.num_images,
-        features,
+        Features.joined(kept) if keep else None,
         images.shape,
         _metadata(images.file) if isinstance(images, NpzImages) else {},
         images.mixed,

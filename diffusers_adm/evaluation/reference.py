@@ -46,7 +46,7 @@ def make_reference(args: argparse.Namespace) -> None:
     if args.num_neighbours <= NEIGHBOUR:
         raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need more than {NEIGHBOUR}.")
     extractor = extractor_from(args)
-    summary = summarise(images, extractor, args.feature_batch_size)
+    summary = summarise(images, extractor, args.feature_batch_size, keep=False)
     count = min(args.num_neighbours, images.num_images)
     chosen = np.sort(np.random.default_rng(args.seed).choice(images.num_images, count, replace=False))
     metadata = {

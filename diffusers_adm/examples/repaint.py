@@ -36,7 +36,7 @@ def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[i
     generator = torch.Generator().manual_seed(0)
 
     def paste(pipe, step, timestep, tensors):
-        noise = randn_tensor(known.shape, generator=generator)
+        noise = randn_tensor(known.shape, generator=generator, device=known.device)
         noised = add_noise(schedule, known, int(timestep), noise)
         return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
 

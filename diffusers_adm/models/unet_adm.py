@@ -281,7 +281,9 @@ class EpsilonView(nn.Module):
     def __init__(self, unet: ADMUNet2DModel, class_labels: torch.Tensor | None = None):
         super().__init__()
         self.unet = unet
-        self.class_labels = class_labels
+        if class_labels is not None:
+            class_labels = class_labels.to(unet.device)
+        self.register_buffer("class_labels", class_labels, persistent=False)
         self.config = FrozenDict({**unet.config, "out_channels": unet.config.in_channels})
 
     @property
