@@ -285,6 +285,7 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
             " fewer."
         )
     timesteps = prepared.timesteps.flip(0)
+    timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps  # MPS has no float64
     # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
     sigmas = levels[:-1].double().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
