@@ -287,7 +287,7 @@ class Trainer:
             # Outside the steps: a run that was stopped in its last validation does it again when it resumes.
             if finished and validate is not None:
                 self._validate(validate)
-            self.stop.received = self.stop.agreed()
+            self.stop.received = self.stop.agreed()  # `finished` is to be the same on all processes
         self.accelerator.end_training()
 
     def _run(self, losses: Callable, validate: Callable | None, progress: tqdm) -> bool:
