@@ -26,27 +26,27 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 bench-train: install
-	$(BIN)/python -m diffusers_adm.training.bench_train
+	$(BIN)/python -m diffusers_adm.benchmarks.training
 
 bench-step: install
-	$(BIN)/python -m diffusers_adm.bench_step
+	$(BIN)/python -m diffusers_adm.benchmarks.step
 
 bench-eval: install
-	$(BIN)/python -m diffusers_adm.evaluation.bench
+	$(BIN)/python -m diffusers_adm.benchmarks.metrics
 
 # Hours; goes on where it was stopped. MNIST may be a local folder of the dataset; each process takes one core, or a GPU.
 MNIST ?= ylecun/mnist
 PROCESSES ?= 1
 bench-sampling: install
-	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.evaluation.bench_sampling \
+	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.benchmarks.sampling \
 	    $(MNIST) --split test --resolution 32 --crop pad \
-	    --register tests/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
+	    --register tests/helpers/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
 
 cards: install
-	$(BIN)/python -m diffusers_adm.cards model_cards
+	$(BIN)/python -m diffusers_adm.hub.cards model_cards
 
 judge: install
-	$(BIN)/python tests/judge_digits.py
+	$(BIN)/python tests/helpers/judge_digits.py
 
 quality: install
 	$(BIN)/ruff check .

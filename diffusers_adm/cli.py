@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
-from .cards import released_card
-from .conversion import is_upsampler
-from .demo import draw_cascade_demo, draw_demo
-from .hub import save_model
-from .openai_flags import released_preset
-from .presets import guiding_classifier
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.demo import draw_cascade_demo, draw_demo
+from diffusers_adm.hub.bundle import save_model
+from diffusers_adm.hub.cards import released_card
+from diffusers_adm.openai.checkpoints import is_upsampler
+from diffusers_adm.openai.flags import released_preset
+from diffusers_adm.openai.released import guiding_classifier
 
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from . import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
-from .grids import labelled_grid
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
+from diffusers_adm.data.grids import labelled_grid
 
 
 # Each row: its name, whether the UNet is told the digit, the guidance scale.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .respacing import respaced_timesteps
+from diffusers_adm.respacing import respaced_timesteps
 
 
 PREDICTION_TYPES = ("epsilon", "sample")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .diffusion import (
+from diffusers_adm.diffusion import (
     NoiseSchedule,
     discretized_log_likelihood,
     gaussian_kl,

@@ -28,7 +28,7 @@ from diffusers_adm.guidance import (
     normalized,
     shortened,
 )
-from diffusers_adm.hub import as_installed, download, push, write_code
+from diffusers_adm.hub.bundle import as_installed, download, push, write_code
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, takes_respacing, visited_steps
 

@@ -9,13 +9,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import load_image
 from PIL import Image
 
-from diffusers_adm.conversion import is_upsampler
+from diffusers_adm.data.image_modes import to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
-from diffusers_adm.image_modes import to_mode
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.openai_flags import Checkpoint, build_scheduler, released_preset, resolve_flags
+from diffusers_adm.openai.checkpoints import is_upsampler
+from diffusers_adm.openai.flags import Checkpoint, build_scheduler, released_preset, resolve_flags
+from diffusers_adm.openai.released import imagenet_class_names
 from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin, numbers_of_images
-from diffusers_adm.presets import imagenet_class_names
 
 
 LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor

@@ -7,9 +7,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.openai_flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
+from diffusers_adm.openai.flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
+from diffusers_adm.openai.released import imagenet_class_names
 from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
-from diffusers_adm.presets import imagenet_class_names
 
 
 class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):

@@ -14,7 +14,7 @@ from digit_classifier import load_digit_classifier
 from PIL import Image
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
-from diffusers_adm.cascade import draw_cascade
+from diffusers_adm.pipelines.cascade import draw_cascade
 
 
 ROOT = Path(__file__).parent.parent

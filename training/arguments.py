@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from diffusers import DDPMScheduler
 
-from diffusers_adm.openai_flags import BETA_SCHEDULES, Flags, build_scheduler
-from diffusers_adm.training.data import add_data_arguments
+from diffusers_adm.data.datasets import add_data_arguments
+from diffusers_adm.openai.flags import BETA_SCHEDULES, Flags, build_scheduler
 
 
 # What a resumed run may be given anew. All else decides what is trained, or the order of what it sees.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from diffusers_adm.hub import save_model
+from diffusers_adm.hub.bundle import save_model
 
 
 def save_whole(model: ModelMixin | DiffusionPipeline, folder: Path) -> None:

@@ -13,16 +13,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.data.datasets import LabelledImages
+from diffusers_adm.data.grids import grid_of
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
-from diffusers_adm.grids import grid_of
 from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_loss
-from diffusers_adm.timestep_sampling import SAMPLERS
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler, numbers
 from diffusers_adm.training.checkpoints import save_whole
-from diffusers_adm.training.data import LabelledImages
 from diffusers_adm.training.loop import Trainer
 from diffusers_adm.training.metrics import Means, quarter_of
 from diffusers_adm.training.publishing import BackgroundPush, publish, write_card
+from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
 LOSSES = ("hybrid", "vlb")

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.training.data import LabelledImages, add_data_arguments, load_images
-from diffusers_adm.training.images import UnreadableImage, decode, file_name
+from diffusers_adm.data.datasets import LabelledImages, add_data_arguments, load_images
+from diffusers_adm.data.images import UnreadableImage, decode, file_name
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:

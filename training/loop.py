@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.data.datasets import LabelledImages, StreamedImages
 from diffusers_adm.launch import join_processes
 from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import (
@@ -38,10 +40,8 @@ from diffusers_adm.training.checkpoints import (
     remove_old_checkpoints,
     replace_folder,
 )
-from diffusers_adm.training.data import LabelledImages, StreamedImages
 from diffusers_adm.training.metrics import Means, read_metrics
 from diffusers_adm.training.stopping import StopRequest, leave_signals_to_the_trainer
-from diffusers_adm.whole_files import written_whole
 
 
 logger = get_logger(__name__)

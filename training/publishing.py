@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from diffusers_adm.cards import KINDS, PIPELINE_TAGS, usage
-from diffusers_adm.hub_files import CODE_PATTERNS
+from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, usage
+from diffusers_adm.hub.saved_files import CODE_PATTERNS
 from diffusers_adm.training.arguments import as_options
 from diffusers_adm.training.metrics import read_metrics
 

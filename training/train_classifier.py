@@ -9,7 +9,7 @@ import argparse
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_adm.calibration import expected_calibration_error
+from diffusers_adm.data.datasets import load_images, required_class_names
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
@@ -22,8 +22,8 @@ from diffusers_adm.training.arguments import (
     resolve_steps,
     run_script,
 )
+from diffusers_adm.training.calibration import expected_calibration_error
 from diffusers_adm.training.checkpoints import save_whole
-from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.loop import Trainer, start
 from diffusers_adm.training.metrics import NUM_QUARTERS, quarter_of
 from diffusers_adm.training.plan import print_plan

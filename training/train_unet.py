@@ -7,8 +7,8 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of
 import argparse
 
 from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.data.datasets import load_images, required_class_names
 from diffusers_adm.training.arguments import build_parser, parse, resolve_steps, run_script
-from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
     Grid,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_adm import ADMUpsamplePipeline
+from diffusers_adm.data.datasets import load_images, required_class_names
 from diffusers_adm.training.arguments import build_parser, parse, resolve_steps, run_script
-from diffusers_adm.training.data import load_images, required_class_names
 from diffusers_adm.training.denoising import (
     DenoisingObjective,
     Grid,

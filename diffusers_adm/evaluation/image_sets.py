@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusers_adm.evaluation.arrays import NpzFile
-from diffusers_adm.image_modes import MODES, to_mode
-from diffusers_adm.training.data import add_source_arguments, load_rows
-from diffusers_adm.training.images import UnreadableImage, decode, file_name, fit_image
+from diffusers_adm.data.datasets import add_source_arguments, load_rows
+from diffusers_adm.data.image_modes import MODES, to_mode
+from diffusers_adm.data.images import UnreadableImage, decode, file_name, fit_image
+from diffusers_adm.data.npz import NpzFile
 
 
 def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.atomic_files import write_json, written_whole
 from diffusers_adm.diffusion import (
     NoiseSchedule,
     add_noise,
@@ -28,7 +29,6 @@ from diffusers_adm.evaluation.sampling import add_model_arguments, load_pipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
 from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
-from diffusers_adm.whole_files import write_json, written_whole
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from tqdm.auto import tqdm
 
-from diffusers_adm.evaluation.arrays import NpzFile
+from diffusers_adm.atomic_files import write_json, written_whole
+from diffusers_adm.data.npz import NpzFile
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
 from diffusers_adm.evaluation.image_sets import (
     ImageSet,
@@ -28,7 +29,6 @@ from diffusers_adm.evaluation.statistics import (
     frechet_distance,
     precision_and_recall,
 )
-from diffusers_adm.whole_files import write_json, written_whole
 
 
 # What each figure is called of Inception's features, and of any others: a distance of those is no FID.

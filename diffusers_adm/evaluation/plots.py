@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from diffusers_adm.whole_files import written_whole
+from diffusers_adm.atomic_files import written_whole
 
 
 Line = tuple[list[float], list[float]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_adm.evaluation.arrays import Rows, write_npz
+from diffusers_adm.data.npz import Rows, write_npz
 from diffusers_adm.evaluation.image_sets import add_image_set_arguments, check_changes, open_images
 from diffusers_adm.evaluation.metrics import add_extractor_arguments, extractor_from, summarise
 from diffusers_adm.evaluation.statistics import NEIGHBOUR

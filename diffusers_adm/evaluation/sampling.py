@@ -17,13 +17,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
-from diffusers_adm.evaluation.arrays import NpzFile, Rows, write_npz
+from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.data.grids import grid_of
+from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
-from diffusers_adm.grids import grid_of
 from diffusers_adm.launch import join_processes
 from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS, takes_respacing
-from diffusers_adm.whole_files import written_whole
 
 
 # By name, with settings beside the noise schedule's.

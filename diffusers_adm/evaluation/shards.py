@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from diffusers_adm.evaluation.arrays import NpzFile, write_npz
-from diffusers_adm.whole_files import write_json
+from diffusers_adm.atomic_files import write_json
+from diffusers_adm.data.npz import NpzFile, write_npz
 
 
 # Settings that change nothing of what is computed.

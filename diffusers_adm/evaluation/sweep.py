@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from diffusers_adm.atomic_files import write_json, written_whole
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments, check_changes
 from diffusers_adm.evaluation.metrics import (
@@ -35,7 +36,6 @@ from diffusers_adm.evaluation.sampling import (
 )
 from diffusers_adm.evaluation.shards import weights_digest
 from diffusers_adm.launch import join_processes
-from diffusers_adm.whole_files import write_json, written_whole
 
 
 PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall")

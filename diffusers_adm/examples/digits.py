@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_model
-from diffusers_adm.grids import labelled_grid
+from diffusers_adm.data.grids import labelled_grid
 
 
 def parse_arguments(description: str, steps: int) -> argparse.Namespace:

@@ -9,9 +9,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..conversion import classifier_config, load_published, read_state_dict, to_published
-from ..openai_flags import Checkpoint, resolve_flags
-from .blocks import (
+from diffusers_adm.models.blocks import (
     ADMAttention,
     ADMBlockFactory,
     ADMConfigMixin,
@@ -21,6 +19,8 @@ from .blocks import (
     check_images,
     zero_init,
 )
+from diffusers_adm.openai.checkpoints import classifier_config, load_published, read_state_dict, to_published
+from diffusers_adm.openai.flags import Checkpoint, resolve_flags
 
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")

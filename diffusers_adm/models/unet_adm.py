@@ -10,9 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..conversion import load_published, read_state_dict, to_published, unet_config
-from ..openai_flags import Checkpoint, resolve_flags
-from .blocks import (
+from diffusers_adm.models.blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
     ADMConfigMixin,
@@ -24,6 +22,8 @@ from .blocks import (
     check_images,
     zero_init,
 )
+from diffusers_adm.openai.checkpoints import load_published, read_state_dict, to_published, unet_config
+from diffusers_adm.openai.flags import Checkpoint, resolve_flags
 
 
 @dataclass

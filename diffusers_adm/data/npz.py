@@ -1,0 +1,147 @@
+"""Arrays in `.npz` files, read and written block by block: neither needs the memory of a whole array."""
+
+import contextlib
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffusers_adm.atomic_files import written_whole
+
+
+@dataclass
+class Rows:
+    """
+    An array that comes in blocks.
+
+    Args:
+        shape: Of the whole, the number of rows first.
+        dtype: Its type.
+        blocks: Arrays of some rows each.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Iterable[np.ndarray]
+
+
+class NpzFile:
+    """
+    The arrays of an `.npz` file.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: If it is no such file, or is cut off.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        with self._reading(), zipfile.ZipFile(self.path) as archive:
+            self.names = [name.removesuffix(".npy") for name in archive.namelist()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """
+        Shape and type of an array.
+
+        Raises:
+            ValueError: If there is no such array, or it holds objects.
+        """
+        with self._opened(name) as (_, shape, dtype):
+            return shape, dtype
+
+    def checksum(self, name: str) -> int:
+        """That of an array, which the file holds beside it."""
+        with self._reading(), zipfile.ZipFile(self.path) as archive:
+            return archive.getinfo(name + ".npy").CRC
+
+    def read(self, name: str) -> np.ndarray:
+        """
+        All of an array.
+
+        Raises:
+            ValueError: If there is no such array, it holds objects, or is cut off.
+        """
+        self.header(name)
+        with self._reading(), np.load(self.path, allow_pickle=False) as arrays:
+            return arrays[name]
+
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """
+        An array in blocks of `rows` rows, of which the last may have fewer.
+
+        Raises:
+            ValueError: If there is no such array, it holds objects, or is cut off.
+        """
+        with self._opened(name) as (member, shape, dtype):
+            row_bytes = dtype.itemsize * int(np.prod(shape[1:]))
+            for start in range(0, shape[0], rows):
+                count = min(rows, shape[0] - start)
+                data = member.read(count * row_bytes)
+                if len(data) < count * row_bytes:
+                    raise ValueError(f"{self.path}: {name} is cut off after {start} of {shape[0]} rows.")
+                yield np.frombuffer(data, dtype).reshape(count, *shape[1:]).copy()  # what is written to it stays here
+
+    @contextlib.contextmanager
+    def _opened(self, name: str):
+        if name not in self:
+            raise ValueError(f"{self.path} holds no {name}, but {', '.join(self.names) or 'nothing'}.")
+        with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(name + ".npy") as member:
+            version = np.lib.format.read_magic(member)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read_header is None:
+                raise ValueError(f"version {version} of the format is not known")
+            shape, fortran_order, dtype = read_header(member)
+            if dtype.hasobject or (fortran_order and len(shape) > 1):
+                raise ValueError(f"{self.path}: {name} holds objects, or is kept by columns.")
+            yield member, shape, dtype
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError) as error:
+            if str(self.path) in str(error):
+                raise
+            raise ValueError(f"{self.path} is damaged, cut off, or no .npz file: {error}") from error
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
+    """
+    Writes arrays that `np.load` reads, those that come in blocks as they come. The file is there whole or not at all.
+
+    Raises:
+        ValueError: If blocks are not of the shape or type that was promised.
+    """
+    with written_whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name, array in arrays.items():
+            rows = array if isinstance(array, Rows) else Rows(array.shape, array.dtype, [array])
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(rows.dtype),
+                    "fortran_order": False,
+                    "shape": rows.shape,
+                }
+                np.lib.format.write_array_header_1_0(member, header)
+                written = 0
+                for block in rows.blocks:
+                    if block.dtype != rows.dtype or block.shape[1:] != rows.shape[1:]:
+                        raise ValueError(
+                            f"{name}: a block of {block.shape} {block.dtype} for {rows.shape} {rows.dtype}."
+                        )
+                    written += block.size
+                    member.write(np.ascontiguousarray(block).tobytes())
+                if written != int(np.prod(rows.shape)):
+                    raise ValueError(f"{name}: {written} numbers came for the shape {rows.shape}.")

@@ -1,0 +1,180 @@
+"""Guidance by networks that never saw noise: classifiers of clean images, and CLIP; both look at the clean image that the UNet
+predicts. They are functions for a pipeline's `guidance_fn`, which `diffusers_adm.guidance` describes.
+"""
+
+import copy
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class CleanClassifierGuidance:
+    """
+    log p(y | x_0) of any classifier of clean images, calibrated to guide (Ma et al. 2023, arXiv 2310.11311).
+
+    Args:
+        classifier: Of `transformers`, or any module or function from pixels to logits `(batch, classes)`. Its classes must be
+            numbered as the pipeline's labels are.
+        image_processor: Of `transformers`: it resizes and normalises; without one pixels are passed on as they are, in
+            [0, 1].
+        through_unet: Whether the gradient goes on from x_0 through the UNet to x_t, at twice the cost; otherwise that
+            with respect to x_0 guides.
+        joint_temperature: tau_1, by which the logit of the class is multiplied.
+        conditional_temperature: tau_2, by which all logits are in the normaliser; the authors take 0.5.
+        softplus_beta: With it, a copy of the classifier guides whose ReLUs are softplus functions of this beta, which are
+            smooth; the authors take 3.
+
+    Raises:
+        ValueError: If `softplus_beta` is not above 0, or the classifier has no `torch.nn.ReLU` modules.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module | Callable[[torch.Tensor], torch.Tensor],
+        image_processor: Callable | None = None,
+        through_unet: bool = False,
+        joint_temperature: float = 1.0,
+        conditional_temperature: float = 1.0,
+        softplus_beta: float | None = None,
+    ):
+        if softplus_beta is not None:
+            classifier = smoothed(classifier, softplus_beta)
+        self.classifier = classifier.eval() if isinstance(classifier, nn.Module) else classifier
+        self.image_processor = image_processor
+        self.through_unet = through_unet
+        self.joint_temperature = joint_temperature
+        self.conditional_temperature = conditional_temperature
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: torch.device | str = "cpu", **kwargs) -> "CleanClassifierGuidance":
+        """
+        A classifier of the Hub with its image processor.
+
+        Args:
+            name: Hub id or folder, of `AutoModelForImageClassification`.
+            device: To run on.
+            kwargs: Other arguments of the class.
+        """
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        classifier = AutoModelForImageClassification.from_pretrained(name).to(device)
+        return cls(classifier, AutoImageProcessor.from_pretrained(name), **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the classifier's weights; `None` where it has none."""
+        return dtype_of(self.classifier)
+
+    def __call__(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The calibrated log-probability of each image's class, `(batch,)`."""
+        if class_labels is None:
+            raise ValueError("A classifier guides to class_labels, and there are none.")
+        pixels = as_pixels(x_0, self.image_processor)
+        output = self.classifier(pixels.to(self.dtype or pixels.dtype))
+        logits = getattr(output, "logits", output).float()  # (batch, classes)
+        if not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
+            raise ValueError(f"class_labels {class_labels.tolist()} are not all in [0, {logits.shape[1] - 1}].")
+        joint = self.joint_temperature * logits.gather(1, class_labels[:, None])[:, 0]  # (batch,)
+        return joint - (self.conditional_temperature * logits).logsumexp(dim=1)
+
+
+class CLIPGuidance:
+    """
+    Guidance by a text: minus the squared spherical distance between CLIP's features of the text and of random cutouts of
+    the predicted x_0 (as in Crowson's CLIP-guided diffusion). Scales of about 1000 are usual, with
+    `guidance_options={"max_size": 0.2}`.
+
+    Args:
+        model: `transformers.CLIPModel`.
+        processor: `transformers.CLIPProcessor`.
+        prompt: One text for all images, or a list of one an image.
+        num_cutouts: Of each image and step.
+        min_cutout: The smallest, as a share of the image's side.
+        through_unet: Whether the gradient goes through the UNet.
+        generator: Of the cutouts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Callable,
+        prompt: str | list[str],
+        num_cutouts: int = 16,
+        min_cutout: float = 0.5,
+        through_unet: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        if num_cutouts < 1 or not 0 < min_cutout <= 1:
+            raise ValueError(f"num_cutouts={num_cutouts} must be at least 1, and min_cutout={min_cutout} in (0, 1].")
+        self.model = model.eval()
+        self.image_processor = processor.image_processor
+        self.num_cutouts = num_cutouts
+        self.min_cutout = min_cutout
+        self.through_unet = through_unet
+        self.generator = generator
+        words = processor(text=[prompt] if isinstance(prompt, str) else prompt, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            features = model.get_text_features(**words.to(model.device)).pooler_output
+        self.text = F.normalize(features.float(), dim=-1)  # (1 or batch, features)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of CLIP's weights."""
+        return dtype_of(self.model)
+
+    def __call__(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Minus the distance of each image, `(batch,)`."""
+        if len(self.text) not in (1, len(x_0)):
+            raise ValueError(f"{len(self.text)} prompts were given for {len(x_0)} images.")
+        pixels = torch.cat([as_pixels(self._cutout(x_0), self.image_processor) for _ in range(self.num_cutouts)])
+        features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
+        seen = F.normalize(features.float(), dim=-1).unflatten(0, (self.num_cutouts, -1))  # (cutouts, batch, features)
+        return -spherical_distance(seen, self.text).mean(dim=0)
+
+    def _cutout(self, x_0: torch.Tensor) -> torch.Tensor:
+        shorter = min(x_0.shape[2:])
+        share = self.min_cutout + (1 - self.min_cutout) * torch.rand((), generator=self.generator).item()
+        side = max(1, round(share * shorter))
+        top, left = (torch.randint(length - side + 1, (), generator=self.generator).item() for length in x_0.shape[2:])
+        return x_0[:, :, top : top + side, left : left + side]
+
+
+def as_pixels(x_0: torch.Tensor, image_processor: Callable | None) -> torch.Tensor:
+    """From `(batch, 1 or 3, height, width)` in [-1, 1] to what a network of `transformers` takes; with gradients."""
+    pixels = (x_0 + 1) / 2
+    if image_processor is None:
+        return pixels
+    pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+    return image_processor(images=pixels, do_rescale=False, return_tensors="pt")["pixel_values"]
+
+
+def spherical_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Half the squared angle between unit vectors, over their last dimension."""
+    return 2 * ((first - second).norm(dim=-1) / 2).arcsin().square()
+
+
+def dtype_of(network: nn.Module | Callable) -> torch.dtype | None:
+    """Of a network's weights; `None` where there are none."""
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
+
+
+def smoothed(classifier: nn.Module, beta: float) -> nn.Module:
+    """A copy whose ReLUs are softplus functions."""
+    if not (isinstance(beta, Real) and beta > 0):
+        raise ValueError(f"softplus_beta={beta!r} is not a number above 0.")
+    if not (isinstance(classifier, nn.Module) and any(isinstance(module, nn.ReLU) for module in classifier.modules())):
+        raise ValueError("softplus_beta is for classifiers with torch.nn.ReLU modules, and this one has none.")
+    classifier = copy.deepcopy(classifier)
+    for parent in list(classifier.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.Softplus(beta=beta))
+    return classifier

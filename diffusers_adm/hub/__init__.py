@@ -1,0 +1,1 @@
+"""Saved pipelines: their code files, their cards, and the Hub."""

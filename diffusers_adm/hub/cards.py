@@ -1,0 +1,139 @@
+"""What cards say of this package's classes, and the cards of the released checkpoints, made of their table.
+
+`python -m diffusers_adm.hub.cards model_cards` writes them all, and `diffusers-adm convert` puts a checkpoint's card into the folder that it writes.
+"""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from diffusers_adm.openai.released import PRESETS, Preset, guiding_classifier
+
+
+PAPER = "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)"
+CLASS_NAMES = {"unet": "ClassifierGuidedPipeline", "upsampler": "ADMUpsamplePipeline", "classifier": "NoisyClassifier"}
+KINDS = {
+    "ClassifierGuidedPipeline": "UNet",
+    "ADMUpsamplePipeline": "Upsampler",
+    "NoisyClassifier": "Noise-aware classifier",
+}
+PIPELINE_TAGS = {
+    "ClassifierGuidedPipeline": "unconditional-image-generation",
+    "ADMUpsamplePipeline": "image-to-image",
+    "NoisyClassifier": "image-classification",
+}
+LSUN = {"bedroom", "cat", "horse"}
+LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
+baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
+most of all. Guidance costs diversity, and may make biases of the data stronger. The training images come from the Internet and show
+real people, which the weights may remember in part."""
+
+
+def card_name(preset: Preset) -> str:
+    """The name of a checkpoint's card, and of the folder that its conversion writes."""
+    return "adm-" + preset.file.removesuffix(".pt").replace("_", "-")
+
+
+def usage(class_name: str, arguments: str, call: str) -> str:
+    """
+    The part of a card that says how to load a model, with this package and without it.
+
+    Args:
+        class_name: Of what was saved.
+        arguments: Of `from_pretrained`, as they are written.
+        call: Lines that use `model`.
+    """
+    stock = "DiffusionPipeline" if class_name.endswith("Pipeline") else "AutoModel"
+    return f"""```python
+from diffusers_adm import {class_name}
+
+model = {class_name}.from_pretrained({arguments})
+{call}
+```
+
+Without `diffusers_adm`:
+
+```python
+from diffusers import {stock}
+
+model = {stock}.from_pretrained({arguments}, trust_remote_code=True)
+```"""
+
+
+def released_card(preset: Preset) -> ModelCard:
+    """
+    The card of a released checkpoint as this package converts it.
+
+    Args:
+        preset: Its row of the table.
+    """
+    name, class_name, classifier = card_name(preset), CLASS_NAMES[preset.kind], guiding_classifier(preset)
+    words = set(preset.file.removesuffix(".pt").split("_"))
+    trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAGS[class_name],
+        license="mit",
+        tags=["adm", "guided-diffusion", "classifier-guidance"],
+        datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
+        model_name=name,
+    )
+    files = f"--classifier {preset.file}" if preset.kind == "classifier" else f"--unet {preset.file}"
+    files += f" --classifier {classifier.file}" if classifier is not None else ""
+    downloads = " ".join(f"-O {source.url}" for source in (preset, classifier) if source is not None)
+    labelled = preset.imagenet_labels or classifier is not None
+    label = 'class_labels=["goldfish"]' if labelled else ""
+    call = {
+        "unet": f"image = model({label}).images[0]",
+        "upsampler": f'image = model("small.png", {label}).images[0]',
+        "classifier": "logits = model(noised_images, timestep).logits",
+    }[preset.kind]
+    identity = f'"me/{name}"'
+    facts: dict[str, str] = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
+    if classifier is not None:
+        facts["Guided by"] = f"`{classifier.file}`, at scale {preset.guidance_scale:g} by default"
+    if preset.fid is not None:
+        facts["Published FID"] = f"{preset.fid:.2f} (50,000 samples, {preset.fid_setting})"
+    facts["Flags"] = f"`{preset.flags}`"
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{KINDS[class_name]} of ADM ({PAPER}), converted by `diffusers_adm` from the checkpoint that
+[openai/guided-diffusion](https://github.com/openai/guided-diffusion) released under the MIT license. Each of its tensors is the published
+one.
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+{usage(class_name, identity, call)}
+
+## Conversion
+
+```sh
+curl -L {downloads}
+diffusers-adm convert {files} --output {name}
+hf upload me/{name} {name}
+```
+
+## Limits
+
+{LIMITS}
+""")
+
+
+def main(folder: str) -> None:
+    """Writes `folder/<name>/README.md` for each released checkpoint."""
+    for preset in PRESETS.values():
+        released_card(preset).save(Path(folder) / card_name(preset) / "README.md")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

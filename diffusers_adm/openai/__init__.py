@@ -1,0 +1,1 @@
+"""Checkpoints and command-line flags of the original code (openai/guided-diffusion)."""

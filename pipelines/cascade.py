@@ -1,0 +1,56 @@
+"""Large images in stages: a base model draws small ones, and upsamplers enlarge them (Dhariwal & Nichol 2021, arXiv 2105.05233,
+section 4.3 and Table 6)."""
+
+import torch
+from diffusers import ImagePipelineOutput
+
+from diffusers_adm.pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
+
+
+def draw_cascade(
+    stages: list[ClassifierGuidedPipeline | ADMUpsamplePipeline],
+    class_labels: int | str | list | torch.Tensor | None = None,
+    calls: list[dict] | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    output_type: str = "pil",
+) -> ImagePipelineOutput:
+    """
+    Draws images in all stages, one after the other, from one stream of random numbers.
+
+    Args:
+        stages: The base pipeline, then one upsampler or more, each from what the one before draws.
+        class_labels: Class of each image, by number or name. `None` for models without classes; where the base has some, it
+            draws them, and the upsamplers, which must then have a null class, are told none.
+        calls: Of each stage, other arguments of its call: its own steps, guidance scale, ...
+        generator: One for all images, or a list of one an image.
+        output_type: As of the pipelines.
+
+    Raises:
+        ValueError: If a stage cannot follow the one before, or there are not as many calls as stages.
+    """
+    if len(stages) < 2:
+        raise ValueError(f"A cascade has two stages at least: there are {len(stages)}.")
+    calls = [{}] * len(stages) if calls is None else calls
+    if len(calls) != len(stages):
+        raise ValueError(f"{len(calls)} calls were given for {len(stages)} stages.")
+    for before, after in zip(stages, stages[1:]):
+        if not isinstance(after, ADMUpsamplePipeline):
+            raise ValueError(f"A {type(after).__name__} takes no images to enlarge.")
+        drawn, taken = before.unet.config, after.unet.config
+        if drawn.in_channels != taken.in_channels or drawn.sample_size != after.config.low_res_size:
+            raise ValueError(
+                f"A stage draws {drawn.in_channels} channels of {drawn.sample_size} pixels, and the next enlarges"
+                f" {taken.in_channels} of {after.config.low_res_size}."
+            )
+        if class_labels is None and taken.num_class_embeds is not None and after.unet.null_class is None:
+            raise ValueError("class_labels are missing: an upsampler is class-conditional and has no null class.")
+    if class_labels is not None:
+        # Names mean the same in all stages; numbers must.
+        class_labels = stages[0].class_ids(class_labels)
+    images = None
+    for number, (stage, call) in enumerate(zip(stages, calls)):
+        arguments = {"class_labels": class_labels, "generator": generator, **call}
+        arguments["output_type"] = output_type if number == len(stages) - 1 else "pt"
+        output = stage(**arguments) if images is None else stage(images, **arguments)
+        images = output.images
+    return output

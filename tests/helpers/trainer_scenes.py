@@ -1,0 +1,80 @@
+"""What a classifier's trainer does in situations that a whole training seldom meets; `test_interruption.py` runs one scene,
+the first argument, on any number of processes.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tiny_models import draw_parameters
+
+from diffusers_adm.data.datasets import load_images
+from diffusers_adm.losses import classifier_loss
+from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.training import train_classifier
+from diffusers_adm.training.arguments import architecture
+from diffusers_adm.training.loop import Trainer, start
+
+
+def losses(model, batch):
+    timestep = 300 * batch["label"] + 100  # of the image, not of the process: the noise would differ
+    return {
+        "loss": classifier_loss(model(batch["image"], timestep).logits, batch["label"]),
+        "quarter": timestep // 250,
+    }
+
+
+def first_gradients(trainer):
+    """Saves the gradients of the first step."""
+    loss = losses(trainer.model, next(iter(trainer._epoch_loader())))["loss"].mean()
+    trainer.accelerator.backward(loss)
+    gradients = {name: parameter.grad for name, parameter in trainer.unwrapped_model.named_parameters()}
+    if trainer.accelerator.is_main_process:
+        save_file(gradients, trainer.args.output_dir / "gradients.safetensors")
+
+
+def slow_checkpoint(trainer):
+    """Writes a checkpoint for which the main process takes a second."""
+
+    def write_slowly(models, weights, folder):
+        paths = [Path(folder) / f"{number}.partial" for number in range(100)]
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:  # as what writes under one name and renames
+            for path in paths:
+                path.touch()
+            for path in paths:
+                path.unlink()
+
+    if trainer.accelerator.is_main_process:
+        trainer.accelerator.register_save_state_pre_hook(write_slowly)
+    trainer.save_checkpoint(must_succeed=True)
+
+
+def stopped_while_validating(trainer):
+    """Only the last process is asked to stop; none may take the run for finished."""
+
+    def validate():
+        if trainer.accelerator.is_last_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train(losses, validate)
+    assert trainer.global_step == 1 and not trainer.finished
+
+
+def own_disks(trainer):
+    """Only the first process has a checkpoint in its folder, but all go on from there."""
+    assert trainer.global_step == 1
+
+
+if __name__ == "__main__":
+    scene = globals()[sys.argv[1]]
+    args = train_classifier.parse_args(sys.argv[2:])
+    accelerator = start(args)
+    if scene is own_disks:
+        args.output_dir /= str(accelerator.process_index)
+    images, _ = load_images(args)
+    model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
+    scene(Trainer(args, accelerator, model, images))
