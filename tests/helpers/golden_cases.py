@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_adm import ADMUNet2DModel, NoisyClassifier
+
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Each released checkpoint's flags and tensors, recorded from the published code.
@@ -49,3 +51,17 @@ def draw_weights(case: dict) -> dict[str, torch.Tensor]:
 def published_flags(case: dict) -> str:
     """The flags of a case as one command line."""
     return " ".join(f"--{name} {value}" for name, value in case["flags"].items())
+
+
+UNET_CASES = ("unet_class_conditional", "unet_unconditional_plain", "upsampler")
+CLASSIFIER_CASES = ("classifier_attention", "classifier_adaptive", "classifier_spatial", "classifier_spatial_v2")
+
+
+def model_class(case):
+    return NoisyClassifier if case in CLASSIFIER_CASES else ADMUNet2DModel
+
+
+def load(case, *extra_flags):
+    description, _ = load_case(case)
+    flags = " ".join([published_flags(description), *extra_flags])
+    return model_class(case).from_openai(draw_weights(description), flags)

@@ -1,0 +1,100 @@
+"""`diffusers-adm convert`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from golden_cases import (
+    RELEASED,
+    draw_weights,
+    load,
+    load_case,
+    model_class,
+    published_flags,
+)
+
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm.cli import main
+
+
+def test_convert_writes_a_pipeline_that_equals_the_checkpoints(pipeline_files, tmp_path, capsys):
+    unet, classifier, flags = pipeline_files
+    output = tmp_path / "converted" / "pipeline"
+    words = ["convert", "--unet", str(unet), "--classifier", str(classifier), "--flags", flags]
+    assert main([*words, "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    saved = ClassifierGuidedPipeline.from_pretrained(output)
+    direct = ClassifierGuidedPipeline.from_openai(unet, classifier, flags)
+    sample, timestep, labels = torch.randn(2, 3, 32, 32), torch.tensor([10, 900]), torch.tensor([3, 4])
+    with torch.no_grad():
+        assert torch.equal(saved.unet(sample, timestep, labels).sample, direct.unet(sample, timestep, labels).sample)
+        assert torch.equal(saved.classifier(sample, timestep).logits, direct.classifier(sample, timestep).logits)
+    public = {name: value for name, value in direct.scheduler.config.items() if not name.startswith("_")}
+    assert public.items() <= dict(saved.scheduler.config).items()
+    assert list(output.parent.iterdir()) == [output]  # nothing unfinished is left beside it
+
+
+def test_convert_casts_and_names_a_variant(pipeline_files, tmp_path):
+    unet, classifier, flags = pipeline_files
+    before = unet.read_bytes()
+    (tmp_path / "out").mkdir()  # a folder that is empty may be there
+    words = ["convert", "--unet", str(unet), "--classifier", str(classifier), "--flags", flags]
+    assert main([*words, "--output", str(tmp_path / "out"), "--dtype", "float16", "--variant", "fp16"]) == 0
+    saved = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float16)
+    expected = ClassifierGuidedPipeline.from_openai(unet, classifier, flags).to(torch.float16)
+    for model, other in ((saved.unet, expected.unet), (saved.classifier, expected.classifier)):
+        for name, parameter in other.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), name
+    assert unet.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "case, option, folder", [("upsampler", "--unet", "unet"), ("classifier_spatial", "--classifier", "")]
+)
+def test_convert_writes_an_upsampler_or_a_classifier_alone(case, option, folder, tmp_path):
+    description, _ = load_case(case)
+    torch.save(draw_weights(description), tmp_path / "model.pt")
+    flags = published_flags(description) + (" --small_size 8" if case == "upsampler" else "")
+    words = ["convert", option, str(tmp_path / "model.pt"), "--flags", flags]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    saved = model_class(case).from_pretrained(tmp_path / "out" / folder).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in load(case).state_dict().items())
+    if case == "upsampler":
+        assert ADMUpsamplePipeline.from_pretrained(tmp_path / "out").config.low_res_size == 8
+
+
+def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys):
+    unet, classifier, flags = pipeline_files
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    for words, message in (
+        (["--unet", str(unet), "--output", str(tmp_path / "out")], "flags are missing"),
+        (["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")], "to be had at https"),
+        (["--unet", str(unet), "--flags", flags, "--output", str(full)], "not an empty folder"),
+        (["--output", str(tmp_path / "out")], "Nothing to convert"),
+    ):
+        assert main(["convert", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in full.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_convert_needs_little_more_memory_than_the_file_has_bytes(tmp_path, dtype):
+    file = tmp_path / "64x64_classifier.pt"
+    torch.save({name: torch.zeros(shape) for name, shape in RELEASED[file.name]["parameters"]}, file)
+    script = """
+import resource, sys
+from diffusers_adm.cli import main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(sys.argv[1:]) == 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    words = ["convert", "--classifier", str(file), "--output", str(tmp_path / "out"), "--dtype", dtype]
+    run = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 1.3 * file.stat().st_size

@@ -1,0 +1,117 @@
+"""Callbacks at the end of a step, interruption and the progress bar."""
+
+import pytest
+import torch
+from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, rows_seen, solver_pipeline, visited
+from tiny_models import tiny_pipeline
+
+
+@every_solver
+def test_callback_sees_the_latents_after_each_step(solver):
+    pipeline, call = solver_pipeline(solver)
+    seen = []
+
+    def callback(called, step, timestep, kwargs):
+        assert called is pipeline and set(kwargs) == {"latents"}
+        seen.append((step, int(timestep), kwargs["latents"].clone()))
+        return kwargs
+
+    output = draw(pipeline, callback_on_step_end=callback, **call)
+    assert [step for step, _, _ in seen] == list(range(STEPS))
+    assert [timestep for _, timestep, _ in seen] == visited(pipeline, **call)
+    assert torch.equal(seen[-1][2], output)
+    assert differ(seen[0][2], seen[1][2])
+
+
+@every_solver
+def test_callback_changes_the_latents(solver):
+    pipeline, call = solver_pipeline(solver)
+
+    def zero_at(changed):
+        def callback(_, step, timestep, kwargs):
+            return {"latents": torch.zeros_like(kwargs["latents"])} if step == changed else {}
+
+        return draw(pipeline, callback_on_step_end=callback, **call)
+
+    assert not zero_at(STEPS - 1).any()
+    assert zero_at(0).any() and differ(zero_at(0), draw(pipeline, **call))
+
+
+@every_solver
+def test_scale_that_a_callback_changes_takes_effect_at_the_next_step(solver):
+    pipeline, call = solver_pipeline(solver)
+    trail = {}
+
+    def run(name, change):
+        trail[name] = []
+
+        def callback(called, step, timestep, kwargs):
+            trail[name].append(kwargs["latents"].clone())
+            if step == 1 and change is not None:
+                called._guidance_scale = change
+            return kwargs
+
+        return draw(pipeline, callback_on_step_end=callback, num_inference_steps=4, **call)
+
+    rows = rows_seen(pipeline.classifier)
+    run("plain", None)
+    assert pipeline.guidance_scale == SCALE and rows == [2] * 4
+    run("stopped", 0.0)
+    assert pipeline.guidance_scale == 0.0 and rows == [2] * (4 + 2)
+    assert all(torch.equal(a, b) for a, b in zip(trail["plain"][:2], trail["stopped"][:2], strict=True))
+    assert differ(trail["plain"][2], trail["stopped"][2])
+    run("one image", [0.0, SCALE])
+    assert rows == [2] * (4 + 2 + 2) + [1] * 2
+    assert torch.equal(run("again", None), trail["plain"][-1]), "the change lasted beyond its call"
+
+
+def test_scale_that_a_callback_changes_in_place_is_changed_for_this_run_alone():
+    pipeline, given = tiny_pipeline(), torch.tensor([SCALE, SCALE])
+    rows = rows_seen(pipeline.classifier)
+
+    def stop(called, step, timestep, kwargs):
+        called._guidance_scale *= 0
+        return kwargs
+
+    draw(pipeline, guidance_scale=given, callback_on_step_end=stop, num_inference_steps=3)
+    assert rows == [2] and given.tolist() == [SCALE, SCALE]
+
+
+def test_interruption_skips_the_steps_that_are_left():
+    pipeline = tiny_pipeline()
+    steps, latents = rows_seen(pipeline.unet), []
+
+    def callback(called, step, timestep, kwargs):
+        latents.append(kwargs["latents"])
+        called._interrupt = step == 1
+        return kwargs
+
+    output = draw(pipeline, callback_on_step_end=callback)
+    assert len(steps) == 2 and torch.equal(output, latents[-1])
+    assert pipeline.interrupt
+    draw(pipeline)
+    assert not pipeline.interrupt and len(steps) == 2 + STEPS
+
+
+def test_callback_is_given_only_what_it_asks_for():
+    pipeline = tiny_pipeline()
+    seen = []
+    draw(
+        pipeline,
+        callback_on_step_end=lambda *args: seen.append(args[3]) or {},
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert seen == [{}] * STEPS
+    assert pipeline._callback_tensor_inputs == ["latents", "x_0", "gradient"]
+    with pytest.raises(ValueError, match="'noise'.*latents"):
+        draw(pipeline, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_progress_bar_counts_the_steps_and_can_be_switched_off(capfd):
+    pipeline = tiny_pipeline()
+    draw(pipeline)
+    assert capfd.readouterr().err == ""
+    pipeline.set_progress_bar_config(disable=False, desc="drawing")
+    draw(pipeline, timestep_respacing="6")
+    shown = capfd.readouterr().err
+    assert "drawing" in shown and "6/6" in shown
