@@ -1,26 +1,71 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes its place once all of it is on the disk."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives another name to write a file under. The file takes its place once all of it is on the disk."""
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
         yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
+        _flush_path(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> None:
-    """Writes a JSON file; configurations are sorted, as diffusers writes them."""
-    with written_whole(path) as partial:
+    """Writes a JSON file. Configurations are sorted, as diffusers writes them."""
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives another name to make and fill a folder under. The folder takes its place once all of it is on the disk."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        yield partial
+        flush_folder(partial)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Returns the name of a folder while it is written. Processes that write it together share the name."""
+    return folder.with_name("partial-" + folder.name)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until all of a folder is on the disk: a name may reach it before what it names."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_path(path)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Puts a finished and flushed folder in the place of another, which is removed last."""
+    old = folder.with_name("old-" + folder.name)
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed before it was removed
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    _flush_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_path(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,13 +3,13 @@
 import argparse
 import importlib
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
@@ -100,10 +100,8 @@ def convert(args: argparse.Namespace) -> None:
             if isinstance(model, torch.nn.Module):
                 cast_weights(model, getattr(torch, args.dtype))
 
-    # Written beside its place, then moved: the folder is there whole or not at all.
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        unfinished = Path(folder) / output.name
+    with atomic_folder(output) as unfinished:
         if isinstance(converted, DiffusionPipeline):
             converted.save_pretrained(unfinished, variant=args.variant)
         else:
@@ -113,7 +111,6 @@ def convert(args: argparse.Namespace) -> None:
         as_published = args.flags is None and args.dtype is None and args.variant is None
         if preset is not None and as_published and classifier is guiding_classifier(preset):
             released_card(preset).save(unfinished / "README.md")
-        unfinished.replace(output)
     print(f"Wrote {type(converted).__name__} to {output}")
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.grids import grid_of
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss, vlb_loss
 from diffusers_adm.training.arguments import architecture, build_noise_scheduler, numbers
-from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.loop import Trainer
 from diffusers_adm.training.metrics import Means, quarter_of
 from diffusers_adm.training.publishing import BackgroundPush, publish, write_card
@@ -282,7 +282,8 @@ def save_averages(trainer: Trainer, pipeline: DiffusionPipeline, folder: Path) -
         name = "pipeline" if decay == trainer.args.ema_decay[0] else f"pipeline-ema-{decay:g}"
         if trainer.accelerator.is_main_process:
             with trainer.averaged_weights(decay), trainer.surviving(name):
-                save_whole(pipeline, folder / name)
+                with atomic_folder(folder / name) as partial:
+                    pipeline.save_pretrained(partial)
                 written += 1
     return written == len(trainer.args.ema_decay)
 

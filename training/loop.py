@@ -29,17 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.atomic_files import atomic_write, flush_folder, partial_folder, replace_folder
 from diffusers_adm.data.datasets import LabelledImages, StreamedImages
 from diffusers_adm.launch import join_processes
 from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
-from diffusers_adm.training.checkpoints import (
-    flush,
-    list_checkpoints,
-    partial_name,
-    remove_old_checkpoints,
-    replace_folder,
-)
+from diffusers_adm.training.checkpoints import list_checkpoints, remove_old_checkpoints
 from diffusers_adm.training.metrics import Means, read_metrics
 from diffusers_adm.training.stopping import StopRequest, leave_signals_to_the_trainer
 
@@ -461,11 +455,11 @@ class Trainer:
         finite = self.means.finite().to(self.grad_norm.device) & self.grad_norm.isfinite()
         self._check_finite(not self.stop.on_any_process(not finite.item()))
         folder = self.args.output_dir / f"checkpoint-{self.global_step}"
-        partial = partial_name(folder)
+        partial = partial_folder(folder)
         try:
             self._on_all(self._write_checkpoint, partial)
             # Not before all have written: names come and go in a folder that is written to.
-            self._on_all(flush, partial)
+            self._on_all(flush_folder, partial)
             self._on_all(self._put_in_place, partial, folder)
         except Exception as error:  # of safetensors, torch or the system, as it happens
             if self.accelerator.is_main_process:
@@ -594,5 +588,5 @@ class Trainer:
         path = self.args.output_dir / "metrics.jsonl"
         if self.accelerator.is_main_process:
             entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -9,8 +9,10 @@ import argparse
 import torch
 from torch.utils.data import DataLoader
 
+from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.data.datasets import load_images, required_class_names
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.noisy_classifier import POOLS
@@ -23,7 +25,6 @@ from diffusers_adm.training.arguments import (
     run_script,
 )
 from diffusers_adm.training.calibration import expected_calibration_error
-from diffusers_adm.training.checkpoints import save_whole
 from diffusers_adm.training.loop import Trainer, start
 from diffusers_adm.training.metrics import NUM_QUARTERS, quarter_of
 from diffusers_adm.training.plan import print_plan
@@ -109,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
     trainer.train(losses, validate)
     if accelerator.is_main_process and trainer.finished:
         folder = args.output_dir / "classifier"
-        save_whole(classifier, folder)
+        with atomic_folder(folder) as partial:
+            save_model(classifier, partial)
         write_card(args, accelerator, folder, type(classifier).__name__, images.num_images, names, trainer.global_step)
         if args.push_to_hub:
             publish(args, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.atomic_files import atomic_write
 
 
 @dataclass
@@ -125,7 +125,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
     Raises:
         ValueError: If blocks are not of the shape or type that was promised.
     """
-    with written_whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, array in arrays.items():
             rows = array if isinstance(array, Rows) else Rows(array.shape, array.dtype, [array])
             with archive.open(name + ".npy", "w", force_zip64=True) as member:

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.atomic_files import write_json, written_whole
+from diffusers_adm.atomic_files import atomic_write, write_json
 from diffusers_adm.diffusion import (
     NoiseSchedule,
     add_noise,
@@ -222,7 +222,7 @@ def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
     }
     write_json(shards.folder / "nll.json", figures)
     timesteps = schedule.timesteps.tolist()
-    with written_whole(shards.folder / "terms.csv") as partial, open(partial, "w", newline="") as file:
+    with atomic_write(shards.folder / "terms.csv") as partial, open(partial, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["timestep", "bits_per_dim", "x_0_mse", "epsilon_mse"])
         table.writerows(zip(timesteps, *(values.tolist() for values in means.values())))

@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from tqdm.auto import tqdm
 
-from diffusers_adm.atomic_files import write_json, written_whole
+from diffusers_adm.atomic_files import atomic_write, write_json
 from diffusers_adm.data.npz import NpzFile
 from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, Features, register_from
 from diffusers_adm.evaluation.image_sets import (
@@ -366,7 +366,7 @@ def add_to_card(card: ModelCard, found: Evaluation, path: Path) -> None:
     old = card.data.eval_results or []
     card.data.eval_results = [one for one in old if not any(map(one.is_equal_except_value, new))] + new
     card.data.model_name = card.data.model_name or path.resolve().parent.name
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
 
 

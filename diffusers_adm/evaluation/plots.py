@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.atomic_files import atomic_write
 
 
 Line = tuple[list[float], list[float]]
@@ -51,5 +51,5 @@ def save_lines(
     if any(names):
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, fontsize="small")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

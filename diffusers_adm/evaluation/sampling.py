@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
-from diffusers_adm.atomic_files import written_whole
+from diffusers_adm.atomic_files import atomic_folder, atomic_write
 from diffusers_adm.data.grids import grid_of
 from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.image_sets import NpzImages
@@ -397,7 +397,7 @@ def merge(shards: Shards, path: Path) -> None:
             f"{len(missing)} of {shards.num_batches} batches are missing in {shards.folder}: run it again."
         )
     images = itertools.chain.from_iterable(shards.rows("arr_0"))
-    with written_whole(shards.folder / "grid.png") as partial:
+    with atomic_write(shards.folder / "grid.png") as partial:
         grid_of([to_picture(image) for image in itertools.islice(images, IMAGES_OF_A_GRID)]).save(
             partial, format="PNG"
         )
@@ -418,19 +418,17 @@ def merge(shards: Shards, path: Path) -> None:
 
 def write_png(shards: Shards, folder: Path, labelled: bool) -> None:
     """`images/<label>/<number>.png`, and `manifest.jsonl` with file, number and label of each."""
-    partial = folder.with_name("partial-" + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     images = itertools.chain.from_iterable(shards.rows("arr_0"))
     labels = itertools.chain.from_iterable(shards.rows("arr_1")) if labelled else itertools.repeat(None)
-    with open(partial / "manifest.jsonl", "w", encoding="utf-8") as manifest:
-        for number, (image, label) in enumerate(zip(images, labels)):
-            label = None if label is None else int(label)
-            file = Path("images", "" if label is None else f"{label:04d}", f"{number:06d}.png")
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            to_picture(image).save(partial / file)
-            manifest.write(json.dumps({"file_name": file.as_posix(), "number": number, "label": label}) + "\n")
-    partial.replace(folder)
+    with atomic_folder(folder) as partial:
+        partial.mkdir()
+        with open(partial / "manifest.jsonl", "w", encoding="utf-8") as manifest:
+            for number, (image, label) in enumerate(zip(images, labels)):
+                label = None if label is None else int(label)
+                file = Path("images", "" if label is None else f"{label:04d}", f"{number:06d}.png")
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                to_picture(image).save(partial / file)
+                manifest.write(json.dumps({"file_name": file.as_posix(), "number": number, "label": label}) + "\n")
 
 
 def to_picture(image: np.ndarray) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_adm.atomic_files import write_json, written_whole
+from diffusers_adm.atomic_files import atomic_write, write_json
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments, check_changes
 from diffusers_adm.evaluation.metrics import (
@@ -169,7 +169,7 @@ def write_tables(folder: Path, results: list[dict]) -> None:
     metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
     header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
     rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
-    with written_whole(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
+    with atomic_write(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     cells = [
         [*map(str, result["point"].values()), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)]
@@ -182,7 +182,7 @@ def write_tables(folder: Path, results: list[dict]) -> None:
         f"Features: {extractor}. {settings['samples']['num_images']} samples a point; reference: {Path(reference['name']).name},"
         f" statistics of {reference['num_images'] or '?'} images, {reference['num_neighbours']} neighbours.",
     ]
-    with written_whole(folder / "results.md") as partial:
+    with atomic_write(folder / "results.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
