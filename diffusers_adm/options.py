@@ -1,0 +1,236 @@
+"""Command-line options that are declared as the fields of dataclasses.
+
+[`option`] makes a field that carries its help, its choices and its check. [`option_group`] makes a field that holds another
+such dataclass, whose options have a heading of their own. [`add_options`] builds a parser from the fields, and
+[`build_options`] builds the dataclass from parsed arguments.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+OptionsClass = typing.TypeVar("OptionsClass")
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    Condition that the value of an option must meet.
+
+    Args:
+        requirement: End of the sentence "The value must be ...".
+        accepts: Function that returns whether a value meets the condition.
+    """
+
+    requirement: str
+    accepts: Callable[[Any], bool]
+
+
+def at_least(minimum: float) -> Check:
+    """Returns the check of a lower bound."""
+    return Check(f"at least {minimum}", lambda value: value >= minimum)
+
+
+def in_range(minimum: float, maximum: float) -> Check:
+    """Returns the check of two bounds, which are allowed values."""
+    return Check(f"in [{minimum}, {maximum}]", lambda value: minimum <= value <= maximum)
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """Description of an option, see [`option`]."""
+
+    help: str
+    choices: Collection | None
+    metavar: str | None
+    parse: Callable[[str], Any] | None
+    check: Check | None
+    negatable: bool
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """Description of a group of options, see [`option_group`]."""
+
+    options: type
+    title: str
+    defaults: dict[str, Any]
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: Collection | None = None,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    check: Check | None = None,
+    negatable: bool = False,
+    **notes: Any,
+) -> Any:
+    """
+    Makes a dataclass field that is an option of the same name.
+
+    The annotation of the field decides how words are parsed. A tuple is given with commas, such as `1,2,4`, and a list as
+    several words. Of several types that are joined by `|`, the first is parsed. A boolean is a switch.
+
+    Args:
+        default: Default value. The option is required without it.
+        help: Sentence for the parser's help, which adds the default.
+        choices: Allowed values.
+        metavar: Name of the value in the help. It is the type's by default.
+        parse: Function that parses a word, in the place of the annotation.
+        check: Condition on values that are not `None`.
+        negatable: Whether a switch that is off by default has a `--no-` form. Switches that are on by default always have it.
+        notes: Further facts for the code that uses the options.
+    """
+    info = OptionInfo(help, choices, metavar, parse, check, negatable or default is True, notes)
+    return dataclasses.field(default=default, metadata={"option": info})
+
+
+def option_group(options: type, title: str, **defaults: Any) -> Any:
+    """
+    Makes a dataclass field that holds another dataclass of options.
+
+    Args:
+        options: The other dataclass.
+        title: Heading of the options in the parser's help.
+        defaults: Defaults that replace those of the other dataclass.
+    """
+    info = GroupInfo(options, title, defaults)
+    return dataclasses.field(default_factory=lambda: options(**defaults), metadata={"group": info})
+
+
+def options_of(options: type) -> dict[str, OptionInfo]:
+    """Returns the options of a dataclass and of its groups by their names. Other fields are left out."""
+    found: dict[str, OptionInfo] = {}
+    for field in dataclasses.fields(options):
+        if "group" in field.metadata:
+            found |= options_of(field.metadata["group"].options)
+        elif "option" in field.metadata:
+            found[field.name] = field.metadata["option"]
+    return found
+
+
+def option_values(options: Any) -> dict[str, Any]:
+    """Returns the values of a dataclass's options and of those of its groups by their names."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        if "group" in field.metadata:
+            values |= option_values(getattr(options, field.name))
+        elif "option" in field.metadata:
+            values[field.name] = getattr(options, field.name)
+    return values
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type,
+    *,
+    without: Collection[str] = (),
+    title: str | None = None,
+    **defaults,
+) -> None:
+    """
+    Adds the options of a dataclass to a parser.
+
+    Args:
+        parser: Parser to add to.
+        options: The dataclass.
+        without: Names of options that are not added.
+        title: Heading of the options that are in no group.
+        defaults: Defaults that replace those of the dataclass.
+    """
+    hints = typing.get_type_hints(options)
+    target = parser if title is None else parser.add_argument_group(title)
+    for field in dataclasses.fields(options):
+        if "group" in field.metadata:
+            group = field.metadata["group"]
+            add_options(parser, group.options, without=without, title=group.title, **group.defaults)
+        elif "option" in field.metadata and field.name not in without:
+            default = defaults.get(field.name, field.default)
+            _add_option(target, field.name, field.metadata["option"], hints[field.name], default)
+
+
+def _add_option(target: Any, name: str, info: OptionInfo, hint: Any, default: Any) -> None:
+    kind = _first_type(hint)
+    required = default is dataclasses.MISSING
+    words: dict[str, Any] = {"required": True} if required else {"default": default}
+    if kind is bool:
+        words["action"] = argparse.BooleanOptionalAction if info.negatable else "store_true"
+    else:
+        items = typing.get_args(kind)
+        metavar = METAVARS.get(items[0] if items else kind)
+        words["type"] = kind
+        if typing.get_origin(kind) is list:
+            words |= {"nargs": "+", "type": items[0]}
+        elif typing.get_origin(kind) is tuple:
+            words["type"] = comma_separated(items[0])
+            metavar = f"{metavar},..."
+        if info.parse is not None:
+            words["type"] = info.parse
+        if info.choices is not None:
+            words["choices"] = info.choices
+            metavar = None
+        words["metavar"] = info.metavar or metavar
+    shown = "Required." if required else _shown_default(default)
+    target.add_argument(f"--{name}", help=f"{info.help} {shown}".strip().replace("%", "%%"), **words)
+
+
+def _first_type(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return typing.get_args(hint)[0]
+    return hint
+
+
+def _shown_default(default: Any) -> str:
+    if default is None or default is False or default is argparse.SUPPRESS:
+        return ""
+    if isinstance(default, (tuple, list)):
+        default = ",".join(map(str, default))
+    return f"Default: {'on' if default is True else default}."
+
+
+def comma_separated(kind: type) -> Callable[[str], tuple]:
+    """Returns a function that parses values with commas between them."""
+
+    def parse(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    parse.__name__ = f"comma-separated {kind.__name__}"
+    return parse
+
+
+def build_options(options: type[OptionsClass], args: argparse.Namespace) -> OptionsClass:
+    """
+    Builds a dataclass from parsed arguments, and checks its values. Options that the parser lacks keep their defaults.
+
+    Raises:
+        ValueError: If a value does not meet its check.
+    """
+    values = {}
+    for field in dataclasses.fields(options):
+        if "group" in field.metadata:
+            values[field.name] = build_options(field.metadata["group"].options, args)
+        elif "option" in field.metadata and hasattr(args, field.name):
+            values[field.name] = getattr(args, field.name)
+    for message in _failed_checks(options, values):
+        raise ValueError(message)
+    return options(**values)
+
+
+def _failed_checks(options: type, values: dict[str, Any]) -> Iterator[str]:
+    for field in dataclasses.fields(options):
+        info, value = field.metadata.get("option"), values.get(field.name)
+        if info is not None and info.check is not None and value is not None and not info.check.accepts(value):
+            shown = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            yield f"--{field.name} {shown} must be {info.check.requirement}."
