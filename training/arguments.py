@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from diffusers import DDPMScheduler
 
-from diffusers_adm.data.datasets import add_data_arguments
+from diffusers_adm.data.datasets import LabelledImages, StreamedImages, load_images
+from diffusers_adm.data.images import ImageFormat
+from diffusers_adm.data.options import ImageSelection, ImageSource, add_data_arguments, from_namespace
 from diffusers_adm.openai.flags import BETA_SCHEDULES, Flags, build_scheduler
 
 
@@ -130,6 +132,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--hub_retry_seconds", type=float, default=30.0, help="Between two attempts; then twice as many."
     )
     return parser
+
+
+def load_images_of(
+    args: argparse.Namespace, labelled: bool = True
+) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
+    """Loads the images that the options of `add_data_arguments` and `seed` name, see `load_images`."""
+    source, format, selection = (from_namespace(cls, args) for cls in (ImageSource, ImageFormat, ImageSelection))
+    return load_images(source, format, selection, seed=args.seed, labelled=labelled)
 
 
 def numbers(kind: type) -> Callable[[str], tuple]:

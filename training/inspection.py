@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.data.datasets import LabelledImages, add_data_arguments, load_images
+from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.images import UnreadableImage, decode, file_name
+from diffusers_adm.data.options import add_data_arguments
+from diffusers_adm.training.arguments import load_images_of
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,7 @@ def inspect_data(args: argparse.Namespace) -> None:
     """
     if args.streaming:
         raise ValueError("inspect-data reads all images: leave --streaming out.")
-    images, held_out = load_images(args)
+    images, held_out = load_images_of(args)
     print_summary("Training", images)
     if held_out is not None:
         print_summary("Held out", held_out)
@@ -38,7 +40,7 @@ def print_summary(title: str, images: LabelledImages) -> None:
     """Reads every image, and prints what there is."""
 
     def read(index: int) -> tuple[tuple[int, int] | None, str]:
-        value = images.rows[index][images.image_column]
+        value = images.rows[index][images.reader.columns.image]
         try:
             image = decode(value)
         except UnreadableImage as error:
@@ -55,14 +57,15 @@ def print_summary(title: str, images: LabelledImages) -> None:
     if images.class_names is None:
         print("  no labels")
     else:
-        counts = Counter(images.rows[images.label_column])
+        counts = Counter(images.rows[images.reader.columns.label])
         print(f"  {len(images.class_names)} classes: images, number, name")
         for label, name in enumerate(images.class_names):
             print(f"    {counts[label]:>8} {label:>5} {name}")
     print(f"  {len(sizes)} sizes (width x height): {_most_common(sizes, 'x')}")
-    resolution = images.args.source_resolution or images.args.resolution
+    format = images.reader.format
+    resolution = format.source_resolution or format.resolution
     small = sum(count for size, count in sizes.items() if min(size) < resolution)
-    if small and images.args.crop != "pad":
+    if small and format.crop != "pad":
         print(f"  {small} smaller than {resolution} pixels, which would be enlarged")
     print(f"  modes: {_most_common(modes)}")
     print(f"  {len(unreadable)} unreadable")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusers_adm.atomic_files import atomic_folder
-from diffusers_adm.data.datasets import load_images, required_class_names
+from diffusers_adm.data.datasets import required_class_names
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.losses import classifier_loss
@@ -20,6 +20,7 @@ from diffusers_adm.training.arguments import (
     architecture,
     build_noise_scheduler,
     build_parser,
+    load_images_of,
     parse,
     resolve_steps,
     run_script,
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     """
     accelerator = start(args)
     with accelerator.main_process_first():
-        images, held_out = load_images(args)
+        images, held_out = load_images_of(args)
     resolve_steps(args, images.num_images, accelerator.num_processes)
     names = required_class_names(images)
     classifier = NoisyClassifier(num_classes=len(names), pool=args.pool, **architecture(args))

@@ -23,11 +23,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from diffusers_adm.data.datasets import load_images
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.training import train_unet
-from diffusers_adm.training.arguments import build_noise_scheduler
+from diffusers_adm.training.arguments import build_noise_scheduler, load_images_of
 from diffusers_adm.training.denoising import build_unet
 from diffusers_adm.training.metrics import read_metrics
 
@@ -113,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         result["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     else:
         result["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    images, _ = load_images(options)
+    images, _ = load_images_of(options)
     start = time.perf_counter()
     for _ in DataLoader(images, batch_size=options.train_batch_size):
         pass
@@ -124,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def plain_loop(options: argparse.Namespace, steps: int) -> float:
     """Images a second of a loop as one would write it down first."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    images, _ = load_images(options)
+    images, _ = load_images_of(options)
     unet = build_unet(options, NUM_CLASSES)
     unet.set_attention_backend("_native_math")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, foreach=False, fused=False)

@@ -1,9 +1,9 @@
-"""One training image: decoded, cropped as the paper crops, and made a tensor."""
+"""Decoding, cropping and conversion of single images."""
 
-import argparse
 import logging
 import math
 import random
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,71 +20,118 @@ CROPS = ("center", "random", "pad")
 UNREADABLE = ("stop", "skip")
 
 
-class ImageReader:
+@dataclass(frozen=True)
+class ImageFormat:
     """
-    Makes items of rows: `image`, `(channels, resolution, resolution)` float32 in [-1, 1], and, if there are labels, `label`,
-    an int.
+    Size and channels that images are brought to.
 
     Args:
-        args: Parsed `add_data_arguments`.
-        image_column: Name of the column of undecoded images.
-        label_column: Name of the column of class numbers, or `None`.
-        class_names: Of each class, in the order of the labels, or `None`.
-        augment: Whether to crop and flip at random, where `args` asks for it.
+        resolution: Height and width in pixels, or `None` to keep the size of the images.
+        in_channels: 1 for grey, 3 for colour, or `None` to choose by the images.
+        crop: `"center"`, `"random"` or `"pad"`.
+        source_resolution: Multiple of `resolution` to crop to. The image is then shrunk by averages, as an upsampler's
+            small images are made.
+
+    Raises:
+        ValueError: If `source_resolution` is not a larger multiple of `resolution`.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        image_column: str,
-        label_column: str | None,
-        class_names: list[str] | None,
-        augment: bool,
-    ):
-        self.args = args
-        self.image_column = image_column
-        self.label_column = label_column
-        self.class_names = class_names
-        self.augment = augment
-        self.reported: set[str] = set()
+    resolution: int | None = 64
+    in_channels: int | None = 3
+    crop: str = "center"
+    source_resolution: int | None = None
+
+    def __post_init__(self):
+        source, target = self.source_resolution, self.resolution
+        if source is not None and not (target is not None and source > target and source % target == 0):
+            raise ValueError(f"--source_resolution {source} is not a multiple of --resolution {target}, and larger.")
+
+    def fit(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
+        """
+        Crops and resizes an image.
+
+        Args:
+            image: Image of any size.
+            rng: Random numbers of a random crop. Without them, it is the central one.
+
+        Raises:
+            ValueError: If the image is too large to be padded.
+        """
+        return fit_image(image, self.resolution, self.crop, rng, self.source_resolution)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Columns of a dataset that hold images and labels.
+
+    Args:
+        image: Name of the column of undecoded images.
+        label: Name of the column of class numbers, or `None` without labels.
+        class_names: Name of each class in the order of the labels, or `None` without labels.
+    """
+
+    image: str
+    label: str | None = None
+    class_names: list[str] | None = None
+
+
+@dataclass
+class ImageReader:
+    """
+    Converts rows of a dataset to items: `image`, `(channels, resolution, resolution)` float32 in [-1, 1], and, if there are
+    labels, `label`, an int.
+
+    Args:
+        columns: Columns of the dataset.
+        format: Size and channels of the items.
+        augment: Whether random crops and flips are random.
+        random_flip: Whether augmentation mirrors every second image.
+        on_unreadable: `"stop"` or `"skip"`.
+    """
+
+    columns: Columns
+    format: ImageFormat
+    augment: bool = True
+    random_flip: bool = True
+    on_unreadable: str = "stop"
+    reported: set[str] = field(default_factory=set, init=False)
 
     def read(self, row: dict, number: int, key: str) -> dict | None:
         """
-        The item of a row; `None` where it is unreadable and `on_unreadable` is "skip".
+        Returns the item of a row, or `None` if the image is unreadable and `on_unreadable` is `"skip"`.
 
         Args:
-            row: Of the dataset.
-            number: Where it stands there.
-            key: Decides what is drawn at random for it.
+            row: Row of the dataset.
+            number: Position of the row.
+            key: Seed of the row's random crop and flip.
 
         Raises:
-            ValueError: If it is unreadable, or does not fit the crop.
+            ValueError: If the image is unreadable or does not fit the crop, or the label is unknown.
         """
-        name = file_name(row[self.image_column], number)
+        name = file_name(row[self.columns.image], number)
         try:
-            image = decode(row[self.image_column])
+            image = decode(row[self.columns.image])
         except UnreadableImage as error:
             self._report(name, error)
             return None
         rng = random.Random(key)
         try:
-            image = to_mode(image, self.args.in_channels)
-            args = self.args
-            image = fit_image(image, args.resolution, args.crop, rng if self.augment else None, args.source_resolution)
+            image = self.format.fit(to_mode(image, self.format.in_channels), rng if self.augment else None)
         except ValueError as error:
             raise ValueError(f"Image {name}: {error}") from error
-        if self.augment and self.args.random_flip and rng.random() < 0.5:
+        if self.augment and self.random_flip and rng.random() < 0.5:
             image = TF.hflip(image)
         item = {"image": to_tensor(image)}
-        if self.label_column is not None:
-            item["label"] = row[self.label_column]
-            known = range(len(self.class_names))
+        if self.columns.label is not None:
+            item["label"] = row[self.columns.label]
+            known = range(len(self.columns.class_names))
             if item["label"] not in known:
                 raise ValueError(f"Image {name} has label {item['label']}, which is not in 0 ... {known[-1]}.")
         return item
 
     def _report(self, name: str, error: Exception) -> None:
-        if self.args.on_unreadable == "stop":
+        if self.on_unreadable == "stop":
             raise ValueError(
                 f"Image {name} cannot be read ({error}): remove it, or pass --on_unreadable skip."
             ) from error
@@ -94,17 +141,17 @@ class ImageReader:
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded."""
+    """Image that cannot be decoded."""
 
 
 def file_name(value: dict | None, index: int) -> str:
-    """What an image is called in messages: its file, or where it stands in the dataset."""
+    """Returns the name of an image in messages: its file, or its position in the dataset."""
     return (value or {}).get("path") or f"number {index}"
 
 
 def decode(value: dict | None) -> Image.Image:
     """
-    An image of an undecoded column, turned as its EXIF data says.
+    Decodes an image of an undecoded column, and turns it as its EXIF data says.
 
     Raises:
         UnreadableImage: If it is missing, damaged, or larger than PIL trusts.
@@ -121,17 +168,17 @@ def fit_image(
     image: Image.Image, resolution: int, crop: str, rng: random.Random | None, source_resolution: int | None = None
 ) -> Image.Image:
     """
-    A square image of the given resolution.
+    Returns a square image of the given resolution.
 
     Args:
-        image: Of any size.
-        resolution: In pixels.
+        image: Image of any size.
+        resolution: Height and width in pixels.
         crop: One of `CROPS`.
-        rng: Of the place of a random crop; without it, that becomes the central one.
-        source_resolution: With it, the image is made of this resolution first; each pixel is the mean of those it covers.
+        rng: Random numbers of a random crop. Without them, it is the central one.
+        source_resolution: Resolution to crop to. Each pixel of the result is the mean of those that it covers.
 
     Raises:
-        ValueError: If the image is larger than it is to be padded to.
+        ValueError: If the image is too large to be padded.
     """
     if source_resolution is not None:
         return fit_image(image, source_resolution, crop, rng).reduce(source_resolution // resolution)
@@ -145,7 +192,7 @@ def fit_image(
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Shorter side to `resolution`, then the central square: the crop of the published training and statistics."""
+    """Resizes the shorter side to `resolution` and cuts out the central square, as the published training and statistics."""
     image = _shrink(image, resolution)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2  # rounded down, as published
     return TF.crop(image, top, left, resolution, resolution)
@@ -158,7 +205,7 @@ def random_crop(
     min_fraction: float = 0.8,
     max_fraction: float = 1.0,
 ) -> Image.Image:
-    """A square at a random place whose side is a random fraction of the shorter side: classifiers train on these."""
+    """Cuts out a square at a random place whose side is a random fraction of the shorter side, as classifiers train on."""
     shorter = rng.randrange(math.ceil(resolution / max_fraction), math.ceil(resolution / min_fraction) + 1)
     image = _shrink(image, shorter)
     left = rng.randrange(image.width - resolution + 1)
@@ -176,6 +223,6 @@ def _shrink(image: Image.Image, shorter: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """8-bit image to `(channels, height, width)` in [-1, 1]."""
+    """Converts an 8-bit image to `(channels, height, width)` in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusers_adm.data.datasets import add_source_arguments, load_rows
+from diffusers_adm.data.datasets import load_rows
 from diffusers_adm.data.image_modes import MODES, to_mode
-from diffusers_adm.data.images import UnreadableImage, decode, file_name, fit_image
+from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.npz import NpzFile
+from diffusers_adm.data.options import ImageSource, add_source_arguments, from_namespace
 
 
 def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +92,10 @@ class DatasetImages:
     def __init__(self, args: argparse.Namespace, labelled: bool = False):
         self.args = args
         self.name = f"{args.dataset_name}, split {args.split}"
-        self.rows, self.image_column, label_column = load_rows(args, args.split, labelled, streaming=False)
-        self.labels = None if label_column is None else np.asarray(self.rows[label_column])
+        self.format = from_namespace(ImageFormat, args)
+        self.rows, columns = load_rows(from_namespace(ImageSource, args), args.split, labelled=labelled)
+        self.image_column = columns.image
+        self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
         self.mixed = (Path(str(args.dataset_name)) / "manifest.jsonl").is_file()
         if self.mixed:  # written by `sample`, whose images bear their numbers
             names = [Path(value["path"]).stem for value in self.rows[self.image_column]]
@@ -143,8 +146,7 @@ class DatasetImages:
         try:
             image = to_mode(image, self.channels)
             if self.args.resolution is not None:
-                args = self.args
-                image = fit_image(image, args.resolution, args.crop, None, args.source_resolution)
+                image = self.format.fit(image)
         except ValueError as error:
             raise ValueError(f"Image {self._file_name(number)}: {error}") from error
         return np.asarray(image).reshape(image.height, image.width, self.channels)

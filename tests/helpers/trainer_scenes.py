@@ -11,11 +11,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tiny_models import draw_parameters
 
-from diffusers_adm.data.datasets import load_images
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.training import train_classifier
-from diffusers_adm.training.arguments import architecture
+from diffusers_adm.training.arguments import architecture, load_images_of
 from diffusers_adm.training.loop import Trainer, start
 
 
@@ -75,6 +74,6 @@ if __name__ == "__main__":
     accelerator = start(args)
     if scene is own_disks:
         args.output_dir /= str(accelerator.process_index)
-    images, _ = load_images(args)
+    images, _ = load_images_of(args)
     model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
     scene(Trainer(args, accelerator, model, images))

@@ -20,11 +20,10 @@ from tiny_models import draw_parameters
 from torch.utils.data import DataLoader
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
-from diffusers_adm.data.datasets import load_images
 from diffusers_adm.data.images import center_crop, fit_image, random_crop, to_tensor
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-from diffusers_adm.training.arguments import architecture, build_noise_scheduler
+from diffusers_adm.training.arguments import architecture, build_noise_scheduler, load_images_of
 from diffusers_adm.training.denoising import DenoisingObjective, build_unet, label_conditions
 from diffusers_adm.training.loop import Trainer, start
 from diffusers_adm.training.metrics import read_metrics
@@ -141,7 +140,7 @@ def test_losses_on_held_out_images_are_those_of_the_average(dataset, tmp_path):
 
     pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "often" / "pipeline")
     objective = DenoisingObjective(args, start(args), lambda batch: label_conditions(args, pipeline.unet, batch))
-    _, held_out = load_images(args)
+    _, held_out = load_images_of(args)
     losses = []
     torch.manual_seed(args.seed)
     with torch.no_grad():
@@ -284,7 +283,7 @@ def overflowing_run(dataset, tmp_path, monkeypatch):
         accelerator = start(args)
         monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=init_scale)
-        images, _ = load_images(args)
+        images, _ = load_images_of(args)
         model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
         trainer = Trainer(args, accelerator, model, images, ema_decays=(0.5,))
 
