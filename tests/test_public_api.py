@@ -10,16 +10,14 @@ import importlib
 import importlib.util
 import inspect
 import re
-import runpy
-import sys
-from argparse import SUPPRESS, ArgumentParser, _SubParsersAction
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 import yaml
+from command_line import command_parsers, parser_of_module
 from documents import DOCUMENTS, ROOT
 
 
@@ -126,27 +124,6 @@ def collect_signatures(names: dict[str, list[str]]) -> dict[str, list[str] | str
     return dict(sorted(found.items()))
 
 
-class Parsing(BaseException):
-    """Carries the parser of a program that begins to parse its command line."""
-
-
-def parser_of(run: Callable[[], object], words: list[str]) -> ArgumentParser:
-    """The parser of a program, which runs until it parses."""
-
-    def stop(parser, *_):
-        raise Parsing(parser)
-
-    with mock.patch.object(sys, "argv", ["program", *words]), mock.patch.object(ArgumentParser, "parse_args", stop):
-        with pytest.raises(Parsing) as caught:
-            run()
-    return caught.value.args[0]
-
-
-def subcommands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    (action,) = [action for action in parser._actions if isinstance(action, _SubParsersAction)]
-    return action.choices
-
-
 def options_of(parser: ArgumentParser) -> dict[str, str]:
     """Each option with its default, and what else it says about its values."""
     options = {}
@@ -163,16 +140,13 @@ def options_of(parser: ArgumentParser) -> dict[str, str]:
 
 def collect_options(modules: list[str]) -> dict[str, dict[str, str]]:
     """Options of the commands of `diffusers-adm`, and of the modules that are programs."""
-    from diffusers_adm.cli import main
-
     found = {}
-    for command in subcommands(parser_of(main, [])):
-        found[f"diffusers-adm {command}"] = options_of(subcommands(parser_of(main, [command]))[command])
+    for command in command_parsers():
+        found[f"diffusers-adm {command}"] = options_of(command_parsers(command)[command])
     for module in modules:
         path = Path(importlib.util.find_spec(module).origin)
         if module not in WITHOUT_OPTIONS and "__main__" in path.read_text(encoding="utf-8"):
-            parser = parser_of(lambda path=path: runpy.run_path(str(path), run_name="__main__"), [])
-            found[f"python -m {module}"] = options_of(parser)
+            found[f"python -m {module}"] = options_of(parser_of_module(module))
     shared = {
         option: value
         for option, value in found[SCRIPTS[0]].items()
