@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler
 
 from diffusers_adm.data.datasets import LabelledImages, StreamedImages, load_images
 from diffusers_adm.data.images import ImageFormat
-from diffusers_adm.data.options import ImageSelection, ImageSource, add_data_arguments, from_namespace
+from diffusers_adm.data.options import ImageSelection, ImageSource
 from diffusers_adm.openai.flags import BETA_SCHEDULES, Flags, build_scheduler
+from diffusers_adm.options import add_options, build_options
 
 
 # What a resumed run may be given anew. All else decides what is trained, or the order of what it sees.
@@ -134,11 +135,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `load_images_of`, except for `seed`."""
+    add_options(parser, ImageSource, title="dataset")
+    add_options(parser, ImageFormat, title="image format")
+    add_options(parser, ImageSelection, title="training data")
+
+
 def load_images_of(
     args: argparse.Namespace, labelled: bool = True
 ) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
     """Loads the images that the options of `add_data_arguments` and `seed` name, see `load_images`."""
-    source, format, selection = (from_namespace(cls, args) for cls in (ImageSource, ImageFormat, ImageSelection))
+    source, format, selection = (build_options(cls, args) for cls in (ImageSource, ImageFormat, ImageSelection))
     return load_images(source, format, selection, seed=args.seed, labelled=labelled)
 
 

@@ -8,8 +8,7 @@ from tqdm.auto import tqdm
 
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.images import UnreadableImage, decode, file_name
-from diffusers_adm.data.options import add_data_arguments
-from diffusers_adm.training.arguments import load_images_of
+from diffusers_adm.training.arguments import add_data_arguments, load_images_of
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from diffusers_adm.data.image_modes import to_mode
+from diffusers_adm.options import option
 
 
 logger = logging.getLogger(__name__)
@@ -23,23 +24,24 @@ UNREADABLE = ("stop", "skip")
 @dataclass(frozen=True)
 class ImageFormat:
     """
-    Size and channels that images are brought to.
-
-    Args:
-        resolution: Height and width in pixels, or `None` to keep the size of the images.
-        in_channels: 1 for grey, 3 for colour, or `None` to choose by the images.
-        crop: `"center"`, `"random"` or `"pad"`.
-        source_resolution: Multiple of `resolution` to crop to. The image is then shrunk by averages, as an upsampler's
-            small images are made.
+    Size and channels that images are brought to. Without a resolution they keep their size, and without channels those of
+    the first image.
 
     Raises:
         ValueError: If `source_resolution` is not a larger multiple of `resolution`.
     """
 
-    resolution: int | None = 64
-    in_channels: int | None = 3
-    crop: str = "center"
-    source_resolution: int | None = None
+    resolution: int | None = option(64, help="Height and width of the images, in pixels.")
+    in_channels: int | None = option(3, choices=(1, 3), help="1 for grey images, 3 for colour.")
+    crop: str = option(
+        "center",
+        choices=CROPS,
+        help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
+    )
+    source_resolution: int | None = option(
+        None,
+        help="Crop to this multiple of --resolution and shrink by averages, as an upsampler's small images are made.",
+    )
 
     def __post_init__(self):
         source, target = self.source_resolution, self.resolution

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ from diffusers_adm.data.datasets import load_rows
 from diffusers_adm.data.image_modes import MODES, to_mode
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.npz import NpzFile
-from diffusers_adm.data.options import ImageSource, add_source_arguments, from_namespace
+from diffusers_adm.data.options import ImageSource
+from diffusers_adm.options import add_options, build_options
 
 
 def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `open_images`; without those of size and channels images are taken as they are."""
     parser.add_argument("--split", default="train", help="Of a dataset (default: %(default)s).")
-    add_source_arguments(parser)
-    parser.set_defaults(resolution=None, in_channels=None, streaming=False, train_data_dir=None)
+    add_options(parser, ImageSource, title="dataset", without=("dataset_name", "train_data_dir"))
+    add_options(parser, ImageFormat, title="image format", resolution=None, in_channels=None)
 
 
 class NpzImages:
@@ -92,8 +94,10 @@ class DatasetImages:
     def __init__(self, args: argparse.Namespace, labelled: bool = False):
         self.args = args
         self.name = f"{args.dataset_name}, split {args.split}"
-        self.format = from_namespace(ImageFormat, args)
-        self.rows, columns = load_rows(from_namespace(ImageSource, args), args.split, labelled=labelled)
+        self.format = build_options(ImageFormat, args)
+        self.rows, columns = load_rows(
+            replace(build_options(ImageSource, args), dataset_name=args.dataset_name), args.split, labelled=labelled
+        )
         self.image_column = columns.image
         self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
         self.mixed = (Path(str(args.dataset_name)) / "manifest.jsonl").is_file()

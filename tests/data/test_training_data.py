@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from diffusers_adm.cli import main
 from diffusers_adm.data.datasets import required_class_names
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.data.options import add_data_arguments
+from diffusers_adm.training.arguments import add_data_arguments
 from diffusers_adm.training.arguments import load_images_of as load_images
 from diffusers_adm.training.train_upsampler import shrink
 
