@@ -32,7 +32,7 @@ class NoiseSchedule:
         signal_scale: sqrt(alpha_bar), the coefficient of x_0 in x_t [Ho et al. 2020, eq. 4].
         noise_scale: sqrt(1 - alpha_bar), the coefficient of epsilon in x_t.
         x_0_from_x_t: sqrt(1 / alpha_bar), the coefficient of x_t in x_0.
-        x_0_from_epsilon: sqrt(1 / alpha_bar - 1), the coefficient of -epsilon in x_0.
+        sigma: sqrt(1 / alpha_bar - 1), the noise level; the coefficient of -epsilon in x_0.
         posterior_variance: Variance of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7].
         posterior_log_variance: Its logarithm; the first, which would be -inf, repeats the second.
         posterior_mean_x0: Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) [eq. 7].
@@ -47,7 +47,7 @@ class NoiseSchedule:
     signal_scale: torch.Tensor
     noise_scale: torch.Tensor
     x_0_from_x_t: torch.Tensor
-    x_0_from_epsilon: torch.Tensor
+    sigma: torch.Tensor
     posterior_variance: torch.Tensor
     posterior_log_variance: torch.Tensor
     posterior_mean_x0: torch.Tensor
@@ -85,7 +85,7 @@ class NoiseSchedule:
             signal_scale=alpha_bar.sqrt(),
             noise_scale=(1 - alpha_bar).sqrt(),
             x_0_from_x_t=alpha_bar.rsqrt(),
-            x_0_from_epsilon=(1 / alpha_bar - 1).sqrt(),
+            sigma=(1 / alpha_bar - 1).sqrt(),
             posterior_variance=posterior_variance,
             posterior_log_variance=torch.cat([first, posterior_variance[1:]]).log(),
             posterior_mean_x0=beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
@@ -183,17 +183,12 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
 
 def x_0_from_epsilon(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, epsilon: torch.Tensor):
     """The clean image that x_t and its noise imply; shapes `(batch, channels, height, width)`."""
-    return (
-        read_table(schedule.x_0_from_x_t, index, x_t) * x_t
-        - read_table(schedule.x_0_from_epsilon, index, x_t) * epsilon
-    )
+    return read_table(schedule.x_0_from_x_t, index, x_t) * x_t - read_table(schedule.sigma, index, x_t) * epsilon
 
 
 def epsilon_from_x_0(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
     """The noise that x_t and its clean image imply; shapes `(batch, channels, height, width)`."""
-    return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(
-        schedule.x_0_from_epsilon, index, x_t
-    )
+    return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(schedule.sigma, index, x_t)
 
 
 def x_0_from_prediction(
@@ -222,6 +217,32 @@ def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torc
     )
 
 
+def shift_mean(mean: torch.Tensor, log_variance: torch.Tensor | float, gradient: torch.Tensor) -> torch.Tensor:
+    """
+    Mean of the guided step p(x_{t-1} | x_t, y): mu + Sigma * gradient [Dhariwal & Nichol 2021, Algorithm 1].
+
+    Args:
+        mean: Mean of the unguided step, `(batch, channels, height, width)`.
+        log_variance: Log-variance of the step.
+        gradient: Gradient of log p(y | x_t), times the guidance scale, of the mean's shape.
+    """
+    variance = log_variance.exp() if isinstance(log_variance, torch.Tensor) else math.exp(log_variance)
+    return mean + variance * gradient
+
+
+def shift_epsilon(epsilon: torch.Tensor, noise_scale: torch.Tensor | float, gradient: torch.Tensor) -> torch.Tensor:
+    """
+    Guided noise: epsilon - sqrt(1 - alpha_bar) * gradient [Dhariwal & Nichol 2021, Algorithm 2, whose text leaves out the
+    guidance scale].
+
+    Args:
+        epsilon: Predicted noise, `(batch, channels, height, width)`.
+        noise_scale: sqrt(1 - alpha_bar).
+        gradient: Gradient of log p(y | x_t), times the guidance scale, of epsilon's shape.
+    """
+    return epsilon - noise_scale * gradient
+
+
 def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Splits a network's output into the prediction and, where it was learned, the variance.
@@ -243,18 +264,22 @@ def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[t
     return model_output.split(channels, dim=1)
 
 
-def learned_log_variance(schedule: NoiseSchedule, index: int | torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+def learned_log_variance(
+    schedule: NoiseSchedule, index: int | torch.Tensor, variance_interpolation: torch.Tensor
+) -> torch.Tensor:
     """
-    The learned log-variance of p(x_{t-1} | x_t) [Nichol & Dhariwal 2021, eq. 15].
+    Log-variance of p(x_{t-1} | x_t) that the network has learned [Nichol & Dhariwal 2021, eq. 15].
 
     Args:
-        fraction: The network's second half, `(batch, channels, height, width)`; -1 stands for the posterior's variance
-            (lower bound), 1 for beta (upper bound).
+        schedule: Steps of the process.
+        index: Step, one for all images or one per image.
+        variance_interpolation: Second half of the network's output, `(batch, channels, height, width)`. -1 stands for the
+            posterior variance (lower bound), 1 for beta (upper bound).
     """
-    lower = read_table(schedule.posterior_log_variance, index, fraction)
-    upper = read_table(schedule.log_beta, index, fraction)
-    fraction = (fraction + 1) / 2
-    return fraction * upper + (1 - fraction) * lower
+    lower = read_table(schedule.posterior_log_variance, index, variance_interpolation)
+    upper = read_table(schedule.log_beta, index, variance_interpolation)
+    v = (variance_interpolation + 1) / 2
+    return v * upper + (1 - v) * lower
 
 
 def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Tensor:
@@ -313,13 +338,13 @@ def read_prediction(
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
-    prediction, fraction = split_learned_variance(model_output.float(), x_t.shape[1])
+    prediction, variance_interpolation = split_learned_variance(model_output.float(), x_t.shape[1])
     x_0 = x_0_from_prediction(schedule, x_t, index, prediction, prediction_type)
     epsilon = prediction if prediction_type == "epsilon" else epsilon_from_x_0(schedule, x_t, index, x_0)
-    if fraction is None:
+    if variance_interpolation is None:
         log_variance = read_table(fixed_log_variance(schedule, variance_type), index, x_t)
     else:
-        log_variance = learned_log_variance(schedule, index, fraction)
+        log_variance = learned_log_variance(schedule, index, variance_interpolation)
     return Prediction(epsilon, x_0, log_variance)
 
 

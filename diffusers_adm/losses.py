@@ -70,14 +70,14 @@ def hybrid_loss(
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
-    prediction, fraction = split_learned_variance(model_output.float(), x_0.shape[1])
+    prediction, variance_interpolation = split_learned_variance(model_output.float(), x_0.shape[1])
     # Detached: the bound would give the mean a far noisier gradient than the simple loss does.
     predicted_x_0 = x_0_from_prediction(schedule, x_t, index, prediction.detach(), prediction_type)
     target = noise if prediction_type == "epsilon" else x_0
     simple = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
-    if fraction is None:
+    if variance_interpolation is None:
         return HybridLoss(total=simple, simple=simple, vlb=None)
-    log_variance = learned_log_variance(schedule, index, fraction)
+    log_variance = learned_log_variance(schedule, index, variance_interpolation)
     vlb = vlb_bits(schedule, x_0, x_t, index, predicted_x_0, log_variance)
     vlb = vlb * (len(schedule) / 1000 if vlb_weight is None else vlb_weight)
     return HybridLoss(total=simple + vlb, simple=simple, vlb=vlb)

@@ -1,48 +1,38 @@
-"""What the pipelines share: labels, and the loop that samples (arXiv 2105.05233, section 4)."""
+"""Sampling that both pipelines share: the loop of Algorithms 1 and 2 of Dhariwal & Nichol 2021 (arXiv 2105.05233), and what it needs."""
 
 import contextlib
-import copy
-import difflib
-from collections.abc import Callable
+from collections.abc import Iterator
 from numbers import Integral
 
-import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, ImagePipelineOutput, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, read_prediction, renoise, x_0_from_epsilon
-from diffusers_adm.guidance import (
-    ClassifierGuidance,
-    GuidanceFunction,
-    GuidanceOptions,
-    combine_predictions,
-    differentiable,
-    guidance_gradient,
-    leaf,
-    normalized,
-    shortened,
-)
+from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, read_prediction, x_0_from_epsilon
+from diffusers_adm.guidance import ClassifierGuidance, Denoiser, GuidanceOptions, Guider
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.pipelines.class_labels import ClassLabels, ClassNames, check_labels, draw_labels, known_classes
+from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.saving import SavingMixin
-from diffusers_adm.solvers import DDPMSolver, build_solver, check_scheduler, takes_respacing, visited_steps
+from diffusers_adm.pipelines.step_hooks import LatestRun, Run, StepHooks, check_function
+from diffusers_adm.solvers import DDPMSolver, Solver, build_solver, check_scheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-ClassLabels = int | str | list | torch.Tensor | np.ndarray
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class GuidedSamplingMixin(SavingMixin):
     """
-    Of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. Not a pipeline by
-    itself: diffusers takes the one class of a file that is.
+    Sampling of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. It is not a
+    pipeline by itself, because diffusers takes the one class of a file that is.
     """
 
     model_cpu_offload_seq = "unet->classifier"
     _optional_components = ["classifier"]
-    _callback_tensor_inputs = ["latents", "x_0", "gradient"]
+    _callback_tensor_inputs = StepHooks.TENSORS
 
     def _register(
         self,
@@ -55,7 +45,7 @@ class GuidedSamplingMixin(SavingMixin):
         timestep_respacing: str | None,
         **config,
     ) -> None:
-        """What all constructors do."""
+        """Registers components and config. Every pipeline's constructor calls it."""
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
         self.register_to_config(
             # JSON has made strings of the keys of a saved pipeline.
@@ -66,287 +56,224 @@ class GuidedSamplingMixin(SavingMixin):
             **config,
         )
         self._check_components()
-        self._guidance_scale = guidance_scale
+        self._latest = LatestRun()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
-    def guidance_scale(self) -> float | list[float]:
-        """Of the run under way, read afresh every step, so that a callback may change `_guidance_scale`."""
+    def guidance_scale(self) -> float | list[float] | torch.Tensor:
+        """Guidance scale of this thread's run. It is read at every step, so callbacks can change it through `_guidance_scale`."""
         return self._guidance_scale
 
     @property
+    def _guidance_scale(self) -> float | list[float] | torch.Tensor:
+        run = self._latest.run
+        return self.config.guidance_scale if run is None else run.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float | list[float] | torch.Tensor) -> None:
+        if self._latest.run is not None:
+            self._latest.run.guidance_scale = guidance_scale
+
+    @property
     def num_timesteps(self) -> int:
-        """Number of steps of the run under way."""
-        return self._num_timesteps
+        """Number of steps of this thread's run."""
+        run = self._latest.run
+        return self.config.num_inference_steps if run is None else run.num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the run under way skips the steps that are left; a callback may set `_interrupt`."""
+        """Whether this thread's run skips the steps that are left. A callback may set `_interrupt`."""
         return self._interrupt
 
     @property
-    def label2id(self) -> dict[str, list[int]]:
-        """The classes that bear each name, synonyms apart."""
-        label2id: dict[str, list[int]] = {}
-        for label, names in (self.config.id2label or {}).items():
-            for name in {names.strip(), *(part.strip() for part in names.split(","))}:
-                label2id.setdefault(name, []).append(label)
-        return label2id
+    def _interrupt(self) -> bool:
+        return self._latest.run is not None and self._latest.run.interrupt
 
-    def _sample(
-        self,
-        class_labels: ClassLabels | None,
-        guidance_scale: float | list[float] | torch.Tensor | None,
-        num_inference_steps: int | None,
-        timestep_respacing: str | None,
-        condition_unet: bool,
-        eta: float,
-        batch_size: int,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        cfg_weight: float | list[float] | torch.Tensor,
-        guiding_unet: ADMUNet2DModel | None,
-        guidance_fn: GuidanceFunction | None,
-        guidance_options: GuidanceOptions | dict | None,
-        timesteps: list[int] | None,
-        x_0_fn: Callable | None,
-        callback_on_step_start: Callable | None,
-        low_res: torch.Tensor | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Draws images, on low-resolution ones `(batch, channels, any height, any width)` where the UNet takes them."""
-        # 1. Check what was given.
-        self._check_components()
-        check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=guiding_unet)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
-        functions = {
-            "guidance_fn": guidance_fn,
-            "x_0_fn": x_0_fn,
-            "callback_on_step_start": callback_on_step_start,
-            "callback_on_step_end": callback_on_step_end,
-        }
-        for name, function in functions.items():
-            if function is not None and (not callable(function) or isinstance(function, NoisyClassifier)):
-                raise ValueError(f"{name} must be a function: got {type(function).__name__}.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} are not among {self._callback_tensor_inputs}."
-            )
-        null_class = self.unet.null_class
-        if not condition_unet and self.unet.config.num_class_embeds is not None and null_class is None:
-            raise ValueError(
-                "condition_unet=False needs a UNet that has a null class (use_null_class), or no classes."
-            )
-        unet_takes_labels = condition_unet and self.unet.config.num_class_embeds is not None
-        labels = None if class_labels is None else self.class_ids(class_labels)
-        batch_size = self._batch_size(batch_size, labels, latents, low_res)
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
-            raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
-        if len(generators) != batch_size:
-            raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
-        guides = guidance_fn is not None or self.classifier is not None
-        if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale if guides else 0.0
-        scales = numbers_of_images(guidance_scale, batch_size, "guidance_scale")
-        if any(scales) and not guides:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a classifier, and the pipeline has none.")
-        options = GuidanceOptions.parse(guidance_options)
-        if options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool) -> None:
+        if self._latest.run is not None:
+            self._latest.run.interrupt = interrupt
+
+    @property
+    def label2id(self) -> dict[str, list[int]]:
+        """Classes that bear each name, synonyms apart."""
+        return ClassNames(self.config.id2label).label2id
+
+    def class_ids(self, class_labels: ClassLabels) -> list[int]:
+        """
+        Returns class numbers of labels that are given by number or name.
+
+        Args:
+            class_labels: One label, a list (nested ones are flattened), or an integer tensor or array.
+
+        Raises:
+            ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
+        """
+        return ClassNames(self.config.id2label).class_ids(class_labels)
+
+    def _prepare_solver(self, options: SamplingOptions) -> Solver:
+        """Returns the run of the scheduler that the options describe."""
+        return build_solver(
+            self.scheduler, options.num_inference_steps, options.timestep_respacing, options.eta, options.timesteps
+        )
+
+    def _prepare_labels(
+        self, labels: list[int] | None, options: SamplingOptions, batch_size: int, generator: Generators
+    ) -> list[int] | None:
+        """Returns the class of each image: the given ones once checked, or else random ones where a network knows classes."""
+        if labels is None:
+            num_classes = options.num_classes(self) or known_classes(self)
+            return None if num_classes is None else draw_labels(num_classes, batch_size, generator)
+        unet_takes_labels = options.unet_takes_labels(self)
+        if unet_takes_labels or options.guidance_fn is None:  # otherwise they are the function's own
+            guided = options.guided_by_classifier(self)
+            scales = per_image(options.guidance_scale, batch_size, "guidance_scale") if guided else None
+            check_labels(self, labels, unet_takes_labels, scales)
+        return labels
+
+    def _prepare_guider(
+        self, options: SamplingOptions, solver: Solver, labels: list[int] | None, batch_size: int
+    ) -> Guider:
+        """Returns the guidance of a run by the classifier, or by a function in its place."""
+        scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
+        guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
+        if guidance_options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
             raise ValueError("gradient_at='mean' is not for a function whose gradient goes through the UNet to x_t.")
-        if options.entropy_scaling and guidance_fn is not None:
+        if guidance_options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"gradient_at='mean' is of DDPMScheduler's steps, not of {name}'s.")
+        if guidance_options.entropy_scaling and guidance_fn is not None:
             raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
-        weights = numbers_of_images(cfg_weight, batch_size, "cfg_weight")
-        labels_come = labels is not None or low_res is None  # an upsampler's are not drawn
-        if any(weights) and guiding_unet is None and (null_class is None or not (unet_takes_labels and labels_come)):
+        if guidance_fn is None and self.classifier is not None:
+            max_entropy_scale = guidance_options.max_entropy_scale if guidance_options.entropy_scaling else None
+            guidance_fn = ClassifierGuidance(self.classifier, max_entropy_scale)
+
+        def check_scales(scales: list[float]) -> None:
+            self._check_scales(scales, options, guidance_fn is not None, labels)
+
+        guider = Guider(
+            guidance_fn,
+            guidance_options,
+            solver,
+            None if labels is None else torch.tensor(labels, device=self._execution_device),
+            through_half=self.unet.dtype == torch.float16,
+            check_scales=check_scales,
+        )
+        check_scales(scales)
+        if any(scales):
+            guider.check_acts()
+        return guider
+
+    def _check_scales(
+        self, scales: list[float], options: SamplingOptions, guides: bool, labels: list[int] | None
+    ) -> None:
+        """Raises a ValueError unless something guides the images whose scale is not 0, and knows their labels."""
+        given = scales[0] if len(set(scales)) == 1 else scales
+        if any(scales) and not guides:
+            raise ValueError(f"guidance_scale={given} needs a classifier, and the pipeline has none.")
+        if options.guidance_fn is None and labels is not None:
+            check_labels(self, labels, options.unet_takes_labels(self), scales)
+        elif options.guidance_fn is None and any(scales):
+            raise ValueError(f"guidance_scale={given} needs class_labels to guide to.")
+
+    def _prepare_denoiser(
+        self,
+        options: SamplingOptions,
+        guider: Guider,
+        labels: list[int] | None,
+        batch_size: int,
+        low_res: torch.Tensor | None = None,
+    ) -> Denoiser:
+        """Returns the prediction of a run: the UNet, with classifier-free guidance or autoguidance."""
+        null_class, device, guiding_unet = self.unet.null_class, self._execution_device, options.guiding_unet
+        told_class = labels is not None and options.unet_takes_labels(self)
+        weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
+        if any(weights) and guiding_unet is None and (null_class is None or not told_class):
             raise ValueError(
-                f"cfg_weight={cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class, or a"
-                " guiding_unet."
+                f"cfg_weight={options.cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class,"
+                " or a guiding_unet."
             )
         if guiding_unet is not None:
-            check_guiding_unet(guiding_unet, self.unet, unet_takes_labels and labels_come)
+            check_guiding_unet(guiding_unet, self.unet, told_class)
             if not any(weights):
                 raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
-        height = self.unet.config.sample_size if height is None else height
-        width = self.unet.config.sample_size if width is None else width
-        self._check_size(height, width)
+        if any(weights):
+            guider.check_acts()
+        class_labels = torch.tensor(labels, device=device) if told_class else None
+        if null_class is not None and not options.condition_unet:
+            class_labels = torch.full((batch_size,), null_class, device=device)
+        cfg_weight = None
+        if any(weights):
+            cfg_weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
+        return Denoiser(self.unet, class_labels, low_res, cfg_weight, guider.factors, guiding_unet)
 
-        # 2. Prepare the steps.
-        device = self._execution_device
-        if timestep_respacing is None and num_inference_steps is None and timesteps is None:
-            num_inference_steps = self.config.num_inference_steps
-            if takes_respacing(self.scheduler):
-                timestep_respacing = self.config.timestep_respacing
-        solver = build_solver(self.scheduler, num_inference_steps, timestep_respacing, eta, timesteps)
-        if options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
-            raise ValueError(
-                f"gradient_at='mean' is of DDPMScheduler's steps, not of {type(self.scheduler).__name__}'s."
-            )
-        visits = visited_steps(solver.schedule, timesteps)
-        timesteps = solver.schedule.timesteps.to(device)  # (steps,), least noisy first
-        self._num_timesteps = len(visits)
-        # A copy: a callback may change it in place. On the CPU, where reading it every step waits for nothing.
-        is_tensor = isinstance(guidance_scale, torch.Tensor)
-        self._guidance_scale = guidance_scale.to("cpu", copy=True) if is_tensor else copy.copy(guidance_scale)
-        self._interrupt = False
-
-        # 3. Prepare labels and x_T, in this order: a seed's labels and noise come from one stream.
-        guided_by_classifier = guidance_fn is None and any(scales)
-        num_classes = self._num_classes(unet_takes_labels, guided_by_classifier)
-        if labels is None and num_classes is not None and low_res is None:
-            labels = self._draw_labels(num_classes, batch_size, generator)
-        elif labels is not None and (unet_takes_labels or guidance_fn is None):  # else they are the function's own
-            self._check_labels(labels, unet_takes_labels, scales if guided_by_classifier else [0.0] * batch_size)
-        label_ids = labels
-        if labels is not None:
-            labels = torch.tensor(labels, device=device)  # (batch,)
-        unet_labels = labels if unet_takes_labels else None
-        if null_class is not None and not condition_unet:
-            unet_labels = torch.full((batch_size,), null_class, device=device)
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+    def _prepare_latents(
+        self, batch_size: int, height: int, width: int, generator: Generators, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns x_T, `(batch, channels, height, width)`, float32: as given, or drawn."""
+        device, shape = self._execution_device, (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
-        latents = latents.to(device, torch.float32)
+        return latents.to(device, torch.float32)
 
-        # 4. Sample.
-        if guidance_fn is None and self.classifier is not None:
-            guidance = ClassifierGuidance(
-                self.classifier, options.max_entropy_scale if options.entropy_scaling else None
-            )
-        else:
-            guidance = guidance_fn
-        through_unet = getattr(guidance, "through_unet", False)
-        factors = options.factors(solver.schedule.x_0_from_epsilon[visits].tolist())
-        if (any(scales) or any(weights)) and not any(factors):
-            raise ValueError(f"{options} let guidance act at none of the {len(visits)} steps.")
-        gradient_steps = options.gradient_steps(factors)
-        weight = latents.new_tensor(weights)[:, None, None, None] if any(weights) else None
-        through_half = through_unet and self.unet.dtype == torch.float16
-        scales_seen, rows, last_gradient = None, [], None
-        gradients_finite, x_0_finite = FiniteCheck(batch_size, device), FiniteCheck(batch_size, device)
-        with self.progress_bar(total=len(visits)) as progress_bar:
-            for step, index in enumerate(visits):
-                if self.interrupt:
-                    continue
-                if callback_on_step_start is not None:
-                    outputs = callback_on_step_start(self, step, timesteps[index], {"latents": latents})
-                    latents = returned_latents(outputs, latents, "callback_on_step_start")
-                scales = numbers_of_images(self.guidance_scale, batch_size, "guidance_scale")
-                if scales != scales_seen:
-                    scales_seen = scales
-                    if any(scales) and guidance is None:
-                        raise ValueError(
-                            f"guidance_scale={self.guidance_scale} needs a classifier, and the pipeline has none."
-                        )
-                    if guidance_fn is None and label_ids is not None:
-                        self._check_labels(label_ids, unet_takes_labels, scales)
-                    elif guidance_fn is None and any(scales):
-                        raise ValueError(f"guidance_scale={self.guidance_scale} needs class_labels to guide to.")
-                    rows_before, rows = rows, [row for row, scale in enumerate(scales) if scale]
-                    guided_rows = torch.tensor(rows, dtype=torch.long, device=device)
-                    if not set(rows) <= set(rows_before):
-                        last_gradient = None  # of images that were not guided there is none to use again
-                    scale = latents.new_tensor(scales)[:, None, None, None]
-                guided = bool(rows) and factors[step] != 0
-                asks = guided and (step in gradient_steps or last_gradient is None)
-
-                timestep = timesteps[index].expand(batch_size)  # (batch,)
-                with differentiable() if asks and through_unet else contextlib.nullcontext():
-                    x_t = leaf(latents) if asks and through_unet else latents
-                    step_weight = weight * factors[step] if weight is not None and factors[step] else None
-                    # Autograd does not save what was made in inference mode; a clone here is made outside it.
-                    told = None if unet_labels is None else unet_labels.clone()
-                    model_output = self._evaluate_unets(x_t, timestep, told, low_res, step_weight, guiding_unet)
-                    x_0, fraction = solver.predict(model_output, index, x_t)  # (batch, channels, height, width)
-                    if x_0_fn is not None:
-                        x_0 = as_returned(x_0_fn(x_0, timesteps[index]), x_0, "x_0_fn")
-                        x_0_finite.see(x_0, step)
-                        if asks and through_unet and not x_0.requires_grad:
-                            raise ValueError(
-                                "x_0_fn returned what does not depend on x_0, and guidance_fn guides through it (through_unet)."
-                            )
-
-                gradient = None
-                if asks:
-                    if options.gradient_at == "mean":
-                        x_t, timestep = solver.mean(x_0, index, x_t), timesteps[max(index - 1, 0)].expand(batch_size)
-                    # The classifier is asked of those images alone that are guided; another function may need all.
-                    if guidance_fn is not None or len(rows) == batch_size:
-                        last_gradient = guidance_gradient(guidance, x_t, timestep, x_0, labels, through_half)
-                    else:
-                        last_gradient = torch.zeros_like(latents)
-                        last_gradient[guided_rows] = guidance_gradient(
-                            guidance, *(one[guided_rows] for one in (x_t, timestep, x_0, labels))
-                        )
-                    if options.normalize:
-                        last_gradient = normalized(last_gradient)
-                    x_0, fraction = x_0.detach(), None if fraction is None else fraction.detach()
-                if guided and (asks or options.skipped == "reuse"):
-                    gradient = last_gradient * scale * (factors[step] * gradient_steps.get(step, 1))
-                    if options.max_size is not None:
-                        gradient = shortened(gradient, options.max_size)
-                    gradients_finite.see(gradient, step)
-
-                latents = solver.step(x_0, fraction, index, latents, gradient, generator)
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    outputs = callback_on_step_end(self, step, timesteps[index], callback_kwargs)
-                    latents = returned_latents(outputs, latents, "callback_on_step_end")
-                if step + 1 < len(visits) and visits[step + 1] >= index:
-                    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-                    latents = renoise(solver.schedule, latents, index - 1, visits[step + 1], noise)
-                progress_bar.update()
-
-        # 5. Make images of x_0.
-        x_0_finite.check(timesteps[visits], "What x_0_fn returned for")
-        gradients_finite.check(timesteps[visits], "The gradient that guides")
-        images = self.image_processor.postprocess(latents, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _evaluate_unets(
+    def _denoise(
         self,
         x_t: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        low_res: torch.Tensor | None,
-        cfg_weight: torch.Tensor | None,
-        guiding_unet: ADMUNet2DModel | None,
+        options: SamplingOptions,
+        solver: Solver,
+        denoiser: Denoiser,
+        guider: Guider,
+        hooks: StepHooks,
+        generator: Generators,
     ) -> torch.Tensor:
         """
-        What the UNet says at x_t, float32; with `cfg_weight` extrapolated away from what it says without a class, or from what
-        `guiding_unet` says.
+        Returns x_0, `(batch, channels, height, width)`, from x_T.
+
+        Args:
+            x_t: x_T, `(batch, channels, height, width)`, float32.
+            options: Resolved options of the run.
+            solver: Run of the scheduler.
+            denoiser: Prediction of the run.
+            guider: Guidance of the run.
+            hooks: Functions of the caller.
+            generator: Generator of the noise, one for all images or one per image.
         """
-        model_input = x_t.to(self.unet.dtype)
-        if cfg_weight is None:
-            return self.unet(model_input, timestep, class_labels, low_res).sample.float()
-        if guiding_unet is not None:
-            output = self.unet(model_input, timestep, class_labels, low_res).sample.float()
-            guiding_labels = class_labels if guiding_unet.config.num_class_embeds is not None else None
-            weaker = guiding_unet(x_t.to(guiding_unet.dtype), timestep, guiding_labels, low_res).sample.float()
-        else:
-            # One evaluation of twice the batch.
-            labels = torch.cat([class_labels, torch.full_like(class_labels, self.unet.null_class)])
-            both = self.unet(
-                torch.cat([model_input, model_input]),
-                torch.cat([timestep, timestep]),
-                labels,
-                None if low_res is None else torch.cat([low_res, low_res]),
-            ).sample.float()
-            output, weaker = both.chunk(2)
-        return combine_predictions(output, weaker, cfg_weight, x_t.shape[1])
+        batch_size, visits = len(x_t), solver.visits
+        timesteps = solver.schedule.timesteps.to(x_t.device)  # (steps,), least noisy first
+        with self._running(options, solver) as run, self.progress_bar(total=len(visits)) as progress_bar:
+            for step, index in enumerate(visits):
+                if run.interrupt:
+                    continue
+                t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
+                x_t = hooks.start(step, t, x_t)
+                guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
+
+                with guider.tracking(x_t) as x_in:  # x_0 and Sigma, from the UNet at x_t
+                    denoised = solver.predict(denoiser(x_in, timestep, step), index, x_in)
+                    denoised = hooks.x_0(step, t, denoised)
+                gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
+                denoised = denoised.detach()
+                x_t = solver.step(denoised, index, x_t, gradient, generator)  # Algorithm 1 or 2
+
+                x_t = hooks.end(step, t, {"latents": x_t, "x_0": denoised.x_0, "gradient": gradient})
+                x_t = solver.renoise(x_t, step, generator)
+                progress_bar.update()
+        visited = solver.schedule.timesteps[visits].tolist()
+        hooks.finite.check(visited)
+        guider.finite.check(visited)
+        return x_t
+
+    @contextlib.contextmanager
+    def _running(self, options: SamplingOptions, solver: Solver) -> Iterator[Run]:
+        """Yields the state of a run. For as long as the context lasts it is what this thread's callbacks see of the pipeline."""
+        outer = self._latest.run
+        run = self._latest.begin(options.guidance_scale, len(solver.visits))
+        try:
+            yield run
+        finally:
+            self._latest.end(run, outer)
 
     def predict(
         self,
@@ -382,7 +309,7 @@ class GuidedSamplingMixin(SavingMixin):
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
             raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")
         if labels is not None:
-            self._check_labels(labels, True, [0.0] * len(labels))
+            check_labels(self, labels, unet_takes_labels=True)
             labels = torch.tensor(labels, device=sample.device)
         model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
         config = self.scheduler.config
@@ -424,38 +351,6 @@ class GuidedSamplingMixin(SavingMixin):
             x = add_noise(schedule, x_0, index, epsilon)
         return x
 
-    def class_ids(self, class_labels: ClassLabels) -> list[int]:
-        """
-        Class numbers of labels that are given by number or name.
-
-        Args:
-            class_labels: One, a list (nested ones are flattened), or an integer tensor or array.
-
-        Raises:
-            ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
-        """
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (list, tuple)):
-            return [label for entry in class_labels for label in self.class_ids(entry)]
-        if isinstance(class_labels, str):
-            return [self._class_id(class_labels)]
-        if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
-            return [int(class_labels)]
-        raise ValueError(f"class_labels must be integers or names: got {class_labels!r}.")
-
-    def _class_id(self, name: str) -> int:
-        label2id = self.label2id
-        if not label2id:
-            raise ValueError(f"class_labels={name!r} is a name, but the pipeline knows none (id2label).")
-        if name not in label2id:
-            lowered = {known.lower(): known for known in label2id}
-            near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
-            raise ValueError(f"No class is called {name!r}" + (f"; near it are {near}." if near else "."))
-        if len(label2id[name]) > 1:
-            raise ValueError(f"Several classes are called {name!r}: give one of the numbers {label2id[name]}.")
-        return label2id[name][0]
-
     def _check_components(self) -> None:
         check_scheduler(self.scheduler)
         unet, classifier = self.unet.config, self.classifier.config if self.classifier is not None else None
@@ -476,18 +371,53 @@ class GuidedSamplingMixin(SavingMixin):
         if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
             raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
 
-    def _batch_size(
-        self, batch_size: int, labels: list[int] | None, latents: torch.Tensor | None, low_res: torch.Tensor | None
-    ) -> int:
-        counts = {}
-        if low_res is not None:
-            counts["image"] = len(low_res)
-        if labels is not None:
-            counts["class_labels"] = len(labels)
-        if latents is not None:
-            if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
-                raise ValueError("latents must be a tensor (batch, channels, height, width).")
-            counts["latents"] = latents.shape[0]
+    def _check_call(
+        self,
+        options: SamplingOptions,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: Generators,
+        output_type: str,
+    ) -> None:
+        """Raises a ValueError unless the call's inputs fit the pipeline, as far as no later section checks them."""
+        self._check_components()
+        check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=options.guiding_unet)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+        check_function("guidance_fn", options.guidance_fn)
+        if (
+            not options.condition_unet
+            and self.unet.config.num_class_embeds is not None
+            and self.unet.null_class is None
+        ):
+            raise ValueError(
+                "condition_unet=False needs a UNet that has a null class (use_null_class), or no classes."
+            )
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if generator is not None and not all(isinstance(own, torch.Generator) for own in generators):
+            raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
+        if len(generators) != batch_size:
+            raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
+        per_image(options.guidance_scale, batch_size, "guidance_scale")
+        self._check_size(height, width)
+
+    def _batch_size(self, batch_size: int, latents: torch.Tensor | None, **inputs: torch.Tensor | list | None) -> int:
+        """
+        Returns the number of images.
+
+        Args:
+            batch_size: Number that the call gives; 1 says nothing where an input says how many there are.
+            latents: x_T, or `None`.
+            inputs: Inputs of one entry per image, by name.
+
+        Raises:
+            ValueError: If the numbers differ, or there is no image.
+        """
+        if latents is not None and (not isinstance(latents, torch.Tensor) or latents.ndim != 4):
+            raise ValueError("latents must be a tensor (batch, channels, height, width).")
+        inputs["latents"] = latents
+        counts = {name: len(value) for name, value in inputs.items() if value is not None}
         if not isinstance(batch_size, Integral):
             raise ValueError(f"batch_size={batch_size!r} is not an integer.")
         if batch_size != 1 or not counts:
@@ -496,107 +426,6 @@ class GuidedSamplingMixin(SavingMixin):
             given = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
         return next(iter(counts.values()))
-
-    def _num_classes(self, unet_takes_labels: bool, guided: bool) -> int | None:
-        """Number of labels that every model that receives one knows; of all models if none receives any."""
-        unet_classes = self.unet.config.num_class_embeds
-        classifier_classes = self.classifier.config.num_classes if self.classifier is not None else None
-        receivers = [unet_classes] if unet_takes_labels else []
-        receivers += [classifier_classes] if guided else []
-        known = receivers or [count for count in (unet_classes, classifier_classes) if count is not None]
-        return min(known) if known else None
-
-    def _check_labels(self, labels: list[int], unet_takes_labels: bool, scales: list[float]) -> None:
-        """Raises a ValueError unless every model that receives a label knows it."""
-        if self._num_classes(unet_takes_labels, any(scales)) is None:
-            raise ValueError("class_labels were given, but neither UNet nor classifier knows classes.")
-        received = [(labels, self._num_classes(True, False))] if unet_takes_labels else []
-        guided = [label for label, scale in zip(labels, scales) if scale]
-        received += [(guided, self._num_classes(False, True))] if guided else []
-        for given, num_classes in received or [(labels, self._num_classes(False, False))]:
-            wrong = [label for label in given if not 0 <= label < num_classes]
-            if wrong:
-                raise ValueError(f"class_labels {wrong} are not in [0, {num_classes - 1}].")
-
-    def _draw_labels(
-        self, num_classes: int, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[int]:
-        if isinstance(generator, list):
-            return [label for one in generator for label in self._draw_labels(num_classes, 1, one)]
-        device = generator.device if generator is not None else "cpu"
-        return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
-
-
-def numbers_of_images(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:
-    """
-    One number for each image of what may be one for all.
-
-    Raises:
-        ValueError: If it is not a number, or not finite, or there are too many or too few.
-    """
-    if isinstance(given, torch.Tensor):
-        given = given.cpu()  # MPS has no float64
-    try:
-        tensor = torch.as_tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}={given!r} is neither a number nor one an image.") from error
-    values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
-    if len(values) != batch_size:
-        raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
-    if not all(abs(value) <= torch.finfo(torch.float32).max for value in values):
-        raise ValueError(f"{name}={given} is not finite in float32.")
-    return values
-
-
-class FiniteCheck:
-    """
-    The step at which something of each image was first not finite; read once, at the end, as reading synchronises.
-
-    Args:
-        batch_size: Number of images.
-        device: Of the tensors.
-    """
-
-    def __init__(self, batch_size: int, device: torch.device):
-        self.failed_at = torch.full((batch_size,), -1, device=device)  # (batch,)
-
-    def see(self, tensor: torch.Tensor, step: int) -> None:
-        """Notes the images of which a tensor, `(batch, channels, height, width)`, is not finite for the first time."""
-        failed = ~tensor.flatten(1).isfinite().all(dim=1) & (self.failed_at < 0)
-        self.failed_at = self.failed_at.masked_fill(failed, step)
-
-    def check(self, timesteps: torch.Tensor, what: str) -> None:
-        """Raises a ValueError that names image, step and timestep, of those of all steps, unless all was finite."""
-        for image, step in enumerate(self.failed_at.tolist()):
-            if step >= 0:
-                raise ValueError(
-                    f"{what} image {image} is not finite at step {step} of {len(timesteps)}, timestep {timesteps[step]}."
-                )
-
-
-def as_returned(returned: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
-    """
-    What a user's function made of a tensor, in its dtype.
-
-    Raises:
-        ValueError: If it is not a tensor of its shape.
-    """
-    if not isinstance(returned, torch.Tensor) or returned.shape != like.shape:
-        got = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
-        raise ValueError(f"{name} returned {got}, where a tensor {tuple(like.shape)} is needed.")
-    return returned.to(like.dtype)
-
-
-def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.Tensor:
-    """
-    What a callback returned, or else the latents as they are.
-
-    Raises:
-        ValueError: If it returned no dict, or latents that are no tensor of their shape.
-    """
-    if not isinstance(outputs, dict):
-        raise ValueError(f"{name} returned {type(outputs).__name__}, where a dict, of latents or empty, is needed.")
-    return as_returned(outputs.pop("latents", latents), latents, f"{name}, as latents,")
 
 
 def check_no_dropout(**models: torch.nn.Module | None) -> None:

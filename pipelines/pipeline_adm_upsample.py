@@ -15,7 +15,10 @@ from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import is_upsampler
 from diffusers_adm.openai.flags import Checkpoint, build_scheduler, released_preset, resolve_flags
 from diffusers_adm.openai.released import imagenet_class_names
-from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin, numbers_of_images
+from diffusers_adm.pipelines.class_labels import ClassLabels
+from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
+from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.step_hooks import StepHooks
 
 
 LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
@@ -92,6 +95,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             low_res_size=resolved["small_size"],
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
@@ -158,49 +162,83 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
         """
+        # 1. Check the inputs.
         low_res = self.prepare_low_res(image)  # (batch, channels, small height, small width)
-        sample_size, low_res_size = self.unet.config.sample_size, self.config.low_res_size
-        height = sample_size if height is None else height
-        width = sample_size if width is None else width
+        height = self.unet.config.sample_size if height is None else height
+        width = self.unet.config.sample_size if width is None else width
         self._check_size(height, width)
+        self._check_low_res_size(low_res, height, width)
+        if class_labels is None:
+            guidance_scale = self._scale_without_labels(guidance_scale, guidance_fn, len(low_res))
+        options = SamplingOptions(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            timestep_respacing=timestep_respacing,
+            condition_unet=condition_unet,
+            eta=eta,
+            cfg_weight=cfg_weight,
+            guiding_unet=guiding_unet,
+            guidance_fn=guidance_fn,
+            guidance_options=guidance_options,
+            timesteps=timesteps,
+        ).resolved(self)
+        hooks = StepHooks(
+            self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        labels = None if class_labels is None else self.class_ids(class_labels)
+        batch_size = self._batch_size(1, image=low_res, class_labels=labels, latents=latents)
+        self._check_call(options, batch_size, height, width, generator, output_type)
+
+        # 2. Prepare the timesteps.
+        solver = self._prepare_solver(options)
+
+        # 3. Prepare labels, which are never drawn here, and guidance.
+        if labels is not None:
+            labels = self._prepare_labels(labels, options, batch_size, generator)
+        guider = self._prepare_guider(options, solver, labels, batch_size)
+        low_res = low_res.to(self._execution_device)
+        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, low_res)
+
+        # 4. Prepare x_T.
+        x_t = self._prepare_latents(batch_size, height, width, generator, latents)
+
+        # 5. Denoise (Algorithm 1 or 2).
+        x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)
+
+        # 6. Make images of x_0.
+        images = self.image_processor.postprocess(x_0, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_low_res_size(self, low_res: torch.Tensor, height: int, width: int) -> None:
+        """Raises a ValueError unless large images of a size can be drawn from the small ones."""
+        sample_size, low_res_size = self.unet.config.sample_size, self.config.low_res_size
         given, needed = low_res.shape[2:], [side * low_res_size / sample_size for side in (height, width)]
         if list(given) != needed:
             raise ValueError(
                 f"image is {given[0]}x{given[1]} (height x width), and an image of {height}x{width} is drawn from one of"
                 f" {needed[0]:g}x{needed[1]:g}: resize it, or give height and width {sample_size // low_res_size} times its own."
             )
-        if class_labels is None:
-            if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
-                raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
-            if guidance_fn is None and guidance_scale is None:
-                guidance_scale = 0.0
-            if guidance_fn is None and any(numbers_of_images(guidance_scale, len(low_res), "guidance_scale")):
-                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
-        return self._sample(
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            timestep_respacing=timestep_respacing,
-            condition_unet=condition_unet,
-            eta=eta,
-            batch_size=1,
-            height=height,
-            width=width,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            cfg_weight=cfg_weight,
-            guiding_unet=guiding_unet,
-            guidance_fn=guidance_fn,
-            guidance_options=guidance_options,
-            timesteps=timesteps,
-            x_0_fn=x_0_fn,
-            callback_on_step_start=callback_on_step_start,
-            low_res=low_res.to(self._execution_device),
-        )
+
+    def _scale_without_labels(
+        self,
+        guidance_scale: float | list[float] | torch.Tensor | None,
+        guidance_fn: GuidanceFunction | None,
+        batch_size: int,
+    ) -> float | list[float] | torch.Tensor | None:
+        """
+        Returns the guidance scale of a call without labels: the classifier guides nothing then.
+
+        Raises:
+            ValueError: If the UNet needs labels, or the classifier is asked to guide.
+        """
+        if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
+            raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
+        if guidance_fn is not None:
+            return guidance_scale
+        if guidance_scale is not None and any(per_image(guidance_scale, batch_size, "guidance_scale")):
+            raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
+        return 0.0
 
     def prepare_low_res(self, image: LowResImage | list[LowResImage]) -> torch.Tensor:
         """

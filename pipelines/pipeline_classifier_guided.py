@@ -9,7 +9,10 @@ from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
 from diffusers_adm.openai.released import imagenet_class_names
-from diffusers_adm.pipelines.guided_sampling import ClassLabels, GuidedSamplingMixin
+from diffusers_adm.pipelines.class_labels import ClassLabels
+from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
+from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.pipelines.step_hooks import StepHooks
 
 
 class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
@@ -86,6 +89,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             timestep_respacing=resolved.get("timestep_respacing", timestep_respacing),
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
@@ -164,30 +168,46 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
         """
-        return self._sample(
-            class_labels=class_labels,
+        # 1. Check the inputs.
+        options = SamplingOptions(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             timestep_respacing=timestep_respacing,
             condition_unet=condition_unet,
             eta=eta,
-            batch_size=batch_size,
-            height=height,
-            width=width,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             cfg_weight=cfg_weight,
             guiding_unet=guiding_unet,
             guidance_fn=guidance_fn,
             guidance_options=guidance_options,
             timesteps=timesteps,
-            x_0_fn=x_0_fn,
-            callback_on_step_start=callback_on_step_start,
+        ).resolved(self)
+        hooks = StepHooks(
+            self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
+        labels = None if class_labels is None else self.class_ids(class_labels)
+        batch_size = self._batch_size(batch_size, class_labels=labels, latents=latents)
+        height = self.unet.config.sample_size if height is None else height
+        width = self.unet.config.sample_size if width is None else width
+        self._check_call(options, batch_size, height, width, generator, output_type)
+
+        # 2. Prepare the timesteps.
+        solver = self._prepare_solver(options)
+
+        # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
+        labels = self._prepare_labels(labels, options, batch_size, generator)
+        guider = self._prepare_guider(options, solver, labels, batch_size)
+        denoiser = self._prepare_denoiser(options, guider, labels, batch_size)
+
+        # 4. Prepare x_T.
+        x_t = self._prepare_latents(batch_size, height, width, generator, latents)
+
+        # 5. Denoise (Algorithm 1 or 2).
+        x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)
+
+        # 6. Make images of x_0.
+        images = self.image_processor.postprocess(x_0, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_components(self) -> None:
         super()._check_components()

@@ -15,17 +15,10 @@ brighter images:
 All tensors are `(batch, channels, height, width)` where nothing else is said.
 """
 
-from .functions import (
-    ClassifierGuidance,
-    GuidanceFunction,
-    GuidanceOptions,
-    classifier_gradient,
-    combine_predictions,
-    differentiable,
-    guidance_gradient,
-    leaf,
-    normalized,
-    shift_epsilon,
-    shift_mean,
-    shortened,
-)
+from diffusers_adm.diffusion import shift_epsilon, shift_mean
+
+from .denoiser import Denoiser, combine_predictions
+from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance, classifier_gradient
+from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
+from .guider import FiniteCheck, Guider
+from .options import GuidanceOptions

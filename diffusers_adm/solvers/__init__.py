@@ -1,9 +1,9 @@
-"""diffusers' schedulers, made to sample as the published code does, with a place for guidance in each step."""
+"""diffusers' schedulers, made to sample as the original code does, with a place for guidance in each step."""
 
-from .algorithms import (
+from .algorithms import DDPMSolver, Denoised, EpsilonSolver, Solver
+from .schedulers import (
     GUIDED_SETTINGS,
     SUPPORTED_SCHEDULERS,
-    DDPMSolver,
     build_solver,
     check_scheduler,
     takes_respacing,

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(call, said):
 
 def test_guidance_acts_within_its_interval_and_costs_nothing_outside():
     pipeline = pipeline_of(DDIMScheduler)
-    sigmas = NoiseSchedule.from_config(pipeline.scheduler.config, "ddim10").x_0_from_epsilon.flip(0).tolist()
+    sigmas = NoiseSchedule.from_config(pipeline.scheduler.config, "ddim10").sigma.flip(0).tolist()
     low, high = sigmas[6], sigmas[2]  # from above the first up to the second: steps 2 to 5
     rows, seen = calls_of(pipeline.classifier), []
     pipeline.classifier.register_forward_pre_hook(lambda _, args: seen.append(int(args[1][0])))

@@ -26,7 +26,7 @@ from transformers import (
 
 from diffusers_adm.examples import digits
 from diffusers_adm.guidance import guidance_gradient, shortened
-from diffusers_adm.guidance.off_the_shelf import CleanClassifierGuidance, CLIPGuidance, as_pixels, spherical_distance
+from diffusers_adm.guidance.functions import CleanClassifierGuidance, CLIPGuidance, as_pixels, spherical_distance
 
 
 LABELS = torch.tensor([1, 3])

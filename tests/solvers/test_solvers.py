@@ -23,7 +23,7 @@ from diffusers import (
 from tiny_models import tiny_pipeline, tiny_scheduler
 
 from diffusers_adm.guidance import guidance_gradient
-from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, build_solver
+from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, Denoised, build_solver
 
 
 @dataclass
@@ -117,15 +117,15 @@ def run(scheduler_class: type, steps: int, x: torch.Tensor, component: int | Non
         model_output = MIXTURE.epsilon(x, alpha_bar)
         if scheduler_class is DDPMScheduler:
             model_output = torch.cat([model_output, torch.zeros_like(model_output)], dim=1)
-        x_0, fraction = solver.predict(model_output, index, x)
+        denoised = solver.predict(model_output, index, x)
         gradient = None
         if component is not None:
 
             def posterior(x_t, *_, alpha_bar=alpha_bar):
                 return MIXTURE.log_posterior(x_t, alpha_bar, component)
 
-            gradient = guidance_gradient(posterior, x, torch.zeros(len(x)), x_0, None)
-        x = solver.step(x_0, fraction, index, x, gradient, generator)
+            gradient = guidance_gradient(posterior, x, torch.zeros(len(x)), denoised.x_0, None)
+        x = solver.step(denoised, index, x, gradient, generator)
     return x, alpha_bars[-1], alpha_bars[end]
 
 
@@ -227,5 +227,5 @@ def test_pndm_begins_where_there_is_nothing_but_noise_and_ends_where_there_is_no
     # Told the same x_0 all the way, a run ends with it.
     x_0, x = torch.full((1, 1, 8, 8), 0.5), start()
     for index in reversed(range(len(solver.schedule))):
-        x = solver.step(x_0, None, index, x)
+        x = solver.step(Denoised(x_0), index, x)
     torch.testing.assert_close(x, x_0, rtol=0, atol=2e-2)

@@ -1,0 +1,91 @@
+"""The prediction of one run: the UNet, and every weaker prediction that it is moved away from."""
+
+import torch
+
+from diffusers_adm.models import ADMUNet2DModel
+
+
+class Denoiser:
+    """
+    epsilon(x_t, t) of one run, with classifier-free guidance or autoguidance folded in.
+
+    Args:
+        unet: UNet that predicts.
+        class_labels: Class that the UNet is told for each image, `(batch,)`, or `None`.
+        low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
+        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`; `None` for the UNet's prediction as it is.
+        factors: Factor of the weight at each step of the run; 0 where it does not act.
+        guiding_unet: UNet whose prediction is the weaker one. `None` means the UNet itself without a class.
+    """
+
+    def __init__(
+        self,
+        unet: ADMUNet2DModel,
+        class_labels: torch.Tensor | None = None,
+        low_res: torch.Tensor | None = None,
+        cfg_weight: torch.Tensor | None = None,
+        factors: list[float] | None = None,
+        guiding_unet: ADMUNet2DModel | None = None,
+    ):
+        self.unet = unet
+        self.class_labels = class_labels
+        self.low_res = low_res
+        self.cfg_weight = cfg_weight
+        self.factors = factors
+        self.guiding_unet = guiding_unet
+        # Once a run, because a model walks over all its modules to tell its dtype.
+        self.dtype = unet.dtype
+        self.guiding_dtype = None if guiding_unet is None else guiding_unet.dtype
+
+    def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
+        """
+        Returns the UNet's output, `(batch, channels or 2 * channels, height, width)`, float32.
+
+        Args:
+            x_t: Noised images, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`.
+            step: Number of the step in the run.
+        """
+        model_input = x_t.to(self.dtype)
+        if self.cfg_weight is None or not self.factors[step]:
+            return self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
+        if self.guiding_unet is None:
+            output, weaker = self._with_and_without_class(model_input, timestep)
+        else:
+            output = self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
+            weaker = self._guiding_output(x_t, timestep)
+        return combine_predictions(output, weaker, self.cfg_weight * self.factors[step], x_t.shape[1])
+
+    def _with_and_without_class(
+        self, model_input: torch.Tensor, timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output with the class and that with the null class, by one evaluation of twice the batch."""
+        both = self.unet(
+            torch.cat([model_input, model_input]),
+            torch.cat([timestep, timestep]),
+            torch.cat([self.class_labels, torch.full_like(self.class_labels, self.unet.null_class)]),
+            None if self.low_res is None else torch.cat([self.low_res, self.low_res]),
+        ).sample.float()  # (2 * batch, channels or 2 * channels, height, width)
+        return both.chunk(2)
+
+    def _guiding_output(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        labels = self.class_labels if self.guiding_unet.config.num_class_embeds is not None else None
+        return self.guiding_unet(x_t.to(self.guiding_dtype), timestep, labels, self.low_res).sample.float()
+
+
+def combine_predictions(
+    prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
+) -> torch.Tensor:
+    """
+    Returns (1 + w) * prediction - w * weaker. That is classifier-free guidance where the weaker output is the one without a
+    class (Ho & Salimans 2022, arXiv 2207.12598, eq. 6), and autoguidance where it is that of a worse network (Karras et al.
+    2024, arXiv 2406.02507).
+
+    Args:
+        prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. A learned variance is taken from it.
+        weaker: Weaker output, of the same shape.
+        weight: Weight w, one number or `(batch, 1, 1, 1)`.
+        channels: Number of channels of the images.
+    """
+    combined = (1 + weight) * prediction[:, :channels] - weight * weaker[:, :channels]
+    return torch.cat([combined, prediction[:, channels:]], dim=1)

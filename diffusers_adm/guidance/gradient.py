@@ -1,0 +1,112 @@
+"""The gradient that a function guides by (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+
+
+GuidanceFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+# Half-precision gradients of log p(y | x_t), about 1e-4 per pixel, lose bits to underflow. A power of two moves them back
+# without rounding.
+FLOAT16_LOSS_SCALE = 2.0**10
+
+
+def normalized(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns each image's gradient with a root mean square of 1. A gradient of zero stays zero."""
+    size = root_mean_square(gradient)
+    return torch.where(size > 0, gradient / size, gradient)
+
+
+def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
+    """Returns each image's gradient, shortened to a root mean square of at most `max_size`."""
+    size = root_mean_square(gradient)
+    return torch.where(size > max_size, gradient * (max_size / size), gradient)
+
+
+def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of each image, `(batch, 1, 1, 1)`."""
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would be lost
+    return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+@contextlib.contextmanager
+def differentiable():
+    """
+    Turns on gradients with respect to inputs, also within `torch.no_grad` and `torch.inference_mode`, and with offloaded or
+    layerwise-cast weights.
+    """
+    # Offloading and layerwise casting put other data into a parameter after its module's forward, which the backward
+    # pass would then read; a detached tensor keeps what it saw.
+    keep_weights = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
+    with torch.inference_mode(False), torch.enable_grad(), keep_weights:
+        yield
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy to take gradients with respect to, because autograd does not save tensors made in inference mode."""
+    return tensor.detach().clone().requires_grad_()
+
+
+def guidance_gradient(
+    guidance_fn: GuidanceFunction,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    x_0: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    through_half: bool = False,
+) -> torch.Tensor:
+    """
+    Returns the gradient that a function guides by, of the shape and dtype of x_t. Weights and their `requires_grad` stay as
+    they are.
+
+    Args:
+        guidance_fn: Function as the package's docstring describes it.
+        x_t: Noised images, `(batch, channels, height, width)`. Where `x_0` depends on them, a leaf that requires a gradient.
+        timestep: Training timestep of each image, `(batch,)`.
+        x_0: Predicted clean images, `(batch, channels, height, width)`.
+        class_labels: Class of each image, `(batch,)`, or `None`.
+        through_half: Whether `x_0` depends on x_t by a network in float16. The gradient is then scaled so that float16
+            neither overflows nor underflows on its way back, at the cost of a second backward pass of the function.
+
+    Raises:
+        ValueError: If the function returns neither a log-probability per image nor a gradient.
+    """
+    device = x_t.device.type
+    half = getattr(guidance_fn, "dtype", None) == torch.float16
+    half = half or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+    with differentiable():
+        depends = x_0.grad_fn is not None
+        if not depends:
+            x_t, x_0 = leaf(x_t), leaf(x_0)
+        # Autograd does not save what was made in inference mode; clones are made outside it.
+        value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
+        if not isinstance(value, torch.Tensor) or value.shape not in (x_t.shape, x_t.shape[:1]):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(
+                f"guidance_fn returned {got}, where a log-probability of each image, {tuple(x_t.shape[:1])}, or a gradient,"
+                f" {tuple(x_t.shape)}, is needed."
+            )
+        if value.shape == x_t.shape:
+            return value.detach().to(x_t.dtype)
+        inputs = [x_t] if depends else [x_t, x_0]
+        gradients = [None]
+        value = value.float()  # (batch,)
+        loss_scale = torch.full_like(value, FLOAT16_LOSS_SCALE if half else 1.0)  # powers of two do not round
+        if through_half and value.requires_grad:
+            (at_x_0,) = torch.autograd.grad((loss_scale * value).sum(), x_0, retain_graph=True, allow_unused=True)
+            if at_x_0 is not None:
+                _, exponent = (at_x_0.abs().amax(dim=(1, 2, 3)) / loss_scale).frexp()
+                largest = FLOAT16_LOSS_SCALE if half else math.inf  # more, the function could not hold
+                loss_scale = torch.ldexp(torch.ones_like(value), -exponent).clamp(max=largest)
+        if value.requires_grad:
+            # The sum, not the mean: an image's gradient must not depend on the batch it is in.
+            gradients = torch.autograd.grad((loss_scale * value).sum(), inputs, allow_unused=True)
+        gradients = [one for one in gradients if one is not None]
+        if not gradients:
+            raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
+        gradient = sum(gradients)
+    return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)

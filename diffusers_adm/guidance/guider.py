@@ -1,0 +1,173 @@
+"""Guidance over one run: when, where and how strongly, and for which images."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from diffusers_adm.guidance.gradient import (
+    GuidanceFunction,
+    differentiable,
+    guidance_gradient,
+    leaf,
+    normalized,
+    shortened,
+)
+from diffusers_adm.guidance.options import GuidanceOptions
+from diffusers_adm.solvers import Solver
+
+
+class Guider:
+    """
+    s * grad log p(y | x_t) over one run, and the state that goes with it.
+
+    Args:
+        guidance_fn: Function that guides, as the docstring of `diffusers_adm.guidance` describes it; `None` guides nothing.
+        options: When guidance acts, and how strongly.
+        solver: Solver of the run.
+        class_labels: Class of each image, `(batch,)`, or `None`.
+        through_half: Whether a gradient through the UNet passes float16 weights.
+        check_scales: Function that is called with the scale of each image whenever one has changed. It raises a ValueError
+            where they cannot be used.
+    """
+
+    def __init__(
+        self,
+        guidance_fn: GuidanceFunction | None,
+        options: GuidanceOptions,
+        solver: Solver,
+        class_labels: torch.Tensor | None,
+        through_half: bool = False,
+        check_scales: Callable[[list[float]], None] | None = None,
+    ):
+        self.guidance_fn = guidance_fn
+        self.options = options
+        self.solver = solver
+        self.class_labels = class_labels
+        self.through_unet = getattr(guidance_fn, "through_unet", False)
+        self.independent_rows = getattr(guidance_fn, "independent_rows", False)
+        self.through_half = through_half and self.through_unet
+        self.check_scales = check_scales
+        self.factors = options.factors(solver.sigmas)
+        self.step_counts = options.gradient_steps(self.factors)
+        self.scales: list[float] | None = None  # of each image
+        self.rows: list[int] = []  # of the images that are guided
+        self.last_gradient: torch.Tensor | None = None  # before scale and factor
+        self.finite = FiniteCheck("The gradient that guides")
+
+    def check_acts(self) -> None:
+        """Raises a ValueError if the options let guidance act at none of the steps."""
+        if not any(self.factors):
+            raise ValueError(f"{self.options} let guidance act at none of the {len(self.factors)} steps.")
+
+    def begin_step(self, step: int, scales: list[float], x_t: torch.Tensor) -> None:
+        """
+        Decides whether the step is guided, and whether it needs a new gradient.
+
+        Args:
+            step: Number of the step in the run.
+            scales: Guidance scale of each image. Callbacks may change them between steps.
+            x_t: Noised images, on the device and of the dtype of the gradients.
+        """
+        self.step = step
+        if scales != self.scales:
+            self._take_scales(scales, x_t)
+        self.acts = bool(self.rows) and self.factors[step] != 0
+        self.needs_gradient = self.acts and (step in self.step_counts or self.last_gradient is None)
+
+    def _take_scales(self, scales: list[float], x_t: torch.Tensor) -> None:
+        if self.check_scales is not None:
+            self.check_scales(scales)
+        self.scales = scales
+        rows = [row for row, scale in enumerate(scales) if scale]
+        if not set(rows) <= set(self.rows):
+            self.last_gradient = None  # images that were not guided have none to use again
+        self.rows = rows
+        self.scale = x_t.new_tensor(scales)[:, None, None, None]  # (batch, 1, 1, 1)
+        # Rows that the function is asked about: a classifier looks at the guided images alone.
+        whole = not self.independent_rows or len(rows) == len(scales)
+        self.asked_rows = None if whole else torch.tensor(rows, dtype=torch.long, device=x_t.device)
+
+    @contextlib.contextmanager
+    def tracking(self, x_t: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields the images to evaluate the UNet at: a leaf with gradients where this step's gradient goes through the UNet."""
+        if self.needs_gradient and self.through_unet:
+            with differentiable():
+                yield leaf(x_t)
+        else:
+            yield x_t
+
+    def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor | None:
+        """
+        Returns s * grad log p(y | x_t), `(batch, channels, height, width)`, or `None` where the step is not guided.
+
+        Args:
+            x_t: Images that `tracking` has yielded, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`.
+            x_0: Predicted clean images, `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: If the gradient should go through the UNet, and `x_0` does not depend on x_t.
+        """
+        if not self.acts or (not self.needs_gradient and self.options.skipped == "sum"):
+            return None
+        if self.needs_gradient:
+            self.last_gradient = self._new_gradient(x_t, timestep, x_0)
+        count = self.step_counts.get(self.step, 1)
+        gradient = self.last_gradient * self.scale * (self.factors[self.step] * count)
+        if self.options.max_size is not None:
+            gradient = shortened(gradient, self.options.max_size)
+        self.finite.see(gradient, self.step)
+        return gradient
+
+    def _new_gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        if self.through_unet and not x_0.requires_grad:
+            raise ValueError(
+                "x_0_fn returned what does not depend on x_0, and guidance_fn guides through it (through_unet)."
+            )
+        if self.options.gradient_at == "mean":
+            index = self.solver.visits[self.step]
+            x_t = self.solver.mean(x_0, index, x_t)
+            timestep = torch.full_like(timestep, self.solver.schedule.timesteps[max(index - 1, 0)].item())
+        if self.asked_rows is None:
+            gradient = guidance_gradient(self.guidance_fn, x_t, timestep, x_0, self.class_labels, self.through_half)
+        else:
+            asked = [tensor[self.asked_rows] for tensor in (x_t, timestep, x_0, self.class_labels)]
+            gradient = torch.zeros_like(x_t)
+            gradient[self.asked_rows] = guidance_gradient(self.guidance_fn, *asked)
+        return normalized(gradient) if self.options.normalize else gradient
+
+
+class FiniteCheck:
+    """
+    First step of a run at which something of each image was not finite. It is read once, at the end, because reading waits
+    for the device.
+
+    Args:
+        name: Beginning of the error message.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.failed_at: torch.Tensor | None = None  # (batch,); -1 where all was finite
+
+    def see(self, tensor: torch.Tensor, step: int) -> None:
+        """Notes the images of which a tensor, `(batch, channels, height, width)`, is not finite for the first time."""
+        if self.failed_at is None:
+            self.failed_at = torch.full(tensor.shape[:1], -1, device=tensor.device)
+        failed = ~tensor.flatten(1).isfinite().all(dim=1) & (self.failed_at < 0)
+        self.failed_at = self.failed_at.masked_fill(failed, step)
+
+    def check(self, timesteps: list[float]) -> None:
+        """
+        Args:
+            timesteps: Training timestep of each step of the run.
+
+        Raises:
+            ValueError: If something was not finite. The message names image, step and timestep.
+        """
+        for image, step in enumerate([] if self.failed_at is None else self.failed_at.tolist()):
+            if step >= 0:
+                raise ValueError(
+                    f"{self.name} image {image} is not finite at step {step} of {len(timesteps)}, timestep {timesteps[step]}."
+                )

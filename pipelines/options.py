@@ -1,0 +1,110 @@
+"""Arguments of a pipeline's call that hold for a whole run, declared once."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
+from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.solvers import takes_respacing
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """
+    Arguments of a pipeline's call that hold for a whole run, as [`ClassifierGuidedPipeline`] documents them.
+
+    The fields with `help` in their metadata can be written on a command line and recorded as JSON; the others are objects.
+    """
+
+    guidance_scale: float | list[float] | torch.Tensor | None = field(
+        default=None, metadata={"help": "Scale of classifier guidance; 0 is no guidance."}
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Number of steps."})
+    timestep_respacing: str | None = field(
+        default=None, metadata={"help": "Steps of DDPM or DDIM as a respacing string, such as ddim25."}
+    )
+    condition_unet: bool = field(default=True, metadata={"help": "Whether the UNet is told the class."})
+    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM, in [0, 1]."})
+    cfg_weight: float | list[float] | torch.Tensor = field(
+        default=0.0, metadata={"help": "Weight w of classifier-free guidance; 0 is none."}
+    )
+    guiding_unet: ADMUNet2DModel | None = None
+    guidance_fn: GuidanceFunction | None = None
+    guidance_options: GuidanceOptions | dict | None = field(
+        default=None, metadata={"help": "When guidance acts, and how strongly, as JSON."}
+    )
+    timesteps: list[int] | None = field(
+        default=None, metadata={"help": "Training timesteps that DDPM or DDIM visits, as JSON."}
+    )
+
+    @classmethod
+    def recorded(cls) -> dict[str, str]:
+        """Returns the help of each option that can be written on a command line and recorded, by name."""
+        return {option.name: option.metadata["help"] for option in fields(cls) if "help" in option.metadata}
+
+    def resolved(self, pipeline) -> "SamplingOptions":
+        """
+        Returns the options with the pipeline's defaults in the place of `None`.
+
+        Args:
+            pipeline: Pipeline whose run this is.
+        """
+        changes, config = {}, pipeline.config
+        if self.guidance_scale is None:
+            guides = self.guidance_fn is not None or pipeline.classifier is not None
+            changes["guidance_scale"] = config.guidance_scale if guides else 0.0
+        if self.timestep_respacing is None and self.num_inference_steps is None and self.timesteps is None:
+            changes["num_inference_steps"] = config.num_inference_steps
+            if takes_respacing(pipeline.scheduler):
+                changes["timestep_respacing"] = config.timestep_respacing
+        return replace(self, **changes)
+
+    def unet_takes_labels(self, pipeline) -> bool:
+        """Returns whether the UNet is told the class of each image."""
+        return self.condition_unet and pipeline.unet.config.num_class_embeds is not None
+
+    def guided_by_classifier(self, pipeline) -> bool:
+        """Returns whether the pipeline's classifier guides any image. The options must be resolved."""
+        if self.guidance_fn is not None or pipeline.classifier is None:
+            return False
+        scale = self.guidance_scale
+        return bool(torch.as_tensor(scale).any())
+
+    def num_classes(self, pipeline) -> int | None:
+        """
+        Returns the number of classes that every network knows that is told labels, or `None` where none is told any. The
+        options must be resolved.
+
+        Args:
+            pipeline: Pipeline whose run this is.
+        """
+        receivers = [pipeline.unet.config.num_class_embeds] if self.unet_takes_labels(pipeline) else []
+        receivers += [pipeline.classifier.config.num_classes] if self.guided_by_classifier(pipeline) else []
+        return min(receivers, default=None)
+
+
+def per_image(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:
+    """
+    Returns one number per image of what may be one number for all.
+
+    Args:
+        given: Number, or one per image.
+        batch_size: Number of images.
+        name: Name of the argument, for the message.
+
+    Raises:
+        ValueError: If it is not a number, or not finite in float32, or there are too many or too few.
+    """
+    if isinstance(given, torch.Tensor):
+        given = given.cpu()  # MPS has no float64
+    try:
+        tensor = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={given!r} is neither a number nor one an image.") from error
+    values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
+    if len(values) != batch_size:
+        raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
+    if not all(abs(value) <= torch.finfo(torch.float32).max for value in values):
+        raise ValueError(f"{name}={given} is not finite in float32.")
+    return values
