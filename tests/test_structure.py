@@ -38,8 +38,8 @@ COMMAND_LINE = {
 LAYERS = (
     {"atomic_files", "launch", "options", "respacing"},
     {"data", "diffusion", "openai"},
-    {"guidance", "hub", "losses", "models"},
-    {"solvers"},
+    {"hub", "losses", "models", "solvers"},
+    {"guidance"},
     {"pipelines"},
     {"diffusers_adm"},
     {"demo", "evaluation", "examples", "training"},
@@ -49,13 +49,11 @@ LAYERS = (
 
 # Still above the limits. These lists may only shrink.
 LONG_FUNCTIONS: set[str] = {
-    "pipelines/guided_sampling.py _sample",
     "training/arguments.py build_parser",
     "training/publishing.py write_card",
 }
 LONG_FILES: set[str] = {
     "diffusers_adm/openai/checkpoints.py",
-    "diffusers_adm/solvers/algorithms.py",
     "pipelines/guided_sampling.py",
     "training/loop.py",
 }
