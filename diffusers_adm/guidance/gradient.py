@@ -51,6 +51,13 @@ def leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
+def autocasts_to_half(device_type: str) -> bool:
+    """Returns whether autocast to float16 is on for a type of device."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return False
+    return torch.get_autocast_dtype(device_type) == torch.float16
+
+
 def guidance_gradient(
     guidance_fn: GuidanceFunction,
     x_t: torch.Tensor,
@@ -75,9 +82,7 @@ def guidance_gradient(
     Raises:
         ValueError: If the function returns neither a log-probability per image nor a gradient.
     """
-    device = x_t.device.type
-    half = getattr(guidance_fn, "dtype", None) == torch.float16
-    half = half or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+    half = getattr(guidance_fn, "dtype", None) == torch.float16 or autocasts_to_half(x_t.device.type)
     with differentiable():
         depends = x_0.grad_fn is not None
         if not depends:
