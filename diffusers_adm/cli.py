@@ -7,18 +7,28 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
-from diffusers_adm.openai.checkpoints import is_upsampler
-from diffusers_adm.openai.flags import released_preset
-from diffusers_adm.openai.released import guiding_classifier
+from diffusers_adm.models.weights import cast_weights
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.released import find_released, guiding_classifier
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+CONVERT_EXAMPLES = """examples:
+  diffusers-adm convert --unet 64x64_diffusion.pt --classifier 64x64_classifier.pt --output adm-64x64
+  diffusers-adm convert --unet my_unet.pt --flags="--image_size 64 --num_channels 128" --dtype float16 --output my-model
+"""
+DEMO_EXAMPLES = """examples:
+  diffusers-adm demo --output demo.png
+  diffusers-adm demo --cascade --steps 50 --output cascade.png
+"""
 
 # Commands that need packages of an extra: module, function that adds their options, function that runs them.
 EXTRA_COMMANDS = {
@@ -61,57 +71,88 @@ EXTRA_COMMANDS = {
 }
 
 
-def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def check_output_folder(output: str) -> Path:
     """
-    Casts one weight after the other. Narrower ones take the place of the old, so that a large checkpoint needs no more
-    memory than its own; of a file that is mapped into memory this changes the process's own pages only.
+    Returns the absolute path of a folder to write.
+
+    Raises:
+        ValueError: If it exists and is not an empty folder.
     """
-    for parameter in model.parameters():
-        old = parameter.data
-        parameter.data = old.to(dtype)
-        if parameter.element_size() < old.element_size():
-            place = old.flatten().view(dtype)[: old.numel()].view(old.shape)
-            parameter.data = place.copy_(parameter.data)
+    folder = Path(output).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--output {output} exists already and is not an empty folder.")
+    return folder
+
+
+def load_checkpoints(args: argparse.Namespace) -> DiffusionPipeline | NoisyClassifier:
+    """
+    Loads the checkpoints of `convert`: as a pipeline, or as a model for a classifier without a UNet.
+
+    Raises:
+        ValueError: If the checkpoints cannot be converted.
+    """
+    if args.unet is None:
+        return NoisyClassifier.from_openai(args.classifier, args.flags)
+    unet = PublishedCheckpoint(args.unet, args.flags)
+    if args.classifier is None and unet.kind == "upsampler":
+        return ADMUpsamplePipeline.from_openai(unet)
+    return ClassifierGuidedPipeline.from_openai(unet, args.classifier)
+
+
+def find_card(args: argparse.Namespace) -> ModelCard | None:
+    """Returns the card of released checkpoints. `None` for others, and for a conversion that changes or renames weights."""
+    changed = args.flags is not None or args.dtype is not None or args.variant is not None
+    released = find_released(args.unet or args.classifier)
+    classifier = find_released(args.classifier) if args.unet else None
+    if changed or released is None or classifier is not guiding_classifier(released):
+        return None
+    return released_card(released)
 
 
 def convert(args: argparse.Namespace) -> None:
     """
-    Converts published checkpoints to a folder that `from_pretrained` loads: a pipeline, or the model where a classifier
-    comes alone.
+    Converts published checkpoints to a folder that `from_pretrained` loads.
 
     Raises:
         ValueError: If the folder is in use, or the checkpoints cannot be converted.
     """
     if args.unet is None and args.classifier is None:
         raise ValueError("Nothing to convert: give --unet, --classifier or both.")
-    output = Path(args.output).resolve()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output {args.output} exists already and is not an empty folder.")
-
-    if args.unet is None:
-        converted = NoisyClassifier.from_openai(args.classifier, args.flags)
-    elif args.classifier is None and is_upsampler(args.unet, args.flags):
-        converted = ADMUpsamplePipeline.from_openai(args.unet, args.flags)
-    else:
-        converted = ClassifierGuidedPipeline.from_openai(args.unet, args.classifier, args.flags)
+    output = check_output_folder(args.output)
+    converted = load_checkpoints(args)
+    is_pipeline = isinstance(converted, DiffusionPipeline)
     if args.dtype is not None:
-        models = converted.components.values() if isinstance(converted, DiffusionPipeline) else [converted]
-        for model in models:
+        for model in converted.components.values() if is_pipeline else [converted]:
             if isinstance(model, torch.nn.Module):
                 cast_weights(model, getattr(torch, args.dtype))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
-        if isinstance(converted, DiffusionPipeline):
+        if is_pipeline:
             converted.save_pretrained(unfinished, variant=args.variant)
         else:
             save_model(converted, unfinished, variant=args.variant)
-        preset = released_preset(args.unet or args.classifier)
-        classifier = released_preset(args.classifier) if args.unet else None
-        as_published = args.flags is None and args.dtype is None and args.variant is None
-        if preset is not None and as_published and classifier is guiding_classifier(preset):
-            released_card(preset).save(unfinished / "README.md")
+        if (card := find_card(args)) is not None:
+            card.save(unfinished / "README.md")
     print(f"Wrote {type(converted).__name__} to {output}")
+
+
+def add_convert_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `convert`."""
+    command.add_argument("--unet", metavar="FILE", help="Checkpoint of a UNet or an upsampler.")
+    command.add_argument("--classifier", metavar="FILE", help="Checkpoint of a classifier.")
+    command.add_argument(
+        "--flags",
+        metavar="FLAGS",
+        help='Model flags of the original command line, as one string: --flags="--image_size 64 ...". Released files, which'
+        " are recognised by name, need none.",
+    )
+    command.add_argument("--output", metavar="DIR", required=True, help="Folder to write. It must be new or empty.")
+    command.add_argument("--dtype", choices=DTYPES, help="Data type of the weights (default: as stored).")
+    command.add_argument(
+        "--variant", metavar="NAME", help='Part of the weight files\' names, such as "fp16" (default: none).'
+    )
+    command.set_defaults(run=convert)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -120,43 +161,59 @@ def demo(args: argparse.Namespace) -> None:
     draw(args.output, args.steps, args.seed)
 
 
+def add_demo_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `demo`."""
+    command.add_argument("--cascade", action="store_true", help="Draw small digits, and enlarge them.")
+    command.add_argument(
+        "--output", metavar="FILE", default="demo.png", help="Picture to write (default: %(default)s)."
+    )
+    command.add_argument(
+        "--steps", metavar="INT", type=int, default=25, help="Number of DDIM steps (default: %(default)s)."
+    )
+    command.add_argument(
+        "--seed", metavar="INT", type=int, default=0, help="Seed of the first column (default: %(default)s)."
+    )
+    command.set_defaults(run=demo)
+
+
+def add_command(commands, name: str, purpose: str, examples: str = "") -> argparse.ArgumentParser:
+    """Adds the parser of one command, whose help ends with examples."""
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     """
-    The parser of all commands; each sets `run` to its function.
+    Builds the parser of all commands. Each command sets `run` to its function.
 
     Args:
-        command_name: The command that will be parsed: options that need packages of an extra to be known are left out for
-            all others.
+        command_name: Name of the command that will be parsed. Options that need packages of an extra are left out for all
+            other commands.
     """
     parser = argparse.ArgumentParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("convert", help="convert published checkpoints to a folder that diffusers loads")
-    command.add_argument("--unet", metavar="FILE", help="checkpoint of a UNet or an upsampler")
-    command.add_argument("--classifier", metavar="FILE", help="checkpoint of a classifier")
-    command.add_argument(
-        "--flags", help='model flags of the published command line, as one string: --flags="--image_size 64 ..."'
+    add_convert_arguments(
+        add_command(
+            commands,
+            "convert",
+            "convert checkpoints of the original code to a folder that diffusers loads",
+            CONVERT_EXAMPLES,
+        )
     )
-    command.add_argument("--output", metavar="DIR", required=True, help="folder to write, new or empty")
-    command.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the checkpoint by default")
-    command.add_argument("--variant", help="put into the names of the weight files, such as fp16")
-    command.set_defaults(run=convert)
-
-    command = commands.add_parser("demo", help="draw digits with the default model, guided and unguided")
-    command.add_argument("--cascade", action="store_true", help="draw small digits, and enlarge them")
-    command.add_argument(
-        "--output", metavar="FILE", default="demo.png", help="picture to write (default: %(default)s)"
+    add_demo_arguments(
+        add_command(commands, "demo", "draw digits with the default model, guided and unguided", DEMO_EXAMPLES)
     )
-    command.add_argument("--steps", type=int, default=25, help="of DDIM (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the first column (default: %(default)s)")
-    command.set_defaults(run=demo)
-
     for name, (module, add_arguments, function, purpose) in EXTRA_COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
+        command = add_command(commands, name, purpose)
         if name == command_name:
-            found = importlib.import_module(f"diffusers_adm.{module}")
-            getattr(found, add_arguments)(command)
-            command.set_defaults(run=getattr(found, function))
+            implementation = importlib.import_module(f"diffusers_adm.{module}")
+            getattr(implementation, add_arguments)(command)
+            command.set_defaults(run=getattr(implementation, function))
     return parser
 
 
@@ -165,10 +222,10 @@ def main(argv: list[str] | None = None) -> int:
     Runs one command.
 
     Args:
-        argv: Words of the command line; `None` means the process's own.
+        argv: Words of the command line. `None` means those of the process.
 
     Returns:
-        The exit code: 0, or 2 if what was given cannot be used.
+        Exit code: 0, or 2 if the input is invalid.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -12,9 +12,8 @@ from PIL import Image
 from diffusers_adm.data.image_modes import to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.openai.checkpoints import is_upsampler
-from diffusers_adm.openai.flags import Checkpoint, build_scheduler, released_preset, resolve_flags
-from diffusers_adm.openai.released import imagenet_class_names
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
@@ -68,7 +67,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         )
 
     @classmethod
-    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "ADMUpsamplePipeline":
+    def from_openai(
+        cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None
+    ) -> "ADMUpsamplePipeline":
         """
         Builds a pipeline that samples as the published script does with the same checkpoint and flags.
 
@@ -79,20 +80,15 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If the file cannot be read, is not an upsampler's, or the flags contradict it.
         """
-        if not is_upsampler(checkpoint, flags):
+        published = PublishedCheckpoint.of(checkpoint, flags)
+        if published.kind == "unet":
             raise ValueError("The checkpoint takes no low-resolution image: it is for ClassifierGuidedPipeline.")
-        resolved = resolve_flags(checkpoint, flags)
-        unet = ADMUNet2DModel.from_openai(checkpoint, flags)
-        preset = released_preset(checkpoint)
-        id2label = None
-        if preset is not None and preset.imagenet_labels:
-            id2label = dict(enumerate(imagenet_class_names()))
         return cls(
-            unet,
-            build_scheduler(resolved, unet.learns_variance),
-            id2label=id2label,
-            timestep_respacing=resolved.get("timestep_respacing"),
-            low_res_size=resolved["small_size"],
+            ADMUNet2DModel.from_openai(published),
+            published.scheduler(),
+            id2label=published.id2label,
+            timestep_respacing=published.timestep_respacing,
+            low_res_size=published.flags["small_size"],
         )
 
     @torch.inference_mode(False)

@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.openai.flags import Checkpoint, build_scheduler, classifier_flags, released_preset, resolve_flags
-from diffusers_adm.openai.released import imagenet_class_names
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
@@ -67,26 +67,21 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If a file cannot be read, or the flags contradict it or ask for what is not supported.
         """
-        resolved = resolve_flags(unet_checkpoint, flags)
-        unet = ADMUNet2DModel.from_openai(unet_checkpoint, flags)
-        classifier = None
+        published = PublishedCheckpoint.of(unet_checkpoint, flags)
+        unet = ADMUNet2DModel.from_openai(published)
+        classifier, labelled = None, published
         if classifier_checkpoint is not None:
-            classifier = NoisyClassifier.from_openai(classifier_checkpoint, classifier_flags(flags))
-        preset = released_preset(unet_checkpoint)
-        guidance_scale = preset.guidance_scale if preset is not None else None
-        timestep_respacing = preset.timestep_respacing if preset is not None else None
-        # Labels are those of the UNet where it has classes, else the classifier's.
-        labelled = preset if unet.config.num_class_embeds is not None else released_preset(classifier_checkpoint)
-        id2label = None
-        if labelled is not None and labelled.imagenet_labels:
-            id2label = dict(enumerate(imagenet_class_names()))
+            published_classifier = published.classifier(classifier_checkpoint)
+            classifier = NoisyClassifier.from_openai(published_classifier)
+            if unet.config.num_class_embeds is None:
+                labelled = published_classifier  # the only model with labels
         return cls(
             unet,
-            build_scheduler(resolved, unet.learns_variance),
+            published.scheduler(),
             classifier,
-            id2label=id2label,
-            guidance_scale=resolved.get("classifier_scale", 1.0 if guidance_scale is None else guidance_scale),
-            timestep_respacing=resolved.get("timestep_respacing", timestep_respacing),
+            id2label=labelled.id2label,
+            guidance_scale=published.guidance_scale,
+            timestep_respacing=published.timestep_respacing,
         )
 
     @torch.inference_mode(False)

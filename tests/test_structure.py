@@ -53,7 +53,6 @@ LONG_FUNCTIONS: set[str] = {
     "training/publishing.py write_card",
 }
 LONG_FILES: set[str] = {
-    "diffusers_adm/openai/checkpoints.py",
     "pipelines/guided_sampling.py",
     "training/loop.py",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffusers_adm.openai.released import PRESETS, Preset, guiding_classifier
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS, ReleasedCheckpoint, guiding_classifier
 
 
 PAPER = "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)"
@@ -30,9 +30,9 @@ most of all. Guidance costs diversity, and may make biases of the data stronger.
 real people, which the weights may remember in part."""
 
 
-def card_name(preset: Preset) -> str:
+def card_name(released: ReleasedCheckpoint) -> str:
     """The name of a checkpoint's card, and of the folder that its conversion writes."""
-    return "adm-" + preset.file.removesuffix(".pt").replace("_", "-")
+    return "adm-" + released.file.removesuffix(".pt").replace("_", "-")
 
 
 def usage(class_name: str, arguments: str, call: str) -> str:
@@ -61,15 +61,15 @@ model = {stock}.from_pretrained({arguments}, trust_remote_code=True)
 ```"""
 
 
-def released_card(preset: Preset) -> ModelCard:
+def released_card(released: ReleasedCheckpoint) -> ModelCard:
     """
     The card of a released checkpoint as this package converts it.
 
     Args:
-        preset: Its row of the table.
+        released: Its row of the table.
     """
-    name, class_name, classifier = card_name(preset), CLASS_NAMES[preset.kind], guiding_classifier(preset)
-    words = set(preset.file.removesuffix(".pt").split("_"))
+    name, class_name, classifier = card_name(released), CLASS_NAMES[released.kind], guiding_classifier(released)
+    words = set(released.file.removesuffix(".pt").split("_"))
     trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
     data = ModelCardData(
         library_name="diffusers",
@@ -79,23 +79,23 @@ def released_card(preset: Preset) -> ModelCard:
         datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
         model_name=name,
     )
-    files = f"--classifier {preset.file}" if preset.kind == "classifier" else f"--unet {preset.file}"
+    files = f"--classifier {released.file}" if released.kind == "classifier" else f"--unet {released.file}"
     files += f" --classifier {classifier.file}" if classifier is not None else ""
-    downloads = " ".join(f"-O {source.url}" for source in (preset, classifier) if source is not None)
-    labelled = preset.imagenet_labels or classifier is not None
+    downloads = " ".join(f"-O {source.url}" for source in (released, classifier) if source is not None)
+    labelled = released.imagenet_labels or classifier is not None
     label = 'class_labels=["goldfish"]' if labelled else ""
     call = {
         "unet": f"image = model({label}).images[0]",
         "upsampler": f'image = model("small.png", {label}).images[0]',
         "classifier": "logits = model(noised_images, timestep).logits",
-    }[preset.kind]
+    }[released.kind]
     identity = f'"me/{name}"'
-    facts: dict[str, str] = {"File": f"[`{preset.file}`]({preset.url})", "Trained on": trained_on}
+    facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": trained_on}
     if classifier is not None:
-        facts["Guided by"] = f"`{classifier.file}`, at scale {preset.guidance_scale:g} by default"
-    if preset.fid is not None:
-        facts["Published FID"] = f"{preset.fid:.2f} (50,000 samples, {preset.fid_setting})"
-    facts["Flags"] = f"`{preset.flags}`"
+        facts["Guided by"] = f"`{classifier.file}`, at scale {released.guidance_scale:g} by default"
+    if released.fid is not None:
+        facts["Published FID"] = f"{released.fid:.2f} (50,000 samples, {released.fid_setting})"
+    facts["Flags"] = f"`{released.flags}`"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return ModelCard(f"""---
 {data.to_yaml()}
@@ -131,8 +131,8 @@ hf upload me/{name} {name}
 
 def main(folder: str) -> None:
     """Writes `folder/<name>/README.md` for each released checkpoint."""
-    for preset in PRESETS.values():
-        released_card(preset).save(Path(folder) / card_name(preset) / "README.md")
+    for released in RELEASED_CHECKPOINTS.values():
+        released_card(released).save(Path(folder) / card_name(released) / "README.md")
 
 
 if __name__ == "__main__":

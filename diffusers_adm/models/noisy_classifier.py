@@ -19,8 +19,9 @@ from diffusers_adm.models.blocks import (
     check_images,
     zero_init,
 )
-from diffusers_adm.openai.checkpoints import classifier_config, load_published, read_state_dict, to_published
-from diffusers_adm.openai.flags import Checkpoint, resolve_flags
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.openai.tensors import to_published
 
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -174,30 +175,28 @@ class NoisyClassifier(ModelMixin, ADMConfigMixin, AttentionMixin):
             self.pooling = ADMSpatialPool(sum(self.encoder.skip_channels) + channels, num_classes, pool_groups)
 
     @classmethod
-    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "NoisyClassifier":
+    def from_openai(cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None) -> "NoisyClassifier":
         """
-        Builds the classifier of a published checkpoint, in eval mode.
+        Builds the classifier of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are not copied but where
+            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are copied only where
                 their layout differs.
-            flags: `--image_size`, `--channel_mult` and `--classifier_*` of the published command line, as one string.
-                Shapes tell most of a model, and flags that are given are checked against them. The name of a released
-                file needs none.
+            flags: `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
+                Shapes tell most of a model, and the given flags are checked against them. Released files, which are
+                recognised by name, need none.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, or it is not a published classifier's.
+            ValueError: If the file cannot be read, the flags contradict it, or it is not that of a published classifier.
         """
-        resolved = resolve_flags(checkpoint, flags)
-        state_dict = read_state_dict(checkpoint)
-        return load_published(cls, classifier_config(state_dict, resolved), state_dict)
+        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "classifier")
 
     def to_openai_state_dict(self) -> dict[str, torch.Tensor]:
         """
-        The way back: the tensors as the published code names them and lays them out.
+        Converts the weights back to the names and layouts of the original code.
 
         Raises:
-            ValueError: If the published code has no such model.
+            ValueError: If the original code has no such model.
         """
         return to_published(self.state_dict(), self.config)
 

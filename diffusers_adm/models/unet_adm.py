@@ -22,8 +22,9 @@ from diffusers_adm.models.blocks import (
     check_images,
     zero_init,
 )
-from diffusers_adm.openai.checkpoints import load_published, read_state_dict, to_published, unet_config
-from diffusers_adm.openai.flags import Checkpoint, resolve_flags
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.openai.tensors import to_published
 
 
 @dataclass
@@ -159,33 +160,30 @@ class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
         self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     @classmethod
-    def from_openai(cls, checkpoint: Checkpoint, flags: str | None = None) -> "ADMUNet2DModel":
+    def from_openai(cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None) -> "ADMUNet2DModel":
         """
-        Builds the UNet or upsampler of a published checkpoint, in eval mode.
+        Builds the UNet or upsampler of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are not copied but where
+            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are copied only where
                 their layout differs.
-            flags: Model flags of the published command line, as one string. Shapes tell most of a model, and flags that
-                are given are checked against them. The name of a released file needs none.
+            flags: Model flags of the original command line, as one string. Shapes tell most of a model, and the given
+                flags are checked against them. Released files, which are recognised by name, need none.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, or it is not a published UNet's.
+            ValueError: If the file cannot be read, the flags contradict it, or it is not that of a published UNet.
         """
-        resolved = resolve_flags(checkpoint, flags)
-        state_dict = read_state_dict(checkpoint)
-        config = unet_config(state_dict, resolved)
-        return load_published(cls, config, state_dict, resolved["use_new_attention_order"])
+        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "UNet")
 
     def to_openai_state_dict(self, use_new_attention_order: bool = False) -> dict[str, torch.Tensor]:
         """
-        The way back: the tensors as the published code names them and lays them out.
+        Converts the weights back to the names and layouts of the original code.
 
         Args:
-            use_new_attention_order: The published flag of this name, for which the tensors are laid out.
+            use_new_attention_order: Flag of the original code with this name, for which the tensors are laid out.
 
         Raises:
-            ValueError: If the published code has no such model.
+            ValueError: If the original code has no such model.
         """
         return to_published(self.state_dict(), self.config, use_new_attention_order)
 

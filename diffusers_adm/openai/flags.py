@@ -1,20 +1,14 @@
-"""The flags of the published command line (openai/guided-diffusion): reading them, and the scheduler they describe."""
+"""Flags of the original command line (openai/guided-diffusion), and the scheduler that they describe."""
 
 import difflib
-import os
 import shlex
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusers_adm.openai.released import PRESETS, Preset
 from diffusers_adm.respacing import respaced_timesteps
 
-
-Checkpoint = str | os.PathLike | Mapping[str, torch.Tensor]
 
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -33,7 +27,7 @@ def _multipliers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if text else ()
 
 
-# What is read of the command line: the kind of value, and the default of the published scripts.
+# Flags of the model and its diffusion process: the type of the value, and the default of the original scripts.
 _FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "image_size": (int, 64),
     "large_size": (int, 256),
@@ -76,7 +70,7 @@ _KINDS = {
     _integers: "integers separated by commas",
     _multipliers: "numbers separated by commas",
 }
-# What belongs to a run and leaves model and diffusion process as they are; so does whatever ends in one of the suffixes.
+# Flags of the run, which do not change the model or its diffusion process. So are those with one of the suffixes.
 _RUN_FLAGS = frozenset(
     "anneal_lr base_samples batch_size classifier_use_fp16 ema_rate eval_interval fp16_scale_growth iterations"
     " log_interval lr lr_anneal_steps microbatch noised num_samples rescale_learned_sigmas resume_checkpoint"
@@ -86,15 +80,19 @@ _RUN_SUFFIXES = ("_path", "_dir")
 
 
 class Flags(dict):
-    """The flags that are given; one that is not reads as the published default."""
+    """Flags that were given, by name. A flag that was not given reads as the default of the original code."""
 
     def __missing__(self, name: str) -> Any:
         return _FLAGS[name][1]
 
+    def of_classifier(self) -> "Flags":
+        """Returns the flags that describe the classifier, of a command line for UNet and classifier."""
+        return Flags({name: self[name] for name in self if name == "image_size" or name.startswith("classifier_")})
+
 
 def _flag_texts(flags: str) -> dict[str, str]:
     if not isinstance(flags, str):
-        raise ValueError(f"flags must be one string, such as '--image_size 64': got {flags!r}.")
+        raise ValueError(f"`flags` must be one string, such as '--image_size 64', but got {flags!r}.")
     try:
         words = shlex.split(flags)
     except ValueError as error:
@@ -118,7 +116,7 @@ def _flag_texts(flags: str) -> dict[str, str]:
 
 def parse_flags(flags: str) -> Flags:
     """
-    Reads flags of the published command line, as `--name value` or `--name=value`. Those that concern the run only
+    Parses flags of the original command line, as `--name value` or `--name=value`. Flags that concern only the run
     (`--batch_size`, `--use_fp16`, `--model_path`, ...) are left out.
 
     Raises:
@@ -135,59 +133,34 @@ def parse_flags(flags: str) -> Flags:
     return parsed
 
 
-def classifier_flags(flags: str | None) -> str | None:
-    """Of a command line for UNet and classifier, the part that describes the classifier."""
-    if flags is None:
-        return None
-    texts = _flag_texts(flags)
-    return shlex.join(
-        f"--{name}={text}" for name, text in texts.items() if name == "image_size" or name.startswith("classifier_")
-    )
-
-
-def released_preset(checkpoint: Checkpoint | None) -> Preset | None:
-    """The row of the table of released checkpoints that a path belongs to by its file's name; `None` for all else."""
-    return PRESETS.get(Path(checkpoint).name) if isinstance(checkpoint, (str, os.PathLike)) else None
-
-
-def resolve_flags(checkpoint: Checkpoint, flags: str | None) -> Flags:
+def check_flags(flags: Flags) -> None:
     """
-    The flags of a checkpoint: the published ones of a released file, overridden by those that are given.
+    Checks that flags describe a model that is supported.
 
     Raises:
-        ValueError: If no flags are given for a checkpoint that is not a released one, or they cannot be used.
+        ValueError: If they do not.
     """
-    preset = released_preset(checkpoint)
-    if preset is None and flags is None:
-        source = "a state dict" if isinstance(checkpoint, Mapping) else repr(os.fspath(checkpoint))
+    heads = flags["num_heads_upsample"]
+    if flags["num_head_channels"] == -1 and heads not in (-1, flags["num_heads"]):
         raise ValueError(
-            f"flags are missing: {source} is not a released file, and shapes do not tell --image_size, --num_heads or"
-            " --num_head_channels, --use_new_attention_order, --noise_schedule and others. Give the model flags of the"
-            f" published command line. Released files, which need none, are {', '.join(PRESETS)}."
+            f"--num_heads_upsample {heads} is not supported: it must be --num_heads, which is {flags['num_heads']}."
         )
-    resolved = Flags({**parse_flags(preset.flags if preset else ""), **parse_flags(flags or "")})
-    heads = resolved["num_heads_upsample"]
-    if resolved["num_head_channels"] == -1 and heads not in (-1, resolved["num_heads"]):
+    if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
         raise ValueError(
-            f"--num_heads_upsample {heads} is not supported: all attention has --num_heads {resolved['num_heads']}."
-        )
-    if resolved["rescale_timesteps"] and resolved["diffusion_steps"] != 1000:
-        raise ValueError(
-            "--rescale_timesteps True is supported with --diffusion_steps 1000 alone, where it changes nothing: got"
-            f" --diffusion_steps {resolved['diffusion_steps']}."
+            "--rescale_timesteps True requires --diffusion_steps 1000, where it changes nothing, but got"
+            f" --diffusion_steps {flags['diffusion_steps']}."
         )
     for name in ("image_size", "large_size", "num_heads", "num_head_channels", "classifier_num_head_channels"):
-        if resolved[name] < 1 and (name, resolved[name]) != ("num_head_channels", -1):
-            raise ValueError(f"--{name} must be at least 1: got {resolved[name]}.")
-    return resolved
+        if flags[name] < 1 and (name, flags[name]) != ("num_head_channels", -1):
+            raise ValueError(f"--{name} must be at least 1, but got {flags[name]}.")
 
 
 def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIMScheduler:
     """
-    The stock scheduler that samples as the published scripts do with these flags.
+    Builds the stock scheduler that samples as the original scripts do with these flags.
 
     Args:
-        flags: Of the UNet.
+        flags: Flags of the UNet.
         learns_variance: Whether the UNet's output holds the variance.
 
     Raises:
@@ -198,11 +171,11 @@ def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIM
         raise ValueError(f"--noise_schedule {noise_schedule} is not one of {sorted(BETA_SCHEDULES)}.")
     if steps < 1:
         raise ValueError(f"--diffusion_steps must be at least 1: got {steps}.")
-    # The published linear schedule is stretched or squeezed to end at the same noise as with 1000 steps.
+    # The original linear schedule is stretched or squeezed to end at the same noise as with 1000 steps.
     beta_start, beta_end = 1000 / steps * 1e-4, 1000 / steps * 0.02
     if noise_schedule == "linear" and beta_end > 1:
         raise ValueError(f"--noise_schedule linear needs --diffusion_steps of at least 20: got {steps}.")
-    respaced_timesteps(flags["timestep_respacing"], steps)  # raises where it cannot be
+    respaced_timesteps(flags["timestep_respacing"], steps)  # raises a ValueError if it is not supported
     kwargs = {
         "num_train_timesteps": steps,
         "beta_schedule": BETA_SCHEDULES[noise_schedule],

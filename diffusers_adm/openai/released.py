@@ -1,29 +1,31 @@
-"""The released ADM checkpoints as one table: where each is to be had, what it is, and the score it must reproduce.
+"""Table of the released checkpoints: where each can be downloaded, what it is, and the score that it must reproduce.
 
 Source: the README of openai/guided-diffusion for files, flags and guidance scales; Dhariwal & Nichol 2021 (arXiv
 2105.05233), Tables 4 to 6, for the scores.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 DOWNLOAD_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 
 
 @dataclass(frozen=True)
-class Preset:
+class ReleasedCheckpoint:
     """
-    A released checkpoint.
+    Released checkpoint.
 
     Args:
         file: Name of the file.
-        kind: "unet", "upsampler" or "classifier".
-        flags: Its model flags on the published command line.
-        imagenet_labels: Whether its labels are the 1000 classes of ImageNet.
-        guidance_scale: Published scale of classifier guidance for sampling with it; `None` where it is not guided.
-        timestep_respacing: Respacing that is recommended for it; `None` means the 250 steps of all others.
-        fid: FID of 50 000 samples that it must reproduce; a classifier has none of its own.
-        fid_setting: How those samples are drawn.
+        kind: Kind of the model: "unet", "upsampler" or "classifier".
+        flags: Model flags of the original command line.
+        imagenet_labels: Whether the labels are the 1000 classes of ImageNet.
+        guidance_scale: Published scale of classifier guidance for sampling. `None` for a model that is not guided.
+        timestep_respacing: Respacing that is recommended for sampling. `None` means 250 steps.
+        fid: FID of 50 000 samples that the model must reproduce. `None` for classifiers.
+        fid_setting: Steps and guidance with which those samples are drawn.
     """
 
     file: str
@@ -53,10 +55,10 @@ _CLASSIFIER = (
     " --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
 )
 
-PRESETS = {
-    preset.file: preset
-    for preset in (
-        Preset(
+RELEASED_CHECKPOINTS = {
+    released.file: released
+    for released in (
+        ReleasedCheckpoint(
             "64x64_diffusion.pt",
             "unet",
             # The only UNet that stores queries, keys and values before heads.
@@ -69,7 +71,7 @@ PRESETS = {
             # The README lists it among guided results; Table 5 has it in the row of the model without guidance.
             fid_setting="250 steps, not guided",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "128x128_diffusion.pt",
             "unet",
             "--attention_resolutions 32,16,8 --class_cond True --image_size 128 --noise_schedule linear"
@@ -79,7 +81,7 @@ PRESETS = {
             fid=2.97,
             fid_setting="250 steps, guided by 128x128_classifier.pt at scale 0.5",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "256x256_diffusion.pt",
             "unet",
             f"--class_cond True {_ADM_256}",
@@ -88,7 +90,7 @@ PRESETS = {
             fid=4.59,
             fid_setting="250 steps, guided by 256x256_classifier.pt at scale 1",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "256x256_diffusion_uncond.pt",
             "unet",
             f"--class_cond False {_ADM_256}",
@@ -96,7 +98,7 @@ PRESETS = {
             fid=12.00,
             fid_setting="250 steps, guided by 256x256_classifier.pt at scale 10",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "512x512_diffusion.pt",
             "unet",
             "--attention_resolutions 32,16,8 --class_cond True --image_size 512 --noise_schedule linear"
@@ -106,7 +108,7 @@ PRESETS = {
             fid=7.72,
             fid_setting="250 steps, guided by 512x512_classifier.pt at scale 4",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "64_256_upsampler.pt",
             "upsampler",
             f"--attention_resolutions 32,16,8 --large_size 256 --small_size 64 --num_heads 4 {_UPSAMPLER}",
@@ -114,7 +116,7 @@ PRESETS = {
             fid=3.94,
             fid_setting="250 steps, from guided samples of 64x64_diffusion.pt (250 steps)",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "128_512_upsampler.pt",
             "upsampler",
             # Table 13 says 32,16,8; the weights have no attention at 8.
@@ -124,7 +126,7 @@ PRESETS = {
             # Table 12: the classifier behind this score was trained otherwise than that behind the 2.97 at 128x128.
             fid_setting="250 steps, from guided samples of 128x128_diffusion.pt (250 steps)",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "lsun_bedroom.pt",
             "unet",
             f"{_LSUN} --dropout 0.1",
@@ -132,7 +134,7 @@ PRESETS = {
             fid=1.90,
             fid_setting="1000 steps, not guided",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "lsun_cat.pt",
             "unet",
             f"{_LSUN} --dropout 0.1",
@@ -140,7 +142,7 @@ PRESETS = {
             fid=5.57,
             fid_setting="1000 steps, not guided",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "lsun_horse.pt",
             "unet",
             f"{_LSUN} --dropout 0.1",
@@ -148,7 +150,7 @@ PRESETS = {
             fid=2.57,
             fid_setting="1000 steps, not guided",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "lsun_horse_nodropout.pt",
             "unet",
             f"{_LSUN} --dropout 0.0",
@@ -156,25 +158,25 @@ PRESETS = {
             fid=2.95,
             fid_setting="1000 steps, not guided",
         ),
-        Preset(
+        ReleasedCheckpoint(
             "64x64_classifier.pt",
             "classifier",
             f"--image_size 64 --classifier_depth 4 {_CLASSIFIER}",
             imagenet_labels=True,
         ),
-        Preset(
+        ReleasedCheckpoint(
             "128x128_classifier.pt",
             "classifier",
             f"--image_size 128 --classifier_depth 2 {_CLASSIFIER}",
             imagenet_labels=True,
         ),
-        Preset(
+        ReleasedCheckpoint(
             "256x256_classifier.pt",
             "classifier",
             f"--image_size 256 --classifier_depth 2 {_CLASSIFIER}",
             imagenet_labels=True,
         ),
-        Preset(
+        ReleasedCheckpoint(
             "512x512_classifier.pt",
             "classifier",
             f"--image_size 512 --classifier_depth 2 {_CLASSIFIER}",
@@ -184,14 +186,19 @@ PRESETS = {
 }
 
 
-def guiding_classifier(preset: Preset) -> Preset | None:
-    """The classifier that the published samples of a UNet are guided by; `None` where they are not."""
-    size = preset.file.split("_")[0]
-    return PRESETS[f"{size}_classifier.pt"] if preset.guidance_scale is not None else None
+def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
+    """Returns the released checkpoint that a path names by its file. `None` for other paths and for state dicts."""
+    return RELEASED_CHECKPOINTS.get(Path(checkpoint).name) if isinstance(checkpoint, (str, os.PathLike)) else None
+
+
+def guiding_classifier(unet: ReleasedCheckpoint) -> ReleasedCheckpoint | None:
+    """Returns the classifier that guides a UNet's published samples. `None` where they are not guided."""
+    size = unet.file.split("_")[0]
+    return RELEASED_CHECKPOINTS[f"{size}_classifier.pt"] if unet.guidance_scale is not None else None
 
 
 def imagenet_class_names() -> list[str]:
-    """Names of ImageNet's 1000 classes in the order of their labels; some name two classes."""
-    from torchvision.models import ResNet18_Weights  # slow to import, and wanted by few
+    """Returns the names of ImageNet's 1000 classes in the order of their labels. Some names occur twice."""
+    from torchvision.models import ResNet18_Weights  # slow to import, and rarely needed
 
     return list(ResNet18_Weights.DEFAULT.meta["categories"])

@@ -6,7 +6,7 @@ from golden_cases import RELEASED, meta_state_dict
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.openai.flags import parse_flags
-from diffusers_adm.openai.released import PRESETS
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 
 
 # The multipliers that the published code takes for an image size; a super-resolution UNet has those of 256 at any.
@@ -14,8 +14,8 @@ CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4),
 
 
 def test_the_table_lists_all_released_checkpoints_with_their_recorded_flags():
-    assert set(PRESETS) == set(RELEASED)
-    for file, preset in PRESETS.items():
+    assert set(RELEASED_CHECKPOINTS) == set(RELEASED)
+    for file, preset in RELEASED_CHECKPOINTS.items():
         flags, recorded = parse_flags(preset.flags), parse_flags(RELEASED[file]["flags"])
         assert recorded.items() <= flags.items()
         assert preset.url.endswith(f"/diffusion/jul-2021/{file}")
@@ -25,7 +25,7 @@ def test_the_table_lists_all_released_checkpoints_with_their_recorded_flags():
 @pytest.mark.parametrize("file", RELEASED)
 def test_released_checkpoint_converts_completely_both_ways(file):
     published = meta_state_dict(file)
-    cls = NoisyClassifier if PRESETS[file].kind == "classifier" else ADMUNet2DModel
+    cls = NoisyClassifier if RELEASED_CHECKPOINTS[file].kind == "classifier" else ADMUNet2DModel
     model = cls.from_openai(published, RELEASED[file]["flags"])
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not model.training
@@ -36,9 +36,9 @@ def test_released_checkpoint_converts_completely_both_ways(file):
 
 @pytest.mark.parametrize("file", RELEASED)
 def test_released_checkpoint_has_the_config_that_its_flags_say(file):
-    kind, flags = PRESETS[file].kind, parse_flags(PRESETS[file].flags)
+    kind, flags = RELEASED_CHECKPOINTS[file].kind, parse_flags(RELEASED_CHECKPOINTS[file].flags)
     cls = NoisyClassifier if kind == "classifier" else ADMUNet2DModel
-    config = cls.from_openai(meta_state_dict(file), PRESETS[file].flags).config
+    config = cls.from_openai(meta_state_dict(file), RELEASED_CHECKPOINTS[file].flags).config
     size = flags["large_size"] if kind == "upsampler" else flags["image_size"]
     assert config.sample_size == size
     assert config.channel_mult == CHANNEL_MULT[256 if kind == "upsampler" else size]
@@ -67,7 +67,7 @@ def test_released_checkpoint_has_the_config_that_its_flags_say(file):
 def test_defaults_are_the_released_64x64_model(cls, file):
     with torch.device("meta"):
         default = cls()
-    converted = cls.from_openai(meta_state_dict(file), PRESETS[file].flags)
+    converted = cls.from_openai(meta_state_dict(file), RELEASED_CHECKPOINTS[file].flags)
     hidden = ("_use_default_values",)
     assert {k: v for k, v in converted.config.items() if k not in hidden} == {
         k: v for k, v in default.config.items() if k not in hidden

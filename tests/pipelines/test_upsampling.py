@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline
-from diffusers_adm.openai.released import PRESETS
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 from diffusers_adm.pipelines.cascade import draw_cascade
 
 
@@ -71,7 +71,7 @@ def test_published_upsampler_takes_one_ddim_step_as_its_recorded_output_says():
     ("file", "small", "large"), [("64_256_upsampler.pt", 64, 256), ("128_512_upsampler.pt", 128, 512)]
 )
 def test_released_upsamplers_know_their_sizes(file, small, large):
-    pipeline = ADMUpsamplePipeline.from_openai(meta_state_dict(file), PRESETS[file].flags)
+    pipeline = ADMUpsamplePipeline.from_openai(meta_state_dict(file), RELEASED_CHECKPOINTS[file].flags)
     assert (pipeline.config.low_res_size, pipeline.unet.config.sample_size) == (small, large)
 
 

@@ -11,7 +11,7 @@ from tiny_models import tiny_unet
 
 from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.flags import parse_flags
-from diffusers_adm.openai.released import PRESETS
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.arguments import architecture, as_options, as_yaml, preset_names
 from diffusers_adm.training.denoising import build_unet
@@ -63,12 +63,12 @@ def test_presets_of_released_models_build_those_models(preset):
         else:
             upsampler = script is train_upsampler
             model = build_unet(args, 1000 if args.class_conditional else None, low_res_conditioning=upsampler)
-    released = type(model).from_openai(published, PRESETS[RELEASED[preset]].flags)
+    released = type(model).from_openai(published, RELEASED_CHECKPOINTS[RELEASED[preset]].flags)
     ignored = {"_use_default_values", "_class_name"}
     assert {k: v for k, v in model.config.items() if k not in ignored} == {
         k: v for k, v in released.config.items() if k not in ignored
     }
-    flags = parse_flags(PRESETS[RELEASED[preset]].flags)
+    flags = parse_flags(RELEASED_CHECKPOINTS[RELEASED[preset]].flags)
     if script is not train_classifier:
         assert args.noise_schedule == flags["noise_schedule"]
     if script is train_upsampler:
@@ -162,7 +162,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(folder, tmp_path, capsys):
 def test_cost_is_that_of_the_network():
     with torch.device("meta"):
         released = ADMUNet2DModel.from_openai(
-            meta_state_dict("256x256_diffusion.pt"), PRESETS["256x256_diffusion.pt"].flags
+            meta_state_dict("256x256_diffusion.pt"), RELEASED_CHECKPOINTS["256x256_diffusion.pt"].flags
         )
     operations, _ = measure(released)
     # 1120 GFLOPs in the text of the DiT paper (arXiv 2212.09748), which counts a multiplication and its addition as one.

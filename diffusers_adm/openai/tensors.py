@@ -1,0 +1,170 @@
+"""Names and layouts of tensors: this package's and those of the original code, in both directions."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from diffusers_adm.openai.architecture import PUBLISHED_NORM_GROUPS
+
+
+# This package's modules and the published ones. # is a block's number, {next} is the number after it.
+_MODULES = [
+    (re.compile(ours.replace(".", r"\.").replace("#", r"(\d+)") + r"(?=\.|$)"), published)
+    for ours, published in (
+        ("time_embedding.mlp.linear_1", "time_embed.0"),
+        ("time_embedding.mlp.linear_2", "time_embed.2"),
+        ("class_embedding", "label_emb"),
+        ("encoder.conv_in", "input_blocks.0.0"),
+        ("encoder.down_blocks.#.conv", "input_blocks.{next}.0.op"),
+        ("encoder.down_blocks.#.resnet", "input_blocks.{next}.0"),
+        ("encoder.down_blocks.#.attention", "input_blocks.{next}.1"),
+        ("encoder.mid_blocks.0.resnet", "middle_block.0"),
+        ("encoder.mid_blocks.0.attention", "middle_block.1"),
+        ("encoder.mid_blocks.1.resnet", "middle_block.2"),
+        ("up_blocks.#.resnet", "output_blocks.{number}.0"),
+        ("up_blocks.#.attention", "output_blocks.{number}.1"),
+        ("up_blocks.#.upsampler", "output_blocks.{number}.{upsampler}"),
+        ("norm_out", "out.0"),
+        ("conv_out", "out.2"),
+        ("pooling.positional_embedding", "out.2.positional_embedding"),
+        ("pooling.attn.to_qkv", "out.2.qkv_proj"),
+        ("pooling.attn.to_out", "out.2.c_proj"),
+        ("pooling.fc", "out.3"),
+        ("pooling.fc1", "out.0"),
+        ("pooling.norm", "out.1"),
+        ("pooling.fc2", "out.{pool_output}"),
+    )
+]
+# Layers of a block.
+_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "attn.to_qkv": "qkv",
+    "attn.to_out": "proj_out",
+}
+# Linear layers that are published as convolutions with a kernel of size 1, and the number of its dimensions.
+_KERNEL_DIMS = {"attn.to_qkv.weight": 1, "attn.to_out.weight": 1, "pooling.fc.weight": 2}
+
+
+def published_names(names: Iterable[str]) -> dict[str, str]:
+    """Returns the published name of every tensor of a model, given the names of all its tensors."""
+    names = set(names)
+    published = {}
+    for name in sorted(names):
+        for pattern, template in _MODULES:
+            if match := pattern.match(name):
+                number = int(match[1]) if match.lastindex else 0
+                prefix = template.format(
+                    number=number,
+                    next=number + 1,
+                    upsampler=2 if f"up_blocks.{number}.attention.norm.weight" in names else 1,
+                    pool_output=3 if "pooling.norm.weight" in names else 2,
+                )
+                layer, _, parameter = name[match.end() :].removeprefix(".").rpartition(".")
+                published[name] = ".".join(filter(None, (prefix, _LAYERS.get(layer, layer), parameter)))
+                break
+    assert len(published) == len(set(published.values())) == len(names)
+    return published
+
+
+def _swap_row_groups(rows: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+    return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _heads(tensor: torch.Tensor, config: Mapping[str, Any]) -> int:
+    return config["num_attention_heads"] or tensor.shape[0] // 3 // config["attention_head_dim"]
+
+
+def _kernel_dims(name: str) -> int:
+    return next((dims for suffix, dims in _KERNEL_DIMS.items() if name.endswith(suffix)), 0)
+
+
+def _is_relaid(name: str, use_new_attention_order: bool) -> bool:
+    # This package's order is (qkv, head, dim), which the original code calls new. Only the pool always has it.
+    return ".attn.to_qkv." in name and not name.startswith("pooling.") and not use_new_attention_order
+
+
+def to_published(
+    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], use_new_attention_order: bool = False
+) -> dict[str, torch.Tensor]:
+    """
+    Returns a model's tensors under their published names and in their published layout.
+
+    Args:
+        state_dict: Tensors of a UNet or a classifier of this package.
+        config: Config of the same model.
+        use_new_attention_order: Flag of the original code for which the tensors are laid out: whether the rows of queries,
+            keys and values are ordered (qkv, head, dim) instead of (head, qkv, dim).
+
+    Raises:
+        ValueError: If the original code has no such model.
+    """
+    for option, published in (("norm_num_groups", PUBLISHED_NORM_GROUPS), ("output_scale_factor", 1.0)):
+        if config.get(option, published) != published:
+            raise ValueError(f"`{option}` must be {published} in the original code, but is {config[option]}.")
+    converted = {}
+    for name, published in published_names(state_dict).items():
+        tensor = state_dict[name]
+        if name.endswith("positional_embedding"):
+            tensor = tensor.T.contiguous()
+        if _is_relaid(name, use_new_attention_order):
+            tensor = _swap_row_groups(tensor, 3, _heads(tensor, config))
+        converted[published] = tensor[(...,) + (None,) * _kernel_dims(name)]
+    return converted
+
+
+def load_published(
+    model_class: type[torch.nn.Module],
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, torch.Tensor],
+    use_new_attention_order: bool = False,
+) -> torch.nn.Module:
+    """
+    Builds a model around published tensors, in eval mode. Tensors are copied only where their layout differs.
+
+    Args:
+        model_class: Class of the model.
+        config: Arguments of its constructor.
+        state_dict: Published tensors.
+        use_new_attention_order: Flag of the original code that says how the tensors are laid out, see `to_published`.
+
+    Raises:
+        ValueError: If tensors are missing, left over, or of another shape than the model's.
+    """
+    with torch.device("meta"):
+        model = model_class(**config)
+    parameters = model.state_dict()
+    _check_tensors(state_dict, to_published(parameters, config, use_new_attention_order), model_class.__name__)
+    converted = {}
+    for name, published in published_names(parameters).items():
+        tensor = state_dict[published]
+        if name.endswith("positional_embedding"):
+            tensor = tensor.T.contiguous()
+        if _is_relaid(name, use_new_attention_order):
+            tensor = _swap_row_groups(tensor, _heads(tensor, config), 3)
+        converted[name] = tensor.reshape(parameters[name].shape)
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def _check_tensors(
+    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], class_name: str
+) -> None:
+    faults = {
+        "missing": [name for name in expected if name not in state_dict],
+        "left over": [name for name in state_dict if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state_dict[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state_dict and state_dict[name].shape != tensor.shape
+        ],
+    }
+    if any(faults.values()):
+        listing = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"The checkpoint is not that of a published {class_name}: {listing}.")
