@@ -26,6 +26,7 @@ MAX_FILE_LINES = 450
 # The modules that read words of a command line. All others take parameters.
 COMMAND_LINE = {
     "diffusers_adm.cli",
+    "diffusers_adm.evaluation.commands",
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",
     "diffusers_adm.benchmarks.metrics",
@@ -57,12 +58,6 @@ LONG_FILES: set[str] = {
     "training/loop.py",
 }
 PARSERS_ELSEWHERE: set[str] = {
-    "diffusers_adm.evaluation.image_sets",
-    "diffusers_adm.evaluation.likelihood",
-    "diffusers_adm.evaluation.metrics",
-    "diffusers_adm.evaluation.reference",
-    "diffusers_adm.evaluation.sampling",
-    "diffusers_adm.evaluation.sweep",
     "diffusers_adm.training.arguments",
     "diffusers_adm.training.denoising",
     "diffusers_adm.training.inspection",

@@ -1,6 +1,6 @@
 """Time of the parts of an evaluation, against straightforward implementations: `python -m diffusers_adm.benchmarks.metrics`.
 
-Each part is of 10,000 images' features, as many numbers as Inception gives; both ways of a part take turns, and the median
+Each part handles the features of 10,000 images, as many numbers as Inception gives. Both ways of a part take turns, and the median
 counts. The straightforward ones are NumPy's covariance, a matrix square root by general eigenvectors, and torch-fidelity's
 precision and recall. The floor of the last is the time of its three matrix products alone.
 """
@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-from diffusers_adm.benchmarks.timing import seconds
-from diffusers_adm.evaluation.statistics import (
-    GaussianStatistics,
-    RunningStatistics,
-    frechet_distance,
-    precision_and_recall,
-)
+from diffusers_adm.benchmarks.timing import median_seconds
+from diffusers_adm.evaluation.precision_recall import precision_and_recall
+from diffusers_adm.evaluation.statistics import GaussianStatistics, RunningStatistics, frechet_distance
 
 
 def running_statistics(features: torch.Tensor, batch_size: int = 64) -> GaussianStatistics:
-    """As `summarise` takes them."""
+    """Returns the statistics, as `summarise` computes them."""
     running = RunningStatistics()
     for batch in features.split(batch_size):
         running.update(batch)
@@ -29,58 +25,51 @@ def running_statistics(features: torch.Tensor, batch_size: int = 64) -> Gaussian
 
 
 def plain_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """By the square root of the product of the covariances, from its eigenvectors."""
+    """Returns the distance by the square root of the product of the covariances, from its eigenvectors."""
     values, vectors = np.linalg.eig(first.covariance @ second.covariance)
     root = (vectors * np.sqrt(values.astype(complex))) @ np.linalg.inv(vectors)
     difference = first.mean - second.mean
     return difference @ difference + np.trace(first.covariance + second.covariance - 2 * root.real)
 
 
+def random_features(images: int, features: int) -> list[torch.Tensor]:
+    """Returns two sets of features with the size and the spread of Inception's: not negative, and few of them large."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(features, generator=generator) + 0.1
+    return [(torch.randn(images, features, generator=generator) * spread).relu() for _ in range(2)]
+
+
 def main() -> None:
-    """Measures all, and prints a table."""
+    """Times all parts, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", metavar="INT", type=int, default=10_000, help="Number of images of each set.")
+    parser.add_argument("--features", metavar="INT", type=int, default=2048, help="Number of features per image.")
+    parser.add_argument("--rounds", metavar="INT", type=int, default=3, help="Number of rounds. The median counts.")
     args = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
-    # Of the size and the spread of Inception's features: not negative, and few of them large.
-    spread = torch.rand(args.features, generator=generator) + 0.1
-    real, drawn = ((torch.randn(args.images, args.features, generator=generator) * spread).relu() for _ in range(2))
+    real, drawn = random_features(args.images, args.features)
     gaussians = [running_statistics(features) for features in (real, drawn)]
     print(
         f"{args.images} x {args.features} features, {torch.get_num_threads()} threads, median of {args.rounds} rounds"
     )
     print(f"{'':<24}{'ours, s':>10}{'plain, s':>10}{'plain / ours':>14}")
-
-    def report(name: str, ours: float, plain: float) -> None:
-        print(f"{name:<24}{ours:>10.2f}{plain:>10.2f}{plain / ours:>14.2f}", flush=True)
-
-    report(
-        "mean and covariance",
-        *seconds(
-            [
-                lambda: running_statistics(real),
-                lambda: (real.numpy().mean(axis=0), np.cov(real.numpy(), rowvar=False)),
-            ],
-            args.rounds,
-        ),
-    )
-    report(
-        "Frechet distance",
-        *seconds([lambda: frechet_distance(*gaussians), lambda: plain_distance(*gaussians)], args.rounds),
-    )
-    ours, plain, products = seconds(
-        [
+    parts = {
+        "mean and covariance": [
+            lambda: running_statistics(real),
+            lambda: (real.numpy().mean(axis=0), np.cov(real.numpy(), rowvar=False)),
+        ],
+        "Frechet distance": [lambda: frechet_distance(*gaussians), lambda: plain_distance(*gaussians)],
+        "precision and recall": [
             lambda: precision_and_recall(real, drawn),
             lambda: calculate_precision_recall_part(drawn, real),
             lambda: (real @ real.T, drawn @ drawn.T, real @ drawn.T),
         ],
-        args.rounds,
-    )
-    report("precision and recall", ours, plain)
-    print(f"{'  three products alone':<24}{products:>10.2f}: ours takes {ours / products:.2f} times that")
+    }
+    for name, calls in parts.items():
+        ours, plain, *floor = median_seconds(calls, args.rounds)
+        print(f"{name:<24}{ours:>10.2f}{plain:>10.2f}{plain / ours:>14.2f}", flush=True)
+        for products in floor:
+            print(f"{'  three products alone':<24}{products:>10.2f}: ours takes {ours / products:.2f} times that")
 
 
 if __name__ == "__main__":

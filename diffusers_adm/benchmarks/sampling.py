@@ -1,12 +1,13 @@
 """Quality against cost, of solvers and of ways to guide: `python -m diffusers_adm.benchmarks.sampling REFERENCE`.
 
-DDPM and DDIM at 250 steps once, each solver with at most 5 to 25 evaluations of the UNet; then, of the two best solvers, guidance
-within an interval, by entropy, and with skipped classifier calls; then DDPM and the best fast settings, by the first seed, with two
-more seeds. All draw the same labels, guided. What is drawn already is not drawn again, so a run that was stopped goes on; all processes
+DDPM and DDIM are evaluated once at 250 steps, and each solver with at most 5 to 25 evaluations of the UNet. The two best solvers are
+then guided within an interval, by entropy, and with skipped classifier calls. At last, DDPM and the best fast settings are evaluated
+with two more seeds. All points have the same labels, and are guided. A run that was stopped continues where it stopped. All processes
 of a launch draw.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -16,27 +17,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import write_json
-from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.image_sets import add_image_set_arguments, check_changes
-from diffusers_adm.evaluation.metrics import (
-    Summary,
-    add_extractor_arguments,
-    check_shape,
-    extractor_from,
-    metric_label,
-    summarise_reference,
-)
+from diffusers_adm.data.image_sets import ImageSetOptions
+from diffusers_adm.evaluation.commands import NO_DATASET, FeatureOptions, ModelOptions, RunOptions, load_extractor
+from diffusers_adm.evaluation.metrics import check_shape
 from diffusers_adm.evaluation.plots import Line, save_lines
-from diffusers_adm.evaluation.sampling import (
-    SCHEDULERS,
-    SamplingPipeline,
-    add_model_arguments,
-    draw_samples,
-    load_pipeline,
-    set_scheduler,
-)
-from diffusers_adm.evaluation.sweep import folder_name, measure, write_tables
+from diffusers_adm.evaluation.reference import summarise_reference
+from diffusers_adm.evaluation.report import metric_label, write_tables
+from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
+from diffusers_adm.evaluation.schedulers import SCHEDULERS, SamplingPipeline, set_scheduler
+from diffusers_adm.evaluation.sweep import PointEvaluator, folder_name
 from diffusers_adm.launch import join_processes
+from diffusers_adm.options import add_options, build_options, option_values
 from diffusers_adm.solvers import build_solver
 
 
@@ -54,35 +45,50 @@ GUIDANCE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """
+    Settings that all points share.
+
+    Args:
+        num_images: Number of images per point.
+        batch_size: Number of images per batch.
+        seed: Seed of most points.
+        guidance_scale: Guidance scale.
+        model_name: Folder or Hub id of the pipeline, for the record.
+    """
+
+    num_images: int = 1000
+    batch_size: int = 50
+    seed: int = 0
+    guidance_scale: float = 1.0
+    model_name: str | None = None
+
+
 class Bench:
     """
+    Points of quality against cost, which are kept in a folder.
+
     Args:
-        args: Parsed.
-        state: Of the processes.
-        pipeline: To draw with.
-        reference: To measure against.
-        extractor: Of features.
+        pipeline: Guided pipeline on this process's device.
+        evaluator: Evaluator of samples, which judges labels.
+        folder: Folder of the run, on a disk that all processes see.
+        settings: Settings that all points share.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        state: PartialState,
-        pipeline: SamplingPipeline,
-        reference: Summary,
-        extractor: FeatureExtractor,
+        self, pipeline: SamplingPipeline, evaluator: PointEvaluator, folder: Path, settings: Settings = Settings()
     ):
-        self.args = args
-        self.state = state
         self.pipeline = pipeline
         self.stock_scheduler = pipeline.scheduler
-        self.reference = reference
-        self.extractor = extractor
-        self.folder = Path(args.output)
+        self.evaluator = evaluator
+        self.folder = folder
+        self.settings = settings
+        self.state = PartialState()
         self.results: list[dict] = []
 
     def steps_within(self, scheduler: str, evaluations: int) -> int:
-        """How many steps a scheduler takes with no more evaluations of the UNet than that."""
+        """Returns the largest number of steps of a scheduler within a number of evaluations of the UNet."""
         self.set_scheduler(scheduler)
         return next(
             steps
@@ -91,90 +97,105 @@ class Bench:
         )
 
     def set_scheduler(self, scheduler: str) -> None:
-        """Puts one in the place of the pipeline's own."""
+        """Replaces the pipeline's scheduler."""
         self.pipeline.scheduler = self.stock_scheduler
         set_scheduler(self.pipeline, scheduler)
 
-    def measure(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int | None = None) -> dict:
+    def evaluate(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int | None = None) -> dict:
         """
-        Draws a point's samples and measures them; keeps what was found, and writes the table so far.
+        Draws and evaluates a point's samples, and writes the table so far.
 
         Args:
             scheduler: Name in `SCHEDULERS`.
-            steps: Of it.
+            steps: Number of its steps.
             guidance: Name in `GUIDANCE`.
-            seed: Of the samples; the run's by default.
+            seed: Seed of the samples. The default is that of the settings.
+
+        Returns:
+            The point and its metrics.
         """
-        seed = self.args.seed if seed is None else seed
-        point = {"solver": scheduler, "steps": steps, "guidance": guidance, "seed": seed}
+        settings = self.settings if seed is None else dataclasses.replace(self.settings, seed=seed)
+        point = {"solver": scheduler, "steps": steps, "guidance": guidance, "seed": settings.seed}
         self.set_scheduler(scheduler)
         call = {
             "num_inference_steps": steps,
-            "guidance_scale": self.args.guidance_scale,
+            "guidance_scale": settings.guidance_scale,
             "guidance_options": GUIDANCE[guidance],
         }
         samples = draw_samples(
             self.pipeline,
             self.folder / "points" / folder_name(point),
-            num_images=self.args.num_samples,
-            batch_size=self.args.batch_size,
-            seed=seed,
+            num_images=settings.num_images,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
             labels="balanced",
             call=call,
-            model_name=self.args.model,
+            model_name=settings.model_name,
         )
         unet, classifier = evaluations(self.pipeline, call)
-        found = None
-        if self.state.is_main_process:
-            found = measure(samples, self.reference, self.extractor, self.args.feature_batch_size, judged=True)
-        [found] = broadcast_object_list([found])  # all processes choose the same points by it
-        found = {**found, "point": {**point, "UNet": unet, "classifier": classifier}}
-        self.results.append(found)
+        metrics = [self.evaluator(samples) if self.state.is_main_process else None]
+        broadcast_object_list(metrics)  # all processes choose the same points by them
+        result = {**metrics[0], "point": {**point, "UNet": unet, "classifier": classifier}}
+        self.results.append(result)
         if self.state.is_main_process:
             write_tables(self.folder, self.results)
-        return found
+        return result
 
-    def again(self, found: dict, **changes) -> dict:
-        """Measures a point anew with another kind of guidance, or another seed."""
-        point = found["point"]
+    def evaluate_again(self, result: dict, **changes) -> dict:
+        """Evaluates a point with another kind of guidance, or another seed."""
+        point = result["point"]
         same = {"scheduler": point["solver"], "steps": point["steps"], "guidance": point["guidance"]}
-        return self.measure(**{**same, **changes})
+        return self.evaluate(**{**same, **changes})
+
+    def evaluate_spread(self, result: dict) -> dict:
+        """Evaluates a point with two more seeds, and returns the mean and the standard deviation of the distances."""
+        seeds = [self.settings.seed + number for number in range(3)]
+        distances = [distance(result), *(distance(self.evaluate_again(result, seed=seed)) for seed in seeds[1:])]
+        return {
+            **result["point"],
+            "seeds": seeds,
+            "distances": distances,
+            "mean": statistics.mean(distances),
+            "standard_deviation": statistics.stdev(distances),
+        }
 
     def plot(self) -> None:
         """
-        Draws the distance against evaluations, those of the classifier counted in: `quality.png` of the solvers, and
-        `guidance.png` of the kinds of guidance. What is more than ten times the smallest is cut off.
+        Draws the distance against the number of evaluations of UNet and classifier: `quality.png` compares the solvers, and
+        `guidance.png` the kinds of guidance. Distances above ten times the smallest are cut off.
         """
-        seed, most = self.args.seed, max(FAST_EVALUATIONS)
-        shown = [found for found in self.results if found["point"]["seed"] == seed and found["point"]["UNet"] <= most]
-        solvers = [found for found in shown if found["point"]["guidance"] == EVERY_STEP]
-        compared = {found["point"]["solver"] for found in shown if found["point"]["guidance"] != EVERY_STEP}
-        kinds = [found for found in shown if found["point"]["solver"] in compared]
-        label = metric_label("frechet_distance", self.extractor.name)
+        seed, most = self.settings.seed, max(FAST_EVALUATIONS)
+        shown = [
+            result for result in self.results if result["point"]["seed"] == seed and result["point"]["UNet"] <= most
+        ]
+        solvers = [result for result in shown if result["point"]["guidance"] == EVERY_STEP]
+        compared = {result["point"]["solver"] for result in shown if result["point"]["guidance"] != EVERY_STEP}
+        kinds = [result for result in shown if result["point"]["solver"] in compared]
+        label = metric_label("frechet_distance", self.evaluator.extractor.name)
         for name, results in (("quality.png", solvers), ("guidance.png", kinds)):
             lines: dict[str, Line] = {}
-            for found in sorted(results, key=lambda found: found["point"]["steps"]):
-                point = found["point"]
+            for result in sorted(results, key=lambda result: result["point"]["steps"]):
+                point = result["point"]
                 guidance = "" if point["guidance"] == EVERY_STEP else f", {point['guidance']}"
                 x, y = lines.setdefault(point["solver"] + guidance, ([], []))
                 x.append(point["UNet"] + point["classifier"])
-                y.append(distance(found))
+                y.append(distance(result))
             panel = (label, "evaluations of UNet and classifier", dict(sorted(lines.items())))
             save_lines(self.folder / name, [panel], log_scale=True, top=10 * min(map(distance, results)))
 
 
-def distance(found: dict) -> float:
-    """What points are chosen by."""
-    return found["metrics"]["frechet_distance"]
+def distance(result: dict) -> float:
+    """Returns the Frechet distance of a point, by which points are chosen."""
+    return result["metrics"]["frechet_distance"]
 
 
 def best(results: list[dict], count: int) -> list[dict]:
-    """The points of the smallest distances."""
+    """Returns the points of the smallest distances."""
     return sorted(results, key=distance)[:count]
 
 
 def evaluations(pipeline: SamplingPipeline, call: dict) -> tuple[int, int]:
-    """How often one image's UNet and classifier are evaluated."""
+    """Returns how often the UNet and the classifier are evaluated for one image."""
     counts = []
     for model in (pipeline.unet, pipeline.classifier):
         count = []
@@ -187,50 +208,57 @@ def evaluations(pipeline: SamplingPipeline, call: dict) -> tuple[int, int]:
     return unet, classifier
 
 
-def main() -> None:
-    """Measures all, and prints the table, and the spread of what decides."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference", help="As of `diffusers-adm evaluate`.")
-    parser.add_argument("--output", metavar="DIR", required=True)
-    parser.add_argument("--num_samples", type=int, default=1000, help="Of each point.")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    add_model_arguments(parser)
-    add_extractor_arguments(parser)
-    add_image_set_arguments(parser)
-    args = parser.parse_args()
-
-    check_changes(args, args.reference)
-    state = join_processes()
-    pipeline = load_pipeline(args, state.device)
-    extractor = extractor_from(args)
-    if pipeline.classifier is None or not extractor.has_logits:
-        raise SystemExit("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
-    reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
-    config = pipeline.unet.config
-    check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
-    bench = Bench(args, state, pipeline, reference, extractor)
+def evaluate_all(bench: Bench) -> list[dict]:
+    """Evaluates all points, and returns the spread of DDPM and of the best fast points over three seeds."""
     solvers = [name for name in SCHEDULERS if name != "DDPM"]
     fast = {
-        count: [bench.measure(name, bench.steps_within(name, count)) for name in solvers] for count in FAST_EVALUATIONS
+        count: [bench.evaluate(name, bench.steps_within(name, count)) for name in solvers]
+        for count in FAST_EVALUATIONS
     }
-    slow = [bench.measure(name, SLOW_STEPS) for name in ("DDPM", "DDIM")]
+    slow = [bench.evaluate(name, SLOW_STEPS) for name in ("DDPM", "DDIM")]
     for count in (10, 20):
-        for found in best(fast[count], 2):
-            fast[count] += [bench.again(found, guidance=guidance) for guidance in GUIDANCE if guidance != EVERY_STEP]
-    candidates = [found for count, points in fast.items() if count <= RECOMMENDED_EVALUATIONS for found in points]
-    spread = []
-    for found in (slow[0], *best(candidates, 3)):
-        seeds = [args.seed, args.seed + 1, args.seed + 2]
-        distances = [distance(found), *(distance(bench.again(found, seed=seed)) for seed in seeds[1:])]
-        spread.append(
-            {
-                **found["point"],
-                "seeds": seeds,
-                "distances": distances,
-                "mean": statistics.mean(distances),
-                "standard_deviation": statistics.stdev(distances),
-            }
-        )
+        for result in best(fast[count], 2):
+            fast[count] += [
+                bench.evaluate_again(result, guidance=guidance) for guidance in GUIDANCE if guidance != EVERY_STEP
+            ]
+    candidates = [result for count, points in fast.items() if count <= RECOMMENDED_EVALUATIONS for result in points]
+    return [bench.evaluate_spread(result) for result in (slow[0], *best(candidates, 3))]
+
+
+def main() -> None:
+    """Evaluates all points, and prints the table, and the spread of the best."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reference", help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`.")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="Folder of the run: new, or of one to continue."
+    )
+    parser.add_argument("--num_samples", metavar="INT", type=int, default=1000, help="Number of images per point.")
+    parser.add_argument("--guidance_scale", metavar="FLOAT", type=float, default=1.0, help="Guidance scale.")
+    add_options(parser, ModelOptions, title="model")
+    add_options(parser, RunOptions, title="run")
+    add_options(parser, FeatureOptions, title="features")
+    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    args = parser.parse_args()
+
+    images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    images.check(args.reference)
+    state, model = join_processes(), build_options(ModelOptions, args)
+    pipeline = load_pipeline(**option_values(model), device=state.device)
+    extractor = load_extractor(features)
+    if pipeline.classifier is None or not extractor.has_logits:
+        raise SystemExit("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
+    reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
+    config = pipeline.unet.config
+    check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
+    evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, judged=True)
+    settings = Settings(
+        num_images=args.num_samples,
+        guidance_scale=args.guidance_scale,
+        model_name=model.model,
+        **option_values(build_options(RunOptions, args)),
+    )
+    bench = Bench(pipeline, evaluator, Path(args.output), settings)
+    spread = evaluate_all(bench)
     if not state.is_main_process:
         return
     write_json(bench.folder / "three_seeds.json", spread)

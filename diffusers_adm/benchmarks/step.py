@@ -7,9 +7,7 @@ operations take is shown beside the time that its multiplications would take at 
 """
 
 import argparse
-import resource
-import subprocess
-import sys
+from collections.abc import Callable
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -17,14 +15,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
-from diffusers_adm.benchmarks.timing import seconds
+from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
 from diffusers_adm.guidance import classifier_gradient
 from diffusers_adm.training.plan import measure
 
 
 LABEL = 207
 TIMESTEP = 500
-# Parts of a UNet's time, by what their operations are called.
+# Parts of a UNet's time, by words in the names of their operations.
 PARTS = {
     "convolutions": ("convolution",),
     "matrix products": ("addmm", "bmm", "mm"),
@@ -34,12 +32,12 @@ PARTS = {
 
 
 def build_adm() -> ADMUNet2DModel:
-    """The released class-conditional UNet's shape, which is the default."""
+    """Builds a UNet of the released class-conditional UNet's shape, which is the default."""
     return ADMUNet2DModel().eval()
 
 
 def build_stock() -> UNet2DModel:
-    """The same of diffusers' own blocks."""
+    """Builds a UNet of the same shape from diffusers' own blocks."""
     levels = 3
     return UNet2DModel(
         sample_size=64,
@@ -62,27 +60,24 @@ BUILDERS = {"ADMUNet2DModel": build_adm, "UNet2DModel": build_stock}
 
 @torch.inference_mode()
 def evaluate(unet: torch.nn.Module, sample: torch.Tensor) -> torch.Tensor:
-    """A UNet at noised images of one class."""
+    """Evaluates a UNet at noised images of one class."""
     labels = torch.full((len(sample),), LABEL, device=sample.device)
     return unet(sample, torch.tensor(TIMESTEP, device=sample.device), class_labels=labels).sample
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> float:
-    """In GB, of a process of its own."""
-    words = [sys.executable, "-m", __spec__.name, "--memory_of", name, "--batch_size", str(args.batch_size)]
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+def peak_memory(name: str, batch_size: int) -> float:
+    """Returns the peak memory, in GB, of a process that loads a UNet and evaluates it."""
+    return float(last_line_of(__spec__.name, ["--memory_of", name, "--batch_size", str(batch_size)]))
 
 
 def own_peak_memory(name: str, batch_size: int, device: torch.device) -> float:
-    """In GB, of this process: loads a UNet and evaluates it."""
+    """Loads a UNet, evaluates it, and returns the peak memory of this process in GB."""
     evaluate(BUILDERS[name]().to(device), torch.randn(batch_size, 3, 64, 64, device=device))
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_memory_bytes() / 1e9
 
 
 def times_of_parts(unet: torch.nn.Module, sample: torch.Tensor) -> dict[str, float]:
-    """Seconds that the kinds of operations take in one evaluation."""
+    """Returns the seconds that the kinds of operations take in one evaluation."""
     cuda = sample.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
         evaluate(unet, sample)
@@ -95,12 +90,104 @@ def times_of_parts(unet: torch.nn.Module, sample: torch.Tensor) -> dict[str, flo
     return parts
 
 
+def compare(calls: dict[str, Callable], rounds: int, unit: int = 1) -> list[float]:
+    """
+    Times calls that take turns, and prints the times.
+
+    Args:
+        calls: Calls by their names.
+        rounds: Number of rounds, after one that is not counted.
+        unit: Number of units in one call. The times are those of a unit.
+    """
+    median_seconds(list(calls.values()), 1)
+    times = [time / unit for time in median_seconds(list(calls.values()), rounds)]
+    for name, time in zip(calls, times):
+        print(f"{name:<34}{time:>8.3f} s")
+    return times
+
+
+def compare_unets(unets: dict[str, torch.nn.Module], sample: torch.Tensor, rounds: int) -> float:
+    """Compares the UNets, and returns the time of the first."""
+    ours, stock = compare(
+        {
+            f"{name} ({unet.num_parameters() / 1e6:.1f} million)": lambda unet=unet: evaluate(unet, sample)
+            for name, unet in unets.items()
+        },
+        rounds,
+    )
+    print(f"  {stock / ours:.2f} times UNet2DModel's speed")
+    memory = [peak_memory(name, len(sample)) for name in unets]
+    print(f"  peak memory {memory[0]:.2f} GB, UNet2DModel's {memory[1]:.2f} GB")
+    return ours
+
+
+def compare_guidance(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, steps: int) -> None:
+    """Compares the classifier's gradient with its forward pass, and a guided step with an unguided one."""
+    labels = torch.full((len(sample),), LABEL, device=sample.device)
+    timestep = torch.full((len(sample),), TIMESTEP, device=sample.device)
+    classifier = NoisyClassifier().eval().to(sample.device)
+    forward, gradient = compare(
+        {
+            "classifier, forward": torch.inference_mode()(lambda: classifier(sample, timestep)),
+            "classifier, gradient": lambda: classifier_gradient(classifier, sample, timestep, labels),
+        },
+        rounds,
+    )
+    print(f"  the gradient takes {gradient / forward:.2f} forward passes")
+
+    pipeline = ClassifierGuidedPipeline(unet, DDIMScheduler(), classifier)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"class_labels": labels, "num_inference_steps": steps, "output_type": "latent"}
+    unguided, guided = compare(
+        {
+            name: lambda scale=scale: pipeline(guidance_scale=scale, **call)
+            for name, scale in (("step, unguided", 0.0), ("step, guided", 1.0))
+        },
+        rounds,
+        unit=steps,
+    )
+    print(f"  a guided step takes {guided / unguided:.2f} unguided ones")
+
+
+def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: float) -> None:
+    """
+    Prints the time of the parts of a UNet, beside that of its multiplications at the speed of a large matrix product.
+
+    Args:
+        unet: UNet to evaluate.
+        sample: Noised images.
+        rounds: Number of rounds.
+        total: Time of one evaluation.
+    """
+    operations = len(sample) * measure(unet)[0]
+    side = 2048
+    factors = torch.randn(2, side, side, device=sample.device)
+    (product,) = median_seconds([lambda: factors[0] @ factors[1]], 2 * rounds)
+    speed = 2 * side**3 / product
+    ideal = operations / speed
+    print(
+        f"{operations / 1e9:.0f} GFLOPs an evaluation; a matrix product of {side} runs at {speed / 1e9:.0f}"
+        f" GFLOPs a second.\nAt that speed the UNet would take {ideal:.3f} s, {ideal / total:.0%} of what it takes. Its"
+        " operations take"
+    )
+    for part, time in times_of_parts(unet, sample).items():
+        print(f"  {part:<32}{time:>8.3f} s{time / total:>8.0%}")
+
+
 def main() -> None:
-    """Measures all, and prints it."""
+    """Times all parts of a step, and prints the times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="The median counts; one more comes before, uncounted.")
-    parser.add_argument("--steps", type=int, default=2, help="Of a run of the pipeline.")
+    parser.add_argument("--batch_size", metavar="INT", type=int, default=2, help="Number of images per batch.")
+    parser.add_argument(
+        "--rounds",
+        metavar="INT",
+        type=int,
+        default=5,
+        help="Number of rounds, after one that is not counted. The median counts.",
+    )
+    parser.add_argument(
+        "--steps", metavar="INT", type=int, default=2, help="Number of steps of a run of the pipeline."
+    )
     parser.add_argument("--memory_of", choices=BUILDERS, help=argparse.SUPPRESS)  # of a process that measures
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,59 +197,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     sample = torch.randn(args.batch_size, 3, 64, 64, device=device)
-    labels = torch.full((args.batch_size,), LABEL, device=device)
-    timestep = torch.full((args.batch_size,), TIMESTEP, device=device)
-    unets = [build().to(device) for build in BUILDERS.values()]
-    classifier = NoisyClassifier().eval().to(device)
+    unets = {name: build().to(device) for name, build in BUILDERS.items()}
     print(f"{args.batch_size} images of 64x64, {torch.get_num_threads()} threads, median of {args.rounds} rounds")
-
-    def compare(names: list[str], calls: list, unit: int = 1) -> list[float]:
-        seconds(calls, 1)
-        taken = [time / unit for time in seconds(calls, args.rounds)]
-        for name, time in zip(names, taken):
-            print(f"{name:<34}{time:>8.3f} s")
-        return taken
-
-    ours, stock = compare(
-        [f"{name} ({unet.num_parameters() / 1e6:.1f} million)" for name, unet in zip(BUILDERS, unets)],
-        [lambda unet=unet: evaluate(unet, sample) for unet in unets],
-    )
-    print(f"  {stock / ours:.2f} times UNet2DModel's speed")
-    memory = [peak_memory(name, args) for name in BUILDERS]
-    print(f"  peak memory {memory[0]:.2f} GB, UNet2DModel's {memory[1]:.2f} GB")
-
-    forward, gradient = compare(
-        ["classifier, forward", "classifier, gradient"],
-        [
-            torch.inference_mode()(lambda: classifier(sample, timestep)),
-            lambda: classifier_gradient(classifier, sample, timestep, labels),
-        ],
-    )
-    print(f"  the gradient takes {gradient / forward:.2f} forward passes")
-
-    pipeline = ClassifierGuidedPipeline(unets[0], DDIMScheduler(), classifier)
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"class_labels": labels, "num_inference_steps": args.steps, "output_type": "latent"}
-    unguided, guided = compare(
-        ["step, unguided", "step, guided"],
-        [lambda scale=scale: pipeline(guidance_scale=scale, **call) for scale in (0.0, 1.0)],
-        args.steps,
-    )
-    print(f"  a guided step takes {guided / unguided:.2f} unguided ones")
-
-    operations = args.batch_size * measure(unets[0])[0]
-    side = 2048
-    factors = torch.randn(2, side, side, device=device)
-    (product,) = seconds([lambda: factors[0] @ factors[1]], 2 * args.rounds)
-    speed = 2 * side**3 / product
-    ideal = operations / speed
-    print(
-        f"{operations / 1e9:.0f} GFLOPs an evaluation; a matrix product of {side} runs at {speed / 1e9:.0f}"
-        f" GFLOPs a second.\nAt that speed the UNet would take {ideal:.3f} s, {ideal / ours:.0%} of what it takes. Its"
-        " operations take"
-    )
-    for part, time in times_of_parts(unets[0], sample).items():
-        print(f"  {part:<32}{time:>8.3f} s{time / ours:>8.0%}")
+    total = compare_unets(unets, sample, args.rounds)
+    unet = unets["ADMUNet2DModel"]
+    compare_guidance(unet, sample, args.rounds, args.steps)
+    print_parts(unet, sample, args.rounds, total)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,44 @@
-"""Times of calls that are compared."""
+"""Times and memory of what is compared."""
 
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 
 
-def seconds(calls: list[Callable], rounds: int) -> list[float]:
-    """Median time of each call; they take turns."""
+def median_seconds(calls: list[Callable], rounds: int) -> list[float]:
+    """Returns the median time of each call. The calls take turns."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for call, taken in zip(calls, times):
+        for call, own_times in zip(calls, times):
             started = time.perf_counter()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
+            own_times.append(time.perf_counter() - started)
+    return [statistics.median(own_times) for own_times in times]
+
+
+def peak_memory_bytes() -> int:
+    """Returns the peak memory of this process, on its GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def last_line_of(module: str, words: list[str]) -> str:
+    """
+    Runs a module as a process of its own, and returns the last line that it prints.
+
+    Args:
+        module: Name of the module.
+        words: Words of its command line.
+    """
+    run = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
+    if run.returncode != 0:
+        sys.exit(run.stderr)
+    return run.stdout.splitlines()[-1]

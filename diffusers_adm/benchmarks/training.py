@@ -1,4 +1,4 @@
-"""Images a second and peak memory of training, against a plain loop: `python -m diffusers_adm.benchmarks.training`.
+"""Images per second and peak memory of training, against a plain loop: `python -m diffusers_adm.benchmarks.training`.
 
 Each measurement is a process of its own, and the two loops take turns. Both read the same images, in the same precision.
 The suite's is `train_unet.py` itself. The plain one has an optimizer that goes from tensor to tensor, a moving average that
@@ -7,10 +7,8 @@ does too, and attention of separate matrix products.
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
+from diffusers_adm.benchmarks.timing import last_line_of, peak_memory_bytes
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.training import train_unet
@@ -41,50 +40,61 @@ NUM_CLASSES = 10
 
 
 def main() -> None:
-    """Measures all, and prints a table."""
+    """Compares the two loops in all configurations, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6, help="Measured in a row, after as many that are not.")
-    parser.add_argument("--rounds", type=int, default=3, help="Of both loops in turn; the median counts.")
-    parser.add_argument("--mixed_precision", default="bf16")
+    parser.add_argument(
+        "--steps",
+        metavar="INT",
+        type=int,
+        default=6,
+        help="Number of steps that are timed, after as many that are not.",
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="INT",
+        type=int,
+        default=3,
+        help="Number of rounds, in which both loops take turns. The median counts.",
+    )
+    parser.add_argument("--mixed_precision", metavar="TYPE", default="bf16", help="no, fp16 or bf16. Default: bf16.")
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # of a process that measures
     parser.add_argument("--configuration", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loop is not None:
-        json.dump(measure(args), sys.stdout)
+        json.dump(run_loop(args.loop, args.configuration, args.folder, args.steps, args.mixed_precision), sys.stdout)
         return
 
     print(f"{args.steps} steps, median of {args.rounds} rounds, precision {args.mixed_precision}")
     print(f"{'':<30}{'loop':<8}{'images/s':>10}{'memory GB':>11}{'loading alone, images/s':>25}")
     for configuration in CONFIGURATIONS:
-        results: dict[str, list[dict]] = {loop: [] for loop in LOOPS}
-        with tempfile.TemporaryDirectory() as folder:
-            save_images(Path(folder) / "images", 28 if "32x32" in configuration else 80)
-            for _ in range(args.rounds):
-                for loop in LOOPS:
-                    words = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--loop", loop]
-                    words += ["--configuration", configuration, "--folder", folder]
-                    run = subprocess.run(words, capture_output=True, text=True)
-                    if run.returncode != 0:
-                        sys.exit(run.stderr)
-                    results[loop].append(json.loads(run.stdout.splitlines()[-1]))
-        median = {
-            loop: {name: statistics.median(result[name] for result in rounds) for name in rounds[0]}
-            for loop, rounds in results.items()
-        }
-        for loop in LOOPS:
-            row = median[loop]
+        plain, suite = compare_loops(configuration, args.rounds)
+        for loop, row in (("plain", plain), ("suite", suite)):
             print(
                 f"{configuration:<30}{loop:<8}{row['images_per_second']:>10.1f}{row['memory_gb']:>11.2f}"
                 f"{row['loaded_per_second']:>25.0f}"
             )
-        ratio = median["suite"]["images_per_second"] / median["plain"]["images_per_second"]
-        memory = median["suite"]["memory_gb"] / median["plain"]["memory_gb"]
-        print(f"{'':<30}{'ratio':<8}{ratio:>10.2f}{memory:>11.2f}")
+        speed = suite["images_per_second"] / plain["images_per_second"]
+        print(f"{'':<30}{'ratio':<8}{speed:>10.2f}{suite['memory_gb'] / plain['memory_gb']:>11.2f}")
+
+
+def compare_loops(configuration: str, rounds: int) -> list[dict[str, float]]:
+    """Returns the median figures of each loop. Each run is a process of its own with this process's options."""
+    results: dict[str, list[dict]] = {loop: [] for loop in LOOPS}
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(Path(folder) / "images", 28 if "32x32" in configuration else 80)
+        for _ in range(rounds):
+            for loop, own_results in results.items():
+                words = ["--loop", loop, "--configuration", configuration, "--folder", folder]
+                own_results.append(json.loads(last_line_of(__spec__.name, [*sys.argv[1:], *words])))
+    return [
+        {name: statistics.median(result[name] for result in own_results) for name in own_results[0]}
+        for own_results in results.values()
+    ]
 
 
 def save_images(folder: Path, size: int) -> None:
-    """A parquet file of images of noise, coloured, in ten classes."""
+    """Writes a parquet file of coloured images of noise in ten classes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     images = [PILImage.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(2048)]
@@ -93,25 +103,29 @@ def save_images(folder: Path, size: int) -> None:
     Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(folder / "train.parquet")
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Images a second and peak memory of one loop, and how many images the loader would give if nothing else were done."""
-    output = args.folder / "output"
-    words = f"--dataset_name {args.folder / 'images'} --cache_dir {args.folder / 'cache'} --output_dir {output} --ema_decay 0.9"
-    words += (
-        f" {CONFIGURATIONS[args.configuration]} --mixed_precision {args.mixed_precision} --num_validation_images 1"
-    )
-    words += f" --max_train_steps {2 * args.steps} --logging_steps {args.steps}"
+def run_loop(loop: str, configuration: str, folder: Path, steps: int, mixed_precision: str) -> dict[str, float]:
+    """
+    Runs one loop, and returns its images per second and peak memory, and the images per second of its loader alone.
+
+    Args:
+        loop: One of `LOOPS`.
+        configuration: Name in `CONFIGURATIONS`.
+        folder: Folder of the images.
+        steps: Number of steps that are timed, after as many that are not.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+    """
+    output = folder / "output"
+    words = f"--dataset_name {folder / 'images'} --cache_dir {folder / 'cache'} --output_dir {output} --ema_decay 0.9"
+    words += f" {CONFIGURATIONS[configuration]} --mixed_precision {mixed_precision} --num_validation_images 1"
+    words += f" --max_train_steps {2 * steps} --logging_steps {steps}"
     options = train_unet.parse_args(words.split())
-    if args.loop == "suite":
+    if loop == "suite":
         train_unet.main(options)
         result = {"images_per_second": read_metrics(output / "metrics.jsonl")[-1]["images_per_second"]}
         shutil.rmtree(output)
     else:
-        result = {"images_per_second": plain_loop(options, args.steps)}
-    if torch.cuda.is_available():
-        result["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        result["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        result = {"images_per_second": plain_loop(options, steps)}
+    result["memory_gb"] = peak_memory_bytes() / 2**30
     images, _ = load_images_of(options)
     start = time.perf_counter()
     for _ in DataLoader(images, batch_size=options.train_batch_size):
@@ -121,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def plain_loop(options: argparse.Namespace, steps: int) -> float:
-    """Images a second of a loop as one would write it down first."""
+    """Returns the images per second of a straightforward loop."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     images, _ = load_images_of(options)
     unet = build_unet(options, NUM_CLASSES)

@@ -1,6 +1,7 @@
-"""Arrays in `.npz` files, read and written block by block: neither needs the memory of a whole array."""
+"""Arrays in `.npz` files. They are read and written block by block, without holding a whole array in memory."""
 
 import contextlib
+import json
 import lzma
 import os
 import zipfile
@@ -17,11 +18,11 @@ from diffusers_adm.atomic_files import atomic_write
 @dataclass
 class Rows:
     """
-    An array that comes in blocks.
+    Array that comes in blocks.
 
     Args:
-        shape: Of the whole, the number of rows first.
-        dtype: Its type.
+        shape: Shape of the whole array, the number of rows first.
+        dtype: Data type.
         blocks: Arrays of some rows each.
     """
 
@@ -32,13 +33,13 @@ class Rows:
 
 class NpzFile:
     """
-    The arrays of an `.npz` file.
+    Arrays of an `.npz` file.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Raises:
-        ValueError: If it is no such file, or is cut off.
+        ValueError: If it is no `.npz` file, or is cut off.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -51,7 +52,7 @@ class NpzFile:
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         """
-        Shape and type of an array.
+        Returns the shape and the data type of an array.
 
         Raises:
             ValueError: If there is no such array, or it holds objects.
@@ -60,13 +61,13 @@ class NpzFile:
             return shape, dtype
 
     def checksum(self, name: str) -> int:
-        """That of an array, which the file holds beside it."""
+        """Returns the checksum that the file holds for an array."""
         with self._reading(), zipfile.ZipFile(self.path) as archive:
             return archive.getinfo(name + ".npy").CRC
 
     def read(self, name: str) -> np.ndarray:
         """
-        All of an array.
+        Returns a whole array.
 
         Raises:
             ValueError: If there is no such array, it holds objects, or is cut off.
@@ -77,7 +78,7 @@ class NpzFile:
 
     def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """
-        An array in blocks of `rows` rows, of which the last may have fewer.
+        Yields an array in blocks of `rows` rows. The last block may have fewer.
 
         Raises:
             ValueError: If there is no such array, it holds objects, or is cut off.
@@ -89,7 +90,14 @@ class NpzFile:
                 data = member.read(count * row_bytes)
                 if len(data) < count * row_bytes:
                     raise ValueError(f"{self.path}: {name} is cut off after {start} of {shape[0]} rows.")
-                yield np.frombuffer(data, dtype).reshape(count, *shape[1:]).copy()  # what is written to it stays here
+                yield np.frombuffer(data, dtype).reshape(count, *shape[1:]).copy()  # writable
+
+    def metadata(self) -> dict:
+        """Returns the record that `sample` or `make-reference` wrote. It is empty for files of other programs."""
+        with contextlib.suppress(ValueError):
+            record = json.loads(str(self.read("metadata"))) if "metadata" in self else {}
+            return record if isinstance(record, dict) else {}
+        return {}
 
     @contextlib.contextmanager
     def _opened(self, name: str):
@@ -120,10 +128,14 @@ class NpzFile:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
     """
-    Writes arrays that `np.load` reads, those that come in blocks as they come. The file is there whole or not at all.
+    Writes arrays that `np.load` reads, block by block. The file is there whole or not at all.
+
+    Args:
+        path: Path of the file.
+        arrays: Arrays by their names.
 
     Raises:
-        ValueError: If blocks are not of the shape or type that was promised.
+        ValueError: If blocks do not have the announced shape or data type.
     """
     with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, array in arrays.items():

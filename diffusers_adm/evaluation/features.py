@@ -13,17 +13,19 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 
 INCEPTION = "inception-v3-compat"
-# What sFID takes of the network's 192 x 17 x 17 features [Nash et al. 2021, arXiv 2103.03841].
+# Channels of the network's 192 x 17 x 17 features that sFID uses [Nash et al. 2021, arXiv 2103.03841].
 SPATIAL_CHANNELS = 7
 
 
 @dataclass
 class Features:
     """
+    Features of images.
+
     Args:
         pooled: `(images, features)`.
-        spatial: `(images, spatial features)`, or `None` where the extractor has none.
-        logits: `(images, classes)`, or `None` where it knows no classes.
+        spatial: `(images, spatial features)`, or `None` if the extractor has none.
+        logits: `(images, classes)`, or `None` if the extractor knows no classes.
     """
 
     pooled: torch.Tensor
@@ -32,27 +34,27 @@ class Features:
 
     @staticmethod
     def joined(batches: list["Features"]) -> "Features":
-        """All batches as one."""
+        """Concatenates batches."""
         columns = ([getattr(batch, field.name) for batch in batches] for field in fields(Features))
         return Features(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class FeatureExtractor:
     """
-    One of torch-fidelity's feature extractors, or one that was registered by `torch_fidelity.register_feature_extractor`.
+    Feature extractor of torch-fidelity, or one that was registered by `torch_fidelity.register_feature_extractor`.
 
-    A registered one says by `get_default_feature_layer_for_metric` which of its features stand for `"fid"`, and, where it
-    classifies, for `"isc"`; one that it provides as `"spatial"` stands for sFID. Of Inception, those are the first seven
-    channels of the first branch of the fourth block at 17 x 17, rows before columns before channels, as the published
-    evaluator reads them.
+    The method `get_default_feature_layer_for_metric` of a registered extractor names its features for `"fid"` and, if it
+    classifies, for `"isc"`. Its features called `"spatial"` are used for sFID. Inception's spatial features are the first
+    seven channels of the first branch of the fourth block at 17 x 17, rows before columns before channels, as in the
+    published evaluator.
 
     Args:
-        name: It is registered under; `"inception-v3-compat"` is the published evaluator's.
-        weights_path: File of its weights. By default they are fetched, or read from torch's cache.
-        device: To run on.
+        name: Name in the registry. `"inception-v3-compat"` is the published evaluator's.
+        weights_path: File of the weights. By default they are downloaded, or read from torch's cache.
+        device: Device of the network.
 
     Raises:
-        ValueError: If there is no extractor of that name, or the file is not of its weights.
+        ValueError: If there is no extractor of that name, or the file does not hold its weights.
         OSError: If the weights cannot be fetched.
     """
 
@@ -88,7 +90,7 @@ class FeatureExtractor:
 
     @property
     def has_logits(self) -> bool:
-        """Whether it knows classes."""
+        """Whether the extractor knows classes."""
         return "logits" in self._layers
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -97,11 +99,13 @@ class FeatureExtractor:
     @torch.no_grad()
     def __call__(self, images: np.ndarray | torch.Tensor) -> Features:
         """
+        Returns the features of images.
+
         Args:
-            images: `(images, height, width, 1 or 3)`, 8-bit; grey ones are shown to the network as colour.
+            images: `(images, height, width, 1 or 3)`, 8-bit. Grey images are repeated to three channels.
 
         Raises:
-            ValueError: If they are of another shape or type.
+            ValueError: If the images have another shape or type.
         """
         images = torch.as_tensor(images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -109,20 +113,19 @@ class FeatureExtractor:
                 f"Images must be 8-bit, (images, height, width, 1 or 3): they are {images.dtype} {tuple(images.shape)}."
             )
         pixels = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(self.device)  # (images, 3, height, width)
-        found = dict(zip(self._layers, self.network(pixels.contiguous())))
+        features = dict(zip(self._layers, self.network(pixels.contiguous())))
         spatial, self._spatial = self._spatial, None
-        return Features(found["pooled"], found.get("spatial", spatial), found.get("logits"))
+        return Features(features["pooled"], features.get("spatial", spatial), features.get("logits"))
 
 
 def spatial_features(maps: torch.Tensor) -> torch.Tensor:
-    """The features of sFID: from `(images, channels, height, width)` to `(images, height * width * 7)`."""
+    """Returns the features of sFID: from `(images, channels, height, width)` to `(images, height * width * 7)`."""
     return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 def register_from(path: str | Path) -> None:
     """
-    Runs a Python file that registers feature extractors. While it runs its imports are looked for beside it too, as a
-    script's are.
+    Runs a Python file that registers feature extractors. It can import modules from its own folder, as a script can.
 
     Raises:
         ValueError: If there is no such file.
@@ -140,7 +143,7 @@ def register_from(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _weights_only():
-    """Forbids torch to load anything but weights, wherever it is asked to."""
+    """Restricts every `torch.load` to weights."""
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:

@@ -1,4 +1,4 @@
-"""Plots of figures."""
+"""Plots of metrics and of terms of the likelihood."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusers_adm.atomic_files import atomic_write
 Line = tuple[list[float], list[float]]
 
 
-MARKERS = "osD^vPX*<>p"  # of another number than colours, so that both repeat together late
+MARKERS = "osD^vPX*<>p"  # their number is coprime to that of the colours, so that pairs repeat late
 FEW_POINTS = 30
 
 
@@ -22,11 +22,11 @@ def save_lines(
     Draws panels side by side, in rows of three, with one legend below all.
 
     Args:
-        path: Of the picture, PNG.
-        panels: Of each: what is on its vertical axis, what on its horizontal one, and its lines by their names, the same in
-            all panels.
-        log_scale: Of the vertical axes.
-        top: Where the vertical axes end; what is above is cut off.
+        path: Path of the picture, PNG.
+        panels: Per panel, the labels of the vertical and of the horizontal axis, and the lines by their names, which are the
+            same in all panels.
+        log_scale: Whether the vertical axes are logarithmic.
+        top: Upper end of the vertical axes.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)

@@ -1,4 +1,4 @@
-"""Work on many images that is dealt to processes batch by batch, and goes on where it was stopped."""
+"""Work on many images that is divided among processes batch by batch, and continues after interruptions."""
 
 import contextlib
 import hashlib
@@ -15,26 +15,26 @@ from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.npz import NpzFile, write_npz
 
 
-# Settings that change nothing of what is computed.
+# Settings that do not change the results.
 FOR_THE_RECORD = {"model"}
 
 
 class Shards:
     """
-    A folder with one file for each batch of image numbers: batch k is of the images from k * batch_size on.
+    Folder with one file for each batch of image numbers. Batch k begins with image k * batch_size.
 
-    A batch is always of the same numbers and of the same size, whatever process works on it, and whatever the number of
-    images: what is computed of an image depends neither on the processes nor on interruptions.
+    A batch always has the same numbers and the same size, for any process and any number of images. So the results of an
+    image depend neither on the processes nor on interruptions.
 
     Args:
-        folder: Of the run; made if it does not exist.
-        settings: Of the run; the folder keeps them, and takes no other run's batches.
-        num_images: How many are wanted.
-        batch_size: Images of a batch.
-        state: The processes of the run, which must all see the folder.
+        folder: Folder of the run, which is made if it does not exist.
+        settings: Settings of the run. The folder keeps them, and refuses the batches of other settings.
+        num_images: Number of images.
+        batch_size: Number of images per batch.
+        state: Processes of the run, which must all see the folder.
 
     Raises:
-        ValueError: If the folder is of a run of other settings, or holds other files.
+        ValueError: If the folder belongs to a run of other settings, or holds other files.
     """
 
     def __init__(self, folder: Path, settings: dict, num_images: int, batch_size: int, state: PartialState):
@@ -45,16 +45,16 @@ class Shards:
         self.batch_size = batch_size
         self.state = state
         self.settings = json.loads(json.dumps({**settings, "batch_size": batch_size}, default=as_plain))
-        # A refusal must reach all processes, or the others would wait for ever.
-        refusal = [None]
+        # An error must reach all processes, or the others would wait for ever.
+        message = [None]
         if state.is_main_process:
             try:
                 self._claim()
             except ValueError as error:
-                refusal = [str(error)]
-        broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise ValueError(refusal[0])
+                message = [str(error)]
+        broadcast_object_list(message)
+        if message[0] is not None:
+            raise ValueError(message[0])
 
     def _claim(self) -> None:
         path = self.folder / "settings.json"
@@ -78,40 +78,40 @@ class Shards:
 
     @property
     def num_batches(self) -> int:
-        """How many there are."""
+        """Number of batches."""
         return -(-self.num_images // self.batch_size)
 
     def numbers(self, batch: int) -> range:
-        """The images of a batch."""
+        """Returns the numbers of the images of a batch."""
         return range(batch * self.batch_size, (batch + 1) * self.batch_size)
 
     def path(self, batch: int) -> Path:
-        """The file of a batch."""
+        """Returns the path of a batch's file."""
         return self.folder / "shards" / f"{batch:06d}.npz"
 
     def missing(self) -> list[int]:
-        """The batches that are not there yet."""
+        """Returns the batches whose files are missing."""
         return [batch for batch in range(self.num_batches) if not self.path(batch).is_file()]
 
-    def dealt(self) -> list[int]:
-        """This process's share of the missing batches."""
+    def assigned(self) -> list[int]:
+        """Returns this process's share of the missing batches."""
         missing = [self.missing()]
         broadcast_object_list(missing)  # what the main process saw: others may finish one meanwhile
         return missing[0][self.state.process_index :: self.state.num_processes]
 
     def save(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
-        """Keeps what was computed of a batch, `(batch_size, ...)` each."""
+        """Writes the results of a batch, `(batch_size, ...)` each."""
         write_npz(self.path(batch), arrays)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """What was computed of all images, batch by batch, without what is beyond the last image."""
+        """Yields the results of all images, batch by batch, without those beyond the last image."""
         for batch in range(self.num_batches):
             yield NpzFile(self.path(batch)).read(name)[: self.num_images - batch * self.batch_size]
 
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """One thread a process on a CPU, where the number of threads changes the order of sums, and so the last bits."""
+    """Restricts a process on a CPU to one thread, because the number of threads changes the order of sums, and the last bits."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -122,13 +122,13 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 def image_generator(seed: int, number: int, purpose: int = 0) -> torch.Generator:
-    """The random numbers of one image of a run, apart from all others."""
+    """Returns the random numbers of one image of a run, independent of those of other images."""
     (mixed,) = np.random.SeedSequence((seed, number, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed) >> 1)  # torch takes signed numbers
 
 
 def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
-    """What tells weights from others."""
+    """Returns a hash of all weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, module in sorted(modules.items()):
         if isinstance(module, torch.nn.Module):
@@ -139,5 +139,5 @@ def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
 
 
 def as_plain(value):
-    """A number or a list of what is neither for JSON."""
+    """Converts a value that JSON does not know to a number, a list or a text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

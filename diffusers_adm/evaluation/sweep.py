@@ -1,39 +1,22 @@
-"""The trade-off between fidelity and diversity: metrics over guidance scales, steps, schedulers (Dhariwal & Nichol 2021,
+"""Trade-off between fidelity and diversity: metrics over guidance scales, steps and schedulers (Dhariwal & Nichol 2021,
 arXiv 2105.05233, section 4.3 and Table 4)."""
 
-import argparse
-import csv
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from diffusers_adm.atomic_files import atomic_write, write_json
+from diffusers_adm.atomic_files import write_json
+from diffusers_adm.data.image_sets import NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.image_sets import NpzImages, add_image_set_arguments, check_changes
-from diffusers_adm.evaluation.metrics import (
-    METRICS,
-    Summary,
-    add_extractor_arguments,
-    check_shape,
-    compare,
-    extractor_from,
-    metric_label,
-    summarise,
-    summarise_reference,
-)
+from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines
-from diffusers_adm.evaluation.sampling import (
-    SCHEDULERS,
-    add_model_arguments,
-    call_options,
-    draw_samples,
-    load_pipeline,
-    option_type,
-    set_scheduler,
-)
+from diffusers_adm.evaluation.report import metric_label, write_tables
+from diffusers_adm.evaluation.sampling import draw_samples
+from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
 from diffusers_adm.evaluation.shards import weights_digest
 from diffusers_adm.launch import join_processes
 
@@ -41,185 +24,143 @@ from diffusers_adm.launch import join_processes
 PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall")
 
 
-def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sweep`."""
-    parser.add_argument("reference", help="Reference batch (.npz), or images, as of evaluate.")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="Folder of the sweep: new, or of one to go on with."
-    )
-    parser.add_argument("--num_samples", type=int, default=2000, help="Of each point (default: %(default)s).")
-    parser.add_argument("--labels", default="random", help="As of sample.")
-    parser.add_argument("--low_res", metavar="FILE", default=None, help="As of sample.")
-    add_model_arguments(parser)
-    group = parser.add_argument_group(
-        "points", "One value or more of each; every combination is a point. Where not given, the pipeline's own."
-    )
-    group.add_argument("--scheduler", nargs="+", choices=sorted(SCHEDULERS), default=[None])
-    for name in call_options():
-        group.add_argument(f"--{name}", nargs="+", type=option_type(name), default=argparse.SUPPRESS, metavar="VALUE")
-    add_extractor_arguments(parser)
-    add_image_set_arguments(parser)
-
-
-def sweep(args: argparse.Namespace) -> None:
+class PointEvaluator:
     """
-    Draws and measures samples at each point, and writes `results.csv`, `results.md`, `results.json` and the paper's plots
-    into `args.output`. Points that were measured already are not measured again; all processes of a launch draw.
+    Computes the metrics of samples against a reference. They are kept beside the samples, and computed again only for
+    another reference or extractor.
 
     Args:
-        args: Parsed `add_sweep_arguments`.
-
-    Raises:
-        ValueError: If a point cannot be drawn, or measured against the reference.
+        reference: Summary of the reference.
+        extractor: Extractor of the features.
+        batch_size: Number of images per batch.
+        judged: Whether to add the share of samples whose label is the extractor's most likely class, as `"accuracy"`.
     """
-    check_changes(args, args.reference)
+
+    def __init__(self, reference: Summary, extractor: FeatureExtractor, batch_size: int = 64, judged: bool = False):
+        self.reference = reference
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.judged = judged
+        digest = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes())
+        if reference.features is not None:
+            digest.update(reference.features.pooled.cpu().numpy().tobytes())
+        self.key = {
+            "feature_extractor": extractor.name,
+            "weights": weights_digest({"extractor": extractor.network}),
+            "reference": digest.hexdigest(),
+            "judged": judged,
+        }
+
+    def __call__(self, samples: Path) -> dict:
+        """
+        Returns the metrics of samples, their settings and notes.
+
+        Args:
+            samples: `.npz` file.
+        """
+        path = samples.with_name(f"metrics_{samples.stem}.json")
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == self.key:
+                return kept
+        images = NpzImages(samples, labelled=self.judged)
+        summary = summarise(images, self.extractor, self.batch_size)
+        result = {**compare(self.reference, summary, self.extractor.name).as_dict(), "key": self.key}
+        if self.judged:
+            right = summary.features.logits.argmax(dim=1).cpu() == torch.from_numpy(images.labels)
+            result["metrics"]["accuracy"] = right.double().mean().item()
+        write_json(path, result)
+        return result
+
+
+def sweep_points(
+    pipeline: SamplingPipeline, axes: dict[str, list], folder: Path, evaluate: Callable[[Path], dict] | None, **run
+) -> list[dict]:
+    """
+    Draws and evaluates samples at every combination of some options, and writes `results.csv`, `results.md`, `results.json`
+    and the paper's plots. Points that were evaluated before are not evaluated again. All processes of a launch draw.
+
+    Args:
+        pipeline: Pipeline on this process's device.
+        axes: Values of each option of the pipeline's call, and of `"scheduler"`, names in `SCHEDULERS` or `None`.
+        folder: Folder of the sweep, on a disk that all processes see.
+        evaluate: [`PointEvaluator`] of the main process.
+        run: Further arguments of [`draw_samples`].
+
+    Returns:
+        The results of the main process.
+    """
     state = join_processes()
-    folder = Path(args.output)
-    axes = {"scheduler": args.scheduler}
-    axes |= {name: getattr(args, name) for name in call_options() if hasattr(args, name)}
-    pipeline = load_pipeline(args, state.device)
     stock_scheduler = pipeline.scheduler
-    if args.scheduler == [None]:
-        axes["scheduler"] = [type(stock_scheduler).__name__.removesuffix("Scheduler")]
+    if axes.get("scheduler", [None]) == [None]:
+        axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    if state.is_main_process:
-        extractor = extractor_from(args)
-        reference = summarise_reference(args.reference, extractor, args, args.feature_batch_size)
-        config = pipeline.unet.config
-        check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:
             print(f"Point {number + 1} of {len(points)}: {described(point)}", flush=True)
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        samples = draw_samples(
-            pipeline,
-            folder / "points" / folder_name(point),
-            num_images=args.num_samples,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            labels=args.labels,
-            call={name: value for name, value in point.items() if name != "scheduler"},
-            low_res=args.low_res,
-            model_name=args.model,
-        )
+        call = {name: value for name, value in point.items() if name != "scheduler"}
+        samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call, **run)
         if state.is_main_process:
-            results.append({"point": point, **measure(samples, reference, extractor, args.feature_batch_size)})
+            results.append({"point": point, **evaluate(samples)})
             write_tables(folder, results)
         state.wait_for_everyone()
     if state.is_main_process:
-        plot(folder / "trade-off.png", results, axes)
-        print((folder / "results.md").read_text(encoding="utf-8"))
+        plot_trade_off(folder / "trade-off.png", results, axes)
+    return results
 
 
 def folder_name(point: dict) -> str:
-    """Of a point: readable, and its own."""
+    """Returns a readable and unique name for a point."""
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'_'.join(str(value).replace('/', '-') for value in point.values())[:80]}_{digest}"
 
 
 def described(point: dict) -> str:
-    """A point in words."""
+    """Returns a point in words."""
     return ", ".join(f"{name} {value}" for name, value in point.items())
 
 
-def measure(
-    samples: Path, reference: Summary, extractor: FeatureExtractor, batch_size: int, judged: bool = False
-) -> dict:
+def is_number(value) -> bool:
+    """Returns whether a value has a place on an axis."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plot_trade_off(path: Path, results: list[dict], axes: dict[str, list]) -> None:
     """
-    The metrics of a point's samples; those beside them are taken if they are of the same reference and extractor.
+    Draws each metric against the guidance scale, or against the first option of several numbers, and precision against
+    recall.
 
     Args:
-        samples: `.npz` file.
-        reference: To measure against.
-        extractor: Of features.
-        batch_size: Images at once.
-        judged: Whether to count the samples whose label is the extractor's most likely class, as `"accuracy"`.
+        path: Path of the picture, PNG.
+        results: Results of [`sweep_points`].
+        axes: Values of each option.
     """
-    kept = samples.with_name(f"metrics_{samples.stem}.json")
-    digest = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes())
-    if reference.features is not None:
-        digest.update(reference.features.pooled.cpu().numpy().tobytes())
-    key = {
-        "feature_extractor": extractor.name,
-        "weights": weights_digest({"extractor": extractor.network}),
-        "reference": digest.hexdigest(),
-        "judged": judged,
-    }
-    if kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["key"] == key:
-            return found
-    images = NpzImages(samples, labelled=judged)
-    summary = summarise(images, extractor, batch_size)
-    found = {**compare(reference, summary, extractor.name).as_dict(), "key": key}
-    if judged:
-        right = summary.features.logits.argmax(dim=1).cpu() == torch.from_numpy(images.labels)
-        found["metrics"]["accuracy"] = right.double().mean().item()
-    write_json(kept, found)
-    return found
-
-
-def write_tables(folder: Path, results: list[dict]) -> None:
-    """Writes the points so far as `results.json`, `results.csv` and `results.md`."""
-    write_json(folder / "results.json", results)
-    settings = results[0]["settings"]
-    extractor = settings["feature_extractor"]
-    metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
-    header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
-    rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
-    with atomic_write(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    cells = [
-        [*map(str, result["point"].values()), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)]
-        for result in results
-    ]
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
-    reference = settings["reference"]
-    lines += [
-        "",
-        f"Features: {extractor}. {settings['samples']['num_images']} samples a point; reference: {Path(reference['name']).name},"
-        f" statistics of {reference['num_images'] or '?'} images, {reference['num_neighbours']} neighbours.",
-    ]
-    with atomic_write(folder / "results.md") as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def plot(path: Path, results: list[dict], axes: dict[str, list]) -> None:
-    """Each metric against the guidance scale, or against the first axis of several numbers; precision against recall."""
     extractor = results[0]["settings"]["feature_extractor"]
     metrics = [metric for metric in PLOTTED if all(metric in result["metrics"] for result in results)]
     several = [name for name, values in axes.items() if len(values) > 1]
-    numbers = [
-        name
-        for name in several
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in axes[name])
-    ]
+    numbers = [name for name in several if all(map(is_number, axes[name]))]
     if not numbers:
-        path.unlink(missing_ok=True)  # of a sweep of other axes
+        path.unlink(missing_ok=True)  # of a sweep of other options
         return
     horizontal = "guidance_scale" if "guidance_scale" in numbers else numbers[0]
-    lines: dict[str, list[dict]] = {}
-    for result in results:
+    groups: dict[str, list[dict]] = {}
+    for result in sorted(results, key=lambda result: result["point"][horizontal]):
         others = {name: result["point"][name] for name in several if name != horizontal}
-        lines.setdefault(described(others), []).append(result)
+        groups.setdefault(described(others), []).append(result)
 
-    def line(found: list[dict], x: str | None, y: str) -> Line:
-        found = sorted(found, key=lambda result: result["point"][horizontal])
-        xs = [result["point"][horizontal] if x is None else result["metrics"][x] for result in found]
-        return xs, [result["metrics"][y] for result in found]
+    def lines(vertical: str, x: str | None = None) -> dict[str, Line]:
+        return {
+            name: (
+                [result["point"][horizontal] if x is None else result["metrics"][x] for result in group],
+                [result["metrics"][vertical] for result in group],
+            )
+            for name, group in groups.items()
+        }
 
-    panels = [
-        (
-            metric_label(metric, extractor),
-            horizontal,
-            {name: line(found, None, metric) for name, found in lines.items()},
-        )
-        for metric in metrics
-    ]
+    panels = [(metric_label(metric, extractor), horizontal, lines(metric)) for metric in metrics]
     if "recall" in metrics:
-        panels.append(
-            ("precision", "recall", {name: line(found, "recall", "precision") for name, found in lines.items()})
-        )
+        panels.append(("precision", "recall", lines("precision", "recall")))
     save_lines(path, panels)

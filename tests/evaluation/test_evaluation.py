@@ -1,6 +1,5 @@
 """Metrics against closed forms and direct computations; reference batches; what is refused."""
 
-import argparse
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from torch_fidelity import FeatureExtractorInceptionV3
 
+from diffusers_adm.data.image_sets import open_images
 from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation import (
     FeatureExtractor,
@@ -27,7 +27,6 @@ from diffusers_adm.evaluation import (
     summarise,
 )
 from diffusers_adm.evaluation.features import INCEPTION, spatial_features
-from diffusers_adm.evaluation.image_sets import open_images
 
 
 # Where the published example is: Inception's weights as torch-fidelity keeps them, and two files of the paper's authors.
@@ -256,23 +255,18 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[number, ..., 0]).save(path)
             manifest.write("{}\n")
-    args = argparse.Namespace(
-        split="train", resolution=None, source_resolution=None, in_channels=None, crop="center", image_column=None, label_column=None,
-        label_from="column", dataset_config_name=None, dataset_revision=None, data_files=None, cache_dir=None,
-        streaming=False, train_data_dir=None,
-    )  # fmt: skip
     extractor = FeatureExtractor(DIGITS)
-    as_drawn = summarise(open_images(tmp_path / "png", args, labelled=True), extractor)
+    as_drawn = summarise(open_images(tmp_path / "png", labelled=True), extractor)
     assert torch.equal(as_drawn.features.pooled, extractor(images).pooled) and as_drawn.mixed
-    alone = summarise(open_images(tmp_path / "png", args), extractor, keep=False)
+    alone = summarise(open_images(tmp_path / "png"), extractor, keep=False)
     assert alone.features is None and np.array_equal(alone.gaussian.covariance, as_drawn.gaussian.covariance)
     picture = next((tmp_path / "png").rglob("000000.png"))
     picture = picture.rename(picture.with_name("cat.png"))
     with pytest.raises(ValueError, match="called by their numbers: got .'cat'"):
-        open_images(tmp_path / "png", args)
+        open_images(tmp_path / "png")
     picture.rename(picture.with_name("000000.png"))
     (tmp_path / "png" / "manifest.jsonl").unlink()
-    by_class = open_images(tmp_path / "png", args, labelled=True)
+    by_class = open_images(tmp_path / "png", labelled=True)
     assert by_class.labels.tolist() == sorted(by_class.labels) and not by_class.mixed
     found = metrics.compare(as_drawn, summarise(by_class, extractor), DIGITS)
     assert any(note.startswith("IS: ") for note in found.notes)

@@ -1,6 +1,5 @@
 """Samples by the thousand, and sweeps: the same on any processes, after any interruption."""
 
-import argparse
 import csv
 import json
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from command_line import run
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from digit_features import NAME as DIGITS
@@ -21,11 +19,14 @@ from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUpsamplePipeline
+from diffusers_adm.benchmarks import sampling as bench_sampling
 from diffusers_adm.benchmarks.sampling import FAST_EVALUATIONS, Bench, evaluations
-from diffusers_adm.evaluation import bench_sampling, draw_samples
-from diffusers_adm.evaluation.sampling import SCHEDULERS, call_options, option_type, parse_value, set_scheduler
+from diffusers_adm.evaluation import draw_samples
+from diffusers_adm.evaluation.commands import option_type, parse_value
+from diffusers_adm.evaluation.schedulers import SCHEDULERS, set_scheduler
 from diffusers_adm.evaluation.shards import image_generator
 from diffusers_adm.launch import join_processes
+from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.solvers import GUIDED_SETTINGS
 
 
@@ -233,7 +234,7 @@ def test_schedulers_are_set_as_they_are_named():
 
 def test_whatever_a_call_takes_is_an_option():
     assert {"guidance_scale", "num_inference_steps", "timestep_respacing", "condition_unet", "eta"} <= set(
-        call_options()
+        SamplingOptions.recorded()
     )
     words = ["1", "-1.5", "true", "False", "none", "ddim25", "90,60", "1e-1", '{"schedule": "Linear"}']
     expected = [1, -1.5, True, False, None, "ddim25", "90,60", 0.1, {"schedule": "Linear"}]
@@ -300,7 +301,7 @@ def test_evaluations_are_counted():
 
 def test_bench_knows_the_steps_of_every_scheduler_within_its_evaluations():
     pipeline = tiny_pipeline(scheduler=tiny_scheduler())
-    bench = Bench(argparse.Namespace(output="."), PartialState(), pipeline, None, None)
+    bench = Bench(pipeline, None, Path())
     for name in SCHEDULERS:
         for count in FAST_EVALUATIONS[:2]:
             bench.set_scheduler(name)

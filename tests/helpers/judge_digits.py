@@ -14,7 +14,7 @@ from digit_classifier import load_digit_classifier
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
 from diffusers_adm.demo import ROWS
-from diffusers_adm.evaluation.sampling import set_scheduler
+from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.pipelines.cascade import draw_cascade
 
 

@@ -1,9 +1,8 @@
-"""Sets of images to measure or to measure against: `.npz` files, and whatever `datasets.load_dataset` reads."""
+"""Sets of images to evaluate, or to compare with: `.npz` files, and everything that `datasets.load_dataset` reads."""
 
-import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +13,49 @@ from diffusers_adm.data.image_modes import MODES, to_mode
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.npz import NpzFile
 from diffusers_adm.data.options import ImageSource
-from diffusers_adm.options import add_options, build_options
+from diffusers_adm.options import option, option_group
 
 
-def add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `open_images`; without those of size and channels images are taken as they are."""
-    parser.add_argument("--split", default="train", help="Of a dataset (default: %(default)s).")
-    add_options(parser, ImageSource, title="dataset", without=("dataset_name", "train_data_dir"))
-    add_options(parser, ImageFormat, title="image format", resolution=None, in_channels=None)
+@dataclass(frozen=True)
+class ImageSetOptions:
+    """Split, place and format of the images of a dataset. By default images keep their size and channels."""
+
+    split: str = option("train", help="Split of a dataset.")
+    source: ImageSource = option_group(ImageSource, "dataset")
+    format: ImageFormat = option_group(ImageFormat, "image format", resolution=None, in_channels=None)
+
+    def check(self, *sources: str | Path) -> None:
+        """
+        Checks that options which change images apply to some of the sources.
+
+        Raises:
+            ValueError: If all sources are `.npz` files, whose images are taken as they are.
+        """
+        given = [name for name in ("resolution", "source_resolution", "in_channels") if getattr(self.format, name)]
+        if given and all(Path(source).suffix == ".npz" for source in sources):
+            raise ValueError(
+                f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."
+            )
 
 
 class NpzImages:
     """
-    The images of an `.npz` file: `arr_0` `(images, height, width, channels)` uint8 and, if it is there, `arr_1`, the labels.
+    Images of an `.npz` file: `arr_0`, `(images, height, width, channels)` uint8, and optionally `arr_1`, their labels.
 
     Attributes:
-        name: Where the images come from.
-        num_images: How many there are.
-        shape: `(height, width, channels)` of each.
-        labels: Class of each, `(num_images,)`, or `None`; where they were asked for.
-        fingerprint: What tells the images from others of the same name.
-        mixed: Whether their order says nothing of their classes.
+        name: Origin of the images.
+        num_images: Number of images.
+        shape: `(height, width, channels)` of each image.
+        labels: Class of each image, `(num_images,)`, or `None` if they are missing or not wanted.
+        fingerprint: Text that differs between images of the same name.
+        mixed: Whether the order of the images is independent of their classes.
 
     Args:
-        path: Of the file.
-        labelled: Whether labels are wanted.
+        path: Path of the file.
+        labelled: Whether to read the labels.
 
     Raises:
-        ValueError: If there are no such arrays in it.
+        ValueError: If the file has no such arrays.
     """
 
     mixed = True  # as samples are drawn, and published batches kept
@@ -66,11 +80,17 @@ class NpzImages:
             )
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All images in order, `(batch, height, width, channels)` uint8."""
+        """Yields all images in order, `(batch, height, width, channels)` uint8."""
         return self.file.blocks("arr_0", batch_size)
 
     def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-        """Some of the images, by their ascending numbers; of each batch of all of them those that are wanted, if there are any."""
+        """
+        Yields some of the images, by their ascending numbers.
+
+        Args:
+            numbers: Numbers of the images.
+            batch_size: Number of images that are read at once. Those that are not wanted are left out of a batch.
+        """
         for first, batch in zip(range(0, self.num_images, batch_size), self.batches(batch_size)):
             wanted = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + len(batch))]
             if len(wanted):
@@ -79,11 +99,13 @@ class NpzImages:
 
 class DatasetImages:
     """
-    The images of one split of a dataset, or of a folder. Attributes are those of [`NpzImages`].
+    Images of one split of a dataset, or of a folder. Attributes are those of [`NpzImages`].
+
+    Without `resolution` images keep their size. Without `in_channels` they are grey if the first is, else colour.
 
     Args:
-        args: Parsed `add_image_set_arguments`, with `dataset_name`. Without `resolution` images keep their size; without
-            `in_channels` they are grey if the first is, else colour.
+        dataset: Hub id, folder of images, or folder of a dataset.
+        options: Split, place and format of the images.
         labelled: Whether to look for labels.
 
     Raises:
@@ -91,38 +113,40 @@ class DatasetImages:
         DatasetNotFoundError: If there is no such dataset.
     """
 
-    def __init__(self, args: argparse.Namespace, labelled: bool = False):
-        self.args = args
-        self.name = f"{args.dataset_name}, split {args.split}"
-        self.format = build_options(ImageFormat, args)
-        self.rows, columns = load_rows(
-            replace(build_options(ImageSource, args), dataset_name=args.dataset_name), args.split, labelled=labelled
-        )
+    def __init__(self, dataset: str | Path, options: ImageSetOptions | None = None, labelled: bool = False):
+        options = options or ImageSetOptions()
+        self.name = f"{dataset}, split {options.split}"
+        self.format = options.format
+        source = replace(options.source, dataset_name=str(dataset))
+        self.rows, columns = load_rows(source, options.split, labelled=labelled)
         self.image_column = columns.image
         self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
-        self.mixed = (Path(str(args.dataset_name)) / "manifest.jsonl").is_file()
-        if self.mixed:  # written by `sample`, whose images bear their numbers
-            names = [Path(value["path"]).stem for value in self.rows[self.image_column]]
-            strange = [name for name in names if not name.isdecimal()]
-            if strange:
-                raise ValueError(
-                    f"{args.dataset_name} has a manifest.jsonl, as samples have, whose images are called by their numbers: got"
-                    f" {strange[:3]}."
-                )
-            order = np.argsort([int(name) for name in names])
-            self.rows = self.rows.select(order)
-            self.labels = None if self.labels is None else self.labels[order]
+        self.mixed = (Path(dataset) / "manifest.jsonl").is_file()  # `sample` wrote it
+        if self.mixed:
+            self._sort_by_number(dataset)
         self.fingerprint = self.rows._fingerprint
         self.num_images = len(self.rows)
         if not self.num_images:
             raise ValueError(f"{self.name} has no images.")
         first = self._decode(0)
-        self.channels = args.in_channels or (1 if first.mode in ("1", "L") or first.mode.startswith("I") else 3)
+        self.channels = self.format.in_channels or (1 if first.mode in ("1", "L") or first.mode.startswith("I") else 3)
         self.shape = self._read(0).shape
+
+    def _sort_by_number(self, dataset: str | Path) -> None:
+        names = [Path(value["path"]).stem for value in self.rows[self.image_column]]
+        strange = [name for name in names if not name.isdecimal()]
+        if strange:
+            raise ValueError(
+                f"{dataset} has a manifest.jsonl, as samples have, whose images are called by their numbers: got"
+                f" {strange[:3]}."
+            )
+        order = np.argsort([int(name) for name in names])
+        self.rows = self.rows.select(order)
+        self.labels = None if self.labels is None else self.labels[order]
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """
-        All images in order, `(batch, height, width, channels)` uint8.
+        Yields all images in order, `(batch, height, width, channels)` uint8.
 
         Raises:
             ValueError: If one is unreadable, or of another size.
@@ -130,7 +154,7 @@ class DatasetImages:
         return self.chosen(np.arange(self.num_images), batch_size)
 
     def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-        """Some of the images, by their ascending numbers."""
+        """Yields some of the images, by their ascending numbers."""
         with ThreadPoolExecutor() as pool:
             for first in range(0, len(numbers), batch_size):
                 batch = numbers[first : first + batch_size].tolist()
@@ -145,11 +169,11 @@ class DatasetImages:
 
     def _read(self, number: int) -> np.ndarray:
         image = self._decode(number)
-        if self.args.in_channels is None and self.channels == 1 and image.mode in ("RGB", "RGBA", "P", "CMYK"):
+        if self.format.in_channels is None and self.channels == 1 and image.mode in ("RGB", "RGBA", "P", "CMYK"):
             raise ValueError(f"Image {self._file_name(number)} is in colour, the first is grey: give --in_channels.")
         try:
             image = to_mode(image, self.channels)
-            if self.args.resolution is not None:
+            if self.format.resolution is not None:
                 image = self.format.fit(image)
         except ValueError as error:
             raise ValueError(f"Image {self._file_name(number)}: {error}") from error
@@ -168,31 +192,24 @@ class DatasetImages:
 ImageSet = NpzImages | DatasetImages
 
 
-def open_images(source: str | Path, args: argparse.Namespace, labelled: bool = False) -> ImageSet:
+def open_images(source: str | Path, options: ImageSetOptions | None = None, labelled: bool = False) -> ImageSet:
     """
+    Opens a set of images.
+
     Args:
-        source: An `.npz` file, or what `datasets.load_dataset` reads: a folder of images, a dataset's folder or Hub id.
-        args: Parsed `add_image_set_arguments`; for datasets.
-        labelled: Whether a dataset's labels are wanted.
+        source: An `.npz` file, or a dataset: a folder of images, a dataset's folder or Hub id.
+        options: Split, place and format of a dataset's images.
+        labelled: Whether to look for labels.
 
     Raises:
-        ValueError: If there are no images of one size.
+        ValueError: If there are no usable images.
         DatasetNotFoundError: If there is no such dataset.
     """
     if Path(source).suffix == ".npz":
         if not Path(source).is_file():
             raise ValueError(f"There is no file {source}.")
         return NpzImages(source, labelled)
-    return DatasetImages(argparse.Namespace(**{**vars(args), "dataset_name": str(source)}), labelled)
-
-
-def check_changes(args: argparse.Namespace, *sources: str | Path) -> None:
-    """Raises a ValueError if the images of sources are to be changed, and all are of `.npz` files, which are taken as they are."""
-    given = [name for name in ("resolution", "source_resolution", "in_channels") if getattr(args, name) is not None]
-    if given and all(Path(source).suffix == ".npz" for source in sources):
-        raise ValueError(
-            f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."
-        )
+    return DatasetImages(source, options, labelled)
 
 
 def _size(shape: tuple[int, ...]) -> str:

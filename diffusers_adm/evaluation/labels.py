@@ -1,0 +1,114 @@
+"""Class labels of the images of a run."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.data.image_sets import ImageSet
+from diffusers_adm.data.npz import NpzFile
+from diffusers_adm.evaluation.schedulers import SamplingPipeline
+from diffusers_adm.evaluation.shards import image_generator
+from diffusers_adm.pipelines.class_labels import known_classes
+from diffusers_adm.pipelines.options import SamplingOptions
+
+
+class Labels:
+    """
+    Labels of the images of a sampling run.
+
+    Args:
+        policy: `"random"`, `"balanced"` or the path of a file. `None` means no labels.
+        pipeline: Pipeline of the run.
+        options: Resolved options of its call.
+        seed: Seed of the run.
+        num_images: Number of images.
+
+    Attributes:
+        policy: Description of the labels for the run's settings.
+
+    Raises:
+        ValueError: If there is no such file, or it has too few labels, or unknown ones.
+    """
+
+    def __init__(
+        self, policy: str | None, pipeline: SamplingPipeline, options: SamplingOptions, seed: int, num_images: int
+    ):
+        self.policy = policy
+        self.seed = seed
+        num_classes = options.num_classes(pipeline)
+        self.num_classes = None if policy is None else num_classes
+        self.listed: list[int] | None = None
+        # A pipeline that knows classes draws labels if it is given none. That would shift the noise of a run in which no
+        # network takes labels, and it would differ from the noise of a guided run of the same seed.
+        self.placeholder = 0 if num_classes is None and known_classes(pipeline) is not None else None
+        if policy not in ("random", "balanced", None):
+            self.listed = self._read(Path(policy), pipeline)
+            self.policy = f"listed, {hashlib.sha256(str(self.listed).encode()).hexdigest()[:16]}"
+            if len(self.listed) < num_images:
+                raise ValueError(f"--labels {policy} has {len(self.listed)} labels for {num_images} images.")
+
+    def _read(self, path: Path, pipeline: SamplingPipeline) -> list[int]:
+        if self.num_classes is None:
+            raise ValueError(f"--labels {path}: nothing in this run takes labels.")
+        if not path.is_file():
+            raise ValueError(f"--labels {path} is not random, balanced or a file.")
+        if path.suffix == ".npz":
+            given = NpzFile(path).read("arr_1")
+        else:
+            words = path.read_text(encoding="utf-8").splitlines()
+            given = [int(word) if word.strip().isdigit() else word.strip() for word in words if word.strip()]
+        labels = pipeline.class_ids(given)
+        unknown = sorted({label for label in labels if not 0 <= label < self.num_classes})
+        if unknown:
+            raise ValueError(
+                f"--labels {path} has labels {unknown[:5]}, which are not in 0 ... {self.num_classes - 1}."
+            )
+        return labels
+
+    def of_images(self, numbers: range) -> list[int] | None:
+        """Returns the labels of images by their numbers, or `None` if no network takes labels."""
+        if self.num_classes is None:
+            return None
+        if self.listed is not None:
+            return [self.listed[number % len(self.listed)] for number in numbers]  # beyond the end none is kept
+        if self.policy == "balanced":
+            return [number % self.num_classes for number in numbers]
+        generators = (image_generator(self.seed, number, purpose=1) for number in numbers)
+        return [torch.randint(self.num_classes, (), generator=generator).item() for generator in generators]
+
+    def for_call(self, numbers: range) -> list[int] | None:
+        """Returns the labels that the pipeline is given for images. No network takes placeholders."""
+        labels = self.of_images(numbers)
+        return [self.placeholder] * len(numbers) if labels is None and self.placeholder is not None else labels
+
+
+def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool) -> np.ndarray | None:
+    """
+    Returns the UNet's label of each image, `(num_images,)`, or `None` for a UNet without classes.
+
+    Args:
+        unet: UNet that takes the labels.
+        images: Images, with their labels.
+        unconditional: Whether to use the null class for all images.
+
+    Raises:
+        ValueError: If the UNet needs labels, and there are none, or unknown ones.
+    """
+    num_classes = unet.config.num_class_embeds
+    if num_classes is None:
+        return None
+    if unconditional:
+        if unet.null_class is None:
+            raise ValueError("--unconditional needs a UNet that has a null class, or no classes.")
+        return np.full(images.num_images, unet.null_class)
+    labels = images.labels
+    if labels is None:
+        raise ValueError(
+            "The UNet is class-conditional, and the images have no labels: give --unconditional or labels."
+        )
+    if not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(f"Labels from {labels.min()} to {labels.max()} are not in 0 ... {num_classes - 1}.")
+    return labels

@@ -1,0 +1,125 @@
+"""Reports of metrics: tables, JSON, and entries of model cards."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from diffusers_adm.atomic_files import atomic_write, write_json
+from diffusers_adm.evaluation.features import INCEPTION
+
+
+# Names of the metrics with Inception's features, and with any others: a distance of those is no FID.
+METRICS = {
+    "frechet_distance": ("FID", "FD"),
+    "spatial_frechet_distance": ("sFID", "sFD"),
+    "inception_score": ("IS", "IS"),
+    "precision": ("precision", "precision"),
+    "recall": ("recall", "recall"),
+    "kernel_distance": ("KID", "KD"),
+    "kernel_distance_std": ("KID std", "KD std"),
+    "accuracy": ("accuracy", "accuracy"),
+}
+
+
+def metric_label(metric: str, extractor: str) -> str:
+    """Returns the name of a metric with an extractor's features."""
+    return METRICS[metric][extractor != INCEPTION]
+
+
+@dataclass
+class Evaluation:
+    """
+    Metrics of samples, and their settings.
+
+    Args:
+        metrics: Values by the names in `METRICS`. Metrics that could not be computed are missing.
+        settings: Extractor, reference and samples.
+        notes: Remarks for the reader.
+    """
+
+    metrics: dict[str, float]
+    settings: dict
+    notes: list[str]
+
+    def label(self, metric: str) -> str:
+        """Returns the name of a metric."""
+        return metric_label(metric, self.settings["feature_extractor"])
+
+    def table(self) -> str:
+        """Returns the metrics in Markdown."""
+        reference, samples = self.settings["reference"], self.settings["samples"]
+        lines = [
+            f"| {self.settings['feature_extractor']} | {samples['num_images']} samples |",
+            "| --- | --- |",
+            *(f"| {self.label(metric)} | {value:.4f} |" for metric, value in self.metrics.items()),
+            "",
+            f"Samples: {samples['name']}. Reference: {reference['name']}, statistics of {reference['num_images'] or '?'}"
+            f" images, neighbours among {reference['num_neighbours'] or 'none'}.",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict:
+        """Returns the content of a JSON file."""
+        return {"metrics": self.metrics, "settings": self.settings, "notes": self.notes}
+
+    def eval_results(self) -> list[EvalResult]:
+        """Returns the metrics as entries of a model card."""
+        reference, samples = self.settings["reference"], self.settings["samples"]
+        extractor, recorded = self.settings["feature_extractor"], samples["metadata"]
+        sampling = {name: recorded[name] for name in ("scheduler", "call") if name in recorded}
+        dataset = Path(reference["name"]).name
+        return [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=reference["metadata"].get("dataset", dataset),
+                dataset_name=dataset,
+                metric_type=self.label(metric).lower().replace(" ", "_"),
+                metric_name=f"{self.label(metric)} ({extractor}, {samples['num_images']} samples)",
+                metric_value=value,
+                metric_args={"feature_extractor": extractor, **sampling},
+            )
+            for metric, value in self.metrics.items()
+        ]
+
+
+def add_to_card(card: ModelCard, evaluation: Evaluation, path: Path) -> None:
+    """Writes metrics into a card's front matter. Those of the same metric, reference and settings are replaced."""
+    new = evaluation.eval_results()
+    old = card.data.eval_results or []
+    card.data.eval_results = [result for result in old if not any(map(result.is_equal_except_value, new))] + new
+    card.data.model_name = card.data.model_name or path.resolve().parent.name
+    with atomic_write(path) as partial:
+        partial.write_text(str(card), encoding="utf-8")
+
+
+def write_tables(folder: Path, results: list[dict]) -> None:
+    """
+    Writes the metrics of several points as `results.json`, `results.csv` and `results.md`.
+
+    Args:
+        folder: Folder of the files.
+        results: `Evaluation.as_dict` of each point, with its settings as `"point"`.
+    """
+    write_json(folder / "results.json", results)
+    settings = results[0]["settings"]
+    extractor, reference = settings["feature_extractor"], settings["reference"]
+    metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
+    header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
+    rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
+    with atomic_write(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    cells = [
+        [*map(str, result["point"].values()), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)]
+        for result in results
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+    lines += [
+        "",
+        f"Features: {extractor}. {settings['samples']['num_images']} samples a point; reference: {Path(reference['name']).name},"
+        f" statistics of {reference['num_images'] or '?'} images, {reference['num_neighbours']} neighbours.",
+    ]
+    with atomic_write(folder / "results.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,39 @@
+"""Schedulers by name, for the command line and for sweeps."""
+
+from diffusers import DDPMScheduler, PNDMScheduler
+
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS
+
+
+# Class of each scheduler, and settings beside those of the noise schedule.
+SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): (scheduler, {}) for scheduler in SUPPORTED_SCHEDULERS}
+SCHEDULERS["PNDM"] = (PNDMScheduler, {"skip_prk_steps": True})
+SCHEDULERS |= {
+    scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
+    for scheduler, settings in GUIDED_SETTINGS.items()
+}
+# Few of their steps, which are straight in sigma, go astray unless placed as by Karras et al. 2022 (arXiv 2206.00364, eq. 5).
+SCHEDULERS |= {
+    f"{name}-Karras": (SCHEDULERS[name][0], {"use_karras_sigmas": True}) for name in ("HeunDiscrete", "KDPM2Discrete")
+}
+
+SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
+
+
+def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
+    """
+    Replaces a pipeline's scheduler by another of the same noise schedule.
+
+    Args:
+        pipeline: Pipeline to change.
+        name: Name in `SCHEDULERS`. `None` keeps the scheduler.
+    """
+    if name is None:
+        return
+    scheduler_class, settings = SCHEDULERS[name]
+    if type(pipeline.scheduler) is scheduler_class and not settings:
+        return
+    if scheduler_class is DDPMScheduler:
+        settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
