@@ -115,6 +115,6 @@ def test_default_cascade_draws_the_digits_that_are_asked_for():
 @pytest.mark.parametrize(("words", "rows"), [([], 4), (["--cascade"], 2)])
 def test_demo_draws_a_labelled_grid(words, rows, tmp_path, capsys):
     assert run("demo", *words, "--steps", 2, "--output", tmp_path / "demo.png") == 0
-    grid = Image.open(tmp_path / "demo.png")
-    assert grid.width > 10 * 64 and rows * 64 < grid.height < (rows + 1) * 64 + 64
+    with Image.open(tmp_path / "demo.png") as grid:
+        assert grid.width > 10 * 64 and rows * 64 < grid.height < (rows + 1) * 64 + 64
     assert str(tmp_path / "demo.png") in capsys.readouterr().out

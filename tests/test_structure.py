@@ -37,7 +37,7 @@ COMMAND_LINE = {
 
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
 LAYERS = (
-    {"atomic_files", "launch", "options", "respacing"},
+    {"atomic_files", "launch", "options", "quiet", "respacing"},
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},
     {"guidance"},

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from diffusers_adm.atomic_files import atomic_write, flush_folder, partial_folder, replace_folder
 from diffusers_adm.data.datasets import LabelledImages, StreamedImages
 from diffusers_adm.launch import join_processes
+from diffusers_adm.quiet import without_warning
 from diffusers_adm.training.arguments import as_yaml, check_number_of_images, contradictions
 from diffusers_adm.training.checkpoints import list_checkpoints, remove_old_checkpoints
 from diffusers_adm.training.metrics import Means, read_metrics
@@ -165,7 +166,8 @@ class Trainer:
         on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
         if on_cpu and "DIFFUSERS_ATTN_BACKEND" not in os.environ:
             # The backward pass of torch's fused attention takes four times as long there.
-            model.set_attention_backend("_native_math")
+            with without_warning("Attention backends are an experimental feature"):
+                model.set_attention_backend("_native_math")
         optimizer = self._build_optimizer(model)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,

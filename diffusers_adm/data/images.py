@@ -4,6 +4,7 @@ import logging
 import math
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -161,7 +162,10 @@ def decode(value: dict | None) -> Image.Image:
     if value is None:
         raise UnreadableImage("there is none")
     try:
-        return ImageFeature().decode_example(value)
+        path, content = value["path"], value["bytes"]
+        if content is None and path is not None and Path(path).is_file():
+            content = Path(path).read_bytes()  # datasets leaves a file open that cannot be decoded
+        return ImageFeature().decode_example({"path": path, "bytes": content})
     except Exception as error:  # PIL's decoders raise all sorts
         raise UnreadableImage(str(error)) from error
 

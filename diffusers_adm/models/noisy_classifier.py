@@ -22,6 +22,7 @@ from diffusers_adm.models.blocks import (
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.openai.tensors import to_published
+from diffusers_adm.quiet import QuietCastMixin
 
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -88,7 +89,7 @@ class ADMSpatialPool(nn.Module):
         return self.fc2(self.act(self.norm(self.fc1(means))))  # (batch, num_classes)
 
 
-class NoisyClassifier(ModelMixin, ADMConfigMixin, AttentionMixin):
+class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     Classifies noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and t.
     It is the encoder of [`ADMUNet2DModel`] and a pooling head (arXiv 2105.05233, section 4.3). The defaults are the

@@ -25,6 +25,7 @@ from diffusers_adm.models.blocks import (
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.openai.tensors import to_published
+from diffusers_adm.quiet import QuietCastMixin
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ADMUNet2DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class ADMUNet2DModel(ModelMixin, ADMConfigMixin, AttentionMixin):
+class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     The UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with
     adaptive group normalisation, multi-resolution attention and BigGAN up- and downsampling. The defaults are the

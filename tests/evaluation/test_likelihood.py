@@ -69,7 +69,8 @@ def test_likelihood_of_a_dataset_is_the_mean_of_its_images(model, tmp_path, caps
     assert [int(row["timestep"]) for row in rows] == schedule.timesteps.tolist()
     for row, term in zip(rows, bound.terms.mean(dim=0).tolist()):
         assert float(row["bits_per_dim"]) == pytest.approx(term, rel=1e-4)
-    assert Image.open(tmp_path / "run" / "terms.png").width > 1000
+    with Image.open(tmp_path / "run" / "terms.png") as plot:
+        assert plot.width > 1000
 
     (tmp_path / "run" / "shards" / "000001.npz").unlink()
     assert run(*words, "--output", tmp_path / "run") == 0

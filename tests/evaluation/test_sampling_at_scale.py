@@ -65,7 +65,8 @@ def test_samples_are_the_pipelines_cut_to_8_bits_as_published(model, tmp_path):
     assert found["arr_1"].shape == (10,) and set(found["arr_1"]) <= set(range(NUM_CLASSES))
     metadata = json.loads(str(found["metadata"]))
     assert metadata["call"]["guidance_scale"] == 2.0 and metadata["call"]["num_inference_steps"] == 3
-    assert Image.open(tmp_path / "run" / "grid.png").size == (10 * SIZE, SIZE)
+    with Image.open(tmp_path / "run" / "grid.png") as grid:
+        assert grid.size == (10 * SIZE, SIZE)
 
 
 def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path):
@@ -330,7 +331,9 @@ def test_bench_measures_solvers_and_guidance_and_the_spread_of_the_best(tmp_path
     assert all(0 <= result["metrics"]["accuracy"] <= 1 for result in results)
     spread = json.loads((tmp_path / "bench" / "three_seeds.json").read_text())
     assert [point["steps"] for point in spread][0] == 12 and all(point["UNet"] <= 20 for point in spread[1:])
-    assert all(Image.open(tmp_path / "bench" / name).width > 500 for name in ("quality.png", "guidance.png"))
+    for name in ("quality.png", "guidance.png"):
+        with Image.open(tmp_path / "bench" / name) as plot:
+            assert plot.width > 500
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "bench").rglob("*.npz")}
     bench_sampling.main()
     assert all(path.stat().st_mtime_ns == before for path, before in drawn.items())
@@ -362,7 +365,8 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
     )
     table = (tmp_path / "sweep" / "results.md").read_text()
     assert "| DDIM | 1.5 | 2 |" in table and DIGITS in table and "8 samples a point" in table
-    assert Image.open(tmp_path / "sweep" / "trade-off.png").width > 1000
+    with Image.open(tmp_path / "sweep" / "trade-off.png") as plot:
+        assert plot.width > 1000
     metrics = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("metrics_*.json")}
     assert len(metrics) == 2
 

@@ -47,6 +47,11 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def shutdown(self) -> None:
+        """Stops serving, and frees the port."""
+        super().shutdown()
+        self.server_close()
+
 
 class Handler(BaseHTTPRequestHandler):
     """One request."""
