@@ -20,7 +20,7 @@ from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.hub.cards import card_name
 from diffusers_adm.openai.flags import parse_flags
-from diffusers_adm.openai.released import PRESETS
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 
 
 # Each block that cannot run here is known by some of its text, and says why.
@@ -100,7 +100,9 @@ def few_steps(monkeypatch):
 
 # The cards of released models are generated, and `tests/hub/test_cards.py` checks their commands.
 WRITTEN = {
-    str(path.relative_to(ROOT)): path for path in DOCUMENTS if path.parent.name not in map(card_name, PRESETS.values())
+    str(path.relative_to(ROOT)): path
+    for path in DOCUMENTS
+    if path.parent.name not in map(card_name, RELEASED_CHECKPOINTS.values())
 }
 
 
