@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-eval bench-sampling cards judge quality style
+.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,9 @@ bench-train: install
 
 bench-step: install
 	$(BIN)/python -m diffusers_adm.benchmarks.step
+
+bench-overhead: install
+	$(BIN)/python -m diffusers_adm.benchmarks.overhead
 
 bench-eval: install
 	$(BIN)/python -m diffusers_adm.benchmarks.metrics

@@ -132,7 +132,12 @@ class GuidedSamplingMixin(SavingMixin):
         return labels
 
     def _prepare_guider(
-        self, options: SamplingOptions, solver: Solver, labels: list[int] | None, batch_size: int
+        self,
+        options: SamplingOptions,
+        solver: Solver,
+        labels: list[int] | None,
+        batch_size: int,
+        device: torch.device,
     ) -> Guider:
         """Returns the guidance of a run by the classifier, or by a function in its place."""
         scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
@@ -155,8 +160,8 @@ class GuidedSamplingMixin(SavingMixin):
             guidance_fn,
             guidance_options,
             solver,
-            None if labels is None else torch.tensor(labels, device=self._execution_device),
-            through_half=self.unet.dtype == torch.float16,
+            None if labels is None else torch.tensor(labels, device=device),
+            through_half=getattr(guidance_fn, "through_unet", False) and self.unet.dtype == torch.float16,
             check_scales=check_scales,
         )
         check_scales(scales)
@@ -182,10 +187,11 @@ class GuidedSamplingMixin(SavingMixin):
         guider: Guider,
         labels: list[int] | None,
         batch_size: int,
+        device: torch.device,
         low_res: torch.Tensor | None = None,
     ) -> Denoiser:
         """Returns the prediction of a run: the UNet, with classifier-free guidance or autoguidance."""
-        null_class, device, guiding_unet = self.unet.null_class, self._execution_device, options.guiding_unet
+        null_class, guiding_unet = self.unet.null_class, options.guiding_unet
         told_class = labels is not None and options.unet_takes_labels(self)
         weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
         if any(weights) and guiding_unet is None and (null_class is None or not told_class):
@@ -208,10 +214,16 @@ class GuidedSamplingMixin(SavingMixin):
         return Denoiser(self.unet, class_labels, low_res, cfg_weight, guider.factors, guiding_unet)
 
     def _prepare_latents(
-        self, batch_size: int, height: int, width: int, generator: Generators, latents: torch.Tensor | None
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        device: torch.device,
     ) -> torch.Tensor:
         """Returns x_T, `(batch, channels, height, width)`, float32: as given, or drawn."""
-        device, shape = self._execution_device, (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:

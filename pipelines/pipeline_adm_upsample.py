@@ -184,6 +184,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         labels = None if class_labels is None else self.class_ids(class_labels)
         batch_size = self._batch_size(1, image=low_res, class_labels=labels, latents=latents)
         self._check_call(options, batch_size, height, width, generator, output_type)
+        device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
         solver = self._prepare_solver(options)
@@ -191,12 +192,11 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         # 3. Prepare labels, which are never drawn here, and guidance.
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
-        guider = self._prepare_guider(options, solver, labels, batch_size)
-        low_res = low_res.to(self._execution_device)
-        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, low_res)
+        guider = self._prepare_guider(options, solver, labels, batch_size, device)
+        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, device, low_res.to(device))
 
         # 4. Prepare x_T.
-        x_t = self._prepare_latents(batch_size, height, width, generator, latents)
+        x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)
 
         # 5. Denoise (Algorithm 1 or 2).
         x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)

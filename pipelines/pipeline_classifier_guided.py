@@ -184,17 +184,18 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_call(options, batch_size, height, width, generator, output_type)
+        device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
         solver = self._prepare_solver(options)
 
         # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
         labels = self._prepare_labels(labels, options, batch_size, generator)
-        guider = self._prepare_guider(options, solver, labels, batch_size)
-        denoiser = self._prepare_denoiser(options, guider, labels, batch_size)
+        guider = self._prepare_guider(options, solver, labels, batch_size, device)
+        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, device)
 
         # 4. Prepare x_T.
-        x_t = self._prepare_latents(batch_size, height, width, generator, latents)
+        x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)
 
         # 5. Denoise (Algorithm 1 or 2).
         x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)

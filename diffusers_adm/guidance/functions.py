@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_adm.guidance.gradient import guidance_gradient
+from diffusers_adm.guidance.gradient import guidance_gradient, moves_weights
 
 
 class ClassifierGuidance:
@@ -28,6 +28,7 @@ class ClassifierGuidance:
 
     Attributes:
         dtype: Data type of the classifier's weights, read once; `None` where the classifier does not say.
+        weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
         independent_rows: Whether the function may be asked about some of the images alone.
     """
 
@@ -37,6 +38,7 @@ class ClassifierGuidance:
         self.classifier = classifier
         self.max_entropy_scale = max_entropy_scale
         self.dtype: torch.dtype | None = getattr(classifier, "dtype", None)
+        self.weights_may_move = moves_weights(classifier)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor

@@ -34,16 +34,29 @@ def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def differentiable():
+def differentiable(weights_may_move: bool = True):
     """
-    Turns on gradients with respect to inputs, also within `torch.no_grad` and `torch.inference_mode`, and with offloaded or
-    layerwise-cast weights.
+    Turns on gradients with respect to inputs, also within `torch.no_grad` and `torch.inference_mode`.
+
+    Args:
+        weights_may_move: Whether a weight may be replaced between the forward and the backward pass, as offloading and
+            layerwise casting do.
     """
-    # Offloading and layerwise casting put other data into a parameter after its module's forward, which the backward
-    # pass would then read; a detached tensor keeps what it saw.
-    keep_weights = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
-    with torch.inference_mode(False), torch.enable_grad(), keep_weights:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if weights_may_move:
+            # They put other data into a parameter, which the backward pass would read; a detached tensor keeps what it saw.
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
+            stack.enter_context(hooks)
         yield
+
+
+def moves_weights(network: Callable) -> bool:
+    """Returns whether a network may replace its weights in a forward pass: offloading and layerwise casting hook into modules."""
+    if not isinstance(network, torch.nn.Module):
+        return True  # nothing is known of it
+    return any(hasattr(module, name) for module in network.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +96,7 @@ def guidance_gradient(
         ValueError: If the function returns neither a log-probability per image nor a gradient.
     """
     half = getattr(guidance_fn, "dtype", None) == torch.float16 or autocasts_to_half(x_t.device.type)
-    with differentiable():
+    with differentiable(getattr(guidance_fn, "weights_may_move", True)):
         depends = x_0.grad_fn is not None
         if not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)

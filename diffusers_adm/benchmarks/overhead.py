@@ -1,0 +1,85 @@
+"""Time that the pipeline adds to its networks, per step: `python -m diffusers_adm.benchmarks.overhead`.
+
+A run of the default model takes turns with a loop that does nothing but evaluate the networks as often: the UNet, and where the run
+is guided the classifier with its gradient. The difference is the pipeline's own code: the scheduler's step, guidance, hooks, noise.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from diffusers_adm import ClassifierGuidedPipeline, default_model
+from diffusers_adm.benchmarks.timing import median_seconds
+
+
+SCHEDULERS = (DDPMScheduler, DDIMScheduler)
+
+
+def networks_alone(
+    pipeline: ClassifierGuidedPipeline, batch_size: int, steps: int, guided: bool
+) -> Callable[[], None]:
+    """Returns a function that evaluates the networks as often as a run does, and nothing else."""
+    unet, classifier, device = pipeline.unet, pipeline.classifier, pipeline.device
+    shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    x_t = torch.randn(shape, device=device, dtype=unet.dtype)
+    timestep = torch.full((batch_size,), 500, device=device)
+    labels = torch.full((batch_size,), 3, device=device)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        for _ in range(steps):
+            unet(x_t, timestep, labels)
+            if guided:
+                with torch.enable_grad():
+                    leaf = x_t.detach().requires_grad_()
+                    log_probabilities = classifier(leaf, timestep).logits.float().log_softmax(dim=-1)
+                    torch.autograd.grad(log_probabilities.gather(1, labels[:, None]).sum(), leaf)
+
+    return evaluate
+
+
+def main() -> None:
+    """Measures runs with and without guidance, and prints what the pipeline adds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch_size", type=int, default=1, help="Images per batch. Default: %(default)s.")
+    parser.add_argument("--steps", type=int, default=50, help="Steps per run. Default: %(default)s.")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="Rounds, of which the median counts, after one more. Default: %(default)s.",
+    )
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model()).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    print(
+        f"Default model, {args.batch_size} image(s), {args.steps} steps, {str(pipeline.unet.dtype).removeprefix('torch.')},"
+        f" {torch.get_num_threads()} threads on {device.type}, median of {args.rounds} rounds; milliseconds per step"
+    )
+    for scheduler_class in SCHEDULERS:
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        for guided in (False, True):
+
+            def run() -> None:
+                pipeline(
+                    [3] * args.batch_size,
+                    guidance_scale=float(guided),
+                    num_inference_steps=args.steps,
+                    output_type="latent",
+                )
+
+            calls = [run, networks_alone(pipeline, args.batch_size, args.steps, guided)]
+            median_seconds(calls, 1)
+            whole, networks = (1000 * time / args.steps for time in median_seconds(calls, args.rounds))
+            name = f"{scheduler_class.__name__}, {'guided' if guided else 'unguided'}"
+            print(
+                f"{name:<26} whole {whole:7.2f}   networks {networks:7.2f}   pipeline {whole - networks:6.2f}"
+                f"   share of the networks {whole / networks - 1:6.1%}"
+            )
+
+
+if __name__ == "__main__":
+    main()
