@@ -30,6 +30,7 @@ COMMAND_LINE = {
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",
     "diffusers_adm.benchmarks.metrics",
+    "diffusers_adm.benchmarks.overhead",
     "diffusers_adm.benchmarks.sampling",
     "diffusers_adm.benchmarks.step",
     "diffusers_adm.benchmarks.training",
