@@ -1,0 +1,38 @@
+"""Words of the command line, and schedulers by their names."""
+
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
+from tiny_models import tiny_pipeline
+
+from diffusers_adm.evaluation.commands import option_type, parse_value
+from diffusers_adm.evaluation.schedulers import set_scheduler
+from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.solvers import GUIDED_SETTINGS
+
+
+def test_schedulers_are_set_as_they_are_named():
+    pipeline = tiny_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    stock = pipeline.scheduler
+    for scheduler_class, settings in GUIDED_SETTINGS.items():
+        name = scheduler_class.__name__.removesuffix("Scheduler")
+        pipeline.scheduler = stock
+        set_scheduler(pipeline, name)
+        assert not pipeline.scheduler.config.thresholding
+        set_scheduler(pipeline, f"{name}-guided")
+        config = dict(pipeline.scheduler.config)
+        assert {**config, **settings} == config
+    pipeline.scheduler = stock
+    set_scheduler(pipeline, "HeunDiscrete-Karras")
+    assert isinstance(pipeline.scheduler, HeunDiscreteScheduler) and pipeline.scheduler.config.use_karras_sigmas
+    pipeline.scheduler = DDIMScheduler()
+    set_scheduler(pipeline, "DDPM")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+
+
+def test_whatever_a_call_takes_is_an_option():
+    assert {"guidance_scale", "num_inference_steps", "timestep_respacing", "condition_unet", "eta"} <= set(
+        SamplingOptions.recorded()
+    )
+    words = ["1", "-1.5", "true", "False", "none", "ddim25", "90,60", "1e-1", '{"schedule": "Linear"}']
+    expected = [1, -1.5, True, False, None, "ddim25", "90,60", 0.1, {"schedule": "Linear"}]
+    assert [parse_value(word) for word in words] == expected
+    assert option_type("timestep_respacing")("250") == "250" and option_type("eta")("0.5") == 0.5
