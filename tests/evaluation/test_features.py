@@ -53,7 +53,7 @@ def test_weights_are_loaded_without_running_what_is_in_their_file(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "harmed",)
 
-    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Harmful(), protocol=2))
     torch.save({"weight": Harmful()}, tmp_path / "zipped.pth")
     for name in ("weights.pth", "zipped.pth"):
         with pytest.raises(ValueError, match=INCEPTION):
