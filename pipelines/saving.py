@@ -6,7 +6,9 @@ from typing import Self
 
 from huggingface_hub import CommitInfo
 
-from diffusers_adm.hub.bundle import as_installed, download, push, write_code
+from diffusers_adm.hub.bundle import write_code
+from diffusers_adm.hub.download import as_installed, download
+from diffusers_adm.hub.upload import push
 
 
 class SavingMixin:
@@ -15,22 +17,22 @@ class SavingMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        Loads a saved pipeline with the classes of this package; code that lies beside its weights is not run.
+        Loads a saved pipeline with the classes of this package. Code that is saved beside the weights is not run.
 
         Args:
             pretrained_model_name_or_path: Folder, or id of a repository on the Hub.
-            kwargs: As for any pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
+            kwargs: Arguments of every pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
 
         Raises:
-            ValueError: If the pipeline or a component is of another class.
+            ValueError: If the pipeline or a component has another class.
         """
-        kwargs.pop("trust_remote_code", None)  # of no use here: nothing remote is run
+        kwargs.pop("trust_remote_code", None)  # ignored, because no code of the folder is run
         folder = download(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(folder, **kwargs)
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As for any pipeline; what the index says of this package's classes leads to the installed ones."""
+        """Loads the index of a saved pipeline, and points it to the installed classes of this package."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         as_installed(config, cls)
@@ -47,23 +49,23 @@ class SavingMixin:
         **kwargs,
     ) -> None:
         """
-        Saves the pipeline, and beside its weights the code of its classes, so that it loads without this package too:
+        Saves the pipeline with the code of its classes, so that it loads without this package too:
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
         Args:
-            save_directory: Folder.
-            safe_serialization: Whether weights go into safetensors.
-            variant: Put into the names of the weight files, such as `"fp16"`.
-            max_shard_size: Of a weight file, such as `"5GB"`.
-            push_to_hub: Whether to upload it too, in safetensors of the default size, whatever the form of the folder.
-            repo_id: Where to; the folder's name by default.
+            save_directory: Folder to write.
+            safe_serialization: Whether to save weights as safetensors.
+            variant: Part of the weight files' names, such as `"fp16"`.
+            max_shard_size: Largest size of a weight file, such as `"5GB"`.
+            push_to_hub: Whether to upload the pipeline too, always as safetensors of the default size.
+            repo_id: Id of the repository. The default is the folder's name.
             kwargs: Other arguments of `push_to_hub`.
 
         Raises:
-            TypeError: If there are such arguments without it.
+            TypeError: If there are such arguments, but `push_to_hub` is `False`.
         """
         if kwargs and not push_to_hub:
-            raise TypeError(f"save_pretrained takes {', '.join(kwargs)} with push_to_hub=True alone.")
+            raise TypeError(f"save_pretrained takes {', '.join(kwargs)} only with push_to_hub=True.")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         write_code(self, Path(save_directory))
         if push_to_hub:
@@ -80,20 +82,20 @@ class SavingMixin:
         revision: str | None = None,
     ) -> CommitInfo:
         """
-        Uploads the pipeline, and nothing else, as one commit. The repository is made if it does not exist; what else it
-        holds, its card too, is left as it is.
+        Uploads the pipeline, and nothing else, as one commit. The repository is created if it does not exist. Its other
+        files, such as the card, do not change.
 
         Args:
-            repo_id: Such as `"me/my-model"`.
-            commit_message: Of the commit; `"Upload"` and the class's name by default.
-            private: Whether a new repository is.
-            token: Of the account; that of `hf auth login` by default.
-            create_pr: Whether to propose the commit instead of making it.
-            variant: Put into the names of the weight files, such as `"fp16"`.
-            revision: Branch to commit to; made if it does not exist.
+            repo_id: Id of the repository, such as `"me/my-model"`.
+            commit_message: Message of the commit. The default is `"Upload"` and the name of the class.
+            private: Whether a new repository is private.
+            token: Token of the account. The default is that of `hf auth login`.
+            create_pr: Whether to open a pull request instead of committing.
+            variant: Part of the weight files' names, such as `"fp16"`.
+            revision: Branch to commit to. It is created if it does not exist.
 
         Raises:
-            HfHubHTTPError: If the Hub refuses.
+            HfHubHTTPError: If the Hub refuses the upload.
         """
         return push(
             self,

@@ -1,6 +1,7 @@
-"""What cards say of this package's classes, and the cards of the released checkpoints, made of their table.
+"""Cards of models: sections that every card shares, and the cards of the released checkpoints, made from their table.
 
-`python -m diffusers_adm.hub.cards model_cards` writes them all, and `diffusers-adm convert` puts a checkpoint's card into the folder that it writes.
+`python -m diffusers_adm.hub.cards model_cards` writes the cards of all released checkpoints, and `diffusers-adm convert` adds the
+card of a checkpoint to the folder that it writes.
 """
 
 import sys
@@ -31,18 +32,18 @@ real people, which the weights may remember in part."""
 
 
 def card_name(released: ReleasedCheckpoint) -> str:
-    """The name of a checkpoint's card, and of the folder that its conversion writes."""
+    """Returns the name of a checkpoint's card, which is the name of the folder that its conversion writes."""
     return "adm-" + released.file.removesuffix(".pt").replace("_", "-")
 
 
 def usage(class_name: str, arguments: str, call: str) -> str:
     """
-    The part of a card that says how to load a model, with this package and without it.
+    Returns the section of a card that shows how to load a model, with this package and without it.
 
     Args:
-        class_name: Of what was saved.
-        arguments: Of `from_pretrained`, as they are written.
-        call: Lines that use `model`.
+        class_name: Name of the saved class.
+        arguments: Arguments of `from_pretrained`, as source code.
+        call: Lines of source code that use `model`.
     """
     stock = "DiffusionPipeline" if class_name.endswith("Pipeline") else "AutoModel"
     return f"""```python
@@ -61,14 +62,51 @@ model = {stock}.from_pretrained({arguments}, trust_remote_code=True)
 ```"""
 
 
+def released_usage(released: ReleasedCheckpoint) -> str:
+    """Returns the section of a released checkpoint's card that shows how to load and call the model."""
+    labelled = released.imagenet_labels or guiding_classifier(released) is not None
+    label = 'class_labels=["goldfish"]' if labelled else ""
+    call = {
+        "unet": f"image = model({label}).images[0]",
+        "upsampler": f'image = model("small.png", {label}).images[0]',
+        "classifier": "logits = model(noised_images, timestep).logits",
+    }[released.kind]
+    return usage(CLASS_NAMES[released.kind], f'"me/{card_name(released)}"', call)
+
+
+def conversion_commands(released: ReleasedCheckpoint) -> str:
+    """Returns the commands that download, convert and upload a released checkpoint."""
+    name, classifier = card_name(released), guiding_classifier(released)
+    files = f"--classifier {released.file}" if released.kind == "classifier" else f"--unet {released.file}"
+    files += f" --classifier {classifier.file}" if classifier is not None else ""
+    downloads = " ".join(f"-O {source.url}" for source in (released, classifier) if source is not None)
+    return f"""```sh
+curl -L {downloads}
+diffusers-adm convert {files} --output {name}
+hf upload me/{name} {name}
+```"""
+
+
+def fact_table(released: ReleasedCheckpoint, trained_on: str) -> str:
+    """Returns the table of facts of a released checkpoint's card."""
+    facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": trained_on}
+    classifier = guiding_classifier(released)
+    if classifier is not None:
+        facts["Guided by"] = f"`{classifier.file}`, at scale {released.guidance_scale:g} by default"
+    if released.fid is not None:
+        facts["Published FID"] = f"{released.fid:.2f} (50,000 samples, {released.fid_setting})"
+    facts["Flags"] = f"`{released.flags}`"
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in facts.items())])
+
+
 def released_card(released: ReleasedCheckpoint) -> ModelCard:
     """
-    The card of a released checkpoint as this package converts it.
+    Returns the card of a released checkpoint as this package converts it.
 
     Args:
-        released: Its row of the table.
+        released: Row in the table of released checkpoints.
     """
-    name, class_name, classifier = card_name(released), CLASS_NAMES[released.kind], guiding_classifier(released)
+    name, class_name = card_name(released), CLASS_NAMES[released.kind]
     words = set(released.file.removesuffix(".pt").split("_"))
     trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
     data = ModelCardData(
@@ -79,24 +117,6 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
         datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
         model_name=name,
     )
-    files = f"--classifier {released.file}" if released.kind == "classifier" else f"--unet {released.file}"
-    files += f" --classifier {classifier.file}" if classifier is not None else ""
-    downloads = " ".join(f"-O {source.url}" for source in (released, classifier) if source is not None)
-    labelled = released.imagenet_labels or classifier is not None
-    label = 'class_labels=["goldfish"]' if labelled else ""
-    call = {
-        "unet": f"image = model({label}).images[0]",
-        "upsampler": f'image = model("small.png", {label}).images[0]',
-        "classifier": "logits = model(noised_images, timestep).logits",
-    }[released.kind]
-    identity = f'"me/{name}"'
-    facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": trained_on}
-    if classifier is not None:
-        facts["Guided by"] = f"`{classifier.file}`, at scale {released.guidance_scale:g} by default"
-    if released.fid is not None:
-        facts["Published FID"] = f"{released.fid:.2f} (50,000 samples, {released.fid_setting})"
-    facts["Flags"] = f"`{released.flags}`"
-    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -107,21 +127,15 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
 [openai/guided-diffusion](https://github.com/openai/guided-diffusion) released under the MIT license. Each of its tensors is the published
 one.
 
-| | |
-| --- | --- |
-{table}
+{fact_table(released, trained_on)}
 
 ## Use
 
-{usage(class_name, identity, call)}
+{released_usage(released)}
 
 ## Conversion
 
-```sh
-curl -L {downloads}
-diffusers-adm convert {files} --output {name}
-hf upload me/{name} {name}
-```
+{conversion_commands(released)}
 
 ## Limits
 
