@@ -1,8 +1,10 @@
-"""The building blocks of ADM: timestep embedding, residual block, self-attention and the encoder that the UNet and the
-noisy classifier share.
+"""Building blocks of ADM: timestep embedding, residual block, self-attention, and the encoder that the UNet and the noisy
+classifier share.
 
 Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,48 +20,48 @@ RESAMPLE_TYPES = ("resnet", "conv")
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zeroes a layer's parameters, so that at initialisation the branch that it closes adds nothing."""
+    """Zeroes a layer's parameters, so that the branch that it ends adds nothing at initialisation."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def rescaled_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
-    """Closes a residual connection; the factor is sqrt(2) in the ablation of Table 1, else 1."""
+def residual_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
+    """Ends a residual connection. The factor is sqrt(2) in the ablation of Table 1, else 1."""
     total = residual + branch
     return total if output_scale_factor == 1.0 else total / output_scale_factor
 
 
-def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Each pixel four times: `(batch, channels, 2 * height, 2 * width)`."""
+def upsample_nearest(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Doubles height and width: `(batch, channels, 2 * height, 2 * width)`."""
     if hidden_states.device.type == "cpu" and hidden_states.is_contiguous():
-        # For large maps some times faster than the CPU's kernel, which is fast only if channels are last.
+        # The CPU's own kernel is several times slower for large maps, unless channels are last.
         rows = torch.stack([hidden_states] * 2, dim=-1).flatten(-2)  # (batch, channels, height, 2 * width)
         return torch.stack([rows] * 2, dim=-2).flatten(-3, -2)  # (batch, channels, 2 * height, 2 * width)
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
 class ADMConfigMixin(ConfigMixin):
-    """A config that may name the file of the model's code, as that of a model saved by itself does."""
+    """Config that may name the file of the model's code. That of a model saved by itself does."""
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As of all models; the code that is named is none of the model's arguments."""
+        """Reads the model's arguments from a config, without the name of the file of code."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
 
 
 class ADMGroupNorm(nn.GroupNorm):
-    """Group normalisation in float32, whatever the dtype of its input and weights."""
+    """Group normalisation that computes in float32 for every dtype of its input and weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        # With float32 weights the CPU's kernel computes in float32 by itself; it is slow only if channels are last.
+        dtype = hidden_states.dtype  # (batch, channels, height, width)
+        # Given float32 weights, the CPU's kernel computes in float32 by itself. It is slow only if channels are last.
         mixed = hidden_states.device.type == "cpu" and hidden_states.is_contiguous() and dtype != torch.float64
         if not mixed:
             hidden_states = hidden_states.float()
         normed = F.group_norm(hidden_states, self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(dtype)
+        return normed.to(dtype)  # (batch, channels, height, width)
 
 
 class ADMTimeEmbedding(nn.Module):
@@ -71,38 +73,38 @@ class ADMTimeEmbedding(nn.Module):
         self.mlp = TimestepEmbedding(model_channels, 4 * model_channels)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        # The sinusoids need float32: bfloat16 cannot tell timestep 998 from 999.
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])  # (batch,)
+        # float32 sinusoids: bfloat16 cannot tell timestep 998 from 999.
         return self.mlp(self.time_proj(timestep).to(sample.dtype))  # (batch, 4 * model_channels)
 
 
 class ADMDownsample2D(nn.Module):
-    """Halves height and width by a strided convolution: the alternative to a residual block that downsamples."""
+    """Strided convolution that halves height and width: the alternative to a residual block that downsamples."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return self.conv(hidden_states)
+        return self.conv(hidden_states)  # (batch, channels, height / 2, width / 2)
 
 
 class ADMUpsample2D(nn.Module):
-    """Doubles height and width, then convolves: the alternative to a residual block that upsamples."""
+    """Nearest-neighbour upsampling and a convolution: the alternative to a residual block that upsamples."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return self.conv(doubled(hidden_states))
+        return self.conv(upsample_nearest(hidden_states))  # (batch, channels, 2 * height, 2 * width)
 
 
 class ADMResnetBlock2D(nn.Module):
-    """Residual block conditioned on an embedding; with `resample` it also halves or doubles height and width (BigGAN).
+    """Residual block conditioned on an embedding. With `resample`, it also halves or doubles height and width (BigGAN).
 
-    With `time_scale_shift="scale_shift"` the embedding scales and shifts the normalised features (AdaGN, eq. 3 of the
-    paper); with `"default"` it is added before normalisation.
+    With `time_scale_shift="scale_shift"`, the embedding scales and shifts the normalised features (AdaGN, eq. 3 of the
+    paper). With `"default"`, it is added before normalisation.
     """
 
     def __init__(
@@ -134,27 +136,28 @@ class ADMResnetBlock2D(nn.Module):
         if self.resample == "down":
             return F.avg_pool2d(hidden_states, 2)
         if self.resample == "up":
-            return doubled(hidden_states)
+            return upsample_nearest(hidden_states)
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        # height and width are those of the output: with `resample`, half or twice the input's.
         residual = self._resample(hidden_states)  # (batch, in_channels, height, width)
         hidden_states = self._resample(self.act(self.norm1(hidden_states)))  # (batch, in_channels, height, width)
         hidden_states = self.conv1(hidden_states)  # (batch, out_channels, height, width)
 
         emb = self.time_emb_proj(self.act(emb))[:, :, None, None]  # (batch, (2 *) out_channels, 1, 1)
         if self.time_scale_shift == "scale_shift":
-            scale, shift = emb.chunk(2, dim=1)
-            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift
+            scale, shift = emb.chunk(2, dim=1)  # (batch, out_channels, 1, 1) each
+            hidden_states = self.norm2(hidden_states) * (1 + scale) + shift  # (batch, out_channels, height, width)
         else:
-            hidden_states = self.norm2(hidden_states + emb)
+            hidden_states = self.norm2(hidden_states + emb)  # (batch, out_channels, height, width)
         hidden_states = self.conv2(self.dropout(self.act(hidden_states)))  # (batch, out_channels, height, width)
 
-        return rescaled_sum(self.conv_shortcut(residual), hidden_states, self.output_scale_factor)
+        return residual_sum(self.conv_shortcut(residual), hidden_states, self.output_scale_factor)
 
 
 class ADMAttnProcessor:
-    """Scaled dot-product attention through diffusers' attention dispatch, so that every backend of it can be chosen."""
+    """Scaled dot-product attention through diffusers' attention dispatch, which lets users choose a backend."""
 
     _attention_backend = None
     _parallel_config = None
@@ -164,7 +167,7 @@ class ADMAttnProcessor:
         query, key, value = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (batch, tokens, heads, head_dim) each
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        )  # (batch, tokens, heads, head_dim)
         return attn.to_out(hidden_states.flatten(2))  # (batch, tokens, out_channels)
 
 
@@ -183,7 +186,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ADMAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+        return self.processor(self, hidden_states)  # (batch, tokens, out_channels)
 
 
 class ADMAttentionBlock(nn.Module):
@@ -200,11 +203,11 @@ class ADMAttentionBlock(nn.Module):
         tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
         attended = self.attn(tokens).transpose(1, 2)  # (batch, channels, height * width)
         attended = attended.unflatten(2, hidden_states.shape[2:])  # (batch, channels, height, width)
-        return rescaled_sum(hidden_states, attended, self.output_scale_factor)
+        return residual_sum(hidden_states, attended, self.output_scale_factor)
 
 
 class ADMBlock(nn.Module):
-    """A residual block, followed by self-attention where the level has it."""
+    """Residual block, followed by self-attention in a level that has it."""
 
     def __init__(self, resnet: ADMResnetBlock2D, attention: ADMAttentionBlock | None = None):
         super().__init__()
@@ -212,14 +215,14 @@ class ADMBlock(nn.Module):
         self.attention = attention
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.resnet(hidden_states, emb)
+        hidden_states = self.resnet(hidden_states, emb)  # (batch, out_channels, height, width)
         if self.attention is not None:
-            hidden_states = self.attention(hidden_states)
+            hidden_states = self.attention(hidden_states)  # (batch, out_channels, height, width)
         return hidden_states
 
 
 class ADMUpBlock(ADMBlock):
-    """A decoder's block: takes in a skip connection, and doubles height and width where it ends a level."""
+    """Block of the decoder. It takes a skip connection, and doubles height and width at the end of a level."""
 
     def __init__(
         self,
@@ -231,99 +234,109 @@ class ADMUpBlock(ADMBlock):
         self.upsampler = upsampler
 
     def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        hidden_states = super().forward(torch.cat([hidden_states, skip], dim=1), emb)
+        hidden_states = torch.cat([hidden_states, skip], dim=1)  # (batch, in_channels, height, width)
+        hidden_states = super().forward(hidden_states, emb)  # (batch, out_channels, height, width)
         if self.upsampler is not None:
-            hidden_states = self.upsampler(hidden_states, emb)
+            hidden_states = self.upsampler(hidden_states, emb)  # (batch, out_channels, 2 * height, 2 * width)
         return hidden_states
 
 
+@dataclass(kw_only=True)
 class ADMBlockFactory:
-    """Builds the blocks of one model: holds what they all share, and decides where attention goes and with which heads.
+    """Builder of one model's blocks: holds the options that they share, and decides which levels have attention.
+
+    The arguments are those of the models.
 
     Raises:
-        ValueError: if the options that it is given do not describe a model.
+        ValueError: If the options do not describe a model.
     """
 
-    def __init__(
-        self,
-        sample_size: int,
-        model_channels: int,
-        channel_mult: tuple[float, ...],
-        attention_resolutions: tuple[int, ...],
-        attention_head_dim: int | None,
-        num_attention_heads: int | None,
-        norm_num_groups: int,
-        dropout: float,
-        resnet_time_scale_shift: str,
-        output_scale_factor: float,
-    ):
-        if (attention_head_dim is None) == (num_attention_heads is None):
+    sample_size: int
+    model_channels: int
+    channel_mult: tuple[float, ...]
+    attention_resolutions: tuple[int, ...]
+    attention_head_dim: int | None
+    num_attention_heads: int | None
+    norm_num_groups: int
+    dropout: float
+    resnet_time_scale_shift: str
+    output_scale_factor: float
+
+    def __post_init__(self):
+        self._check_options()
+        self.emb_channels = 4 * self.model_channels
+        # Per level, highest resolution first.
+        self.channels = [int(mult * self.model_channels) for mult in self.channel_mult]
+        self.resolutions = [self.sample_size // 2**level for level in range(len(self.channel_mult))]
+        self._check_levels()
+
+    def _check_options(self) -> None:
+        if (self.attention_head_dim is None) == (self.num_attention_heads is None):
             raise ValueError(
-                "Give the heads of attention either by their width or by their number: got"
-                f" attention_head_dim={attention_head_dim} and num_attention_heads={num_attention_heads}."
+                "Give either attention_head_dim or num_attention_heads, but got"
+                f" attention_head_dim={self.attention_head_dim} and num_attention_heads={self.num_attention_heads}."
             )
         counts = {
-            "sample_size": sample_size,
-            "model_channels": model_channels,
-            "number of levels in channel_mult": len(channel_mult),
-            "norm_num_groups": norm_num_groups,
-            "attention_head_dim": 1 if attention_head_dim is None else attention_head_dim,
-            "num_attention_heads": 1 if num_attention_heads is None else num_attention_heads,
+            "sample_size": self.sample_size,
+            "model_channels": self.model_channels,
+            "number of levels in channel_mult": len(self.channel_mult),
+            "norm_num_groups": self.norm_num_groups,
+            "attention_head_dim": 1 if self.attention_head_dim is None else self.attention_head_dim,
+            "num_attention_heads": 1 if self.num_attention_heads is None else self.num_attention_heads,
         }
         for name, count in counts.items():
             if count < 1:
-                raise ValueError(f"{name} must be at least 1: got {count}.")
-        if resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
-            raise ValueError(f"resnet_time_scale_shift={resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}.")
-        if sample_size % 2 ** (len(channel_mult) - 1):
+                raise ValueError(f"{name} must be at least 1, but got {count}.")
+        if self.resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
             raise ValueError(
-                f"sample_size={sample_size} cannot be halved {len(channel_mult) - 1} times, as the"
-                f" {len(channel_mult)} levels of channel_mult={tuple(channel_mult)} need."
+                f"resnet_time_scale_shift={self.resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}."
             )
-        self.resolutions = [sample_size // 2**level for level in range(len(channel_mult))]
-        unknown = sorted(set(attention_resolutions) - set(self.resolutions))
+
+    def _check_levels(self) -> None:
+        halvings = len(self.channel_mult) - 1
+        if self.sample_size % 2**halvings:
+            raise ValueError(
+                f"sample_size={self.sample_size} cannot be halved {halvings} times, as the {halvings + 1} levels of"
+                f" channel_mult={tuple(self.channel_mult)} need."
+            )
+        unknown = sorted(set(self.attention_resolutions) - set(self.resolutions))
         if unknown:
             raise ValueError(f"attention_resolutions {unknown} are not among this model's: {self.resolutions}.")
-        self.channels = [int(mult * model_channels) for mult in channel_mult]
         for channels in self.channels:
-            if channels < 1 or channels % norm_num_groups:
+            if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(
-                    f"{channels} channels cannot be normalised in norm_num_groups={norm_num_groups} groups:"
-                    f" model_channels={model_channels}, channel_mult={tuple(channel_mult)}."
+                    f"{channels} channels cannot be normalised in norm_num_groups={self.norm_num_groups} groups:"
+                    f" model_channels={self.model_channels}, channel_mult={tuple(self.channel_mult)}."
                 )
-        self.emb_channels = 4 * model_channels
-        self.attention_levels = [resolution in attention_resolutions for resolution in self.resolutions]
-        self.attention_head_dim = attention_head_dim
-        self.num_attention_heads = num_attention_heads
-        self.norm_num_groups = norm_num_groups
-        self.dropout = dropout
-        self.time_scale_shift = resnet_time_scale_shift
-        self.output_scale_factor = output_scale_factor
 
     def resnet(self, in_channels: int, out_channels: int, resample: str | None = None) -> ADMResnetBlock2D:
-        """A residual block."""
+        """Builds a residual block."""
         return ADMResnetBlock2D(
-            in_channels,
-            out_channels,
-            self.emb_channels,
-            self.norm_num_groups,
-            self.dropout,
-            self.time_scale_shift,
-            self.output_scale_factor,
-            resample,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            emb_channels=self.emb_channels,
+            norm_num_groups=self.norm_num_groups,
+            dropout=self.dropout,
+            time_scale_shift=self.resnet_time_scale_shift,
+            output_scale_factor=self.output_scale_factor,
+            resample=resample,
         )
 
     def attention(self, channels: int) -> ADMAttentionBlock:
-        """An attention block."""
-        heads = self.heads(channels)
-        return ADMAttentionBlock(channels, heads, self.norm_num_groups, self.output_scale_factor)
+        """Builds an attention block."""
+        return ADMAttentionBlock(
+            channels=channels,
+            heads=self.heads(channels),
+            norm_num_groups=self.norm_num_groups,
+            output_scale_factor=self.output_scale_factor,
+        )
 
     def attention_at(self, level: int) -> ADMAttentionBlock | None:
-        """The attention block of a level; `None` where it has none."""
-        return self.attention(self.channels[level]) if self.attention_levels[level] else None
+        """Builds the attention block of a level. Returns `None` for a level without attention."""
+        return self.attention(self.channels[level]) if self.resolutions[level] in self.attention_resolutions else None
 
     def heads(self, channels: int) -> int:
-        """Number of heads of attention over so many channels."""
+        """Returns the number of heads for a number of channels."""
         heads = self.num_attention_heads or channels // self.attention_head_dim
         if heads < 1 or channels % heads or (self.attention_head_dim and heads * self.attention_head_dim != channels):
             raise ValueError(
@@ -334,12 +347,12 @@ class ADMBlockFactory:
 
 
 class ADMEncoder(nn.Module):
-    """The contracting half of the UNet and its middle: all of the classifier but its pooling."""
+    """First half of the UNet and its middle. The classifier is this encoder and a pooling head."""
 
     def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
         super().__init__()
         if layers_per_block < 1:
-            raise ValueError(f"layers_per_block must be at least 1: got {layers_per_block}.")
+            raise ValueError(f"layers_per_block must be at least 1, but got {layers_per_block}.")
         if downsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"downsample_type={downsample_type!r} is not one of {RESAMPLE_TYPES}.")
         self.gradient_checkpointing = False
@@ -367,14 +380,14 @@ class ADMEncoder(nn.Module):
         )
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns the features at the lowest resolution, and the skip connections in the order of their making."""
+        """Returns the features at the lowest resolution, and the skip connections in the order in which they are made."""
         hidden_states = self.conv_in(sample)  # (batch, channels, height, width)
         skips = [hidden_states]
         for block in self.down_blocks:
-            hidden_states = self._run(block, hidden_states, emb)  # (batch, channels, height/2^k, width/2^k)
+            hidden_states = self._run(block, hidden_states, emb)  # (batch, channels, height / 2**k, width / 2**k)
             skips.append(hidden_states)
         for block in self.mid_blocks:
-            hidden_states = self._run(block, hidden_states, emb)
+            hidden_states = self._run(block, hidden_states, emb)  # (batch, channels, height / 2**k, width / 2**k)
         return hidden_states, skips
 
     def _run(self, block: nn.Module, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -384,7 +397,12 @@ class ADMEncoder(nn.Module):
 
 
 def check_images(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
-    """Raises a ValueError unless there are as many channels as a model takes, and height and width can be halved between all levels."""
+    """
+    Checks images that a model is given.
+
+    Raises:
+        ValueError: If the number of channels is wrong, or height and width cannot be halved between all levels.
+    """
     if sample.ndim != 4 or sample.shape[1] != in_channels:
         raise ValueError(
             f"sample has shape {tuple(sample.shape)}, where (batch, {in_channels}, height, width) is needed."

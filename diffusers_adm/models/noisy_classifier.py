@@ -1,4 +1,4 @@
-"""The noise-aware classifier that guides ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3)."""
+"""Noise-aware classifier that guides ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3)."""
 
 from dataclasses import dataclass
 
@@ -35,36 +35,36 @@ class NoisyClassifierOutput(BaseOutput):
     Output of [`NoisyClassifier`].
 
     Args:
-        logits: `(batch, num_classes)`, before the softmax.
+        logits: Logits before the softmax, `(batch, num_classes)`.
     """
 
     logits: torch.Tensor
 
 
 class ADMAttentionPool(nn.Module):
-    """Self-attention over all positions and their mean; what the mean attends to gives the logits (as CLIP pools)."""
+    """Attention pooling of CLIP: self-attention over all positions and their mean. The mean's output gives the logits."""
 
     def __init__(self, resolution: int, channels: int, heads: int, num_classes: int):
         super().__init__()
         self.resolution = resolution
         self.positional_embedding = nn.Parameter(torch.randn(resolution**2 + 1, channels) / channels**0.5)
-        self.attn = ADMAttention(channels, heads, num_classes)
+        self.attn = ADMAttention(channels, heads, out_channels=num_classes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[2:] != (self.resolution, self.resolution):
             height, width = hidden_states.shape[2:]
             raise ValueError(
-                f"pool='attention' takes images of the model's sample_size only: its features must be"
+                "pool='attention' takes images of the model's sample_size only: its features must be"
                 f" {self.resolution}x{self.resolution}, got {height}x{width}."
             )
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (batch, 1 + height * width, channels)
-        tokens = tokens + self.positional_embedding.to(tokens.dtype)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)  # (batch, 1 + height * width, channels)
         return self.attn(tokens)[:, 0]  # (batch, num_classes)
 
 
 class ADMAveragePool(nn.Module):
-    """Mean over all positions, then a linear layer (pool "adaptive")."""
+    """Mean over all positions and a linear layer (pool "adaptive")."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
@@ -75,7 +75,7 @@ class ADMAveragePool(nn.Module):
 
 
 class ADMSpatialPool(nn.Module):
-    """Means over all positions after every block of the encoder, then two linear layers (pools "spatial[_v2]")."""
+    """Means over all positions after every block of the encoder and two linear layers (pools "spatial[_v2]")."""
 
     def __init__(self, channels: int, num_classes: int, norm_num_groups: int | None):
         super().__init__()
@@ -91,28 +91,29 @@ class ADMSpatialPool(nn.Module):
 
 class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
-    Classifies noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and t.
-    It is the encoder of [`ADMUNet2DModel`] and a pooling head (arXiv 2105.05233, section 4.3). The defaults are the
+    Classifier of noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and
+    t. It is the encoder of [`ADMUNet2DModel`] with a pooling head (arXiv 2105.05233, section 4.3). The defaults are the
     released 64x64 classifier.
 
     Args:
-        sample_size: Height and width that the model is made for, in pixels. With `pool="attention"` it takes no other.
-        in_channels: Channels of the image.
+        sample_size: Height and width of the images that the model is made for, in pixels. With `pool="attention"`, it
+            takes no other size.
+        in_channels: Number of channels of the image.
         num_classes: Number of classes.
-        pool: What makes logits of the encoder's features. `"attention"`: attention pooling over the last features;
-            `"adaptive"`: their mean; `"spatial"`: the means of all blocks' features, through two linear layers;
-            `"spatial_v2"`: the same with normalisation between the two.
+        pool: Kind of pooling head. `"attention"` pools the last features by attention, and `"adaptive"` by their mean.
+            `"spatial"` passes the means of all blocks' features through two linear layers, and `"spatial_v2"` normalises
+            between the two.
         model_channels: Width that `channel_mult` multiplies.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
-        layers_per_block: Residual blocks a level.
+        layers_per_block: Number of residual blocks per level.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
-        attention_head_dim: Channels a head; the alternative to `num_attention_heads`.
-        num_attention_heads: Heads of every attention layer; the alternative to `attention_head_dim`.
-        norm_num_groups: Groups of the group normalisation.
+        attention_head_dim: Number of channels per attention head. The alternative is `num_attention_heads`.
+        num_attention_heads: Number of heads of every attention layer. The alternative is `attention_head_dim`.
+        norm_num_groups: Number of groups of the group normalisation.
         dropout: Dropout probability of the residual blocks.
-        resnet_time_scale_shift: `"scale_shift"` (AdaGN) or `"default"` (the embedding is added).
-        downsample_type: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
-        output_scale_factor: What every residual sum is divided by; `2 ** 0.5` is the paper's residual rescaling.
+        resnet_time_scale_shift: Use of the embedding: `"scale_shift"` (AdaGN) or `"default"` (it is added).
+        downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
+        output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -120,7 +121,7 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMAttentionPool"]
-    # Residual blocks come in some twenty widths, and each would be a graph of its own: beyond torch's limit of eight.
+    # Without residual blocks: they have some twenty widths, each would be a graph of its own, and torch's limit is eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -146,20 +147,20 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
     ):
         super().__init__()
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1: got {num_classes}.")
+            raise ValueError(f"num_classes must be at least 1, but got {num_classes}.")
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is not one of {POOLS}.")
         blocks = ADMBlockFactory(
-            sample_size,
-            model_channels,
-            channel_mult,
-            attention_resolutions,
-            attention_head_dim,
-            num_attention_heads,
-            norm_num_groups,
-            dropout,
-            resnet_time_scale_shift,
-            output_scale_factor,
+            sample_size=sample_size,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            norm_num_groups=norm_num_groups,
+            dropout=dropout,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            output_scale_factor=output_scale_factor,
         )
         channels = blocks.channels[-1]
         self.time_embedding = ADMTimeEmbedding(model_channels)
@@ -168,12 +169,20 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
             self.norm_out = ADMGroupNorm(norm_num_groups, channels)
             self.act = nn.SiLU()
         if pool == "attention":
-            self.pooling = ADMAttentionPool(blocks.resolutions[-1], channels, blocks.heads(channels), num_classes)
+            self.pooling = ADMAttentionPool(
+                resolution=blocks.resolutions[-1],
+                channels=channels,
+                heads=blocks.heads(channels),
+                num_classes=num_classes,
+            )
         elif pool == "adaptive":
             self.pooling = ADMAveragePool(channels, num_classes)
         else:
-            pool_groups = norm_num_groups if pool == "spatial_v2" else None
-            self.pooling = ADMSpatialPool(sum(self.encoder.skip_channels) + channels, num_classes, pool_groups)
+            self.pooling = ADMSpatialPool(
+                channels=sum(self.encoder.skip_channels) + channels,
+                num_classes=num_classes,
+                norm_num_groups=norm_num_groups if pool == "spatial_v2" else None,
+            )
 
     @classmethod
     def from_openai(cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None) -> "NoisyClassifier":
@@ -205,14 +214,16 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
         """
+        Classifies noised images.
+
         Args:
             sample: Noised images, `(batch, in_channels, height, width)`.
-            timestep: Training timestep of each image, `(batch,)`, or one for all.
+            timestep: Training timestep per image, `(batch,)`, or one for all.
             return_dict: Whether to return a [`NoisyClassifierOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If the image has another number of channels, cannot be halved between all levels, or is not of the
-                size that `pool="attention"` was made for.
+            ValueError: If the number of channels is wrong, height and width cannot be halved between all levels, or the
+                size is not the one that `pool="attention"` is made for.
         """
         check_images(sample, self.config.in_channels, len(self.config.channel_mult))
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)

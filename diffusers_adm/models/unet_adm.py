@@ -1,4 +1,4 @@
-"""The UNet of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3)."""
+"""UNet of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3)."""
 
 from dataclasses import dataclass
 
@@ -34,41 +34,71 @@ class ADMUNet2DOutput(BaseOutput):
     Output of [`ADMUNet2DModel`].
 
     Args:
-        sample: `(batch, out_channels, height, width)`. The first `in_channels` predict the noise (or x_0, as the
-            scheduler's `prediction_type` says); with learned variance as many more follow, which interpolate the
-            log-variance between its bounds (-1 is the lower, 1 the upper).
+        sample: Prediction, `(batch, out_channels, height, width)`. The first `in_channels` channels predict the noise, or
+            x_0 if the scheduler's `prediction_type` says so. With learned variance, as many channels follow. They
+            interpolate the log-variance between its bounds: -1 is the lower bound, 1 the upper.
     """
 
     sample: torch.Tensor
 
 
-class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
-    r"""
-    The UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with
-    adaptive group normalisation, multi-resolution attention and BigGAN up- and downsampling. The defaults are the
-    released class-conditional 64x64 model; every ablation of the paper's Tables 1 to 3 is one argument.
+def build_decoder(
+    blocks: ADMBlockFactory, skip_channels: list[int], layers_per_block: int, upsample_type: str
+) -> nn.ModuleList:
+    """
+    Builds the decoder: one block per skip connection, the last connection first.
 
     Args:
-        sample_size: Height and width that the model is made for, in pixels. `forward` takes any size that the
-            downsampling divides.
-        in_channels: Channels of the image.
-        out_channels: `in_channels`, or twice as many to learn the variance (Nichol & Dhariwal 2021, eq. 15).
+        blocks: Builder of the model's blocks.
+        skip_channels: Number of channels of each skip connection, in the order in which the encoder makes them.
+        layers_per_block: Number of residual blocks per level of the encoder.
+        upsample_type: Kind of upsampling: `"resnet"` or `"conv"`.
+    """
+    up_blocks, skip_channels = nn.ModuleList(), list(skip_channels)
+    channels = blocks.channels[-1]
+    for level in reversed(range(len(blocks.channels))):
+        for layer in range(layers_per_block + 1):
+            resnet = blocks.resnet(channels + skip_channels.pop(), blocks.channels[level])
+            channels = blocks.channels[level]
+            upsampler = None
+            if level > 0 and layer == layers_per_block:
+                is_resnet = upsample_type == "resnet"
+                upsampler = blocks.resnet(channels, channels, "up") if is_resnet else ADMUpsample2D(channels)
+            # Built after the upsampler: a seed's initial weights depend on the order.
+            up_blocks.append(ADMUpBlock(resnet, attention=blocks.attention_at(level), upsampler=upsampler))
+    return up_blocks
+
+
+class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
+    r"""
+    UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with adaptive
+    group normalisation, multi-resolution attention, and BigGAN up- and downsampling. The defaults are the released
+    class-conditional 64x64 model. Every ablation of the paper's Tables 1 to 3 is one argument.
+
+    Args:
+        sample_size: Height and width of the images that the model is made for, in pixels. `forward` takes any size that
+            the downsampling divides.
+        in_channels: Number of channels of the image.
+        out_channels: Number of channels of the output: `in_channels`, or twice as many to learn the variance (Nichol &
+            Dhariwal 2021, eq. 15).
         model_channels: Width that `channel_mult` multiplies.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
-        layers_per_block: Residual blocks a level (one more in the decoder).
+        layers_per_block: Number of residual blocks per level. The decoder has one more.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
-        attention_head_dim: Channels a head; the alternative to `num_attention_heads`.
-        num_attention_heads: Heads of every attention layer; the alternative to `attention_head_dim`.
-        norm_num_groups: Groups of the group normalisation.
-        num_class_embeds: Number of classes; `None` for an unconditional model.
-        use_null_class: Adds to the class embedding one row, of index `num_class_embeds`, which stands for "no class"
-            (Ho & Salimans 2022).
-        low_res_conditioning: Takes a low-resolution image of the same number of channels as second input (upsampler).
+        attention_head_dim: Number of channels per attention head. The alternative is `num_attention_heads`.
+        num_attention_heads: Number of heads of every attention layer. The alternative is `attention_head_dim`.
+        norm_num_groups: Number of groups of the group normalisation.
+        num_class_embeds: Number of classes. `None` for an unconditional model.
+        use_null_class: Whether the class embedding has one more row, of index `num_class_embeds`, which stands for "no
+            class" (Ho & Salimans 2022).
+        low_res_conditioning: Whether the model takes a low-resolution image with the same number of channels as second
+            input (upsampler).
         dropout: Dropout probability of the residual blocks.
-        resnet_time_scale_shift: `"scale_shift"` (AdaGN) or `"default"` (the embedding is added).
-        downsample_type: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
-        upsample_type: `"resnet"` or `"conv"` (nearest neighbours, then a convolution).
-        output_scale_factor: What every residual sum is divided by; `2 ** 0.5` is the paper's residual rescaling.
+        resnet_time_scale_shift: Use of the embedding: `"scale_shift"` (AdaGN) or `"default"` (it is added).
+        downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
+        upsample_type: Kind of upsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (nearest neighbours, then a
+            convolution).
+        output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -76,7 +106,7 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMUpBlock"]
-    # Residual blocks come in some twenty widths, and each would be a graph of its own: beyond torch's limit of eight.
+    # Without residual blocks: they have some twenty widths, each would be a graph of its own, and torch's limit is eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -106,25 +136,25 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
             raise ValueError(
-                f"out_channels={out_channels} is neither in_channels={in_channels} nor twice that (learned variance)."
+                f"out_channels={out_channels} is neither in_channels={in_channels} nor twice as many (learned variance)."
             )
         if use_null_class and num_class_embeds is None:
-            raise ValueError("use_null_class=True needs a class-conditional model: num_class_embeds is None.")
+            raise ValueError("use_null_class=True requires a class-conditional model, but num_class_embeds is None.")
         if num_class_embeds is not None and num_class_embeds < 1:
-            raise ValueError(f"num_class_embeds must be at least 1, or None: got {num_class_embeds}.")
+            raise ValueError(f"num_class_embeds must be at least 1, or None, but got {num_class_embeds}.")
         if upsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"upsample_type={upsample_type!r} is not one of {RESAMPLE_TYPES}.")
         blocks = ADMBlockFactory(
-            sample_size,
-            model_channels,
-            channel_mult,
-            attention_resolutions,
-            attention_head_dim,
-            num_attention_heads,
-            norm_num_groups,
-            dropout,
-            resnet_time_scale_shift,
-            output_scale_factor,
+            sample_size=sample_size,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            norm_num_groups=norm_num_groups,
+            dropout=dropout,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            output_scale_factor=output_scale_factor,
         )
         self.gradient_checkpointing = False
 
@@ -138,24 +168,11 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
         encoder_channels = 2 * in_channels if low_res_conditioning else in_channels
         self.encoder = ADMEncoder(blocks, encoder_channels, layers_per_block, downsample_type)
 
-        # 3. Decoder: one block for each skip connection, the last made first
-        self.up_blocks = nn.ModuleList()
-        skip_channels = list(self.encoder.skip_channels)
-        channels = blocks.channels[-1]
-        for level in reversed(range(len(channel_mult))):
-            for layer in range(layers_per_block + 1):
-                resnet = blocks.resnet(channels + skip_channels.pop(), blocks.channels[level])
-                channels = blocks.channels[level]
-                upsampler = None
-                if level > 0 and layer == layers_per_block:
-                    upsampler = (
-                        blocks.resnet(channels, channels, resample="up")
-                        if upsample_type == "resnet"
-                        else ADMUpsample2D(channels)
-                    )
-                self.up_blocks.append(ADMUpBlock(resnet, blocks.attention_at(level), upsampler))
+        # 3. Decoder
+        self.up_blocks = build_decoder(blocks, self.encoder.skip_channels, layers_per_block, upsample_type)
 
         # 4. Output
+        channels = blocks.channels[0]
         self.norm_out = ADMGroupNorm(norm_num_groups, channels)
         self.act = nn.SiLU()
         self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
@@ -190,23 +207,37 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the output holds a second set of channels, for the variance."""
+        """Whether the output has a second set of channels, for the variance."""
         return self.config.out_channels == 2 * self.config.in_channels
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for "no class"; `None` for a model without one."""
+        """Label that stands for "no class". `None` for a model without a null class."""
         return self.config.num_class_embeds if self.config.use_null_class else None
 
     def epsilon_view(self, class_labels: torch.Tensor | None = None) -> "EpsilonView":
         """
-        The same network for callers that know no learned variance, such as solvers of inverse problems. Stock schedulers take
-        its output as they are, but for a `DDPMScheduler`, whose `variance_type` must be a fixed one.
+        Returns the same network without the variance, for callers that do not expect a learned variance, such as solvers of
+        inverse problems. Stock schedulers take its output. The `variance_type` of a `DDPMScheduler` must be a fixed one.
 
         Args:
-            class_labels: Class of each image, where they do not know of classes either.
+            class_labels: Class of each image, for callers that pass no labels.
         """
         return EpsilonView(self, class_labels)
+
+    def _check_inputs(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None, low_res: torch.Tensor | None
+    ) -> None:
+        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
+        if self.class_embedding is None and class_labels is not None:
+            raise ValueError("class_labels were given to an unconditional model (num_class_embeds=None).")
+        if self.class_embedding is not None and class_labels is None and self.null_class is None:
+            raise ValueError("class_labels are missing: the model is class-conditional and has no null class.")
+        if (low_res is not None) != self.config.low_res_conditioning:
+            raise ValueError(
+                "low_res must be given if and only if low_res_conditioning is True, but it is"
+                f" {self.config.low_res_conditioning}, and low_res is {'missing' if low_res is None else 'given'}."
+            )
 
     def forward(
         self,
@@ -217,39 +248,32 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
         return_dict: bool = True,
     ) -> ADMUNet2DOutput | tuple[torch.Tensor]:
         """
+        Predicts the noise, or x_0, and the variance where it is learned.
+
         Args:
             sample: Noised images, `(batch, in_channels, height, width)`.
-            timestep: Training timestep of each image, `(batch,)`, or one for all.
+            timestep: Training timestep per image, `(batch,)`, or one for all.
             class_labels: Class of each image, `(batch,)`. `None` for an unconditional model, or to run a model that
                 has a null class without a class.
-            low_res: Low-resolution images, `(batch, in_channels, any height, any width)`, for an upsampler only.
+            low_res: Low-resolution images, `(batch, in_channels, any height, any width)`. Only an upsampler takes them.
             return_dict: Whether to return an [`ADMUNet2DOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If labels or low-resolution images are missing or not taken, or if the image has another number of
-                channels or cannot be halved between all levels.
+            ValueError: If labels or low-resolution images are missing or not taken, the number of channels is wrong, or
+                height and width cannot be halved between all levels.
         """
-        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
-        if self.class_embedding is None and class_labels is not None:
-            raise ValueError("class_labels were given to an unconditional model (num_class_embeds=None).")
-        if self.class_embedding is not None and class_labels is None and self.null_class is None:
-            raise ValueError("class_labels are missing: the model is class-conditional and has no null class.")
-        if (low_res is not None) != self.config.low_res_conditioning:
-            raise ValueError(
-                f"low_res must be given if and only if low_res_conditioning is True: it is"
-                f" {self.config.low_res_conditioning}, and low_res is {'missing' if low_res is None else 'given'}."
-            )
+        self._check_inputs(sample, class_labels, low_res)
 
         # 1. Embeddings
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
         if self.class_embedding is not None:
             if class_labels is None:
-                class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)
+                class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)  # (batch,)
             emb = emb + self.class_embedding(class_labels).to(emb.dtype)  # (batch, 4 * model_channels)
 
         # 2. Encoder and middle
         if low_res is not None:
-            low_res = F.interpolate(low_res, sample.shape[2:], mode="bilinear")
+            low_res = F.interpolate(low_res, sample.shape[2:], mode="bilinear")  # (batch, in_channels, height, width)
             sample = torch.cat([sample, low_res.to(sample.dtype)], dim=1)  # (batch, 2 * in_channels, height, width)
         hidden_states, skips = self.encoder(sample, emb)  # (batch, channels, height / 2**k, width / 2**k)
 
@@ -258,7 +282,9 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, skips.pop(), emb)
             else:
-                hidden_states = block(hidden_states, skips.pop(), emb)
+                hidden_states = block(
+                    hidden_states, skips.pop(), emb
+                )  # (batch, channels, height / 2**k, width / 2**k)
 
         # 4. Output
         hidden_states = self.act(self.norm_out(hidden_states))  # (batch, channels, height, width)
@@ -269,12 +295,12 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
 
 class EpsilonView(nn.Module):
     """
-    What a UNet predicts, without the variance: its output has as many channels as the image. It shares the weights, and
-    its `config` says the same but for `out_channels`.
+    UNet without its variance: the output has as many channels as the image. It shares the UNet's weights, and its
+    `config` differs only in `out_channels`.
 
     Args:
-        unet: Of which.
-        class_labels: Class of each image, `(batch,)`, where a call gives none.
+        unet: UNet to wrap.
+        class_labels: Class of each image, `(batch,)`, for calls that pass none.
     """
 
     def __init__(self, unet: ADMUNet2DModel, class_labels: torch.Tensor | None = None):
@@ -287,12 +313,12 @@ class EpsilonView(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Data type of the weights."""
         return self.unet.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.unet.device
 
     def forward(
@@ -303,8 +329,8 @@ class EpsilonView(nn.Module):
         low_res: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> ADMUNet2DOutput | tuple[torch.Tensor]:
-        """Arguments as of the UNet."""
-        labels = self.class_labels if class_labels is None else class_labels
+        """Predicts the noise, or x_0. The arguments are those of [`ADMUNet2DModel.forward`]."""
+        labels = self.class_labels if class_labels is None else class_labels  # (batch,)
         output = self.unet(sample, timestep, labels, low_res).sample  # (batch, out_channels, height, width)
         sample = output[:, : self.config.out_channels]  # (batch, in_channels, height, width)
         return ADMUNet2DOutput(sample=sample) if return_dict else (sample,)
