@@ -1,5 +1,8 @@
-"""Pictures of the models that ship with this package: of the default model in the manner of Figure 3 of Dhariwal & Nichol 2021,
-what guidance does to ten digits; of the cascade, what each stage draws."""
+"""Pictures of the models that ship with this package.
+
+The picture of the default model shows what guidance does to ten digits, in the manner of Figure 3 of Dhariwal & Nichol 2021. The
+picture of the default cascade shows what each stage draws.
+"""
 
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default
 from diffusers_adm.data.grids import labelled_grid
 
 
-# Each row: its name, whether the UNet is told the digit, the guidance scale.
+# Rows: name, whether the UNet is given the class, guidance scale.
 ROWS = (
     ("unconditional", False, 0.0),
     ("unconditional, guidance 1", False, 1.0),
@@ -26,24 +29,24 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
     Draws the ten digits in four ways, from the same noise in each column, and writes the labelled grid.
 
     Args:
-        output: File to write; its suffix names the format.
-        num_inference_steps: Steps of DDIM.
-        seed: Of the first column; the others count up from it.
+        output: File to write. Its suffix names the format.
+        num_inference_steps: Number of DDIM steps.
+        seed: Seed of the first column. Each further column has the next seed.
 
     Raises:
-        ValueError: If the file cannot be written there, or not in that format.
+        ValueError: If the folder does not exist, or the format is not supported.
     """
     output = checked_output(output)
     pipeline = load_with_ddim(ClassifierGuidedPipeline, default_model())
     digits = list(range(10))
     images: dict[str, list[Image.Image]] = {}
     started = time.monotonic()
-    for told in (False, True):
-        rows = [(name, scale) for name, condition_unet, scale in ROWS if condition_unet == told]
+    for condition_unet in (False, True):
+        rows = [(name, scale) for name, conditioned, scale in ROWS if conditioned == condition_unet]
         drawn = pipeline(
             class_labels=digits * len(rows),
             guidance_scale=[scale for _, scale in rows for _ in digits],
-            condition_unet=told,
+            condition_unet=condition_unet,
             num_inference_steps=num_inference_steps,
             generator=[torch.Generator().manual_seed(seed + digit) for _ in rows for digit in digits],
         ).images
@@ -58,15 +61,15 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
 
 def draw_cascade_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) -> None:
     """
-    Draws the ten digits at 16x16 pixels, guided, and what the upsampler makes of them, and writes the labelled grid.
+    Draws the ten digits at 16x16 pixels, enlarges them to 32x32, and writes the labelled grid.
 
     Args:
-        output: File to write; its suffix names the format.
-        num_inference_steps: Steps of DDIM, in each stage.
-        seed: Of the first column; the others count up from it.
+        output: File to write. Its suffix names the format.
+        num_inference_steps: Number of DDIM steps per stage.
+        seed: Seed of the first column. Each further column has the next seed.
 
     Raises:
-        ValueError: If the file cannot be written there, or not in that format.
+        ValueError: If the folder does not exist, or the format is not supported.
     """
     output = checked_output(output)
     base, upsampler = default_cascade()
@@ -90,10 +93,10 @@ def draw_cascade_demo(output: str | Path, num_inference_steps: int = 25, seed: i
 
 def checked_output(output: str | Path) -> Path:
     """
-    The absolute path of a picture to write.
+    Returns the absolute path of a picture to write.
 
     Raises:
-        ValueError: If it cannot be written there, or not in that format.
+        ValueError: If the folder does not exist, or the format is not supported.
     """
     output = Path(output).absolute()
     if output.suffix.lower() not in Image.registered_extensions():
@@ -104,7 +107,7 @@ def checked_output(output: str | Path) -> Path:
 
 
 def load_with_ddim(pipeline_class: type[DiffusionPipeline], folder: str) -> DiffusionPipeline:
-    """A pipeline that draws in few steps."""
+    """Loads a pipeline with DDIM, which needs few steps."""
     pipeline = pipeline_class.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     return pipeline

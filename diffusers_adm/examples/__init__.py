@@ -1,1 +1,1 @@
-"""What research builds on these models, on the default one: each module draws a picture, `python -m diffusers_adm.examples.repaint`."""
+"""Methods of research on the default model. Each module draws a picture: `python -m diffusers_adm.examples.repaint`."""

@@ -1,4 +1,7 @@
-"""Super-resolution without training, by DDNM (Wang et al. 2022, arXiv 2212.00490): x_0 is made to agree with what is known."""
+"""Super-resolution without training, by DDNM (Wang et al. 2022, arXiv 2212.00490).
+
+Each predicted x_0 is changed so that it agrees with the small image.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,21 +10,23 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def shrink(x: torch.Tensor, factor: int = 4) -> torch.Tensor:
-    """A: the mean of each square of pixels."""
+    """Applies A: the mean of each square of pixels."""
     return F.avg_pool2d(x, factor)
 
 
 def enlarge(y: torch.Tensor, factor: int = 4) -> torch.Tensor:
-    """The pseudo-inverse of A: each pixel repeated."""
+    """Applies the pseudo-inverse of A: it repeats each pixel."""
     return F.interpolate(y, scale_factor=factor, mode="nearest")
 
 
 def super_resolve(pipeline, small: torch.Tensor, steps: int, **call) -> torch.Tensor:
     """
+    Draws large images of small ones.
+
     Args:
-        pipeline: With DDIM.
+        pipeline: Pipeline with DDIM.
         small: Images of 8x8 pixels in [-1, 1].
-        steps: Of DDIM.
+        steps: Number of DDIM steps.
         call: Other arguments of `draw`.
     """
 

@@ -1,6 +1,6 @@
-"""A linear inverse problem by DPS (Chung et al. 2022, arXiv 2209.14687): digits from noisy measurements of them, blurred.
+"""A linear inverse problem by DPS (Chung et al. 2022, arXiv 2209.14687): digits from blurred and noisy measurements.
 
-The gradient of the error of the predicted x_0 goes through the UNet, and is applied after each step (Algorithm 1).
+The gradient of the predicted x_0's error goes through the UNet, and is applied after each step (Algorithm 1).
 """
 
 import torch
@@ -10,17 +10,19 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def blur(x: torch.Tensor) -> torch.Tensor:
-    """A: a Gaussian blur."""
+    """Applies A: a Gaussian blur."""
     return gaussian_blur(x, kernel_size=9, sigma=3.0)
 
 
 def restore(pipeline, measured: torch.Tensor, steps: int, step_size: float = 1.0, **call) -> torch.Tensor:
     """
+    Draws images that agree with measurements.
+
     Args:
-        pipeline: With DDPM.
-        measured: What is known of the images.
-        steps: Of DDPM.
-        step_size: zeta: the length of each correction, as a share of the error's.
+        pipeline: Pipeline with DDPM.
+        measured: Blurred and noisy images.
+        steps: Number of DDPM steps.
+        step_size: Factor zeta of each correction.
         call: Other arguments of `draw`.
     """
     x_t = None

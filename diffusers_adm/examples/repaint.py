@@ -1,4 +1,4 @@
-"""Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn anew."""
+"""Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn again."""
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -8,12 +8,12 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_timesteps: int = 1000) -> list[int]:
-    """Timesteps that go down, and go back up by `jump_length` of them `jump_count` - 1 times wherever so many are done."""
+    """Returns timesteps that go down. After every `jump_length` steps, they go back up by as many, `jump_count` - 1 times."""
     stride = num_train_timesteps // steps
     indices, index, jumps_left = [], steps - 1, {}
     while index >= 0:
         indices.append(index)
-        place = index - 1  # where the step leads
+        place = index - 1  # index after the step
         if place >= 0 and place % jump_length == 0 and place + jump_length < steps:
             if jumps_left.setdefault(place, jump_count - 1) > 0:
                 jumps_left[place] -= 1
@@ -25,11 +25,13 @@ def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_t
 
 def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[int], **call) -> torch.Tensor:
     """
+    Draws the unknown part of images.
+
     Args:
-        pipeline: With DDPM.
-        known: Images in [-1, 1], of which the mask says what is known.
-        mask: 1 where it is, 0 where it is drawn; broadcasts to `known`.
-        timesteps: To visit.
+        pipeline: Pipeline with DDPM.
+        known: Images in [-1, 1].
+        mask: Mask that broadcasts to `known`: 1 where pixels are known, 0 where they are drawn.
+        timesteps: Timesteps to visit.
         call: Other arguments of `draw`.
     """
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config)

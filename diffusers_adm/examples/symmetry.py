@@ -1,4 +1,4 @@
-"""Guidance by a function of one's own: digits that are their own mirror images."""
+"""Guidance by a custom function: digits that are their own mirror images."""
 
 import torch
 
@@ -8,7 +8,7 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 def symmetric(
     x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:
-    """A log-probability of each image, `(batch,)`: that the predicted x_0 is as its mirror image."""
+    """Returns a log-probability per image, `(batch,)`, which is highest if the predicted x_0 equals its mirror image."""
     return -(x_0 - x_0.flip(-1)).square().sum(dim=(1, 2, 3))
 
 
@@ -16,7 +16,7 @@ symmetric.through_unet = True  # x_0 depends on x_t
 
 
 def asymmetry(images: torch.Tensor) -> float:
-    """Mean absolute difference from the mirror images."""
+    """Returns the mean absolute difference from the mirror images."""
     return (images - images.flip(-1)).abs().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""A Hub of a test's own on the loopback interface: repositories of files, as far as the client's protocol needs it."""
+"""Server of the Hub's protocol on the loopback interface, with as much of it as tests need."""
 
 import base64
 import hashlib
@@ -15,14 +15,14 @@ TOKEN = "hf_of_the_owner"
 
 @dataclass
 class Repository:
-    """Commits by their hash, each a table of files, and branches."""
+    """Repository: tables of files by the hash of their commit, and branches."""
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        """Adds a commit to a branch; its hash."""
+        """Adds a commit to a branch, and returns its hash."""
         digest = hashlib.sha1(str(len(self.commits)).encode())
         for name in sorted(files):
             digest.update(name.encode() + files[name])
@@ -31,19 +31,19 @@ class Repository:
         return digest.hexdigest()
 
     def resolve(self, revision: str) -> str | None:
-        """Hash of a branch or of a commit."""
+        """Returns the hash of a branch's last commit, or of a commit."""
         revision = unquote(revision)
         return self.branches.get(revision, revision if revision in self.commits else None)
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `repositories`; `url` is what the client's `HF_ENDPOINT` must be."""
+    """Server of `repositories`. The client's `HF_ENDPOINT` must be `url`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
-        self.fail_commits = 0  # so many commits are refused before one succeeds
+        self.fail_commits = 0  # number of commits that are refused before one succeeds
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -54,16 +54,16 @@ class HubServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handler of one request."""
 
     server: HubServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_) -> None:
-        """Says nothing."""
+        """Keeps the log empty."""
 
     def reply(self, status: int, body: dict | list | bytes = b"", **headers: str) -> None:
-        """Sends an answer; a HEAD request gets its headers alone."""
+        """Sends an answer. A HEAD request gets only its headers."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def refuse(self, status: int, code: str) -> None:
-        """An error as the client knows it."""
+        """Sends an error in the form that the client expects."""
         self.reply(status, {"error": code}, X_Error_Code=code, X_Error_Message=code)
 
     @property
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str) -> Repository | None:
-        """A repository that the asker may see; refuses otherwise."""
+        """Returns a repository that the client may see. Sends an error for any other."""
         repository = self.server.repositories.get(name)
         if repository is None or (repository.private and not self.authorized):
             self.refuse(401 if repository else 404, "RepoNotFound")
@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def entry(path: str, data: bytes) -> dict:
-        """A file of a listing."""
+        """Returns the entry of a file in a listing."""
         return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
     def do_POST(self) -> None:
@@ -154,14 +154,14 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "NotFound")
 
     def branch(self, repository: Repository, revision: str, body: bytes) -> None:
-        """Makes a branch of what is on main."""
+        """Creates a branch at the last commit of main."""
         if revision in repository.branches:
             return self.reply(409, {"error": "exists"})
         repository.branches[revision] = repository.branches["main"]
         self.reply(200, {})
 
     def preupload(self, repository: Repository, revision: str, body: bytes) -> None:
-        """Asks for all files within the commit."""
+        """Asks the client to send all files inside the commit."""
         files = [
             {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
             for file in json.loads(body)["files"]
