@@ -74,7 +74,7 @@ class LabelledImages(torch.utils.data.Dataset):
             item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{self.epoch}-{candidate}")
             if item is not None:
                 return item
-        raise ValueError("Not one image of the dataset can be read.")
+        raise ValueError("No image of the dataset can be read.")
 
 
 def required_class_names(images: LabelledImages | StreamedImages) -> list[str]:

@@ -1,11 +1,11 @@
-"""Many pictures in one."""
+"""Grids of pictures."""
 
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 
 
 def grid_of(pictures: list[Image.Image], columns: int = 10) -> Image.Image:
-    """Equally large pictures in rows of `columns`."""
+    """Joins equally large pictures in rows of `columns`."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     blank = Image.new(pictures[0].mode, pictures[0].size)
@@ -16,14 +16,14 @@ def labelled_grid(
     row_names: list[str], column_names: list[str], rows: list[list[Image.Image]], zoom: int = 2, gap: int = 4
 ) -> Image.Image:
     """
-    One picture of rows of equally large pictures, with the name of each row on its left and of each column above it.
+    Joins rows of equally large pictures, with the name of each row on its left and the name of each column above it.
 
     Args:
-        row_names: Of the rows.
-        column_names: Of the columns.
-        rows: Pictures, a list a row.
-        zoom: By how much to enlarge each.
-        gap: Pixels between them.
+        row_names: Names of the rows.
+        column_names: Names of the columns.
+        rows: Pictures, one list per row.
+        zoom: Factor by which each picture is enlarged.
+        gap: Pixels between pictures.
     """
     font = ImageFont.load_default(size=16)
     margin = 8

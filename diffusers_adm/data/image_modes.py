@@ -1,4 +1,4 @@
-"""Pictures of all kinds as 8-bit grey or colour."""
+"""Conversion of pictures of all modes to 8-bit grey or colour."""
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,14 +9,15 @@ MODES = {1: "L", 3: "RGB"}
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """
-    8-bit grey or colour, turned as its EXIF data says; 16 bits are scaled to 8, and what is transparent shows white.
+    Converts a picture to 8-bit grey or colour, and turns it as its EXIF data says. 16 bits are scaled to 8, and transparent
+    pixels become white.
 
     Args:
-        image: Of any mode.
+        image: Picture of any mode.
         channels: 1 for grey, 3 for colour.
 
     Raises:
-        ValueError: If no picture has so many channels.
+        ValueError: If `channels` is neither 1 nor 3.
     """
     if channels not in MODES:
         raise ValueError(f"A picture has 1 channel or 3, and {channels} are needed: give tensors.")

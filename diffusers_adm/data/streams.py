@@ -61,7 +61,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         items = (reader.read(row, number, "") for number, row in enumerate(copy.deepcopy(self.rows)))
         examples = list(itertools.islice((item for item in items if item is not None), count))
         if not examples:
-            raise ValueError("Not one image of the dataset can be read.")
+            raise ValueError("No image of the dataset can be read.")
         return examples
 
     def from_batch(self, loader: DataLoader, number: int) -> Iterator[dict]:
@@ -109,7 +109,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     has_images = True
                     yield {**item, "position": torch.tensor((epoch, number + 1))}
             if not has_images:
-                raise ValueError("Not one image of the dataset can be read.")
+                raise ValueError("No image of the dataset can be read.")
 
 
 def check_workers(num_workers: int, num_files: int) -> None:

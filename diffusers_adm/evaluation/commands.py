@@ -6,17 +6,15 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCard
 
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.image_sets import ImageSetOptions, open_images
-from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor, register_from
 from diffusers_adm.evaluation.likelihood import evaluate_likelihood
 from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
+from diffusers_adm.evaluation.options import FeatureOptions, ModelOptions, RunOptions, load_extractor
 from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
 from diffusers_adm.evaluation.reference import summarise_reference, write_reference
 from diffusers_adm.evaluation.report import add_to_card
@@ -25,63 +23,17 @@ from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import SCHEDULERS, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_options, at_least, build_options, option, option_values
+from diffusers_adm.options import add_options, build_options, option_values
 from diffusers_adm.pipelines.options import SamplingOptions
 
 
-DTYPES = ("float32", "float16", "bfloat16")
 NO_DATASET = ("dataset_name", "train_data_dir")  # the commands take the dataset as an argument
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """Pipeline to load."""
-
-    model: str | None = option(
-        None, help="Folder or Hub id of a pipeline. By default the one of digits that ships with this package."
-    )
-    revision: str | None = option(None, help="Branch, tag or commit on the Hub.")
-    variant: str | None = option(None, help="Variant of the weight files, such as fp16.")
-    dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Seed and batch size of a run."""
-
-    seed: int = option(0, help="Seed of the run. The seed of each image is derived from it.")
-    batch_size: int = option(50, help="Number of images per batch.")
-
-
-@dataclass(frozen=True)
-class FeatureOptions:
-    """Feature extractor to load."""
-
-    feature_extractor: str = option(
-        INCEPTION, help="Name in torch-fidelity's registry. The default is the published evaluator's."
-    )
-    feature_extractor_weights: str | None = option(
-        None, metavar="FILE", help="File of the extractor's weights, instead of a download."
-    )
-    register: str | None = option(
-        None, metavar="FILE", help="Python file that registers a feature extractor of your own."
-    )
-    feature_batch_size: int = option(64, help="Number of images per batch of the extractor.", check=at_least(1))
-
-
-def load_extractor(options: FeatureOptions) -> FeatureExtractor:
-    """
-    Loads the extractor on the fastest device that it supports.
-
-    Raises:
-        ValueError: If there is no extractor of that name, or its weights do not fit.
-        OSError: If its weights cannot be downloaded.
-    """
-    if options.register is not None:
-        register_from(options.register)
-    # Apple's accelerators have no float64.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return FeatureExtractor(options.feature_extractor, options.feature_extractor_weights, device)
+def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
+    """Adds examples below the help of a command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n  ".join(["examples:", *commands])
 
 
 def parse_value(text: str) -> bool | float | int | str | list | dict | None:
@@ -159,6 +111,11 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(
         parser, "sampling", "Arguments of the pipeline's call. Its own defaults apply to those that are not given."
     )
+    add_examples(
+        parser,
+        "diffusers-adm sample --output samples --num_samples 1000 --scheduler DDIM --num_inference_steps 25",
+        "diffusers-adm sample --model me/my-model --output samples --labels balanced --guidance_scale 2.5",
+    )
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -203,6 +160,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm evaluate reference.npz samples/samples_50000x64x64x3.npz --output metrics.json",
+        "diffusers-adm evaluate reference.npz my_pictures --resolution 64 --feature_extractor vgg16",
+    )
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -254,6 +216,11 @@ def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="INT", type=int, default=0, help="Seed of their choice. Default: 0.")
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm make-reference my_images reference.npz --resolution 64",
+        "diffusers-adm make-reference ylecun/mnist reference.npz --split test --resolution 32 --crop pad",
+    )
 
 
 def make_reference(args: argparse.Namespace) -> None:
@@ -313,6 +280,11 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm nll my_images --resolution 64 --model me/my-model --output likelihood",
+        "diffusers-adm nll images.npz --model me/my-model --timestep_respacing 250 --num_images 1000 --output likelihood",
+    )
 
 
 def nll(args: argparse.Namespace) -> None:
@@ -361,6 +333,11 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm sweep reference.npz --output sweep --guidance_scale 0 1 2.5 5",
+        "diffusers-adm sweep reference.npz --model me/my-model --output sweep --scheduler DDIM DDPM --num_inference_steps 25 50",
+    )
 
 
 def sweep(args: argparse.Namespace) -> None:

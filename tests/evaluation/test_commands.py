@@ -1,5 +1,9 @@
 """Words of the command line, and schedulers by their names."""
 
+import shlex
+
+import pytest
+from command_line import command_parsers
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline
 
@@ -36,3 +40,14 @@ def test_whatever_a_call_takes_is_an_option():
     expected = [1, -1.5, True, False, None, "ddim25", "90,60", 0.1, {"schedule": "Linear"}]
     assert [parse_value(word) for word in words] == expected
     assert option_type("timestep_respacing")("250") == "250" and option_type("eta")("0.5") == 0.5
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "make-reference", "nll", "sweep"])
+def test_examples_of_a_command_are_understood(command):
+    parser = command_parsers(command)[command]
+    title, *examples = parser.epilog.splitlines()
+    assert title == "examples:" and len(examples) == 2
+    for example in examples:
+        program, name, *words = shlex.split(example)
+        assert (program, name) == ("diffusers-adm", command)
+        parser.parse_args(words)
