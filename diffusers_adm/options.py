@@ -46,8 +46,9 @@ def in_range(minimum: float, maximum: float) -> Check:
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """Description of an option, see [`option`]."""
+    """Description of an option, see [`option`]. The field that it belongs to decides `kind`, the type of its values."""
 
+    default: Any
     help: str
     choices: Collection | None
     metavar: str | None
@@ -55,6 +56,17 @@ class OptionInfo:
     check: Check | None
     negatable: bool
     notes: dict[str, Any]
+    kind: Any = None
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the option is given without a value."""
+        return self.kind is bool
+
+    @property
+    def takes_several_words(self) -> bool:
+        """Whether the values of the option are given as several words."""
+        return typing.get_origin(self.kind) is list
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def option(
         negatable: Whether a switch that is off by default has a `--no-` form. Switches that are on by default always have it.
         notes: Further facts for the code that uses the options.
     """
-    info = OptionInfo(help, choices, metavar, parse, check, negatable or default is True, notes)
+    info = OptionInfo(default, help, choices, metavar, parse, check, negatable or default is True, notes)
     return dataclasses.field(default=default, metadata={"option": info})
 
 
@@ -113,11 +125,12 @@ def option_group(options: type, title: str, **defaults: Any) -> Any:
 def options_of(options: type) -> dict[str, OptionInfo]:
     """Returns the options of a dataclass and of its groups by their names. Other fields are left out."""
     found: dict[str, OptionInfo] = {}
+    hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if "group" in field.metadata:
             found |= options_of(field.metadata["group"].options)
         elif "option" in field.metadata:
-            found[field.name] = field.metadata["option"]
+            found[field.name] = dataclasses.replace(field.metadata["option"], kind=_first_type(hints[field.name]))
     return found
 
 
@@ -150,38 +163,31 @@ def add_options(
         title: Heading of the options that are in no group.
         defaults: Defaults that replace those of the dataclass.
     """
-    hints = typing.get_type_hints(options)
     target = parser if title is None else parser.add_argument_group(title)
+    known = options_of(options)
     for field in dataclasses.fields(options):
         if "group" in field.metadata:
             group = field.metadata["group"]
             add_options(parser, group.options, without=without, title=group.title, **group.defaults)
         elif "option" in field.metadata and field.name not in without:
-            default = defaults.get(field.name, field.default)
-            _add_option(target, field.name, field.metadata["option"], hints[field.name], default)
+            _add_option(target, field.name, known[field.name], defaults.get(field.name, field.default))
 
 
-def _add_option(target: Any, name: str, info: OptionInfo, hint: Any, default: Any) -> None:
-    kind = _first_type(hint)
+def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
     required = default is dataclasses.MISSING
     words: dict[str, Any] = {"required": True} if required else {"default": default}
-    if kind is bool:
+    if info.is_switch:
         words["action"] = argparse.BooleanOptionalAction if info.negatable else "store_true"
     else:
-        items = typing.get_args(kind)
-        metavar = METAVARS.get(items[0] if items else kind)
-        words["type"] = kind
-        if typing.get_origin(kind) is list:
-            words |= {"nargs": "+", "type": items[0]}
-        elif typing.get_origin(kind) is tuple:
-            words["type"] = comma_separated(items[0])
-            metavar = f"{metavar},..."
-        if info.parse is not None:
-            words["type"] = info.parse
-        if info.choices is not None:
-            words["choices"] = info.choices
-            metavar = None
-        words["metavar"] = info.metavar or metavar
+        items = typing.get_args(info.kind) if typing.get_origin(info.kind) in (list, tuple) else ()
+        kind, metavar = info.kind, METAVARS.get(items[0] if items else info.kind)
+        if info.takes_several_words:
+            kind, words["nargs"] = items[0], "+"
+        elif items:
+            kind, metavar = comma_separated(items[0]), f"{metavar},..."
+        words["type"] = info.parse or kind
+        words["choices"] = info.choices
+        words["metavar"] = info.metavar or (None if info.choices else metavar)
     shown = "Required." if required else _shown_default(default)
     target.add_argument(f"--{name}", help=f"{info.help} {shown}".strip().replace("%", "%%"), **words)
 

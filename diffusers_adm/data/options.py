@@ -9,20 +9,27 @@ from diffusers_adm.options import option
 LABEL_SOURCES = ("column", "filename_prefix")
 
 
+def workers_read_the_same_images(values: dict) -> bool:
+    """Returns whether any number of a loader's workers gives the same images. Workers of a stream read files of their own."""
+    return not values["streaming"]
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """Place of a dataset's images and labels."""
 
     dataset_name: str | None = option(
-        None, help="Hub id, local folder, or format (parquet, webdataset; with --data_files)."
+        None, help="Hub id, local folder, or format (parquet, webdataset; with --data_files).", resumable=True
     )
     train_data_dir: str | None = option(
-        None, help="Folder of images in one subfolder per class, instead of a dataset name."
+        None, help="Folder of images in one subfolder per class, instead of a dataset name.", resumable=True
     )
     dataset_config_name: str | None = option(None, help="Name of the dataset's configuration.")
     dataset_revision: str | None = option(None, help="Branch, tag or commit of the dataset on the Hub.")
-    data_files: list[str] | dict[str, str] | None = option(None, help="Files of the dataset, or patterns of them.")
-    cache_dir: str | None = option(None, help="Folder of downloads and prepared data.")
+    data_files: list[str] | dict[str, str] | None = option(
+        None, help="Files of the dataset, or patterns of them.", resumable=True
+    )
+    cache_dir: str | None = option(None, help="Folder of downloads and prepared data.", resumable=True)
     image_column: str | None = option(None, help="Name of the image column. Not needed if there is only one.")
     label_column: str | None = option(
         None, help="Name of the label column. Not needed if there is only one of type ClassLabel."
@@ -51,6 +58,8 @@ class ImageSelection:
     num_classes: int | None = option(
         None, help="Number of classes of a stream whose labels are numbers without names."
     )
-    on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.")
+    on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.", resumable=True)
     random_flip: bool = option(True, help="Mirror every second image, at random.")
-    dataloader_num_workers: int = option(0, help="Number of processes that load images.")
+    dataloader_num_workers: int = option(
+        0, help="Number of processes that load images.", resumable=workers_read_the_same_images
+    )
