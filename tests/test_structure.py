@@ -34,6 +34,8 @@ COMMAND_LINE = {
     "diffusers_adm.benchmarks.sampling",
     "diffusers_adm.benchmarks.step",
     "diffusers_adm.benchmarks.training",
+    "diffusers_adm.training.configuration",
+    "diffusers_adm.training.inspection",
 }
 
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
@@ -50,25 +52,11 @@ LAYERS = (
 )
 
 # Still above the limits. These lists may only shrink.
-LONG_FUNCTIONS: set[str] = {
-    "training/arguments.py build_parser",
-    "training/publishing.py write_card",
-}
+LONG_FUNCTIONS: set[str] = set()
 LONG_FILES: set[str] = {
     "pipelines/guided_sampling.py",
-    "training/loop.py",
 }
-PARSERS_ELSEWHERE: set[str] = {
-    "diffusers_adm.training.arguments",
-    "diffusers_adm.training.denoising",
-    "diffusers_adm.training.inspection",
-    "diffusers_adm.training.loop",
-    "diffusers_adm.training.plan",
-    "diffusers_adm.training.publishing",
-    "diffusers_adm.training.train_classifier",
-    "diffusers_adm.training.train_unet",
-    "diffusers_adm.training.train_upsampler",
-}
+PARSERS_ELSEWHERE: set[str] = set()
 
 
 def code_lines(text: str) -> set[int]:

@@ -1,20 +1,31 @@
-"""What a training run would see of a dataset."""
+"""Summary of a dataset, as a training run would see it."""
 
 import argparse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from diffusers_adm.data.datasets import LabelledImages
-from diffusers_adm.data.images import UnreadableImage, decode, file_name
-from diffusers_adm.training.arguments import add_data_arguments, load_images_of
+from diffusers_adm.data.datasets import LabelledImages, load_images
+from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
+from diffusers_adm.data.options import ImageSelection, ImageSource
+from diffusers_adm.options import add_options, build_options, option, option_group
+
+
+@dataclass
+class InspectionOptions:
+    """Options of `inspect-data`."""
+
+    source: ImageSource = option_group(ImageSource, "dataset")
+    format: ImageFormat = option_group(ImageFormat, "image format")
+    selection: ImageSelection = option_group(ImageSelection, "training data")
+    seed: int = option(0, help="Seed of held-out and chosen images.")
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `inspect_data`."""
-    add_data_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="Of what is held out or chosen at random.")
+    """Adds the options of `inspect_data`."""
+    add_options(parser, InspectionOptions)
 
 
 def inspect_data(args: argparse.Namespace) -> None:
@@ -27,19 +38,21 @@ def inspect_data(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the dataset cannot be used at all.
     """
-    if args.streaming:
+    options = build_options(InspectionOptions, args)
+    if options.selection.streaming:
         raise ValueError("inspect-data reads all images: leave --streaming out.")
-    images, held_out = load_images_of(args)
+    images, held_out = load_images(options.source, options.format, options.selection, seed=options.seed)
     print_summary("Training", images)
     if held_out is not None:
         print_summary("Held out", held_out)
 
 
 def print_summary(title: str, images: LabelledImages) -> None:
-    """Reads every image, and prints what there is."""
+    """Reads every image, and prints the summary of all."""
+    columns, format = images.reader.columns, images.reader.format
 
     def read(index: int) -> tuple[tuple[int, int] | None, str]:
-        value = images.rows[index][images.reader.columns.image]
+        value = images.rows[index][columns.image]
         try:
             image = decode(value)
         except UnreadableImage as error:
@@ -47,21 +60,20 @@ def print_summary(title: str, images: LabelledImages) -> None:
         return image.size, image.mode
 
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(read, range(len(images))), total=len(images), unit="image", disable=None))
-    sizes = Counter(size for size, _ in found if size is not None)
-    modes = Counter(mode for size, mode in found if size is not None)
-    unreadable = [message for size, message in found if size is None]
+        readings = list(tqdm(pool.map(read, range(len(images))), total=len(images), unit="image", disable=None))
+    sizes = Counter(size for size, _ in readings if size is not None)
+    modes = Counter(mode for size, mode in readings if size is not None)
+    unreadable = [message for size, message in readings if size is None]
 
     print(f"{title}: {len(images)} images")
     if images.class_names is None:
         print("  no labels")
     else:
-        counts = Counter(images.rows[images.reader.columns.label])
+        counts = Counter(images.rows[columns.label])
         print(f"  {len(images.class_names)} classes: images, number, name")
         for label, name in enumerate(images.class_names):
             print(f"    {counts[label]:>8} {label:>5} {name}")
     print(f"  {len(sizes)} sizes (width x height): {_most_common(sizes, 'x')}")
-    format = images.reader.format
     resolution = format.source_resolution or format.resolution
     small = sum(count for size, count in sizes.items() if min(size) < resolution)
     if small and format.crop != "pad":

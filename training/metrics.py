@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on."""
+"""Metrics of a run: means of the losses, and the file that they are written to."""
 
 import contextlib
 import json
@@ -7,41 +7,60 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from diffusers_adm.atomic_files import atomic_write
+from diffusers_adm.training.objective import LossTerms
+
 
 NUM_QUARTERS = 4
 
 
 def quarter_of(timestep: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-    """Which quarter of the timesteps each lies in, least noise first: `(batch,)`, in 0 ... 3."""
+    """Returns the quarter of the timesteps that each lies in, `(batch,)`, in 0 ... 3, where 0 has the least noise."""
     return NUM_QUARTERS * timestep // num_timesteps
 
 
-class Means:
-    """Means of the terms of a loss over the steps between two log entries, in all and by quarter of the timesteps."""
+class LossMeans:
+    """
+    Means of an objective's terms over the steps between two log entries, in all and by quarter of the timesteps.
 
-    def __init__(self):
+    Terms are added batch by batch, and count once the optimizer step that they belong to is kept.
+
+    Args:
+        num_timesteps: Number of timesteps of the training.
+    """
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row counts images
+        self.pending: torch.Tensor | None = None  # the same for the current step
 
-    @staticmethod
-    def of_batch(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The sums of one batch, `(1 + terms, quarters)`."""
-        quarter = torch.nn.functional.one_hot(terms["quarter"], NUM_QUARTERS).float()  # (batch, quarters)
-        values = [torch.ones_like(quarter[:, 0])]
-        values += [term.detach().float() for name, term in terms.items() if name != "quarter"]
-        return torch.stack(values) @ quarter
+    def add(self, terms: LossTerms) -> None:
+        """Adds the terms of one batch of the current step."""
+        quarter = quarter_of(terms.timestep, self.num_timesteps)  # (batch,)
+        quarter = torch.nn.functional.one_hot(quarter, NUM_QUARTERS).float()  # (batch, quarters)
+        values = {"loss": terms.loss, **terms.logged}
+        self.names = list(values)
+        rows = [torch.ones_like(quarter[:, 0]), *(value.detach().float() for value in values.values())]
+        sums = torch.stack(rows) @ quarter
+        self.pending = sums if self.pending is None else self.pending + sums
 
-    def add(self, names: list[str], sums: torch.Tensor) -> None:
-        """Adds the sums of one or more batches."""
-        self.names = names
-        self.sums = sums if self.sums is None else self.sums + sums
+    def keep_step(self) -> None:
+        """Counts the terms of the current step, and begins the next."""
+        if self.pending is not None:
+            self.sums = self.pending if self.sums is None else self.sums + self.pending
+        self.pending = None
+
+    def drop_step(self) -> None:
+        """Forgets the terms of the current step, and begins the next."""
+        self.pending = None
 
     def finite(self) -> torch.Tensor:
-        """Whether all that was added is."""
+        """Returns whether all terms that count are finite."""
         return torch.tensor(True) if self.sums is None else self.sums.isfinite().all()
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, by name; begins anew."""
+        """Returns the means over all processes by name, and begins anew."""
         if self.sums is None:
             return {}
         counts, *sums = accelerator.reduce(self.sums, "sum").tolist()
@@ -55,8 +74,14 @@ class Means:
         return means
 
 
+def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:
+    """Appends an entry to a `metrics.jsonl`."""
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
+    """Returns the entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
     entries: list[dict[str, float]] = []
     if not path.is_file():
         return entries  # a run of fewer steps than are between two entries
@@ -64,3 +89,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     return entries
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Removes entries of steps that will be taken again, and lines that were cut off."""
+    entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    with atomic_write(path) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

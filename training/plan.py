@@ -1,44 +1,63 @@
-"""What a run would be, without running it."""
-
-import argparse
+"""Size, cost and memory of a run, before it begins."""
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_adm.training.options import TrainingOptions
 
-def print_plan(args: argparse.Namespace, accelerator: Accelerator, model: ModelMixin, num_images: int | None) -> None:
-    """Prints size, cost and memory of the run that the options describe."""
+
+def print_plan(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    model: ModelMixin,
+    num_images: int | None,
+    num_averages: int = 0,
+) -> None:
+    """
+    Prints size, cost and memory of a run.
+
+    Args:
+        options: Options of the run.
+        accelerator: Accelerator of the run.
+        model: Model to train.
+        num_images: Number of training images, or `None` for a stream.
+        num_averages: Number of moving averages in the memory of the accelerator's device.
+    """
+    optimisation = options.optimisation
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    forward, activations = measure(model)
-    processes = accelerator.num_processes
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes
+    flops, activations = forward_cost(model)
+    batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
+    batch = batch_size * accumulated * accelerator.num_processes
     # Weights, gradients and Adam's two moments (of one byte each if 8 bit), in float32, and each moving average.
-    num_averages = 0 if getattr(args, "offload_ema", False) else len(getattr(args, "ema_decay", ()))
-    state = parameters * (4 + 4 + (2 if args.use_8bit_adam else 8) + 4 * num_averages)
+    state = parameters * (4 + 4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
-    kept = activations * args.train_batch_size * (0.5 if half else 1.0)
-    seen = args.max_train_steps * batch
+    kept = activations * batch_size * (0.5 if half else 1.0)
+    seen = optimisation.max_train_steps * batch
     passes = "" if num_images is None else f", {seen / num_images:.1f} passes over the data"
+    remark = " (before gradient checkpointing)" if options.architecture.gradient_checkpointing else ""
     lines = {
         "images": "a stream of them" if num_images is None else f"{num_images}",
         "parameters": f"{parameters / 1e6:.2f} million",
-        "effective batch": f"{batch} = {args.train_batch_size} images x {args.gradient_accumulation_steps} accumulated"
-        f" x {processes} processes",
-        "steps": f"{args.max_train_steps}, of {seen} images{passes}",
-        "cost": f"{forward / 1e9:.2f} GFLOPs an image forward, about {3 * forward * batch / 1e9:.0f} GFLOPs a step",
+        "effective batch": f"{batch} = {batch_size} images x {accumulated} accumulated x {accelerator.num_processes}"
+        " processes",
+        "steps": f"{optimisation.max_train_steps}, of {seen} images{passes}",
+        "cost": f"{flops / 1e9:.2f} GFLOPs an image forward, about {3 * flops * batch / 1e9:.0f} GFLOPs a step",
         "memory": f"about {state / 2**30:.2f} GiB of weights and optimizer, and {kept / 2**30:.2f} GiB of activations, a"
-        f" process{' (before gradient checkpointing)' if args.gradient_checkpointing else ''}",
+        f" process{remark}",
     }
     for name, line in lines.items():
         accelerator.print(f"{name + ':':<17}{line}")
 
 
-def measure(model: ModelMixin) -> tuple[int, int]:
+def forward_cost(model: ModelMixin) -> tuple[int, int]:
     """
-    Floating point operations of one image's forward pass (two for a multiplication and its addition), and the bytes of
-    what its backward pass needs kept, in float32. Nothing is computed: the model is rebuilt on the meta device.
+    Returns the cost of one image's forward pass. Nothing is computed: the model is rebuilt on the meta device.
+
+    Returns:
+        Number of floating point operations (two for a multiplication and its addition), and number of bytes that the backward
+        pass needs kept, in float32.
     """
     config = model.config
     with torch.device("meta"):

@@ -1,6 +1,5 @@
-"""The card of a trained model, and its way to the Hub."""
+"""Model card of a trained model, and its upload to the Hub."""
 
-import argparse
 import shutil
 import threading
 import time
@@ -13,13 +12,14 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, usage
 from diffusers_adm.hub.saved_files import CODE_PATTERNS
-from diffusers_adm.training.arguments import as_options
+from diffusers_adm.training.configuration import as_command_line
 from diffusers_adm.training.metrics import read_metrics
+from diffusers_adm.training.options import HubOptions, TrainingOptions
 
 
 logger = get_logger(__name__)
 
-# What a push holds: no training state and no raw weights.
+# Files of an upload: no training state and no raw weights.
 PUBLISHED = [
     "README.md",
     "model_index.json",
@@ -34,83 +34,88 @@ PUBLISHED = [
 ATTEMPTS = 3
 
 
-def check_hub(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def check_hub(hub: HubOptions, accelerator: Accelerator) -> None:
     """
-    Makes the repository before the first step, and asks whether it can be written to, so that what the Hub refuses is known
-    then.
+    Creates the repository and checks that it can be written to, before the first step.
 
     Raises:
         ValueError: If there is no id, no token, or the Hub refuses it.
     """
-    if not args.push_to_hub or not accelerator.is_main_process:
+    if not hub.push_to_hub or not accelerator.is_main_process:
         return
-    if args.hub_model_id is None:
+    if hub.hub_model_id is None:
         raise ValueError("--push_to_hub needs --hub_model_id, such as me/my-model.")
     try:
-        api = HfApi(token=args.hub_token)
-        repo_id = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
+        api = HfApi(token=hub.hub_token)
+        repo_id = api.create_repo(hub.hub_model_id, private=hub.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
-        if args.hub_revision is not None:
-            api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
+        if hub.hub_revision is not None:
+            api.create_branch(repo_id, branch=hub.hub_revision, exist_ok=True)
     except Exception as error:  # of the Hub, its client or the network
         raise ValueError(
-            f"--push_to_hub: the Hub refuses --hub_model_id {args.hub_model_id}: log in by `hf auth login` or give"
+            f"--push_to_hub: the Hub refuses --hub_model_id {hub.hub_model_id}: log in by `hf auth login` or give"
             f" --hub_token ({' '.join(str(error).split())})."
         ) from error
 
 
-def publish(args: argparse.Namespace, folder: Path) -> bool:
+def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
     """
-    Uploads a folder, some times over if need be. Whether it arrived; if not, a message says how to do it by hand.
+    Uploads a folder in up to three attempts. If they fail, a message says how to upload it by hand.
 
     Args:
-        args: Of the script.
-        folder: What `save_pretrained` has written, and its card.
+        hub: Repository and token.
+        folder: Folder that `save_pretrained` has written, with its card.
+        output_dir: Folder of the run, which keeps a folder of the same name.
+
+    Returns:
+        Whether the folder was uploaded.
     """
     for attempt in range(ATTEMPTS):
         try:
-            HfApi(token=args.hub_token).upload_folder(
-                repo_id=args.hub_model_id,
+            HfApi(token=hub.hub_token).upload_folder(
+                repo_id=hub.hub_model_id,
                 folder_path=folder,
-                revision=args.hub_revision,
+                revision=hub.hub_revision,
                 allow_patterns=PUBLISHED,
                 delete_patterns=CODE_PATTERNS,
                 commit_message=f"Upload {folder.name}",
             )
-        except Exception as error:  # whatever the Hub, its client and the network come up with
-            logger.warning("Push %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, args.hub_model_id, error)
+        except Exception as error:  # of the Hub, its client or the network
+            logger.warning("Push %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, hub.hub_model_id, error)
             if attempt + 1 < ATTEMPTS:
-                time.sleep(args.hub_retry_seconds * 2**attempt)
+                time.sleep(hub.hub_retry_seconds * 2**attempt)
         else:
             return True
-    kept = args.output_dir / folder.name
-    logger.error("Nothing is lost: push it by `hf upload %s %s`.", args.hub_model_id, kept)
+    kept = output_dir / folder.name
+    logger.error("Nothing is lost: push it by `hf upload %s %s`.", hub.hub_model_id, kept)
     return False
 
 
 class BackgroundPush:
     """
-    Uploads what a run has so far, while it goes on.
+    Uploads a folder of a run while the run goes on.
 
     Args:
-        args: As of `publish`.
+        hub: Repository and token.
+        output_dir: Folder of the run.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, hub: HubOptions, output_dir: Path):
+        self.hub = hub
+        self.output_dir = output_dir
         self.thread: threading.Thread | None = None
 
     def start(self, folder: Path) -> None:
-        """Uploads a folder as it is now; not if the push before is still under way."""
+        """Uploads a folder as it is now, unless the previous push is still going on."""
         if self.thread is not None and self.thread.is_alive():
             logger.warning("The push before is still under way: this one is left out.")
             return
-        copies = folder.parent / "partial-push"
+        copies = self.output_dir / "partial-push"
         shutil.rmtree(copies, ignore_errors=True)  # of a run that was killed
         copy = shutil.copytree(folder, copies / folder.name)  # the run writes the folder anew
 
         def push() -> None:
-            publish(self.args, copy)
+            publish(self.hub, copy, self.output_dir)
             shutil.rmtree(copies, ignore_errors=True)
 
         # A daemon: a run that is stopped does not wait for the Hub.
@@ -118,13 +123,13 @@ class BackgroundPush:
         self.thread.start()
 
     def finish(self) -> None:
-        """Waits for the push that is under way, lest it comes after the next."""
+        """Waits for the push that is going on, which must not come after the next one."""
         if self.thread is not None:
             self.thread.join()
 
 
 def write_card(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     accelerator: Accelerator,
     folder: Path,
     class_name: str,
@@ -136,21 +141,53 @@ def write_card(
     Writes `README.md` into a model's folder, from the run's own facts, and the last grid beside it.
 
     Args:
-        args: Parsed options.
-        accelerator: Of the run.
-        folder: What `save_pretrained` has written.
-        class_name: Of what was saved: "ClassifierGuidedPipeline", "ADMUpsamplePipeline" or "NoisyClassifier".
-        num_images: Trained on; `None` for a stream.
-        classes: Their names.
-        steps: That were taken.
+        options: Options of the run.
+        accelerator: Accelerator of the run.
+        folder: Folder that `save_pretrained` has written.
+        class_name: Class that was saved: "ClassifierGuidedPipeline", "ADMUpsamplePipeline" or "NoisyClassifier".
+        num_images: Number of training images, or `None` for a stream.
+        classes: Names of the classes.
+        steps: Number of steps that were taken.
     """
     metrics: dict[str, float] = {}
-    for entry in read_metrics(args.output_dir / "metrics.jsonl"):
+    for entry in read_metrics(options.output.output_dir / "metrics.jsonl"):
         metrics.update(entry)
     metrics.pop("step", None)
-    name = (args.hub_model_id or args.output_dir.name).split("/")[-1]
-    dataset = args.dataset_name or Path(args.train_data_dir).name
-    results = [
+    hub = options.hub
+    name = (hub.hub_model_id or options.output.output_dir.name).split("/")[-1]
+    dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAGS[class_name],
+        tags=["adm", "guided-diffusion", "classifier-guidance", "diffusers-training"],
+        datasets=_hub_id(options.source.dataset_name),
+        base_model=_hub_id(options.architecture.pretrained_model_name_or_path),
+        model_name=name,
+        eval_results=_held_out_results(metrics, dataset) or None,
+    )
+    identity = f'"{hub.hub_model_id or folder.name}"'
+    if hub.hub_revision is not None:
+        identity += f', revision="{hub.hub_revision}"'
+    body = f"""# {name}
+
+{KINDS[class_name]} of the ADM family
+([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
+{_add_picture(options.output.output_dir / "samples", folder)}
+{usage(class_name, identity, _example_call(class_name, classes))}
+
+{_describe_training(options, accelerator, num_images, classes, steps, metrics)}
+
+## Limits
+
+The model knows its training images alone: it repeats their biases and mistakes, and may repeat some of the images. It was made for
+research on generative models; nobody has examined whether it is fit for anything else, and it should not be used to depict people or
+to deceive.
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _held_out_results(metrics: dict[str, float], dataset: str) -> list[EvalResult]:
+    return [
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
@@ -162,70 +199,62 @@ def write_card(
         for metric, value in metrics.items()
         if metric.startswith("validation_accuracy_quarter_")
     ]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=PIPELINE_TAGS[class_name],
-        tags=["adm", "guided-diffusion", "classifier-guidance", "diffusers-training"],
-        datasets=_hub_id(args.dataset_name),
-        base_model=_hub_id(args.pretrained_model_name_or_path),
-        model_name=name,
-        eval_results=results or None,
-    )
-    grids = sorted((args.output_dir / "samples").glob("step-*.png"), key=lambda path: path.stat().st_mtime)
-    picture = ""
-    if grids:
-        (folder / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
-        picture = (
-            "\n![Drawn with the moving average of the weights, and right of it with the weights.](samples/grid.png)\n"
-        )
-    identity = f'"{args.hub_model_id or folder.name}"'
-    if args.hub_revision is not None:
-        identity += f', revision="{args.hub_revision}"'
-    call = {
+
+
+def _add_picture(samples: Path, folder: Path) -> str:
+    """Copies the last grid of a run to a model's folder. Returns the part of the card that shows it."""
+    grids = sorted(samples.glob("step-*.png"), key=lambda path: path.stat().st_mtime)
+    if not grids:
+        return ""
+    (folder / "samples").mkdir(exist_ok=True)
+    shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
+    return "\n![Drawn with the moving average of the weights, and right of it with the weights.](samples/grid.png)\n"
+
+
+def _example_call(class_name: str, classes: list[str] | None) -> str:
+    labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
+    return {
         "ClassifierGuidedPipeline": "image = model().images[0]",
-        "ADMUpsamplePipeline": f'image = model("small.png"{"" if classes is None else f", class_labels=[{classes[0]!r}]"}).images[0]',
+        "ADMUpsamplePipeline": f'image = model("small.png"{labels}).images[0]',
         "NoisyClassifier": "logits = model(noised_images, timestep).logits",
     }[class_name]
+
+
+def _describe_training(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    num_images: int | None,
+    classes: list[str] | None,
+    steps: int,
+    metrics: dict[str, float],
+) -> str:
+    """Returns the part of the card that tells data, length, options and metrics of a run."""
+    images = "A stream of images" if num_images is None else f"{num_images} images"
+    dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
-    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    figures = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
-    options = " ".join(as_options(args))
+    optimisation, resolution = options.optimisation, options.format.resolution
+    batch = optimisation.train_batch_size * optimisation.gradient_accumulation_steps * accelerator.num_processes
+    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
     classes_line = (
         "No classes."
         if classes is None
         else f"{len(classes)} classes: {', '.join(classes[:20])}" + (", ..." if len(classes) > 20 else ".")
     )
-    body = f"""# {name}
+    return f"""## Training
 
-{KINDS[class_name]} of the ADM family
-([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
-{picture}
-{usage(class_name, identity, call)}
-
-## Training
-
-{"A stream of images" if num_images is None else f"{num_images} images"} of {args.resolution}x{args.resolution} pixels from `{dataset}`. {classes_line}
+{images} of {resolution}x{resolution} pixels from `{dataset}`. {classes_line}
 {steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
 `{accelerator.mixed_precision}`, with these options:
 
 ```
-{options}
+{" ".join(as_command_line(options))}
 ```
 
 | after these steps | |
 | --- | --- |
-{figures}
-
-## Limits
-
-The model knows its training images alone: it repeats their biases and mistakes, and may repeat some of the images. It was made for
-research on generative models; nobody has examined whether it is fit for anything else, and it should not be used to depict people or
-to deceive.
-"""
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+{rows}"""
 
 
 def _hub_id(name: str | None) -> str | None:
-    """A name, unless it is of a folder or of a format of files."""
+    """Returns a name, or `None` if it is that of a folder or of a format of files."""
     return name if name is not None and "/" in name and not Path(name).exists() else None

@@ -1,8 +1,9 @@
-"""What asks a run to stop before its end."""
+"""Requests to stop a run before its end, and agreement of its processes."""
 
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -10,21 +11,21 @@ from accelerate import Accelerator
 
 class StopRequest:
     """
-    Notices that the processes were asked to stop (SIGTERM, or SIGUSR1 as batch systems send it), instead of dying of it.
+    Notices signals that ask the processes to stop (SIGTERM, or SIGUSR1 as batch systems send it), which would end them.
 
     Args:
-        accelerator: Of `start`.
+        accelerator: Accelerator of the script.
     """
 
     SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 
     def __init__(self, accelerator: Accelerator):
         self.received = False
-        # A group of its own on the CPU: to ask the other processes must not wait for an accelerator.
+        # A group of its own on the CPU: a question to the other processes must not wait for an accelerator.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextlib.contextmanager
-    def listening(self):
+    def listening(self) -> Iterator[None]:
         """Catches the signals for as long as the context lasts."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread set handlers
@@ -40,11 +41,11 @@ class StopRequest:
         self.received = True
 
     def agreed(self) -> bool:
-        """Whether any process was asked; the same answer on all of them. Each must call it equally often."""
+        """Returns whether any process was asked to stop. All processes must call it equally often."""
         return self.on_any_process(self.received)
 
     def on_any_process(self, flag: bool) -> bool:
-        """Whether a flag is set on any process."""
+        """Returns whether a flag is set on any process. All processes must call it equally often."""
         if self.group is None:
             return flag
         flags = torch.tensor(int(flag))
@@ -53,6 +54,6 @@ class StopRequest:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """A loader's worker outlives the signals that ask to stop, which go to whole groups of processes."""
+    """Makes a loader's worker ignore the signals that ask to stop, which go to whole groups of processes."""
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

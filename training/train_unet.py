@@ -4,60 +4,57 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of
 `--label_dropout`, a null class, so that one network is both the conditional and the unconditional model.
 """
 
-import argparse
-
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.data.datasets import required_class_names
-from diffusers_adm.training.arguments import build_parser, load_images_of, parse, resolve_steps, run_script
-from diffusers_adm.training.denoising import (
-    DenoisingObjective,
-    Grid,
-    add_denoising_arguments,
-    build_unet,
-    check_denoising_options,
-    label_conditions,
-    train_pipeline,
-)
-from diffusers_adm.training.loop import Trainer, start
+from diffusers_adm.training.configuration import parse, run_script
+from diffusers_adm.training.denoising import label_conditions, train_pipeline
+from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
+from diffusers_adm.training.options import UNetTrainingOptions
 from diffusers_adm.training.plan import print_plan
 from diffusers_adm.training.publishing import check_hub
+from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
+from diffusers_adm.training.trainer import Trainer
+from diffusers_adm.training.validation import SampleGrid
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, from the command line or from a list of words."""
-    parser = build_parser(__doc__)
-    add_denoising_arguments(parser)
-    return parse(parser, argv)
+def parse_args(argv: list[str] | None = None) -> UNetTrainingOptions:
+    """Parses the options, from the command line or from a list of words."""
+    return parse(UNetTrainingOptions, __doc__, argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(options: UNetTrainingOptions) -> None:
     """
-    Trains, and saves the pipeline of the averaged weights.
+    Trains a UNet, and saves the pipeline of the averaged weights.
 
     Raises:
         ValueError: If the options do not fit each other or the dataset.
     """
-    check_denoising_options(args)
-    accelerator = start(args)
+    accelerator = set_up_accelerator(options)
+    class_conditional = options.classes.class_conditional
     with accelerator.main_process_first():
-        images, held_out = load_images_of(args, args.class_conditional)
-    resolve_steps(args, images.num_images, accelerator.num_processes)
-    names = required_class_names(images) if args.class_conditional else None
-    unet = build_unet(args, len(names) if names else None)
-    if args.dry_run:
-        print_plan(args, accelerator, unet, images.num_images)
+        images, held_out = load_training_images(options, class_conditional)
+    resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
+    names = required_class_names(images) if class_conditional else None
+    unet = build_unet(options, len(names) if names else None)
+    if options.dry_run:
+        print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
         return
-    check_hub(args, accelerator)
+    check_hub(options.hub, accelerator)
 
-    objective = DenoisingObjective(args, accelerator, lambda batch: label_conditions(args, unet, batch))
-    trainer = Trainer(args, accelerator, unet, images, args.ema_decay, stateful=objective.sampler)
+    scheduler = build_noise_scheduler(options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0)
+    objective = DenoisingObjective(
+        options.objective, scheduler, accelerator, lambda batch: label_conditions(options.classes, unet, batch)
+    )
+    trainer = Trainer(options, accelerator, unet, images, options.averages, stateful=objective.sampler)
     id2label = dict(enumerate(names)) if names else None
-    pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=objective.scheduler, id2label=id2label)
+    pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
 
     def inputs(numbers: list[int]) -> dict:
         return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
-    train_pipeline(trainer, objective, pipeline, Grid(trainer, pipeline, inputs), names, held_out)
+    num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
+    grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size)
+    train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
 from diffusers_adm.guidance import classifier_gradient
-from diffusers_adm.training.plan import measure
+from diffusers_adm.training.plan import forward_cost
 
 
 LABEL = 207
@@ -159,7 +159,7 @@ def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: 
         rounds: Number of rounds.
         total: Time of one evaluation.
     """
-    operations = len(sample) * measure(unet)[0]
+    operations = len(sample) * forward_cost(unet)[0]
     side = 2048
     factors = torch.randn(2, side, side, device=sample.device)
     (product,) = median_seconds([lambda: factors[0] @ factors[1]], 2 * rounds)

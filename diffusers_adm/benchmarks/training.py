@@ -25,9 +25,10 @@ from diffusers_adm.benchmarks.timing import last_line_of, peak_memory_bytes
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
 from diffusers_adm.training import train_unet
-from diffusers_adm.training.arguments import build_noise_scheduler, load_images_of
-from diffusers_adm.training.denoising import build_unet
 from diffusers_adm.training.metrics import read_metrics
+from diffusers_adm.training.objective import build_noise_scheduler
+from diffusers_adm.training.options import UNetTrainingOptions
+from diffusers_adm.training.setup import build_unet, load_training_images
 
 
 CONFIGURATIONS = {
@@ -126,25 +127,25 @@ def run_loop(loop: str, configuration: str, folder: Path, steps: int, mixed_prec
     else:
         result = {"images_per_second": plain_loop(options, steps)}
     result["memory_gb"] = peak_memory_bytes() / 2**30
-    images, _ = load_images_of(options)
+    images, _ = load_training_images(options)
     start = time.perf_counter()
-    for _ in DataLoader(images, batch_size=options.train_batch_size):
+    for _ in DataLoader(images, batch_size=options.optimisation.train_batch_size):
         pass
     result["loaded_per_second"] = len(images) / (time.perf_counter() - start)
     return result
 
 
-def plain_loop(options: argparse.Namespace, steps: int) -> float:
+def plain_loop(options: UNetTrainingOptions, steps: int) -> float:
     """Returns the images per second of a straightforward loop."""
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    images, _ = load_images_of(options)
+    accelerator = Accelerator(mixed_precision=options.optimisation.mixed_precision)
+    images, _ = load_training_images(options)
     unet = build_unet(options, NUM_CLASSES)
     unet.set_attention_backend("_native_math")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, foreach=False, fused=False)
-    loader = DataLoader(images, batch_size=options.train_batch_size, shuffle=True, drop_last=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.optimisation.learning_rate, foreach=False, fused=False)
+    loader = DataLoader(images, batch_size=options.optimisation.train_batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
     average = [parameter.detach().clone() for parameter in unet.parameters()]
-    schedule = NoiseSchedule.from_config(build_noise_scheduler(options).config).to(accelerator.device)
+    schedule = NoiseSchedule.from_config(build_noise_scheduler(options.diffusion).config).to(accelerator.device)
     step = 0
     while True:
         for batch in loader:
@@ -154,7 +155,7 @@ def plain_loop(options: argparse.Namespace, steps: int) -> float:
             timestep = torch.randint(len(schedule), (len(x_0),), device=x_0.device)
             noise = torch.randn_like(x_0)
             x_t = add_noise(schedule, x_0, timestep, noise)
-            labels = drop_labels(batch["label"], unet.null_class, options.label_dropout)
+            labels = drop_labels(batch["label"], unet.null_class, options.classes.label_dropout)
             model_output = model(x_t, timestep, labels).sample
             loss = hybrid_loss(model_output, schedule, x_0, x_t, timestep, noise).total.mean()
             accelerator.backward(loss)
@@ -166,7 +167,7 @@ def plain_loop(options: argparse.Namespace, steps: int) -> float:
             loss.item()
             step += 1
             if step == 2 * steps:
-                return steps * options.train_batch_size / (time.perf_counter() - start)
+                return steps * options.optimisation.train_batch_size / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -14,25 +14,23 @@ from tiny_models import draw_parameters
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.training import train_classifier
-from diffusers_adm.training.arguments import architecture, load_images_of
-from diffusers_adm.training.loop import Trainer, start
+from diffusers_adm.training.objective import LossTerms
+from diffusers_adm.training.setup import load_training_images, model_config, set_up_accelerator
+from diffusers_adm.training.trainer import Trainer
 
 
-def losses(model, batch):
+def objective(model, batch):
     timestep = 300 * batch["label"] + 100  # of the image, not of the process: the noise would differ
-    return {
-        "loss": classifier_loss(model(batch["image"], timestep).logits, batch["label"]),
-        "quarter": timestep // 250,
-    }
+    return LossTerms(classifier_loss(model(batch["image"], timestep).logits, batch["label"]), {}, timestep)
 
 
 def first_gradients(trainer):
     """Saves the gradients of the first step."""
-    loss = losses(trainer.model, next(iter(trainer._epoch_loader())))["loss"].mean()
+    loss = objective(trainer.model, next(trainer.batches())).loss.mean()
     trainer.accelerator.backward(loss)
     gradients = {name: parameter.grad for name, parameter in trainer.unwrapped_model.named_parameters()}
     if trainer.accelerator.is_main_process:
-        save_file(gradients, trainer.args.output_dir / "gradients.safetensors")
+        save_file(gradients, trainer.options.output.output_dir / "gradients.safetensors")
 
 
 def slow_checkpoint(trainer):
@@ -55,11 +53,11 @@ def slow_checkpoint(trainer):
 def stopped_while_validating(trainer):
     """Only the last process is asked to stop; none may take the run for finished."""
 
-    def validate():
+    def validate(trainer):
         if trainer.accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.train(losses, validate)
+    trainer.train(objective, [validate])
     assert trainer.global_step == 1 and not trainer.finished
 
 
@@ -70,10 +68,12 @@ def own_disks(trainer):
 
 if __name__ == "__main__":
     scene = globals()[sys.argv[1]]
-    args = train_classifier.parse_args(sys.argv[2:])
-    accelerator = start(args)
+    options = train_classifier.parse_args(sys.argv[2:])
+    accelerator = set_up_accelerator(options)
     if scene is own_disks:
-        args.output_dir /= str(accelerator.process_index)
-    images, _ = load_images_of(args)
-    model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
-    scene(Trainer(args, accelerator, model, images))
+        options.output.output_dir /= str(accelerator.process_index)
+    images, _ = load_training_images(options)
+    model = draw_parameters(
+        NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
+    ).train()
+    scene(Trainer(options, accelerator, model, images))

@@ -23,10 +23,12 @@ from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.data.images import center_crop, fit_image, random_crop, to_tensor
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-from diffusers_adm.training.arguments import architecture, build_noise_scheduler, load_images_of
-from diffusers_adm.training.denoising import DenoisingObjective, build_unet, label_conditions
-from diffusers_adm.training.loop import Trainer, start
+from diffusers_adm.training.denoising import label_conditions
 from diffusers_adm.training.metrics import read_metrics
+from diffusers_adm.training.objective import DenoisingObjective, LossTerms, build_noise_scheduler
+from diffusers_adm.training.options import AverageOptions
+from diffusers_adm.training.setup import build_unet, load_training_images, model_config, set_up_accelerator
+from diffusers_adm.training.trainer import Trainer
 
 
 ARCHITECTURE = (
@@ -127,8 +129,8 @@ def test_published_unet_is_the_average_not_the_raw_weights(dataset, tmp_path):
 def test_losses_on_held_out_images_are_those_of_the_average(dataset, tmp_path):
     # More than half of the labels are dropped, and timesteps in training are not drawn evenly.
     more = ["--validation_split", "train", "--label_dropout", "0.6", "--schedule_sampler", "loss-second-moment"]
-    args = unet_args(dataset, tmp_path / "often", 3, "--validation_steps", "1", *more)
-    train_unet.main(args)
+    options = unet_args(dataset, tmp_path / "often", 3, "--validation_steps", "1", *more)
+    train_unet.main(options)
     logged = [entry for entry in read_metrics(tmp_path / "often" / "metrics.jsonl") if "validation_loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3]
     assert len({entry["validation_simple"] for entry in logged}) == 3
@@ -139,14 +141,19 @@ def test_losses_on_held_out_images_are_those_of_the_average(dataset, tmp_path):
     assert all(torch.equal(often[name][key], once[name][key]) for name in often for key in often[name])
 
     pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "often" / "pipeline")
-    objective = DenoisingObjective(args, start(args), lambda batch: label_conditions(args, pipeline.unet, batch))
-    _, held_out = load_images_of(args)
+    objective = DenoisingObjective(
+        options.objective,
+        build_noise_scheduler(options.diffusion),
+        set_up_accelerator(options),
+        lambda batch: label_conditions(options.classes, pipeline.unet, batch),
+    )
+    _, held_out = load_training_images(options)
     losses = []
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.optimisation.seed)
     with torch.no_grad():
         for batch in DataLoader(held_out, batch_size=4, generator=torch.Generator()):
             timestep = torch.randint(1000, batch["image"].shape[:1])
-            losses.append(objective.terms(pipeline.unet, batch, timestep)["simple"])
+            losses.append(objective.terms(pipeline.unet, batch, timestep).logged["simple"])
     assert logged[-1]["validation_simple"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
@@ -185,10 +192,10 @@ def test_training_starts_from_a_saved_model(dataset, tmp_path):
 
 def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog):
     def saved(name, **changes):
-        args = unet_args(dataset, tmp_path, 1)
-        args.label_dropout = changes.pop("label_dropout", 0.3)
-        unet = draw_parameters(build_unet(args, **changes))
-        ClassifierGuidedPipeline(unet, build_noise_scheduler(args)).save_pretrained(tmp_path / name)
+        options = unet_args(dataset, tmp_path, 1)
+        options.classes.label_dropout = changes.pop("label_dropout", 0.3)
+        unet = draw_parameters(build_unet(options, **changes))
+        ClassifierGuidedPipeline(unet, build_noise_scheduler(options.diffusion)).save_pretrained(tmp_path / name)
         return unet.state_dict()
 
     frozen = ["--learning_rate", "0", "--pretrained_subfolder", "unet", "--pretrained_model_name_or_path"]
@@ -279,26 +286,29 @@ def overflowing_run(dataset, tmp_path, monkeypatch):
     """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
 
     def build(init_scale, *more):
-        args = unet_args(dataset, tmp_path, 8, "--lr_scheduler", "linear", *more)
-        accelerator = start(args)
+        options = unet_args(dataset, tmp_path, 8, "--lr_scheduler", "linear", *more)
+        accelerator = set_up_accelerator(options)
         monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=init_scale)
-        images, _ = load_images_of(args)
-        model = draw_parameters(NoisyClassifier(num_classes=2, **architecture(args))).train()
-        trainer = Trainer(args, accelerator, model, images, ema_decays=(0.5,))
+        images, _ = load_training_images(options)
+        model = draw_parameters(
+            NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
+        ).train()
+        trainer = Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)))
 
-        def losses(model, batch):
-            logits = model(batch["image"], torch.full_like(batch["label"], 10)).logits
-            return {"loss": classifier_loss(logits, batch["label"]), "quarter": torch.zeros_like(batch["label"])}
+        def objective(model, batch):
+            timestep = torch.full_like(batch["label"], 10)
+            logits = model(batch["image"], timestep).logits
+            return LossTerms(classifier_loss(logits, batch["label"]), {}, timestep)
 
-        return trainer, losses
+        return trainer, objective
 
     return build
 
 
 def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
     # Gradients overflow at the first scales, and each overflow halves the scale.
-    trainer, losses = overflowing_run(2.0**22)
+    trainer, objective = overflowing_run(2.0**22)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     seen = []
 
@@ -306,7 +316,7 @@ def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
         unchanged = all(map(torch.equal, before, model.parameters()))
         average = all(map(torch.equal, before, trainer.averages[0.5].shadow_params))
         seen.append((unchanged, average, trainer.lr_scheduler.get_last_lr()[0]))
-        return losses(model, batch)
+        return objective(model, batch)
 
     trainer.train(watch)
     skipped = sum(unchanged for unchanged, *_ in seen) - 1
@@ -319,9 +329,9 @@ def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
 
 
 def test_overflow_that_does_not_end_stops_the_run(overflowing_run):
-    trainer, losses = overflowing_run(2.0**60, "--max_skipped_steps", "2")
+    trainer, objective = overflowing_run(2.0**60, "--max_skipped_steps", "2")
     with pytest.raises(RuntimeError, match="2 steps in a row overflowed fp16.*bf16.*no checkpoint yet"):
-        trainer.train(losses)
+        trainer.train(objective)
 
 
 def test_epochs_are_as_many_steps_as_they_hold_batches(dataset, tmp_path):

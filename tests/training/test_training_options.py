@@ -1,5 +1,7 @@
 """Presets, configuration files, dry runs, and options that do not fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,10 @@ from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-from diffusers_adm.training.arguments import architecture, as_options, as_yaml, preset_names
-from diffusers_adm.training.denoising import build_unet
-from diffusers_adm.training.loop import start
-from diffusers_adm.training.plan import measure
+from diffusers_adm.training.configuration import as_command_line, as_yaml
+from diffusers_adm.training.options import preset_names
+from diffusers_adm.training.plan import forward_cost
+from diffusers_adm.training.setup import build_unet, model_config, set_up_accelerator
 
 
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
@@ -55,14 +57,20 @@ def folder(tmp_path):
 @pytest.mark.parametrize("preset", RELEASED)
 def test_presets_of_released_models_build_those_models(preset):
     script = script_of(preset)
-    args = script.parse_args([*REQUIRED, "--preset", preset])
+    options = script.parse_args([*REQUIRED, "--preset", preset])
     published = meta_state_dict(RELEASED[preset])
     with torch.device("meta"):
         if script is train_classifier:
-            model = NoisyClassifier(num_classes=1000, pool=args.pool, **architecture(args))
+            model = NoisyClassifier(
+                num_classes=1000,
+                pool=options.classifier.pool,
+                **model_config(options.architecture, options.format),
+            )
         else:
             upsampler = script is train_upsampler
-            model = build_unet(args, 1000 if args.class_conditional else None, low_res_conditioning=upsampler)
+            model = build_unet(
+                options, 1000 if options.classes.class_conditional else None, low_res_conditioning=upsampler
+            )
     released = type(model).from_openai(published, RELEASED_CHECKPOINTS[RELEASED[preset]].flags)
     ignored = {"_use_default_values", "_class_name"}
     assert {k: v for k, v in model.config.items() if k not in ignored} == {
@@ -70,22 +78,24 @@ def test_presets_of_released_models_build_those_models(preset):
     }
     flags = parse_flags(RELEASED_CHECKPOINTS[RELEASED[preset]].flags)
     if script is not train_classifier:
-        assert args.noise_schedule == flags["noise_schedule"]
+        assert options.diffusion.noise_schedule == flags["noise_schedule"]
     if script is train_upsampler:
-        assert args.low_resolution == flags["small_size"]
+        assert options.upsampler.low_resolution == flags["small_size"]
 
 
 def test_every_preset_is_of_a_script():
     for preset in preset_names():
-        assert script_of(preset).parse_args([*REQUIRED, "--preset", preset]).max_train_steps >= 30_000
+        assert script_of(preset).parse_args([*REQUIRED, "--preset", preset]).optimisation.max_train_steps >= 30_000
 
 
 def test_command_line_wins_over_config_and_config_over_preset(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("max_train_steps: 7\nchannel_mult: [0.5, 1]\nrandom_flip: false\nlearning_rate: 2e-5\nseed: 3\n")
-    args = train_unet.parse_args([*REQUIRED, "--preset", "small-32", "--config", str(config), "--seed", "9"])
-    assert (args.max_train_steps, args.channel_mult, args.random_flip) == (7, (0.5, 1.0), False)
-    assert (args.learning_rate, args.seed, args.label_dropout, args.ema_decay) == (2e-5, 9, 0.1, (0.9999, 0.999))
+    options = train_unet.parse_args([*REQUIRED, "--preset", "small-32", "--config", str(config), "--seed", "9"])
+    optimisation = options.optimisation
+    assert (optimisation.max_train_steps, options.architecture.channel_mult) == (7, (0.5, 1.0))
+    assert (optimisation.learning_rate, optimisation.seed, options.selection.random_flip) == (2e-5, 9, False)
+    assert (options.classes.label_dropout, options.averages.ema_decay) == (0.1, (0.9999, 0.999))
 
 
 @pytest.mark.parametrize(
@@ -108,16 +118,18 @@ def test_bad_configuration_files_are_refused(text, message, tmp_path):
 def test_configuration_file_may_name_a_preset(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("preset: small-64\nseed: 3\nmixed_precision: 'no'\n")
-    args = train_unet.parse_args([*REQUIRED, "--config", str(config)])
-    assert (args.resolution, args.max_train_steps, args.seed, args.mixed_precision) == (64, 150_000, 3, "no")
+    options = train_unet.parse_args([*REQUIRED, "--config", str(config)])
+    optimisation = options.optimisation
+    assert (optimisation.max_train_steps, optimisation.seed, optimisation.mixed_precision) == (150_000, 3, "no")
+    assert options.format.resolution == 64
 
 
 def test_options_on_a_card_are_a_command_line():
     given = "--max_train_steps 9 --no-random_flip --streaming --ema_decay 0.9,0.5 --no-learn_sigma --use_ema_warmup"
-    args = train_unet.parse_args([*REQUIRED, *given.split()])
-    words = [part for word in as_options(args) for part in word.split(" ")]
+    options = train_unet.parse_args([*REQUIRED, *given.split()])
+    words = [part for word in as_command_line(options) for part in word.split(" ")]
     again = train_unet.parse_args([*REQUIRED, *words])
-    assert vars(again) == vars(args)
+    assert again == options
     assert "--no-use_8bit_adam" not in words
 
 
@@ -125,14 +137,14 @@ def test_options_on_a_card_are_a_command_line():
 def test_launchers_that_divide_the_weights_are_refused(distributed_type, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", distributed_type)
     with pytest.raises(ValueError, match=f"do not run under {distributed_type.value}"):
-        start(train_unet.parse_args([*REQUIRED, "--max_train_steps", "1"]))
+        set_up_accelerator(train_unet.parse_args([*REQUIRED, "--max_train_steps", "1"]))
 
 
 def test_later_of_epochs_and_steps_wins():
-    args = train_unet.parse_args([*REQUIRED, "--preset", "small-32", "--num_epochs", "3"])
-    assert args.num_epochs == 3
-    args = train_unet.parse_args([*REQUIRED, "--num_epochs", "3", "--max_train_steps=7"])
-    assert (args.num_epochs, args.max_train_steps) == (None, 7)
+    options = train_unet.parse_args([*REQUIRED, "--preset", "small-32", "--num_epochs", "3"])
+    assert options.optimisation.num_epochs == 3
+    options = train_unet.parse_args([*REQUIRED, "--num_epochs", "3", "--max_train_steps=7"])
+    assert (options.optimisation.num_epochs, options.optimisation.max_train_steps) == (None, 7)
 
 
 def test_steps_must_be_given(capsys):
@@ -142,10 +154,10 @@ def test_steps_must_be_given(capsys):
 
 
 def test_saved_options_are_a_configuration_file(tmp_path):
-    args = train_unet.parse_args([*REQUIRED, "--preset", "adm-512"])
-    (tmp_path / "saved.yaml").write_text(as_yaml(args))
+    options = train_unet.parse_args([*REQUIRED, "--preset", "adm-512"])
+    (tmp_path / "saved.yaml").write_text(as_yaml(options))
     again = train_unet.parse_args(["--config", str(tmp_path / "saved.yaml")])
-    assert {**vars(again), "config": None} == vars(args)
+    assert replace(again, config=None) == options
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(folder, tmp_path, capsys):
@@ -164,14 +176,14 @@ def test_cost_is_that_of_the_network():
         released = ADMUNet2DModel.from_openai(
             meta_state_dict("256x256_diffusion.pt"), RELEASED_CHECKPOINTS["256x256_diffusion.pt"].flags
         )
-    operations, _ = measure(released)
+    operations, _ = forward_cost(released)
     # 1120 GFLOPs in the text of the DiT paper (arXiv 2212.09748), which counts a multiplication and its addition as one.
     assert operations / 2 == pytest.approx(1120e9, rel=0.02)
 
 
 def test_activations_are_what_a_backward_pass_keeps():
     model = tiny_unet()
-    _, kept = measure(model)
+    _, kept = forward_cost(model)
     storages, weights = {}, {parameter.data_ptr() for parameter in model.parameters()}
 
     def keep(tensor):

@@ -1,0 +1,100 @@
+"""Moving averages of a model's weights."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from diffusers_adm.training.options import AverageOptions
+
+
+logger = get_logger(__name__)
+
+
+class MovingAverages:
+    """
+    Moving averages of a model's weights, one per rate.
+
+    Args:
+        model: Model whose weights are averaged, as accelerate has placed it.
+        options: Rates of the averages.
+        device: Device of the averages, unless the options keep them on the CPU.
+        max_train_steps: Number of steps of the run.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: AverageOptions, device: torch.device, max_train_steps: int):
+        self.model = model
+        self.options = options
+        self.decays = options.ema_decay
+        self.averages = {decay: self._build(decay, device, max_train_steps) for decay in self.decays}
+
+    def _build(self, decay: float, device: torch.device, max_train_steps: int) -> EMAModel:
+        options = self.options
+        if not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
+            logger.warning(
+                "An average of rate %g remembers the initial weights for %d steps; this run takes %d.",
+                decay, round(5 / (1 - decay)), max_train_steps,
+            )  # fmt: skip
+        # A least rate and no step before the first make the rate constant, as ADM's is; EMAModel by itself ramps it up.
+        average = EMAModel(
+            self.model.parameters(),
+            decay=decay,
+            min_decay=0.0 if options.use_ema_warmup else decay,
+            update_after_step=-1,
+            use_ema_warmup=options.use_ema_warmup,
+            inv_gamma=options.ema_inv_gamma,
+            power=options.ema_power,
+            foreach=True,
+        )
+        average.to("cpu" if options.offload_ema else device)
+        return average
+
+    def __getitem__(self, decay: float) -> EMAModel:
+        return self.averages[decay]
+
+    def update(self) -> None:
+        """Moves all averages towards the weights."""
+        if not self.averages:
+            return
+        parameters = list(self.model.parameters())
+        if self.options.offload_ema:
+            parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
+        for average in self.averages.values():
+            average.step(parameters)
+
+    @contextlib.contextmanager
+    def applied(self, decay: float) -> Iterator[None]:
+        """Puts a moving average in the place of the weights, for as long as the context lasts."""
+        parameters = list(self.model.parameters())
+        average = self.averages[decay]
+        average.store(parameters)
+        average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            average.restore(parameters)
+
+    def save(self, folder: Path) -> None:
+        """Writes each average to a file of a checkpoint."""
+        names = [name for name, _ in self.model.named_parameters()]
+        for decay, average in self.averages.items():
+            tensors = {name: shadow.contiguous() for name, shadow in zip(names, average.shadow_params)}
+            save_file(tensors, folder / f"ema-{decay:g}.safetensors")
+
+    def load(self, folder: Path, num_updates: int) -> None:
+        """
+        Reads the averages of a checkpoint.
+
+        Args:
+            folder: The checkpoint.
+            num_updates: Number of updates that the averages have had.
+        """
+        for decay, average in self.averages.items():
+            saved = load_file(folder / f"ema-{decay:g}.safetensors")
+            for (name, _), shadow in zip(self.model.named_parameters(), average.shadow_params):
+                shadow.copy_(saved[name])
+            average.optimization_step = num_updates

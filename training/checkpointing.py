@@ -1,0 +1,232 @@
+"""Checkpoints of a run: writing, rotation and resumption."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from diffusers_adm.atomic_files import flush_folder, partial_folder, replace_folder
+from diffusers_adm.data.datasets import LabelledImages
+from diffusers_adm.data.streams import StreamedImages
+from diffusers_adm.training.averages import MovingAverages
+from diffusers_adm.training.configuration import as_yaml, contradictions
+from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.training.stopping import StopRequest
+
+
+logger = get_logger(__name__)
+
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
+
+
+@dataclass
+class TrainingState:
+    """
+    State of a run that a checkpoint keeps, beside what accelerate keeps.
+
+    Args:
+        images: Training images, of which a stream has a position.
+        averages: Moving averages of the weights.
+        global_step: Number of optimizer steps, skipped ones included.
+        skipped_steps: Number of steps that changed nothing, because fp16 overflowed.
+        epoch: Number of complete passes over the images.
+        images_into_epoch: Number of images of the current pass.
+    """
+
+    images: LabelledImages | StreamedImages
+    averages: MovingAverages
+    global_step: int = 0
+    skipped_steps: int = 0
+    epoch: int = 0
+    images_into_epoch: int = 0
+
+
+class Checkpointer:
+    """
+    Writes the checkpoints of a run, removes old ones, and restores the state that they hold.
+
+    Args:
+        options: Options of the run.
+        accelerator: Accelerator of the run.
+        stop: Agreement of the processes.
+    """
+
+    def __init__(self, options: TrainingOptions, accelerator: Accelerator, stop: StopRequest):
+        self.options = options
+        self.output_dir = options.output.output_dir
+        self.accelerator = accelerator
+        self.stop = stop
+        self.saved_step = 0
+
+    def find(self) -> Path | None:
+        """
+        Returns the checkpoint to resume from, or `None` if the run begins.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or the output folder has checkpoints of another run.
+        """
+        name = self.options.output.resume_from_checkpoint
+        if name is None:
+            if list_checkpoints(self.output_dir):
+                raise ValueError(
+                    f"--output_dir {self.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
+                    " folder."
+                )
+            return None
+        if name == "latest":
+            # As the main process sees them: on a disk of its own another would find none, and silently begin.
+            [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
+            if not checkpoints:
+                self.accelerator.print(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
+                return None
+            return checkpoints[-1]
+        folder = Path(name)
+        if not (folder / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
+        return folder
+
+    def check(self, folder: Path, num_images: int | None) -> None:
+        """
+        Checks that a checkpoint belongs to this run, and warns if the rest of the run will differ.
+
+        Args:
+            folder: The checkpoint.
+            num_images: Number of training images, or `None` for a stream.
+
+        Raises:
+            ValueError: If the checkpoint is incomplete, or of a run with other options.
+        """
+        missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} is not complete: {', '.join(missing)} missing.")
+        differing = contradictions(self.options, (folder / "options.yaml").read_text())
+        if differing:
+            raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
+        saved = json.loads((folder / "trainer_state.json").read_text())
+        now = {"num_processes": self.accelerator.num_processes, "num_images": num_images}
+        for name, value in now.items():
+            if saved[name] != value:
+                logger.warning(
+                    "%s was written with %s %s, and this run has %s: the order of the images, what is drawn at random, or"
+                    " the number of images a step differ from here on.",
+                    folder, name, saved[name], value,
+                )  # fmt: skip
+
+    def load(self, folder: Path, state: TrainingState) -> None:
+        """Restores the state of a run, and of all that accelerate has prepared."""
+        saved = json.loads((folder / "trainer_state.json").read_text())
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # it counts batches, and a checkpoint lies between steps
+        state.averages.load(folder, saved["averaged_steps"])
+        state.global_step = saved["global_step"]
+        state.skipped_steps = saved["global_step"] - saved["averaged_steps"]
+        state.epoch = saved["epoch"]
+        state.images_into_epoch = saved["images_into_epoch"]
+        if isinstance(state.images, StreamedImages):
+            self._load_positions(folder, state, saved["num_processes"])
+        self.saved_step = state.global_step
+        self.accelerator.print(f"Resumed from {folder} at step {state.global_step}.", flush=True)
+
+    def _load_positions(self, folder: Path, state: TrainingState, num_processes: int) -> None:
+        if num_processes == self.accelerator.num_processes:
+            positions = json.loads(self._positions_file(folder).read_text())
+            state.images.positions = [tuple(position) for position in positions]
+        else:  # files are divided anew: with a new pass
+            positions = json.loads((folder / "stream_0.json").read_text())
+            next_epoch = 1 + max(epoch for epoch, _ in positions)
+            state.images.positions = [(next_epoch, 0)] * len(state.images.positions)
+            state.images_into_epoch = 0
+
+    def save(self, state: TrainingState, must_succeed: bool = False) -> None:
+        """
+        Writes `checkpoint-N` under another name, flushes and renames it, and only then removes the oldest.
+
+        Args:
+            state: State of the run.
+            must_succeed: Whether a failure is raised. Otherwise it is logged: the disk may have room the next time.
+        """
+        folder = self.output_dir / f"checkpoint-{state.global_step}"
+        partial = partial_folder(folder)
+        try:
+            self._on_all(lambda: self._write(state, partial))
+            # Not before all have written: names come and go in a folder that is written to.
+            self._on_all(lambda: flush_folder(partial))
+            self._on_all(lambda: self._put_in_place(partial, folder))
+        except Exception as error:  # of safetensors, torch or the system, as it happens
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            if must_succeed:
+                raise
+            logger.error("Cannot write %s: %s. %s", folder, error, self.describe_last())
+            return
+        self.saved_step = state.global_step
+
+    def _on_all(self, task: Callable[[], None]) -> None:
+        """Carries out a task. It raises on all processes if it fails on any, and returns when it is done on all."""
+        failure = None
+        try:
+            task()
+        except Exception as error:
+            failure = error
+        if self.stop.on_any_process(failure is not None):
+            raise failure or RuntimeError("another process could not write its part")
+
+    def _write(self, state: TrainingState, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if isinstance(state.images, StreamedImages):
+            self._positions_file(folder).write_text(json.dumps(state.images.positions))
+        if not self.accelerator.is_main_process:
+            return
+        state.averages.save(folder)
+        saved = {
+            "global_step": state.global_step,
+            "epoch": state.epoch,
+            "images_into_epoch": state.images_into_epoch,
+            "num_processes": self.accelerator.num_processes,
+            "num_images": state.images.num_images,
+            "averaged_steps": state.global_step - state.skipped_steps,
+        }
+        (folder / "options.yaml").write_text(as_yaml(self.options))
+        (folder / "trainer_state.json").write_text(json.dumps(saved))
+
+    def _put_in_place(self, partial: Path, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            replace_folder(partial, folder)
+            output = self.options.output
+            remove_old_checkpoints(self.output_dir, output.checkpoints_total_limit, output.keep_every)
+
+    def _positions_file(self, folder: Path) -> Path:
+        """Returns the file with this process's position in its stream."""
+        return folder / f"stream_{self.accelerator.process_index}.json"
+
+    def describe_last(self) -> str:
+        """Returns a sentence that names the last checkpoint."""
+        checkpoints = list_checkpoints(self.output_dir)
+        return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders `checkpoint-N` by their steps. Folders of other names, such as copies of them, are left out."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(checkpoints, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Returns the N of `checkpoint-N`."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> None:
+    """Removes all but the latest `limit` checkpoints and multiples of `keep_every`, and folders that were never finished."""
+    temporary = [
+        path for path in list_checkpoints(folder) if keep_every is None or checkpoint_step(path) % keep_every != 0
+    ]
+    unfinished = (*folder.glob("partial-checkpoint-*"), *folder.glob("old-checkpoint-*"))
+    for path in (*temporary[:-limit], *unfinished):
+        shutil.rmtree(path)

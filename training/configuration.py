@@ -1,0 +1,161 @@
+"""Where options come from and go to: the command line, configuration files, presets, checkpoints and model cards."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from diffusers_adm.options import OptionInfo, add_options, build_options, option_values, options_of
+from diffusers_adm.training.options import TrainingOptions
+
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def parse(options: type[Options], description: str, argv: list[str] | None = None) -> Options:
+    """
+    Parses the command line of a script. Options of `--config` are its defaults, and options of `--preset` are the defaults of
+    those.
+
+    Args:
+        options: Options of the script.
+        description: Description for the help.
+        argv: Words of the command line; `None` means the process's own.
+
+    Raises:
+        ValueError: If a configuration file is not a table of options, or the options contradict one another.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    add_options(parser, options)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [*configured_words(options, argv), *argv]
+    args = parser.parse_args(words)
+    lengths = [name for word in words if (name := word.partition("=")[0]) in ("--num_epochs", "--max_train_steps")]
+    if lengths and lengths[-1] == "--max_train_steps":  # the later of the two wins, as of all options
+        args.num_epochs = None
+    if args.max_train_steps is None and args.num_epochs is None:
+        parser.error(
+            "--max_train_steps or --num_epochs must be given: on the command line, by --config or by --preset."
+        )
+    return build_options(options, args)
+
+
+def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
+    """
+    Returns the options of the preset and of the configuration file that a command line names, as words before its own.
+
+    Raises:
+        ValueError: If a file is not a table of the script's options.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=options_of(options)["preset"].choices)
+    parser.add_argument("--config", type=Path)
+    sources, _ = parser.parse_known_args(argv)
+    config, preset = [], sources.preset
+    if sources.config is not None:
+        if not sources.config.is_file():
+            raise ValueError(f"--config {sources.config}: there is no such file.")
+        config = as_words(options, sources.config.read_text(), f"--config {sources.config}")
+        preset = preset or parser.parse_known_args(config)[0].preset
+    if preset is None:
+        return config
+    recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
+    return as_words(options, recipe.read_text(), f"--preset {preset}") + config
+
+
+def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str]:
+    """
+    Converts a YAML table to words of a command line, so that both are checked alike.
+
+    Args:
+        options: Options of the script.
+        text: The table.
+        source: Its origin, for messages.
+
+    Raises:
+        ValueError: If it is not a table of the script's options.
+    """
+    table = yaml.safe_load(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"{source} is not a table of options and values.")
+    known, words = options_of(options), []
+    for name, value in table.items():
+        if name not in known:
+            raise ValueError(f"{source}: this script has no option {name!r}.")
+        if isinstance(value, bool):
+            if not known[name].is_switch:
+                raise ValueError(f"{source}: {name} takes a value; put quotes round yes, no, on and off.")
+            if value or known[name].negatable:
+                words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += (
+                [f"--{name}", *map(str, value)] if known[name].takes_several_words else [f"--{name}", joined(value)]
+            )
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def joined(values: list) -> str:
+    """Joins values by commas, as tuples are given on a command line."""
+    return ",".join(map(str, values))
+
+
+def as_yaml(options: TrainingOptions) -> str:
+    """Returns all options as a file that `--config` takes, without the token."""
+    known = options_of(type(options))
+    values = {name: value for name, value in option_values(options).items() if known[name].notes.get("saved", True)}
+    return yaml.safe_dump({name: _plain(value) for name, value in values.items()}, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
+def as_command_line(options: TrainingOptions) -> list[str]:
+    """Returns the parts of a command line for all options that decide what is trained and how."""
+    known, parts = options_of(type(options)), []
+    for name, value in yaml.safe_load(as_yaml(options)).items():
+        notes = known[name].notes
+        if value is None or not notes.get("on_card", not notes.get("resumable", False)):
+            continue
+        if isinstance(value, bool):
+            if value or known[name].default is True:
+                parts.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            parts.append(f"--{name} {joined(value) if isinstance(value, list) else value}")
+    return parts
+
+
+def contradictions(options: TrainingOptions, text: str) -> list[str]:
+    """
+    Returns the options that differ from those of an interrupted run although they must not.
+
+    Args:
+        options: Options of the resumed run.
+        text: `options.yaml` of the interrupted run. Options that it lacks may have any value.
+    """
+    now, then = yaml.safe_load(as_yaml(options)), yaml.safe_load(text)
+    known = options_of(type(options))
+    return [
+        f"--{name} {now[name]} (was {then[name]})"
+        for name in now
+        if name in then and now[name] != then[name] and not _may_differ(known[name], now)
+    ]
+
+
+def _may_differ(option: OptionInfo, values: dict[str, Any]) -> bool:
+    resumable = option.notes.get("resumable", False)
+    return resumable(values) if callable(resumable) else resumable
+
+
+def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options]) -> None:
+    """Runs a training script. Invalid input is reported in one line instead of a traceback."""
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -1,0 +1,144 @@
+"""Objectives: what a model is trained to do with a batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import nn
+
+from diffusers_adm.diffusion import NoiseSchedule, add_noise
+from diffusers_adm.losses import classifier_loss, hybrid_loss, vlb_loss
+from diffusers_adm.openai.flags import Flags, build_scheduler
+from diffusers_adm.training.options import DiffusionOptions, ObjectiveOptions
+from diffusers_adm.training.timestep_sampling import SAMPLERS
+
+
+@dataclass
+class LossTerms:
+    """
+    Result of an objective for one batch.
+
+    Args:
+        loss: Loss that is minimised, `(batch,)`.
+        logged: Further values to log, `(batch,)` each.
+        timestep: Timestep of each image, `(batch,)`.
+    """
+
+    loss: torch.Tensor
+    logged: dict[str, torch.Tensor]
+    timestep: torch.Tensor
+
+
+Objective = Callable[[nn.Module, dict], LossTerms]
+
+
+def build_noise_scheduler(
+    diffusion: DiffusionOptions, learn_sigma: bool = True, predict_xstart: bool = False
+) -> DDPMScheduler:
+    """
+    Builds the scheduler that is trained with, and saved beside the UNet.
+
+    Raises:
+        ValueError: If there are too few timesteps for the schedule.
+    """
+    flags = Flags(
+        diffusion_steps=diffusion.num_train_timesteps,
+        noise_schedule=diffusion.noise_schedule,
+        predict_xstart=predict_xstart,
+    )
+    return build_scheduler(flags, learn_sigma)
+
+
+class DenoisingObjective:
+    """
+    Noises images at random timesteps and computes the loss of a UNet's prediction.
+
+    Args:
+        options: Loss and distribution of the timesteps.
+        scheduler: Scheduler that is trained with.
+        accelerator: Accelerator of the script.
+        conditions: Function from a batch to the UNet's arguments beside the noised images and their timesteps.
+    """
+
+    def __init__(
+        self,
+        options: ObjectiveOptions,
+        scheduler: DDPMScheduler,
+        accelerator: Accelerator,
+        conditions: Callable[[dict], dict],
+    ):
+        self.options = options
+        self.accelerator = accelerator
+        self.conditions = conditions
+        self.schedule = NoiseSchedule.from_config(scheduler.config).to(accelerator.device)
+        self.sampler = SAMPLERS[options.schedule_sampler](len(self.schedule)).to(accelerator.device)
+
+    def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the terms of the loss at timesteps that the sampler draws."""
+        timestep, weight = self.sampler.sample(len(batch["image"]), batch["image"].device)  # (batch,) each
+        terms = self.terms(model, batch, timestep)
+        if self.sampler.needs_losses:
+            self.sampler.update(*self.accelerator.gather((timestep, terms.loss.detach())))
+        return LossTerms(terms.loss * weight, terms.logged, timestep)
+
+    def terms(self, model: nn.Module, batch: dict, timestep: torch.Tensor) -> LossTerms:
+        """Computes the terms of the loss at given timesteps, `(batch,)`."""
+        options, schedule = self.options, self.schedule
+        x_0 = batch["image"]  # (batch, channels, resolution, resolution)
+        noise = torch.randn_like(x_0)
+        if options.noise_offset:
+            noise = noise + options.noise_offset * torch.randn_like(x_0[..., :1, :1])
+        x_t = add_noise(schedule, x_0, timestep, noise)
+        model_output = model(x_t, timestep, **self.conditions(batch)).sample  # (batch, (2 *) channels, ...)
+        if options.loss == "vlb":
+            loss = vlb_loss(model_output, schedule, x_0, x_t, timestep, options.prediction_type)
+            return LossTerms(loss, {"vlb": loss}, timestep)
+        loss = hybrid_loss(
+            model_output, schedule, x_0, x_t, timestep, noise, options.prediction_type, options.vlb_weight
+        )
+        logged = {"simple": loss.simple} if loss.vlb is None else {"simple": loss.simple, "vlb": loss.vlb}
+        return LossTerms(loss.total, logged, timestep)
+
+
+class ClassifierObjective:
+    """
+    Noises images at uniformly drawn timesteps and computes the loss of a classifier's prediction.
+
+    Args:
+        schedule: Noise of all timesteps, on the device of the training.
+        entropy_weight: Weight of the penalty on confidence.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, entropy_weight: float = 0.0):
+        self.schedule = schedule
+        self.entropy_weight = entropy_weight
+
+    def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the loss, and whether the label is the likeliest class and among the five likeliest."""
+        logits, timestep = self.noised_logits(model, batch["image"])
+        loss = classifier_loss(logits, batch["label"], self.entropy_weight)
+        return LossTerms(loss, correct_predictions(logits, batch["label"]), timestep)
+
+    def noised_logits(
+        self, model: nn.Module, x_0: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Returns the logits of noised images, `(batch, num_classes)`, and their timesteps, `(batch,)`.
+
+        Args:
+            model: Classifier.
+            x_0: Clean images, `(batch, channels, height, width)`.
+            generator: Random numbers of the timesteps and of the noise.
+        """
+        timestep = torch.randint(len(self.schedule), x_0.shape[:1], generator=generator, device=x_0.device)  # (batch,)
+        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_t = add_noise(self.schedule, x_0, timestep, noise)  # (batch, channels, height, width)
+        return model(x_t, timestep).logits.float(), timestep
+
+
+def correct_predictions(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns whether the label is the likeliest class, and whether it is among the five likeliest, `(batch,)` each."""
+    likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (batch, 5)
+    return {"accuracy": likeliest[:, 0].float(), "accuracy_top5": likeliest.any(dim=1).float()}

@@ -1,0 +1,356 @@
+"""Options of the training scripts, in groups.
+
+Each field carries its help and its check (see `diffusers_adm.options`), and three further facts. `resumable` says whether a
+resumed run may have another value; a function decides it from all values. All other options decide what is trained, or the
+order of the images. `on_card` says whether model cards show the option, which is the default for those that are not resumable.
+`saved` is `False` for options that checkpoints do not store.
+"""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from diffusers_adm.data.images import ImageFormat
+from diffusers_adm.data.options import ImageSelection, ImageSource
+from diffusers_adm.diffusion import PREDICTION_TYPES
+from diffusers_adm.models.noisy_classifier import POOLS
+from diffusers_adm.openai.flags import BETA_SCHEDULES
+from diffusers_adm.options import Check, at_least, in_range, option, option_group
+from diffusers_adm.training.timestep_sampling import SAMPLERS
+
+
+LOSSES = ("hybrid", "vlb")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the recipes that ship with this package."""
+    folder = resources.files("diffusers_adm.training") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def batch_is_divided_anew(values: dict) -> bool:
+    """Returns whether a resumed run may divide its batch among other processes."""
+    return values["total_batch_size"] is not None
+
+
+@dataclass
+class ArchitectureOptions:
+    """Architecture of the model, and the model that training starts from."""
+
+    model_channels: int = option(128, help="Number of channels at the largest resolution.")
+    channel_mult: tuple[float, ...] = option((1, 2, 3, 4), help="Factor of the channels per resolution.")
+    layers_per_block: int = option(2, help="Number of residual blocks per resolution.")
+    attention_resolutions: tuple[int, ...] = option((32, 16, 8), help="Resolutions with attention, in pixels.")
+    attention_head_dim: int = option(64, help="Number of channels per attention head.")
+    num_attention_heads: int | None = option(None, help="Number of attention heads, instead of their channels.")
+    norm_num_groups: int = option(32, help="Number of groups per normalisation.")
+    resnet_time_scale_shift: str = option(
+        "scale_shift", help="Effect of the timestep on a residual block.", choices=("scale_shift", "default")
+    )
+    resample_type: str = option("resnet", help="Layers between resolutions.", choices=("resnet", "conv"))
+    output_scale_factor: float = option(1.0, help="Divisor of each residual sum. 1.4142 is the paper's ablation.")
+    dropout: float = option(0.0, help="Dropout probability.")
+    gradient_checkpointing: bool = option(
+        False, help="Compute activations again in the backward pass, to save memory.", resumable=True
+    )
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        help="Model to start from. Its architecture must be the same, but its classes may differ.",
+        metavar="NAME_OR_PATH",
+        resumable=True,
+    )
+    pretrained_subfolder: str | None = option(
+        None, help="Folder of the model inside a pipeline: unet or classifier.", metavar="FOLDER", resumable=True
+    )
+
+
+@dataclass
+class DiffusionOptions:
+    """Noise of the timesteps."""
+
+    noise_schedule: str = option("linear", help="Schedule of the noise.", choices=BETA_SCHEDULES)
+    num_train_timesteps: int = option(1000, help="Number of timesteps.")
+
+
+@dataclass
+class OptimisationOptions:
+    """Batches, length, optimizer, precision and seed of a run."""
+
+    train_batch_size: int = option(
+        64,
+        help="Number of images per forward pass of one process.",
+        check=at_least(1),
+        resumable=batch_is_divided_anew,
+        on_card=True,
+    )
+    gradient_accumulation_steps: int = option(
+        1,
+        help="Number of forward passes per optimizer step.",
+        check=at_least(1),
+        resumable=batch_is_divided_anew,
+        on_card=True,
+    )
+    total_batch_size: int | None = option(
+        None,
+        help="Number of images per optimizer step of all processes. It sets --gradient_accumulation_steps.",
+        check=at_least(1),
+    )
+    max_train_steps: int | None = option(
+        None, help="Number of optimizer steps.", check=at_least(1), resumable=True, on_card=True
+    )
+    num_epochs: int | None = option(
+        None, help="Number of passes over the images, instead of steps.", check=at_least(1), resumable=True
+    )
+    learning_rate: float = option(1e-4, help="Learning rate.", resumable=True, on_card=True)
+    lr_scheduler: str = option(
+        "constant", help="Learning rate schedule of diffusers.", metavar="NAME", resumable=True, on_card=True
+    )
+    lr_warmup_steps: int = option(
+        0, help="Number of steps in which the learning rate rises from 0.", resumable=True, on_card=True
+    )
+    adam_beta1: float = option(0.9, help="Decay rate of Adam's mean of gradients.")
+    adam_beta2: float = option(0.999, help="Decay rate of Adam's mean of squared gradients.")
+    adam_weight_decay: float = option(0.0, help="Weight decay of AdamW.")
+    adam_epsilon: float = option(1e-8, help="Addend in Adam's denominator.")
+    use_8bit_adam: bool = option(False, help="Use AdamW of bitsandbytes, with a state of 8 bits.")
+    max_grad_norm: float | None = option(
+        None, help="Norm that gradients are clipped to. They are not clipped by default.", resumable=True, on_card=True
+    )
+    mixed_precision: str | None = option(
+        None,
+        help="Precision of the forward pass. It is the launcher's by default.",
+        choices=MIXED_PRECISIONS,
+        resumable=True,
+        on_card=True,
+    )
+    max_skipped_steps: int = option(
+        50, help="Number of fp16 overflows in a row that stops the run.", check=at_least(1), resumable=True
+    )
+    allow_tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", resumable=True)
+    compile: bool = option(False, help="Compile the model by torch.compile.", resumable=True)
+    channels_last: bool = option(
+        False, help="Keep channels last in memory, which some devices prefer.", negatable=True, resumable=True
+    )
+    seed: int = option(0, help="Seed of the run.")
+
+
+@dataclass
+class OutputOptions:
+    """Folder of a run, and how often it is written to."""
+
+    output_dir: Path = option(help="Folder of the run.", resumable=True)
+    checkpointing_steps: int = option(
+        5000, help="Number of steps between checkpoints.", check=at_least(1), resumable=True
+    )
+    checkpoints_total_limit: int = option(
+        2, help="Number of latest checkpoints to keep.", check=at_least(1), resumable=True
+    )
+    keep_every: int | None = option(
+        None, help="Keep all checkpoints of multiples of this step.", check=at_least(1), resumable=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None, help='Folder of a checkpoint to resume from, or "latest".', metavar="PATH", resumable=True
+    )
+    logging_steps: int = option(50, help="Number of steps between log entries.", check=at_least(1), resumable=True)
+    validation_steps: int = option(
+        5000, help="Number of steps between validations.", check=at_least(1), resumable=True
+    )
+    report_to: str | None = option(
+        None, help="Tracker of accelerate, such as tensorboard or wandb.", metavar="TRACKER", resumable=True
+    )
+
+
+@dataclass
+class HubOptions:
+    """Upload of a trained model."""
+
+    push_to_hub: bool = option(False, help="Upload the trained model at the end.", resumable=True)
+    hub_model_id: str | None = option(
+        None, help="Repository to upload to, such as me/my-model.", metavar="REPOSITORY", resumable=True
+    )
+    hub_token: str | None = option(
+        None, help="Token of the Hub. It is that of `hf auth login` by default.", resumable=True, saved=False
+    )
+    hub_revision: str | None = option(
+        None, help="Branch to upload to. It is created if it does not exist.", metavar="BRANCH", resumable=True
+    )
+    hub_private_repo: bool = option(False, help="Make a new repository private.", resumable=True)
+    hub_retry_seconds: float = option(
+        30.0,
+        help="Seconds before the second attempt of an upload. Each further wait is twice as long.",
+        resumable=True,
+    )
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """Options that all training scripts share."""
+
+    preset: str | None = option(
+        None, help="Recipe whose options are the defaults.", choices=preset_names(), resumable=True
+    )
+    config: Path | None = option(
+        None,
+        help="YAML file of options. Options of the command line take precedence.",
+        resumable=True,
+        saved=False,
+    )
+    dry_run: bool = option(
+        False, help="Print size, cost and memory of the run, and stop.", resumable=True, saved=False
+    )
+    source: ImageSource = option_group(ImageSource, "dataset")
+    format: ImageFormat = option_group(ImageFormat, "image format")
+    selection: ImageSelection = option_group(ImageSelection, "training data")
+    architecture: ArchitectureOptions = option_group(ArchitectureOptions, "architecture")
+    diffusion: DiffusionOptions = option_group(DiffusionOptions, "diffusion")
+    optimisation: OptimisationOptions = option_group(OptimisationOptions, "optimisation")
+    output: OutputOptions = option_group(OutputOptions, "output")
+    hub: HubOptions = option_group(HubOptions, "Hub")
+
+
+@dataclass
+class ClassOptions:
+    """Labels that a UNet is given."""
+
+    class_conditional: bool = option(True, help="Give the UNet the labels of the images.")
+    label_dropout: float = option(
+        0.0, help="Probability of training on the null class instead of the label.", check=in_range(0, 1)
+    )
+
+
+@dataclass
+class ObjectiveOptions:
+    """Prediction and loss of a UNet."""
+
+    learn_sigma: bool = option(True, help="Learn the variance of the reverse process.")
+    prediction_type: str = option("epsilon", help="Prediction of the UNet. sample: x_0.", choices=PREDICTION_TYPES)
+    loss: str = option(
+        "hybrid", help="Loss. hybrid is the simple loss if the variance is not learned.", choices=LOSSES
+    )
+    vlb_weight: float | None = option(
+        None, help="Weight of the bound in the hybrid loss. It is --num_train_timesteps / 1000 by default."
+    )
+    noise_offset: float = option(
+        0.0,
+        help="Standard deviation of noise that is the same at all pixels of a channel. It keeps samples of few steps from"
+        " grey backgrounds.",
+        check=at_least(0),
+    )
+    schedule_sampler: str = option("uniform", help="Distribution of the timesteps.", choices=tuple(SAMPLERS))
+
+    @property
+    def predicts_x_0(self) -> bool:
+        """Whether the UNet predicts x_0 instead of epsilon."""
+        return self.prediction_type == "sample"
+
+
+@dataclass
+class AverageOptions:
+    """Moving averages of the weights."""
+
+    ema_decay: tuple[float, ...] = option(
+        (0.9999,),
+        help="Rate of each moving average, such as 0.9999,0.999.",
+        check=Check("one or more rates in [0, 1)", lambda rates: rates and all(0 <= rate < 1 for rate in rates)),
+    )
+    use_ema_warmup: bool = option(False, help="Raise the rate to --ema_decay by 1 - (1 + step / gamma) ** -power.")
+    ema_inv_gamma: float = option(1.0, help="Gamma of the warm-up.")
+    ema_power: float = option(0.75, help="Power of the warm-up.")
+    offload_ema: bool = option(False, help="Keep the averages in the CPU's memory.", resumable=True)
+
+    @property
+    def num_on_device(self) -> int:
+        """Number of averages in the memory of the accelerator's device."""
+        return 0 if self.offload_ema else len(self.ema_decay)
+
+
+@dataclass
+class ValidationOptions:
+    """Pictures and uploads during training."""
+
+    num_validation_images: int = option(
+        20, help="Number of images drawn every --validation_steps.", check=at_least(1), resumable=True
+    )
+    push_every: int | None = option(
+        None,
+        help="Number of steps between uploads of the pipeline during training, a multiple of --validation_steps.",
+        check=at_least(1),
+        resumable=True,
+    )
+
+
+@dataclass(kw_only=True)
+class UNetTrainingOptions(TrainingOptions):
+    """
+    Options of a UNet's training.
+
+    Raises:
+        ValueError: If options contradict one another.
+    """
+
+    classes: ClassOptions = option_group(ClassOptions, "classes")
+    objective: ObjectiveOptions = option_group(ObjectiveOptions, "objective")
+    averages: AverageOptions = option_group(AverageOptions, "moving averages")
+    validation: ValidationOptions = option_group(ValidationOptions, "validation")
+
+    def __post_init__(self):
+        push_every, validation_steps = self.validation.push_every, self.output.validation_steps
+        if push_every is not None and not self.hub.push_to_hub:
+            raise ValueError("--push_every needs --push_to_hub.")
+        if push_every is not None and push_every % validation_steps:
+            raise ValueError(
+                f"--push_every {push_every} is not a multiple of --validation_steps {validation_steps}, when pipelines are"
+                " saved."
+            )
+        if self.classes.label_dropout and not self.classes.class_conditional:
+            raise ValueError("--label_dropout needs a class-conditional model.")
+
+
+@dataclass
+class UpsamplerOptions:
+    """Small images that an upsampler is given."""
+
+    low_resolution: int = option(16, help="Height and width of the small images in pixels, a divisor of --resolution.")
+    low_res_noise: float = option(
+        0.0,
+        help="Largest standard deviation of noise on the small images, so that the upsampler forgives flaws of drawn ones.",
+        check=at_least(0),
+    )
+
+
+@dataclass(kw_only=True)
+class UpsamplerTrainingOptions(UNetTrainingOptions):
+    """
+    Options of an upsampler's training.
+
+    Raises:
+        ValueError: If options contradict one another.
+    """
+
+    upsampler: UpsamplerOptions = option_group(UpsamplerOptions, "upsampler")
+
+    def __post_init__(self):
+        super().__post_init__()
+        small, large = self.upsampler.low_resolution, self.format.resolution
+        if not 0 < small < large or large % small:
+            raise ValueError(f"--low_resolution {small} is not a divisor of --resolution {large}, and smaller.")
+
+
+@dataclass
+class ClassifierOptions:
+    """Head and loss of a classifier."""
+
+    pool: str = option("attention", help="Layers after the encoder.", choices=POOLS)
+    entropy_weight: float = option(0.0, help="Weight of the penalty on confidence. Its paper uses 0.1.")
+
+
+@dataclass(kw_only=True)
+class ClassifierTrainingOptions(TrainingOptions):
+    """Options of a classifier's training."""
+
+    format: ImageFormat = option_group(ImageFormat, "image format", crop="random")
+    optimisation: OptimisationOptions = option_group(
+        OptimisationOptions, "optimisation", learning_rate=3e-4, lr_scheduler="linear", adam_weight_decay=0.05
+    )
+    classifier: ClassifierOptions = option_group(ClassifierOptions, "classifier")

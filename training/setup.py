@@ -1,0 +1,261 @@
+"""Setting up a run: processes, images, model, optimizer and loader, from the options."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, set_seed
+from diffusers import ModelMixin
+from torch.utils.data import DataLoader
+
+from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.data.datasets import LabelledImages, load_images
+from diffusers_adm.data.images import ImageFormat
+from diffusers_adm.data.streams import StreamedImages
+from diffusers_adm.launch import join_processes
+from diffusers_adm.quiet import without_warning
+from diffusers_adm.training.options import (
+    ArchitectureOptions,
+    OptimisationOptions,
+    TrainingOptions,
+    UNetTrainingOptions,
+)
+from diffusers_adm.training.stopping import leave_signals_to_the_trainer
+
+
+logger = get_logger(__name__)
+
+# Options of a model that may differ from those of the model that training starts from.
+CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
+
+
+def set_up_accelerator(options: TrainingOptions) -> Accelerator:
+    """
+    Joins the processes, divides the batch among them, and seeds them. It comes before everything that is random.
+
+    Raises:
+        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, or they would divide the
+            weights.
+    """
+    optimisation = options.optimisation
+    divide_batch(optimisation, join_processes().num_processes)
+    if optimisation.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=optimisation.mixed_precision,
+        # An epoch's last batches do not make a step by themselves: its gradient would be too small.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=optimisation.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=options.output.report_to,
+        project_dir=options.output.output_dir,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=optimisation.seed, non_blocking=True
+        ),
+        dynamo_backend="inductor" if optimisation.compile else None,
+    )
+    check_distribution(accelerator.distributed_type)
+    set_seed(optimisation.seed, device_specific=True)
+    return accelerator
+
+
+def divide_batch(optimisation: OptimisationOptions, num_processes: int) -> None:
+    """
+    Sets `gradient_accumulation_steps` to that of `total_batch_size`.
+
+    Raises:
+        ValueError: If the total is not a multiple of what the processes take at once.
+    """
+    total = optimisation.total_batch_size
+    if total is None:
+        return
+    at_once = optimisation.train_batch_size * num_processes
+    if total < at_once or total % at_once:
+        raise ValueError(
+            f"--total_batch_size {total} is not a multiple of {at_once}, which is --train_batch_size times the number of"
+            " processes."
+        )
+    optimisation.gradient_accumulation_steps = total // at_once
+
+
+def check_distribution(distributed_type: DistributedType) -> None:
+    """Raises a ValueError if weights would be divided among processes, which averages and checkpoints do not support."""
+    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"These scripts do not run under {distributed_type.value}: launch them with --multi_gpu, which gives each process"
+            " all weights, and save memory by --gradient_checkpointing, --offload_ema and --use_8bit_adam."
+        )
+
+
+def load_training_images(
+    options: TrainingOptions, labelled: bool = True
+) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
+    """Loads the images to train on, and those that are held out, see `load_images`."""
+    seed = options.optimisation.seed
+    return load_images(options.source, options.format, options.selection, seed=seed, labelled=labelled)
+
+
+def resolve_steps(optimisation: OptimisationOptions, num_images: int | None, num_processes: int) -> None:
+    """
+    Sets `max_train_steps` to that of `num_epochs`.
+
+    Raises:
+        ValueError: If the number of images is not known, or there are too few for a batch on each process.
+    """
+    if optimisation.num_epochs is None:
+        return
+    if num_images is None:
+        raise ValueError(
+            "--num_epochs needs to know how many images there are, which a stream does not: give --max_train_steps."
+        )
+    check_number_of_images(optimisation.train_batch_size, num_images, num_processes)
+    batches = optimisation.num_epochs * (num_images // (optimisation.train_batch_size * num_processes))
+    optimisation.max_train_steps = max(1, batches // optimisation.gradient_accumulation_steps)
+
+
+def check_number_of_images(batch_size: int, num_images: int | None, num_processes: int) -> None:
+    """Raises a ValueError if there are too few images for one batch per process. The number of a stream is not known."""
+    if num_images is not None and num_images < batch_size * num_processes:
+        raise ValueError(
+            f"{num_images} images do not fill a batch of {batch_size} on each of {num_processes} processes."
+        )
+
+
+def model_config(architecture: ArchitectureOptions, format: ImageFormat) -> dict[str, Any]:
+    """Returns the part of a model's config that all models share."""
+    return {
+        "sample_size": format.resolution,
+        "in_channels": format.in_channels,
+        "model_channels": architecture.model_channels,
+        "channel_mult": architecture.channel_mult,
+        "layers_per_block": architecture.layers_per_block,
+        "attention_resolutions": architecture.attention_resolutions,
+        "attention_head_dim": None if architecture.num_attention_heads else architecture.attention_head_dim,
+        "num_attention_heads": architecture.num_attention_heads,
+        "norm_num_groups": architecture.norm_num_groups,
+        "resnet_time_scale_shift": architecture.resnet_time_scale_shift,
+        "downsample_type": architecture.resample_type,
+        "output_scale_factor": architecture.output_scale_factor,
+        "dropout": architecture.dropout,
+    }
+
+
+def build_unet(
+    options: UNetTrainingOptions, num_classes: int | None, low_res_conditioning: bool = False
+) -> ADMUNet2DModel:
+    """Builds the UNet that the options describe, with random weights."""
+    return ADMUNet2DModel(
+        out_channels=options.format.in_channels * (2 if options.objective.learn_sigma else 1),
+        num_class_embeds=num_classes,
+        use_null_class=options.classes.label_dropout > 0,
+        low_res_conditioning=low_res_conditioning,
+        upsample_type=options.architecture.resample_type,
+        **model_config(options.architecture, options.format),
+    )
+
+
+def load_pretrained(model: ModelMixin, name: str, subfolder: str | None) -> None:
+    """
+    Gives a model the weights of a saved one. If their classes differ, the weights that depend on the classes stay random, and a
+    message says so. A new null class joins the known classes.
+
+    Args:
+        model: Model to train.
+        name: Name or path of the saved model.
+        subfolder: Folder inside a pipeline.
+
+    Raises:
+        ValueError: If the models differ in anything else.
+    """
+    pretrained = type(model).from_pretrained(name, subfolder=subfolder)
+    # Through JSON, as the saved one's has come: it knows no tuples.
+    ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
+    differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
+    differing.discard("dropout")
+    if differing - CLASS_OPTIONS:
+        pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
+        raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")
+    known, random_keys = pretrained.state_dict(), []
+    for key, tensor in model.state_dict().items():
+        if key in known and known[key].shape == tensor.shape:
+            tensor.copy_(known[key])
+        elif key in known and differing == {"use_null_class"}:
+            rows = min(len(known[key]), len(tensor))
+            tensor[:rows].copy_(known[key][:rows])
+        else:
+            random_keys.append(key)
+    if random_keys:
+        pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
+        logger.warning("%s begin with random weights: %s.", ", ".join(random_keys), pairs)
+
+
+def prepare_model(model: ModelMixin, options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Sets gradient checkpointing, memory format and attention backend of a model."""
+    if options.architecture.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if options.optimisation.channels_last:
+        model.to(memory_format=torch.channels_last)
+    on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    if on_cpu and "DIFFUSERS_ATTN_BACKEND" not in os.environ:
+        # The backward pass of torch's fused attention takes four times as long there.
+        with without_warning("Attention backends are an experimental feature"):
+            model.set_attention_backend("_native_math")
+
+
+def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled: bool) -> torch.optim.Optimizer:
+    """
+    Builds AdamW for a model.
+
+    Args:
+        model: Model to train.
+        options: Settings of the optimizer.
+        scaled: Whether the loss is scaled, as fp16 needs.
+
+    Raises:
+        ValueError: If `use_8bit_adam` is set and bitsandbytes is not installed.
+    """
+    settings = {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
+    }
+    if options.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(model.parameters(), **settings)
+    # Under fp16's loss scaling the fused kernel skips a step by itself, and nobody learns of it.
+    return torch.optim.AdamW(model.parameters(), fused=not scaled, **settings)
+
+
+def build_loader(
+    images: LabelledImages | StreamedImages, options: TrainingOptions, accelerator: Accelerator
+) -> DataLoader:
+    """Builds the loader of the training images."""
+    streaming = isinstance(images, StreamedImages)
+    loader = DataLoader(
+        images,
+        batch_size=options.optimisation.train_batch_size,
+        shuffle=None if streaming else True,
+        drop_last=True,
+        num_workers=options.selection.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
+        pin_memory=accelerator.device.type == "cuda",
+        # Of its own: each pass draws a seed for the workers, and what the model draws must not depend on how many
+        # passes a run has begun.
+        generator=torch.Generator(),
+    )
+    # A stream is this process's own already.
+    return loader if streaming else accelerator.prepare(loader)
+
+
+def build_validation_loader(held_out: LabelledImages, batch_size: int, accelerator: Accelerator) -> DataLoader:
+    """Builds the loader of the held-out images."""
+    return accelerator.prepare(DataLoader(held_out, batch_size=batch_size, generator=torch.Generator()))

@@ -1,0 +1,329 @@
+"""The loop over optimizer steps that the training scripts share."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
+from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from diffusers_adm.data.datasets import LabelledImages
+from diffusers_adm.data.streams import StreamedImages
+from diffusers_adm.options import option_values
+from diffusers_adm.training.averages import MovingAverages
+from diffusers_adm.training.checkpointing import Checkpointer, TrainingState
+from diffusers_adm.training.metrics import LossMeans, append_metrics, drop_metrics_after
+from diffusers_adm.training.objective import Objective
+from diffusers_adm.training.options import AverageOptions, TrainingOptions
+from diffusers_adm.training.setup import (
+    build_loader,
+    build_optimizer,
+    check_number_of_images,
+    load_pretrained,
+    prepare_model,
+)
+from diffusers_adm.training.stopping import StopRequest
+
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """
+    Runs optimizer steps, and keeps the state that a run needs to go on after an interruption.
+
+    Args:
+        options: Options of the run.
+        accelerator: Accelerator of `set_up_accelerator`.
+        model: Model to train.
+        images: Training images.
+        averages: Moving averages of the weights. There are none by default.
+        stateful: Object with a `state_dict` that belongs to the state of the training.
+
+    Raises:
+        ValueError: If there are too few images, or the run cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        images: LabelledImages | StreamedImages,
+        averages: AverageOptions | None = None,
+        stateful: torch.nn.Module | None = None,
+    ):
+        self.options = options
+        self.accelerator = accelerator
+        optimisation = options.optimisation
+        check_number_of_images(optimisation.train_batch_size, images.num_images, accelerator.num_processes)
+        self.stop = StopRequest(accelerator)
+        self.checkpointer = Checkpointer(options, accelerator, self.stop)
+        checkpoint = self.checkpointer.find()
+        if checkpoint is not None:
+            self.checkpointer.check(checkpoint, images.num_images)
+        elif options.architecture.pretrained_model_name_or_path:
+            architecture = options.architecture
+            load_pretrained(model, architecture.pretrained_model_name_or_path, architecture.pretrained_subfolder)
+
+        prepare_model(model, options, accelerator)
+        optimizer = build_optimizer(model, optimisation, scaled=accelerator.scaler is not None)
+        lr_scheduler = get_scheduler(
+            optimisation.lr_scheduler,
+            optimizer,
+            num_warmup_steps=optimisation.lr_warmup_steps,
+            num_training_steps=optimisation.max_train_steps,
+        )
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.loader = build_loader(images, options, accelerator)
+        if stateful is not None:
+            accelerator.register_for_checkpointing(stateful)
+        self.averages = MovingAverages(
+            self.unwrapped_model,
+            averages or AverageOptions(ema_decay=()),
+            accelerator.device,
+            optimisation.max_train_steps,
+        )
+        self.state = TrainingState(images, self.averages)
+        self.means = LossMeans(options.diffusion.num_train_timesteps)
+        self.grad_norm = torch.tensor(0.0)
+        self.skipped_in_a_row = 0
+        self._open_output()
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    def _open_output(self) -> None:
+        output = self.options.output
+        self.metrics_file = output.output_dir / "metrics.jsonl"
+        if self.accelerator.is_main_process:
+            output.output_dir.mkdir(parents=True, exist_ok=True)
+        if output.report_to:
+            values = {name: str(value) for name, value in option_values(self.options).items() if name != "hub_token"}
+            self.accelerator.init_trackers("diffusers-adm", config=values)
+
+    def _resume(self, checkpoint: Path) -> None:
+        self.checkpointer.load(checkpoint, self.state)
+        self._set_learning_rate()
+        if self.accelerator.is_main_process:
+            drop_metrics_after(self.metrics_file, self.global_step)
+
+    def _set_learning_rate(self) -> None:
+        """Puts `--learning_rate`, which may be another than before the interruption, in the place of the loaded one."""
+        learning_rate, scheduler = self.options.optimisation.learning_rate, self.lr_scheduler.scheduler
+        scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas):
+            group["initial_lr"] = learning_rate
+            group["lr"] = learning_rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def global_step(self) -> int:
+        """Number of optimizer steps so far."""
+        return self.state.global_step
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether all steps were taken."""
+        return self.global_step == self.options.optimisation.max_train_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, and the run was not asked to stop before it was validated."""
+        return self.is_last_step and not self.stop.received
+
+    @property
+    def unwrapped_model(self) -> torch.nn.Module:
+        """The model without accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def train(self, objective: Objective, validations: Sequence[Callable[["Trainer"], None]] = ()) -> None:
+        """
+        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop. Both leave a checkpoint.
+
+        Args:
+            objective: Loss of the model for a batch.
+            validations: Functions of this trainer that are called every `validation_steps` and at the end, on all processes,
+                with the model in eval mode. They draw nothing from the global random state, which a resumed run would miss,
+                and return early if `stop` was received.
+
+        Raises:
+            RuntimeError: If the loss or its gradient is not finite, or fp16 has overflowed `max_skipped_steps` times in a row.
+                The last checkpoint is from before.
+        """
+        self.model.train()
+        with self.stop.listening(), self._progress_bar() as progress:
+            # Outside the steps: a run that was stopped in its last validation does it again when it resumes.
+            if self._take_steps(objective, validations, progress):
+                self._validate(validations)
+            self.stop.received = self.stop.agreed()  # `finished` is to be the same on all processes
+        self.accelerator.end_training()
+
+    def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> bool:
+        """Returns whether all steps were taken."""
+        self.logged_at, self.logged_step = time.monotonic(), self.global_step
+        for batch in self.batches():
+            with self.accelerator.accumulate(self.model):
+                terms = objective(self.model, batch)
+                self.accelerator.backward(terms.loss.mean())
+                if self.accelerator.sync_gradients:
+                    self.grad_norm = self._gradient_norm()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.means.add(terms)
+            self.state.images_into_epoch += self._images_per_batch
+            if not self.accelerator.sync_gradients:
+                continue
+            self._finish_step()
+            progress.update()
+            if self._stops_after_step(validations):
+                self.accelerator.print(f"Asked to stop: saved checkpoint-{self.global_step}.", flush=True)
+                return False
+        return True
+
+    def batches(self) -> Iterator[dict]:
+        """Yields the batches from the current position to the end of the run, pass after pass."""
+        max_train_steps = self.options.optimisation.max_train_steps
+        while self.global_step < max_train_steps:
+            for batch in self._rest_of_epoch():
+                if self.options.optimisation.channels_last:
+                    batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+                yield batch
+                if self.global_step >= max_train_steps:
+                    return
+            self.state.epoch, self.state.images_into_epoch = self.state.epoch + 1, 0
+
+    def _rest_of_epoch(self) -> Iterable[dict]:
+        """Returns the batches of the rest of the epoch. That of a stream never ends."""
+        state = self.state
+        batches = state.images_into_epoch // self._images_per_batch
+        if isinstance(state.images, StreamedImages):
+            stream = state.images.from_batch(self.loader, batches)
+            return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in stream)
+        state.images.set_epoch(state.epoch)
+        loader = self.accelerator.skip_first_batches(self.loader, batches) if batches else self.loader
+        loader.set_epoch(state.epoch)
+        return loader
+
+    @property
+    def _images_per_batch(self) -> int:
+        """Number of images per forward pass of all processes."""
+        return self.options.optimisation.train_batch_size * self.accelerator.num_processes
+
+    def _gradient_norm(self) -> torch.Tensor:
+        max_grad_norm = self.options.optimisation.max_grad_norm
+        if max_grad_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        )
+
+    def _finish_step(self) -> None:
+        """Counts a step. If fp16's loss scaling skipped it, nothing changed: neither averages nor learning rate move."""
+        if self.accelerator.optimizer_step_was_skipped:
+            self.grad_norm = torch.zeros_like(self.grad_norm)  # it was not finite, but changed nothing
+            self.state.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            self.means.drop_step()
+            if self.skipped_in_a_row >= self.options.optimisation.max_skipped_steps:
+                raise RuntimeError(
+                    f"{self.skipped_in_a_row} steps in a row overflowed fp16 before step {self.global_step}: try"
+                    f" --mixed_precision bf16. {self.checkpointer.describe_last()}"
+                )
+        else:
+            self.skipped_in_a_row = 0
+            self.means.keep_step()
+            self.lr_scheduler.step()
+            self.averages.update()
+        self.state.global_step += 1
+
+    def _stops_after_step(self, validations: Sequence[Callable]) -> bool:
+        """Logs, saves and validates if it is due. Returns whether the run was asked to stop before its last step."""
+        output, last = self.options.output, self.is_last_step
+        stopping = self.stop.agreed()
+        if self.global_step % output.logging_steps == 0:
+            self._log_training()
+        if last or stopping or self.global_step % output.checkpointing_steps == 0:
+            self.save_checkpoint(must_succeed=last or stopping)
+        if self.global_step % output.validation_steps == 0 and not (last or stopping):
+            self._validate(validations)
+            stopping = self.stop.agreed()
+            if stopping and self.checkpointer.saved_step != self.global_step:
+                self.save_checkpoint(must_succeed=True)
+        return stopping and not last
+
+    def _validate(self, validations: Sequence[Callable]) -> None:
+        self.model.eval()
+        for validation in validations:
+            validation(self)
+        self.model.train()
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self, must_succeed: bool = False) -> None:
+        """
+        Writes a checkpoint, see [`Checkpointer.save`].
+
+        Raises:
+            RuntimeError: If the loss or its gradient is not finite.
+        """
+        finite = self.means.finite().to(self.grad_norm.device) & self.grad_norm.isfinite()
+        self._check_finite(not self.stop.on_any_process(not finite.item()))
+        self.checkpointer.save(self.state, must_succeed)
+
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
+            raise RuntimeError(
+                f"The loss or its gradient is not finite before step {self.global_step}. {self.checkpointer.describe_last()}"
+            )
+
+    def _log_training(self) -> None:
+        values = self.means.take(self.accelerator)
+        steps, seconds = self.global_step - self.logged_step, time.monotonic() - self.logged_at
+        images = steps * self.options.optimisation.gradient_accumulation_steps * self._images_per_batch
+        values["grad_norm"] = self.grad_norm.item()
+        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        values["images_per_second"] = images / seconds
+        if self.accelerator.scaler is not None:
+            values["loss_scale"] = self.accelerator.scaler.get_scale()
+        if self.accelerator.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.log(values)
+        self._check_finite(math.isfinite(values.get("loss", 0.0)))
+        self.logged_at, self.logged_step = time.monotonic(), self.global_step
+
+    def log(self, values: dict[str, float]) -> None:
+        """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
+        self.accelerator.log(values, step=self.global_step)
+        if self.accelerator.is_main_process:
+            with self.reporting_write_errors(self.metrics_file.name):
+                append_metrics(self.metrics_file, self.global_step, values)
+            brief = {name: value for name, value in values.items() if "_quarter_" not in name} or values
+            tqdm.write(
+                f"step {self.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
+            )
+
+    @contextlib.contextmanager
+    def reporting_write_errors(self, name: str) -> Iterator[None]:
+        """Logs that a file cannot be written and goes on, because the disk may have room later. At the end it raises."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if self.is_last_step:
+                raise
+            logger.error("Cannot write %s: %s", name, error)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.options.optimisation.max_train_steps,
+            initial=self.global_step,
+            unit="step",
+            disable=None if self.accelerator.is_main_process else True,  # None: shown on a terminal only
+        )

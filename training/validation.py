@@ -1,0 +1,239 @@
+"""Validations of a training: functions of the trainer, which calls them in turn (see `Trainer.train`)."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_adm.atomic_files import atomic_folder
+from diffusers_adm.data.grids import grid_of
+from diffusers_adm.training.calibration import expected_calibration_error
+from diffusers_adm.training.metrics import NUM_QUARTERS, LossMeans, quarter_of
+from diffusers_adm.training.objective import ClassifierObjective, DenoisingObjective, LossTerms, correct_predictions
+from diffusers_adm.training.publishing import BackgroundPush
+from diffusers_adm.training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Gives the CPU and a device another random state, for as long as the context lasts."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    state = None if module is None else module.get_rng_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if module is not None:
+            module.set_rng_state(state)
+
+
+class HeldOutLoss:
+    """
+    Logs the losses of the averaged weights on held-out images, at timesteps and with noise that are the same each time.
+
+    Args:
+        objective: Objective of the training.
+        loader: Loader of the held-out images, prepared by `accelerator`.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, objective: DenoisingObjective, loader: DataLoader, seed: int):
+        self.objective = objective
+        self.loader = loader
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, trainer: Trainer) -> None:
+        accelerator, num_timesteps = trainer.accelerator, len(self.objective.schedule)
+        means, device = LossMeans(num_timesteps), accelerator.device
+        seed = self.seed + accelerator.process_index
+        with trainer.averages.applied(trainer.averages.decays[0]), own_random_state(seed, device):
+            for batch in self.loader:
+                timestep = torch.randint(num_timesteps, batch["image"].shape[:1], device=device)  # (batch,)
+                terms = self.objective.terms(trainer.model, batch, timestep)
+                gathered = accelerator.gather_for_metrics((terms.loss, terms.logged, terms.timestep))
+                means.add(LossTerms(*gathered))
+                if trainer.stop.agreed():
+                    return
+        means.keep_step()
+        trainer.log({f"validation_{name}": value for name, value in means.take(accelerator).items()})
+
+
+class HeldOutAccuracy:
+    """
+    Logs accuracy and calibration of a classifier on held-out images by quarter of the timesteps, at timesteps and with noise
+    that are the same each time.
+
+    Args:
+        objective: Objective of the training.
+        loader: Loader of the held-out images, prepared by `accelerator`.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, objective: ClassifierObjective, loader: DataLoader, seed: int):
+        self.objective = objective
+        self.loader = loader
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, trainer: Trainer) -> None:
+        accelerator, num_timesteps = trainer.accelerator, len(self.objective.schedule)
+        # Random numbers of its own: training draws from the global state.
+        generator = torch.Generator(accelerator.device).manual_seed(self.seed + accelerator.process_index)
+        gathered = []
+        for batch in self.loader:
+            logits, timestep = self.objective.noised_logits(trainer.model, batch["image"], generator)
+            correct = correct_predictions(logits, batch["label"])
+            confidence = logits.softmax(dim=1).amax(dim=1)  # (batch,)
+            columns = [quarter_of(timestep, num_timesteps), confidence, correct["accuracy"], correct["accuracy_top5"]]
+            gathered.append(accelerator.gather_for_metrics(torch.stack([c.float() for c in columns], dim=1)))
+            if trainer.stop.agreed():
+                return
+        quarter, confidence, accuracy, accuracy_top5 = torch.cat(gathered).unbind(dim=1)
+        values = {}
+        for q in range(NUM_QUARTERS):
+            inside = quarter == q
+            if inside.any():
+                values[f"validation_accuracy_quarter_{q}"] = accuracy[inside].mean().item()
+                values[f"validation_accuracy_top5_quarter_{q}"] = accuracy_top5[inside].mean().item()
+                error = expected_calibration_error(confidence[inside], accuracy[inside])
+                values[f"validation_calibration_error_quarter_{q}"] = error
+        trainer.log(values)
+
+
+class SampleGrid:
+    """
+    Draws the same seeds and labels each time, with the average of the weights on the left and the weights on the right.
+
+    Args:
+        accelerator: Accelerator of the script.
+        pipeline: Pipeline of the model. The pictures are drawn by DDIM.
+        inputs: Function from the numbers of some images, from 0, to the pipeline's arguments for them.
+        num_images: Number of images.
+        batch_size: Number of images that fit beside the training.
+        shown: Picture on the left of both.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: DiffusionPipeline,
+        inputs: Callable[[list[int]], dict],
+        num_images: int,
+        batch_size: int,
+        shown: Image.Image | None = None,
+    ):
+        self.accelerator = accelerator
+        self.pipeline = copy.copy(pipeline)  # the saved one keeps its scheduler
+        self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.inputs = inputs
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.shown = shown
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Writes `samples/step-N.png`. All processes draw, each its share."""
+        with trainer.averages.applied(trainer.averages.decays[0]):
+            averaged = self.draw(trainer)
+        raw = self.draw(trainer)
+        if trainer.stop.agreed() or not self.accelerator.is_main_process:
+            return
+        panels = [averaged, raw] if self.shown is None else [self.shown, averaged, raw]
+        margin = self.pipeline.unet.config.sample_size // 2
+        width = len(panels) * (averaged.width + margin) - margin
+        picture = Image.new(averaged.mode, (width, averaged.height), "grey")
+        for number, panel in enumerate(panels):
+            picture.paste(panel, (number * (averaged.width + margin), 0))
+        path = trainer.options.output.output_dir / "samples" / f"step-{trainer.global_step}.png"
+        with trainer.reporting_write_errors(path.name):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+    def draw(self, trainer: Trainer) -> Image.Image:
+        """Draws the images, each from its own seed."""
+
+        def interrupt(pipeline: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+            pipeline._interrupt = trainer.stop.received
+            return tensors
+
+        # All draw equally many images, and those beyond the number are dropped.
+        share = -(-self.num_images // self.accelerator.num_processes)
+        numbers = [self.accelerator.process_index * share + i for i in range(share)]
+        drawn = []
+        for batch in torch.tensor(numbers).split(self.batch_size):
+            batch = batch.tolist()
+            drawn.append(
+                self.pipeline(
+                    **self.inputs(batch),
+                    num_inference_steps=min(50, self.pipeline.scheduler.config.num_train_timesteps),
+                    generator=[torch.Generator().manual_seed(seed) for seed in batch],
+                    output_type="pt",
+                    callback_on_step_end=interrupt,
+                ).images
+            )
+        images = self.accelerator.gather(torch.cat(drawn))[: self.num_images]  # (images, channels, height, width)
+        return as_grid(self.pipeline, images)
+
+
+def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
+    """Lays out images, `(images, channels, height, width)` in [0, 1], in rows of ten."""
+    return grid_of(pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images)))
+
+
+class SavedPipelines:
+    """
+    Saves a pipeline with each moving average: with the first as `pipeline`, with the others as `pipeline-ema-RATE`.
+
+    Args:
+        pipeline: Pipeline of the model.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.pipeline = pipeline
+        self.complete = False  # whether this process has written all of them the last time
+
+    def __call__(self, trainer: Trainer) -> None:
+        self.complete = False
+        if not trainer.accelerator.is_main_process:
+            return
+        written = 0
+        for number, decay in enumerate(trainer.averages.decays):
+            name = f"pipeline-ema-{decay:g}" if number else "pipeline"
+            folder = trainer.options.output.output_dir / name
+            with trainer.averages.applied(decay), trainer.reporting_write_errors(name):
+                with atomic_folder(folder) as partial:
+                    self.pipeline.save_pretrained(partial)
+                written += 1
+        self.complete = written == len(trainer.averages.decays)
+
+
+class RegularPush:
+    """
+    Uploads the saved pipeline every `push_every` steps, beside the training.
+
+    Args:
+        push_every: Number of steps between uploads.
+        saved: Validation that saves the pipeline, called before.
+        push: Upload that goes on beside the training.
+        write_card: Function that writes the model card of the saved pipeline.
+    """
+
+    def __init__(self, push_every: int, saved: SavedPipelines, push: BackgroundPush, write_card: Callable[[], None]):
+        self.push_every = push_every
+        self.saved = saved
+        self.push = push
+        self.write_card = write_card
+
+    def __call__(self, trainer: Trainer) -> None:
+        due = trainer.global_step % self.push_every == 0 and not trainer.is_last_step
+        if due and self.saved.complete and not trainer.stop.received:
+            with trainer.reporting_write_errors("what is to be pushed"):
+                self.write_card()
+                self.push.start(trainer.options.output.output_dir / "pipeline")
