@@ -1,7 +1,5 @@
 """Sampling that both pipelines share: the loop of Algorithms 1 and 2 of Dhariwal & Nichol 2021 (arXiv 2105.05233), and what it needs."""
 
-import contextlib
-from collections.abc import Iterator
 from numbers import Integral
 
 import torch
@@ -14,8 +12,9 @@ from diffusers_adm.guidance import ClassifierGuidance, Denoiser, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.pipelines.class_labels import ClassLabels, ClassNames, check_labels, draw_labels, known_classes
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.runs import LatestRun, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
-from diffusers_adm.pipelines.step_hooks import LatestRun, Run, StepHooks, check_function
+from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.solvers import DDPMSolver, Solver, build_solver, check_scheduler
 
 
@@ -24,7 +23,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class GuidedSamplingMixin(SavingMixin):
+class GuidedSamplingMixin(SavingMixin, RunStateMixin):
     """
     Sampling of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. It is not a
     pipeline by itself, because diffusers takes the one class of a file that is.
@@ -58,41 +57,6 @@ class GuidedSamplingMixin(SavingMixin):
         self._check_components()
         self._latest = LatestRun()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
-
-    @property
-    def guidance_scale(self) -> float | list[float] | torch.Tensor:
-        """Guidance scale of this thread's run. It is read at every step, so callbacks can change it through `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float | list[float] | torch.Tensor:
-        run = self._latest.run
-        return self.config.guidance_scale if run is None else run.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, guidance_scale: float | list[float] | torch.Tensor) -> None:
-        if self._latest.run is not None:
-            self._latest.run.guidance_scale = guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of this thread's run."""
-        run = self._latest.run
-        return self.config.num_inference_steps if run is None else run.num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether this thread's run skips the steps that are left. A callback may set `_interrupt`."""
-        return self._interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._latest.run is not None and self._latest.run.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, interrupt: bool) -> None:
-        if self._latest.run is not None:
-            self._latest.run.interrupt = interrupt
 
     @property
     def label2id(self) -> dict[str, list[int]]:
@@ -254,7 +218,10 @@ class GuidedSamplingMixin(SavingMixin):
         """
         batch_size, visits = len(x_t), solver.visits
         timesteps = solver.schedule.timesteps.to(x_t.device)  # (steps,), least noisy first
-        with self._running(options, solver) as run, self.progress_bar(total=len(visits)) as progress_bar:
+        with (
+            self._running(options.guidance_scale, len(visits)) as run,
+            self.progress_bar(total=len(visits)) as progress_bar,
+        ):
             for step, index in enumerate(visits):
                 if run.interrupt:
                     continue
@@ -277,16 +244,6 @@ class GuidedSamplingMixin(SavingMixin):
         guider.finite.check(visited)
         return x_t
 
-    @contextlib.contextmanager
-    def _running(self, options: SamplingOptions, solver: Solver) -> Iterator[Run]:
-        """Yields the state of a run. For as long as the context lasts it is what this thread's callbacks see of the pipeline."""
-        outer = self._latest.run
-        run = self._latest.begin(options.guidance_scale, len(solver.visits))
-        try:
-            yield run
-        finally:
-            self._latest.end(run, outer)
-
     def predict(
         self,
         sample: torch.Tensor,
@@ -295,18 +252,18 @@ class GuidedSamplingMixin(SavingMixin):
         low_res: torch.Tensor | None = None,
     ) -> Prediction:
         """
-        What the UNet says of noised images, with gradients with respect to them: for losses of one's own, such as those of
-        inverse problems. Nothing is sampled, and weights need no gradient.
+        Returns what the UNet predicts at noised images, with gradients with respect to them, for losses of your own such as
+        those of inverse problems. Nothing is sampled, and weights need no gradient.
 
         Args:
             sample: x_t, `(batch, channels, height, width)`.
             timestep: Training timestep of each image, `(batch,)`, or one for all.
-            class_labels: Class of each image, by number or name; `None` for a UNet without classes, or to run one that has
+            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or to run one that has
                 a null class without a class.
-            low_res: Low-resolution images in [-1, 1], for an upsampler.
+            low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
         Raises:
-            ValueError: If there is no such timestep or class, or they are not as many as the images.
+            ValueError: If a timestep or class does not exist, or their number is not that of the images.
         """
         schedule = NoiseSchedule.from_config(self.scheduler.config)
         sample = sample.to(self._execution_device)
@@ -337,20 +294,17 @@ class GuidedSamplingMixin(SavingMixin):
         low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The noise from which DDIM draws given images, by its ODE in reverse (Dhariwal & Nichol 2021, appendix F): give it as
-        `latents` with a `DDIMScheduler`, the same labels and steps, and no guidance.
+        Returns the noise x_T, of the shape of `images`, from which DDIM draws them: its ODE in reverse (Dhariwal & Nichol 2021,
+        appendix F). To draw them again, pass it as `latents` with a `DDIMScheduler`, the same labels and steps, and no guidance.
 
         Args:
             images: x_0 in [-1, 1], `(batch, channels, height, width)`.
-            class_labels: Class of each image, by number or name, or `None`, as of `predict`.
-            num_inference_steps: Of DDIM; the more, the nearer is what is drawn from the noise.
-            low_res: Low-resolution images in [-1, 1], for an upsampler.
-
-        Returns:
-            x_T, of the shape of `images`.
+            class_labels: Class of each image, by number or name, or `None`, as in `predict`.
+            num_inference_steps: Number of steps of DDIM. More steps draw images that are nearer to the given ones.
+            low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
         Raises:
-            ValueError: If the number of steps is out of its range, or there is no such class.
+            ValueError: If the number of steps is out of its range, or a class does not exist.
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         schedule = build_solver(scheduler, num_inference_steps, None, 0.0).schedule

@@ -116,46 +116,47 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         Args:
             class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
-                `batch_size` of them from `generator`, before the noise.
-            guidance_scale: How strongly the classifier guides: one number, or one an image. 0 is no guidance. `None`
-                means the pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
-            num_inference_steps: In [1, num_train_timesteps]. DDPM spaces them evenly, both ends included; DDIM takes
-                an integer stride where one gives that number. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice
-                in each but the last, PNDM twice in the first. `None` means the pipeline's default.
-            timestep_respacing: The steps of DDPM or DDIM as a published string, such as `"250"`, `"ddim25"` or
-                `"90,60,60,20,20"` (`""` is all steps); wins over `num_inference_steps`.
+                `batch_size` labels from `generator`, before the noise.
+            guidance_scale: Scale of classifier guidance, one number or one per image; 0 is no guidance. `None` means the
+                pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
+            num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM spaces them evenly, both ends included;
+                DDIM takes an integer stride where one gives that number. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
+                UNet twice in each step but the last, PNDM twice in the first. `None` means the pipeline's default.
+            timestep_respacing: Steps of DDPM or DDIM as a respacing string of the original code, such as `"250"`, `"ddim25"`
+                or `"90,60,60,20,20"` (`""` is all steps). It wins over `num_inference_steps`.
             condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,
                 so that the classifier alone carries the label.
             eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
             batch_size: Number of images, where neither `class_labels` nor `latents` says it.
-            height: In pixels; the UNet's `sample_size` by default.
-            width: In pixels; the UNet's `sample_size` by default.
-            generator: One for all images, or a list of one an image: an image is then the same in any batch.
+            height: Height in pixels; the UNet's `sample_size` by default.
+            width: Width in pixels; the UNet's `sample_size` by default.
+            generator: Generator for all images, or a list of one per image. With a list, an image is the same in any batch.
             latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
             output_type: `"pil"`; `"np"`, `(batch, height, width, channels)` in [0, 1]; `"pt"`, `(batch, channels,
                 height, width)` in [0, 1]; or `"latent"`, x_0 as it is.
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; what
-                it returns under "latents" takes their place.
+            callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
+                step. Latents that it returns under "latents" replace x_{t-1}. It may change `pipeline._guidance_scale`, set
+                `pipeline._interrupt`, and call the pipeline itself: these belong to the run that called it, in its thread.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
-                predicted clean images, as they were before guidance; `"gradient"`, by which the step was guided, scale and
-                options included, or `None` where it was not.
-            cfg_weight: w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022, eq. 6):
-                one number, or one an image; 0 is none. What others call `guidance_scale` of classifier-free guidance is
-                1 + w. It needs a UNet that has a null class, and works with a classifier and without.
-            guiding_unet: A weaker UNet, such as a smaller or less trained one, whose prediction takes the place of
-                epsilon(x): autoguidance (Karras et al. 2024, arXiv 2406.02507), whose weight is 1 + w.
-            guidance_fn: What guides in the classifier's place, scaled by `guidance_scale`: a function of x_t, timestep,
-                predicted x_0 and labels that returns a log-probability of each image, or a gradient. `diffusers_adm.guidance`
-                says more.
+                predicted clean images, before guidance; `"gradient"`, which guided the step, with scale and options, or
+                `None` where the step was not guided.
+            cfg_weight: Weight w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022,
+                eq. 6), one number or one per image; 0 is none. What diffusers calls `guidance_scale` of classifier-free
+                guidance is 1 + w. It needs a UNet that has a null class, and works with and without a classifier.
+            guiding_unet: Weaker UNet, such as a smaller or less trained one, whose prediction replaces epsilon(x):
+                autoguidance (Karras et al. 2024, arXiv 2406.02507), whose weight is 1 + w.
+            guidance_fn: Function that guides in the classifier's place, scaled by `guidance_scale`. It takes x_t, timestep,
+                predicted x_0 and labels, and returns a log-probability per image, or a gradient. The docstring of
+                `diffusers_adm.guidance` says more.
             guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict
                 such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
-            timesteps: Training timesteps to visit, in this order, by DDPM or DDIM. Each step leads to the next lower of all
-                of them; where the next in the list is not that, noise is added up to it, as RePaint does (Lugmayr et al.
+            timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step leads to the next lower of all
+                of them. Where the next in the list is not that one, noise is added up to it, as RePaint does (Lugmayr et al.
                 2022, arXiv 2201.09865, Algorithm 1).
-            x_0_fn: Called as `x_0_fn(x_0, timestep)` with the x_0 that the UNet predicts, once clipped or thresholded; what it
-                returns takes its place, before guidance.
-            callback_on_step_start: As `callback_on_step_end`, with x_t before each step.
+            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0. It sees x_0 clipped, if the scheduler
+                clips. Then come guidance and, in the scheduler's step, dynamic thresholding.
+            callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.

@@ -1,9 +1,7 @@
-"""What a caller sees of a run while it goes on, and may change."""
+"""Functions that a caller hooks into the steps of a run."""
 
-import copy
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,56 +9,6 @@ from diffusers import DiffusionPipeline
 from diffusers_adm.guidance import FiniteCheck
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.solvers import Denoised
-
-
-@dataclass
-class Run:
-    """
-    State of one run that callbacks read and may change.
-
-    Args:
-        guidance_scale: Guidance scale, one number or one per image. It is read at every step.
-        num_timesteps: Number of steps.
-        interrupt: Whether the steps that are left are skipped.
-        active: Whether the run is still going on.
-    """
-
-    guidance_scale: float | list[float] | torch.Tensor
-    num_timesteps: int
-    interrupt: bool = False
-    active: bool = True
-
-
-class LatestRun(threading.local):
-    """
-    Latest run of a pipeline in each thread: the innermost one while runs go on, otherwise the last one that has ended.
-
-    State of a run lives here and not on the pipeline, so that two threads may use one pipeline, and a callback may call it.
-    """
-
-    run: Run | None = None
-
-    def __reduce__(self):
-        return LatestRun, ()  # a copied pipeline has no runs yet
-
-    def begin(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Run:
-        """
-        Begins a run.
-
-        Args:
-            guidance_scale: Guidance scale of the call. It is copied, because a callback may change it in place, and a
-                tensor goes to the CPU, where reading it every step waits for nothing.
-            num_timesteps: Number of steps.
-        """
-        is_tensor = isinstance(guidance_scale, torch.Tensor)
-        scale = guidance_scale.to("cpu", copy=True) if is_tensor else copy.copy(guidance_scale)
-        self.run = Run(scale, num_timesteps)
-        return self.run
-
-    def end(self, run: Run, outer: Run | None) -> None:
-        """Ends a run. A run around it, whose callback has called the pipeline, is the latest again."""
-        run.active = False
-        self.run = outer if outer is not None and outer.active else run
 
 
 class StepHooks:
