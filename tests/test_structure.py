@@ -53,9 +53,7 @@ LAYERS = (
 
 # Still above the limits. These lists may only shrink.
 LONG_FUNCTIONS: set[str] = set()
-LONG_FILES: set[str] = {
-    "pipelines/guided_sampling.py",
-}
+LONG_FILES: set[str] = set()
 PARSERS_ELSEWHERE: set[str] = set()
 
 
