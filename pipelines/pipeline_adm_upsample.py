@@ -71,14 +71,15 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None
     ) -> "ADMUpsamplePipeline":
         """
-        Builds a pipeline that samples as the published script does with the same checkpoint and flags.
+        Builds a pipeline that samples as the original script does with the same checkpoint and flags.
 
         Args:
-            checkpoint: Path of the upsampler's file, or its state dict.
-            flags: Flags of the published command line, as one string; the names of released files need none.
+            checkpoint: Path of the upsampler's file, its state dict, or a `PublishedCheckpoint`.
+            flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
+                none.
 
         Raises:
-            ValueError: If the file cannot be read, is not an upsampler's, or the flags contradict it.
+            ValueError: If the file cannot be read, is not that of an upsampler, or the flags contradict it.
         """
         published = PublishedCheckpoint.of(checkpoint, flags)
         if published.kind == "unet":

@@ -52,20 +52,24 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     @classmethod
     def from_openai(
-        cls, unet_checkpoint: Checkpoint, classifier_checkpoint: Checkpoint | None = None, flags: str | None = None
+        cls,
+        unet_checkpoint: Checkpoint | PublishedCheckpoint,
+        classifier_checkpoint: Checkpoint | PublishedCheckpoint | None = None,
+        flags: str | None = None,
     ) -> "ClassifierGuidedPipeline":
         """
-        Builds a pipeline that samples as the published scripts do with the same checkpoints and flags.
+        Builds a pipeline that samples as the original scripts do with the same checkpoints and flags.
 
         Args:
-            unet_checkpoint: Path of the UNet's file, or its state dict.
-            classifier_checkpoint: The same of the classifier; nothing is guided without one.
-            flags: Flags of the published command line, as one string; the names of released files need none. Those of
-                the architecture without the prefix `classifier_` are the UNet's alone, but for `--image_size`.
-                Respacing and guidance scale become the pipeline's defaults.
+            unet_checkpoint: Path of the UNet's file, its state dict, or a `PublishedCheckpoint`.
+            classifier_checkpoint: Path of the classifier's file, its state dict, or a `PublishedCheckpoint`. `None` for a
+                pipeline without a classifier.
+            flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
+                none. Architecture flags without the prefix `classifier_` describe only the UNet, except `--image_size`,
+                which describes both models. Respacing and guidance scale become the pipeline's defaults.
 
         Raises:
-            ValueError: If a file cannot be read, or the flags contradict it or ask for what is not supported.
+            ValueError: If a file cannot be read, or the flags contradict it or are not supported.
         """
         published = PublishedCheckpoint.of(unet_checkpoint, flags)
         unet = ADMUNet2DModel.from_openai(published)

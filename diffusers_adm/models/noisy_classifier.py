@@ -164,7 +164,12 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
         )
         channels = blocks.channels[-1]
         self.time_embedding = ADMTimeEmbedding(model_channels)
-        self.encoder = ADMEncoder(blocks, in_channels, layers_per_block, downsample_type)
+        self.encoder = ADMEncoder(
+            blocks,
+            in_channels=in_channels,
+            layers_per_block=layers_per_block,
+            downsample_type=downsample_type,
+        )
         if pool in ("attention", "adaptive"):
             self.norm_out = ADMGroupNorm(norm_num_groups, channels)
             self.act = nn.SiLU()
@@ -190,8 +195,8 @@ class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin
         Builds the classifier of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are copied only where
-                their layout differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep dtype and device, and
+                are copied only where their layout differs.
             flags: `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
                 Shapes tell most of a model, and the given flags are checked against them. Released files, which are
                 recognised by name, need none.

@@ -166,10 +166,20 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
 
         # 2. Encoder and middle
         encoder_channels = 2 * in_channels if low_res_conditioning else in_channels
-        self.encoder = ADMEncoder(blocks, encoder_channels, layers_per_block, downsample_type)
+        self.encoder = ADMEncoder(
+            blocks,
+            in_channels=encoder_channels,
+            layers_per_block=layers_per_block,
+            downsample_type=downsample_type,
+        )
 
         # 3. Decoder
-        self.up_blocks = build_decoder(blocks, self.encoder.skip_channels, layers_per_block, upsample_type)
+        self.up_blocks = build_decoder(
+            blocks,
+            skip_channels=self.encoder.skip_channels,
+            layers_per_block=layers_per_block,
+            upsample_type=upsample_type,
+        )
 
         # 4. Output
         channels = blocks.channels[0]
@@ -183,8 +193,8 @@ class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin)
         Builds the UNet or upsampler of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, or its state dict. Tensors keep dtype and device, and are copied only where
-                their layout differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep dtype and device, and
+                are copied only where their layout differs.
             flags: Model flags of the original command line, as one string. Shapes tell most of a model, and the given
                 flags are checked against them. Released files, which are recognised by name, need none.
 
