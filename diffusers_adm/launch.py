@@ -1,4 +1,4 @@
-"""The processes of a launch."""
+"""Processes of a launch."""
 
 import datetime
 import os
@@ -10,13 +10,13 @@ from accelerate.utils import parse_flag_from_env
 
 def join_processes() -> PartialState:
     """
-    Joins the processes of a launch; to be called before anything else of accelerate, which then knows them. One waits up
-    to a day for what another does alone, such as to fetch a dataset.
+    Joins the processes of a launch. It must be called before anything else of accelerate, which then knows them. A process
+    waits up to a day for work that another does alone, such as downloading a dataset.
 
     Raises:
         ValueError: If several were launched and cannot be joined.
     """
-    # By itself `PartialState` joins no processes on a CPU, and of the two only `Accelerator` reads the variable.
+    # `PartialState` joins no processes on a CPU by itself. Only `Accelerator` reads the variable by itself.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
     launched = int(os.environ.get("WORLD_SIZE", 1))

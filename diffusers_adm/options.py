@@ -206,6 +206,12 @@ def _shown_default(default: Any) -> str:
     return f"Default: {'on' if default is True else default}."
 
 
+def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
+    """Adds examples below the help of a command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n  ".join(["examples:", *commands])
+
+
 def comma_separated(kind: type) -> Callable[[str], tuple]:
     """Returns a function that parses values with commas between them."""
 

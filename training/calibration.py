@@ -1,4 +1,4 @@
-"""Whether a classifier is as often right as it is sure.
+"""Calibration of a classifier: agreement of its confidence with its accuracy.
 
 Source: Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 2.
 """
@@ -8,17 +8,17 @@ import torch
 
 def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, num_bins: int = 15) -> float:
     """
-    How far confidence is from accuracy, on average over images that are gathered into bins of like confidence
-    [Guo et al. 2017, eq. 3]. Guidance follows the gradient of the log-probability, so it needs probabilities that are
-    right, not only an argmax that is.
+    Returns the distance of confidence from accuracy, on average over images in bins of equal confidence
+    [Guo et al. 2017, eq. 3]. Guidance follows the gradient of the log-probability, so it needs correct probabilities, not
+    only a correct argmax.
 
     Args:
         confidence: Probability of the predicted class, `(images,)`, in [0, 1].
-        correct: Whether that class is right, `(images,)`.
-        num_bins: Of equal width.
+        correct: Whether that class is the label, `(images,)`.
+        num_bins: Number of bins of equal width.
 
     Returns:
-        In [0, 1]; 0 is calibrated.
+        The expected calibration error in [0, 1]. 0 is calibrated.
 
     Raises:
         ValueError: If there are no images.

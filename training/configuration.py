@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from diffusers_adm.options import OptionInfo, add_options, build_options, option_values, options_of
+from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.training.options import TrainingOptions
 
 
 Options = TypeVar("Options", bound=TrainingOptions)
 
 
-def parse(options: type[Options], description: str, argv: list[str] | None = None) -> Options:
+def parse(
+    options: type[Options], description: str, examples: tuple[str, ...], argv: list[str] | None = None
+) -> Options:
     """
     Parses the command line of a script. Options of `--config` are its defaults, and options of `--preset` are the defaults of
     those.
@@ -24,6 +26,7 @@ def parse(options: type[Options], description: str, argv: list[str] | None = Non
     Args:
         options: Options of the script.
         description: Description for the help.
+        examples: Command lines for the help.
         argv: Words of the command line; `None` means the process's own.
 
     Raises:
@@ -31,6 +34,7 @@ def parse(options: type[Options], description: str, argv: list[str] | None = Non
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add_options(parser, options)
+    add_examples(parser, *examples)
     argv = sys.argv[1:] if argv is None else argv
     words = [*configured_words(options, argv), *argv]
     args = parser.parse_args(words)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from diffusers_adm.data.datasets import LabelledImages, load_images
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.options import ImageSelection, ImageSource
-from diffusers_adm.options import add_options, build_options, option, option_group
+from diffusers_adm.options import add_examples, add_options, build_options, option, option_group
 
 
 @dataclass
@@ -26,6 +26,11 @@ class InspectionOptions:
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `inspect_data`."""
     add_options(parser, InspectionOptions)
+    add_examples(
+        parser,
+        "diffusers-adm inspect-data --train_data_dir my_images --resolution 64",
+        "diffusers-adm inspect-data --dataset_name ylecun/mnist --validation_split test --on_unreadable skip",
+    )
 
 
 def inspect_data(args: argparse.Namespace) -> None:

@@ -188,7 +188,11 @@ class TrainingOptions:
     """Options that all training scripts share."""
 
     preset: str | None = option(
-        None, help="Recipe whose options are the defaults.", choices=preset_names(), resumable=True
+        None,
+        help=f"Recipe whose options are the defaults: {', '.join(preset_names())}.",
+        choices=preset_names(),
+        metavar="NAME",
+        resumable=True,
     )
     config: Path | None = option(
         None,

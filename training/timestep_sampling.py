@@ -1,4 +1,4 @@
-"""Which timesteps training draws, and how much each counts.
+"""Distributions of the timesteps that training draws, and the weights of their losses.
 
 Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3.
 """
@@ -9,10 +9,10 @@ from torch import nn
 
 class UniformSampler(nn.Module):
     """
-    Draws all timesteps alike.
+    Draws all timesteps with the same probability.
 
     Args:
-        num_timesteps: Those to draw from.
+        num_timesteps: Number of timesteps to draw from.
     """
 
     needs_losses = False
@@ -25,10 +25,10 @@ class UniformSampler(nn.Module):
         self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Draws a timestep for each image.
+        Draws a timestep per image.
 
         Returns:
-            The timesteps, `(batch_size,)`, and the weight of each image's loss, `(batch_size,)`.
+            The timesteps, `(batch_size,)`, and the weights of the images' losses, `(batch_size,)`.
         """
         timestep = torch.randint(self.num_timesteps, (batch_size,), device=device, generator=generator)
         return timestep, torch.ones(batch_size, device=device)
@@ -37,15 +37,15 @@ class UniformSampler(nn.Module):
 class LossSecondMomentSampler(nn.Module):
     """
     Draws each timestep in proportion to the root of the mean square of its latest losses, and weights losses so that
-    their expectation stays what it is under uniform drawing [Nichol & Dhariwal 2021, eq. 18]. It makes the variational
-    bound, whose terms differ by orders of magnitude, less noisy; the hybrid loss has no need of it.
+    their expectation is the same as under uniform drawing [Nichol & Dhariwal 2021, eq. 18]. It makes the variational
+    bound, whose terms differ by orders of magnitude, less noisy. The hybrid loss does not need it.
 
-    Until each timestep has a full history it draws uniformly. All processes must give it the same losses, or their
-    weights drift apart. Its state lies in buffers: `state_dict` holds all of it.
+    It draws uniformly until each timestep has a full history. All processes must give it the same losses, because their
+    weights drift apart otherwise. Its state is in buffers, which `state_dict` holds.
 
     Args:
-        num_timesteps: Those to draw from.
-        history_size: How many losses of each timestep count.
+        num_timesteps: Number of timesteps to draw from.
+        history_size: Number of losses per timestep that count.
         uniform_probability: Share of the draws that stays uniform, so that no timestep is forgotten.
     """
 
@@ -58,7 +58,7 @@ class LossSecondMomentSampler(nn.Module):
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.long))
 
     def probabilities(self) -> torch.Tensor:
-        """Of drawing each timestep: `(num_timesteps,)`."""
+        """Returns the probability of each timestep, `(num_timesteps,)`."""
         num_timesteps, history_size = self.history.shape
         uniform = torch.full_like(self.history[:, 0], 1 / num_timesteps)
         moments = self.history.square().mean(dim=1).sqrt()
@@ -69,7 +69,7 @@ class LossSecondMomentSampler(nn.Module):
     def sample(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws a timestep for each image, and gives the weight of its loss; as [`UniformSampler.sample`]."""
+        """Draws a timestep per image, see [`UniformSampler.sample`]."""
         probabilities = self.probabilities().to(device)
         timestep = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         weight = 1 / (len(probabilities) * probabilities[timestep])
@@ -78,12 +78,12 @@ class LossSecondMomentSampler(nn.Module):
     @torch.no_grad()
     def update(self, timestep: torch.Tensor, loss: torch.Tensor) -> None:
         """
-        Takes in losses, each in the place of the oldest of its timestep.
+        Adds losses to the history, each in the place of the oldest one of its timestep.
 
         Args:
-            timestep: Of each image of all processes, `(batch,)`.
-            loss: Its loss without the weight, `(batch,)`; those that are not finite, as half precision may give, are left
-                out.
+            timestep: Timestep of each image of all processes, `(batch,)`.
+            loss: Loss of each image without the weight, `(batch,)`. Losses that are not finite, which half precision may
+                give, are left out.
         """
         finite = loss.isfinite()
         timestep, loss = timestep[finite], loss[finite]

@@ -25,9 +25,15 @@ from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import HeldOutAccuracy
 
 
+EXAMPLES = (
+    "accelerate launch -m diffusers_adm.training.train_classifier --preset classifier-small-64 --train_data_dir my_images --output_dir runs/classifier",
+    "accelerate launch -m diffusers_adm.training.train_classifier --dataset_name ylecun/mnist --in_channels 1 --resolution 32 --num_epochs 10 --output_dir runs/mnist",
+)
+
+
 def parse_args(argv: list[str] | None = None) -> ClassifierTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(ClassifierTrainingOptions, __doc__, argv)
+    return parse(ClassifierTrainingOptions, __doc__, EXAMPLES, argv)
 
 
 def main(options: ClassifierTrainingOptions) -> None:

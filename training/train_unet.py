@@ -17,9 +17,15 @@ from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import SampleGrid
 
 
+EXAMPLES = (
+    "accelerate launch -m diffusers_adm.training.train_unet --preset small-64 --train_data_dir my_images --output_dir runs/unet",
+    "accelerate launch -m diffusers_adm.training.train_unet --config runs/unet/checkpoint-5000/options.yaml --resume_from_checkpoint latest",
+)
+
+
 def parse_args(argv: list[str] | None = None) -> UNetTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(UNetTrainingOptions, __doc__, argv)
+    return parse(UNetTrainingOptions, __doc__, EXAMPLES, argv)
 
 
 def main(options: UNetTrainingOptions) -> None:

@@ -20,9 +20,15 @@ from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import SampleGrid, as_grid
 
 
+EXAMPLES = (
+    "accelerate launch -m diffusers_adm.training.train_upsampler --preset upsampler-small-64 --train_data_dir my_images --output_dir runs/upsampler",
+    "accelerate launch -m diffusers_adm.training.train_upsampler --preset upsampler-256 --train_data_dir my_images --output_dir runs/upsampler --dry_run",
+)
+
+
 def parse_args(argv: list[str] | None = None) -> UpsamplerTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(UpsamplerTrainingOptions, __doc__, argv)
+    return parse(UpsamplerTrainingOptions, __doc__, EXAMPLES, argv)
 
 
 def main(options: UpsamplerTrainingOptions) -> None:

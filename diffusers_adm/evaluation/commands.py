@@ -23,17 +23,11 @@ from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import SCHEDULERS, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_options, build_options, option_values
+from diffusers_adm.options import add_examples, add_options, build_options, option_values
 from diffusers_adm.pipelines.options import SamplingOptions
 
 
 NO_DATASET = ("dataset_name", "train_data_dir")  # the commands take the dataset as an argument
-
-
-def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
-    """Adds examples below the help of a command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n  ".join(["examples:", *commands])
 
 
 def parse_value(text: str) -> bool | float | int | str | list | dict | None:

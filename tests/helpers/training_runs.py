@@ -1,0 +1,56 @@
+"""Options of small training runs, and what their checkpoints hold."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+
+
+ARCHITECTURE = (
+    "--resolution 16 --in_channels 1 --crop pad --no-random_flip --model_channels 8 --channel_mult 1,2"
+    " --layers_per_block 1 --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4"
+    " --noise_schedule cosine --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3 --learning_rate 1e-3"
+).split()
+
+
+def save_bars(folder: Path) -> None:
+    """Writes a parquet file of 14 images of 12x12 pixels: white on the left (class "left") or on the right."""
+    images, labels = [], [i % 2 for i in range(14)]
+    for label in labels:
+        pixels = np.zeros((12, 12), dtype=np.uint8)
+        pixels[:, 6 * label : 6 * label + 6] = 255
+        images.append(PILImage.fromarray(pixels))
+    features = Features({"image": Image(), "label": ClassLabel(names=["left", "right"])})
+    Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(folder / "train.parquet")
+
+
+def unet_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --ema_decay 0.5"
+    return train_unet.parse_args(
+        [*options.split(), *ARCHITECTURE, *"--label_dropout 0.3 --num_validation_images 4".split(), *more]
+    )
+
+
+def upsampler_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --ema_decay 0.5"
+    return train_upsampler.parse_args(
+        [
+            *options.split(),
+            *ARCHITECTURE,
+            *"--low_resolution 4 --low_res_noise 0.2 --num_validation_images 3".split(),
+            *more,
+        ]
+    )
+
+
+def classifier_args(dataset, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --validation_split train"
+    return train_classifier.parse_args([*options.split(), *ARCHITECTURE, *more])
+
+
+def checkpoint_tensors(folder):
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}

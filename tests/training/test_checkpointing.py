@@ -1,0 +1,59 @@
+"""Checkpoints: which are kept, which are refused, and what a resumed run may change."""
+
+import json
+import shutil
+
+import pytest
+from training_runs import classifier_args, unet_args
+
+from diffusers_adm.training import train_classifier, train_unet
+
+
+def test_used_output_folder_is_not_written_over(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 3))
+    with pytest.raises(ValueError, match="resume_from_checkpoint latest"):
+        train_classifier.main(classifier_args(dataset, tmp_path, 3))
+
+
+def test_old_checkpoints_are_removed_only_up_to_the_limit(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 9, "--checkpoints_total_limit", "2"))
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-6", "checkpoint-9"]
+
+
+def test_resumed_run_must_be_the_same_run(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    resume = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"--dropout 0.1 \(was 0.0\), --seed 1 \(was 0\)"):
+        train_unet.main(unet_args(dataset, tmp_path, 6, *resume, "--seed", "1", "--dropout", "0.1"))
+    # A learning rate may change, and does.
+    train_unet.main(unet_args(dataset, tmp_path, 4, *resume, "--learning_rate", "1e-4"))
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["learning_rate"] for entry in entries] == [1e-3, 1e-3, 1e-3, 1e-4]
+
+
+def test_steps_that_are_taken_again_are_logged_once(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 5))
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+
+
+def test_incomplete_checkpoint_is_refused(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    (tmp_path / "checkpoint-3" / "optimizer.bin").unlink()
+    with pytest.raises(ValueError, match="optimizer.bin missing"):
+        train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+
+
+def test_what_a_killed_run_left_half_replaced_is_no_hindrance(dataset, tmp_path):
+    for name in ("old-pipeline", "old-checkpoint-3", "partial-checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    (tmp_path / "checkpoint-3-copy").mkdir()
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
+    assert not list(tmp_path.glob("old-*")) and not list(tmp_path.glob("partial-*"))
+    assert (tmp_path / "checkpoint-3-copy").exists()

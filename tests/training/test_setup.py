@@ -1,0 +1,122 @@
+"""What the scripts make of their options."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from tiny_models import draw_parameters
+from training_runs import ARCHITECTURE, checkpoint_tensors, classifier_args, unet_args
+
+from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training.objective import build_noise_scheduler
+from diffusers_adm.training.setup import build_unet, set_up_accelerator
+
+
+def test_training_starts_from_a_saved_model(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path / "first", 3))
+    saved = tmp_path / "first" / "classifier"
+    options = ["--learning_rate", "0", "--adam_weight_decay", "0", "--pretrained_model_name_or_path", str(saved)]
+    train_classifier.main(classifier_args(dataset, tmp_path / "second", 1, *options))
+    before, after = (checkpoint_tensors(tmp_path / name / "classifier") for name in ("first", "second"))
+    for key, tensor in before["diffusion_pytorch_model.safetensors"].items():
+        assert torch.equal(tensor, after["diffusion_pytorch_model.safetensors"][key])
+    with pytest.raises(ValueError, match="layers_per_block 1 instead of 2"):
+        train_classifier.main(classifier_args(dataset, tmp_path / "third", 1, *options, "--layers_per_block", "2"))
+
+
+def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog):
+    def saved(name, **changes):
+        options = unet_args(dataset, tmp_path, 1)
+        options.classes.label_dropout = changes.pop("label_dropout", 0.3)
+        unet = draw_parameters(build_unet(options, **changes))
+        ClassifierGuidedPipeline(unet, build_noise_scheduler(options.diffusion)).save_pretrained(tmp_path / name)
+        return unet.state_dict()
+
+    frozen = ["--learning_rate", "0", "--pretrained_subfolder", "unet", "--pretrained_model_name_or_path"]
+    seven = saved("seven", num_classes=7)
+    train_unet.main(unet_args(dataset, tmp_path / "two", 1, *frozen, str(tmp_path / "seven")))
+    trained = load_file(tmp_path / "two" / "checkpoint-1" / "model.safetensors")
+    assert trained.pop("class_embedding.weight").shape[0] == 3
+    assert all(torch.equal(tensor, seven[key]) for key, tensor in trained.items())
+    assert "class_embedding.weight begin with random weights: num_class_embeds 2 instead of 7" in caplog.text
+
+    conditional = saved("conditional", num_classes=2, label_dropout=0.0)
+    train_unet.main(unet_args(dataset, tmp_path / "null", 1, *frozen, str(tmp_path / "conditional")))
+    trained = load_file(tmp_path / "null" / "checkpoint-1" / "model.safetensors")
+    assert torch.equal(trained["class_embedding.weight"][:2], conditional["class_embedding.weight"])
+
+
+def test_launcher_runs_the_script_as_the_readme_says(dataset, tmp_path):
+    script = train_unet.__file__
+    options = f"--dataset_name {dataset} --output_dir {tmp_path} --max_train_steps 2 --ema_decay 0.5"
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", script, *options.split(), *ARCHITECTURE],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--loss", "vlb", "--schedule_sampler", "loss-second-moment"],
+        ["--no-learn_sigma", "--prediction_type", "sample", "--max_grad_norm", "1.0"],
+        ["--noise_offset", "0.1", "--channels_last", "--offload_ema", "--ema_decay", "0.5,0.9"],
+        ["--use_ema_warmup", "--ema_power", "0.5"],
+        ["--no-class_conditional", "--label_dropout", "0", "--vlb_weight", "1"],
+        ["--resnet_time_scale_shift", "default", "--resample_type", "conv", "--output_scale_factor", "1.4142"],
+        [
+            "--num_attention_heads",
+            "2",
+            "--gradient_checkpointing",
+            "--train_batch_size",
+            "2",
+            "--total_batch_size",
+            "4",
+        ],
+    ],
+    ids=lambda more: more[0],
+)
+def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 2, *more))
+    for folder in tmp_path.glob("pipeline*"):
+        pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
+        assert pipeline(batch_size=1, num_inference_steps=2).images[0].size == (16, 16)
+    assert len(list(tmp_path.glob("pipeline*"))) == (2 if "0.5,0.9" in more else 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--label_column", "colour"], "colour"),
+        (["--image_column", "picture"], "picture"),
+        (["--push_every", "5000"], "--push_every needs --push_to_hub"),
+        (["--push_to_hub", "--push_every", "7"], "7 is not a multiple of --validation_steps 5000"),
+        (["--train_batch_size", "15"], "15"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        (["--no-class_conditional"], "label_dropout"),
+        (["--label_dropout", "1.5"], "1.5"),
+        (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
+        (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
+        (["--resolution", "8"], "12, 12"),
+    ],
+)
+def test_bad_options_are_refused(more, message, dataset, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_unet.main(unet_args(dataset, tmp_path, 3, *more))
+
+
+@pytest.mark.parametrize("distributed_type", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_launchers_that_divide_the_weights_are_refused(distributed_type, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", distributed_type)
+    with pytest.raises(ValueError, match=f"do not run under {distributed_type.value}"):
+        set_up_accelerator(
+            train_unet.parse_args(["--output_dir", "out", "--train_data_dir", "images", "--max_train_steps", "1"])
+        )

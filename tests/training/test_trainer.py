@@ -1,0 +1,136 @@
+"""The loop over optimizer steps: it learns, accumulates, and stops before what is not finite is saved."""
+
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny_models import draw_parameters
+from training_runs import checkpoint_tensors, classifier_args, unet_args, upsampler_args
+
+from diffusers_adm import NoisyClassifier
+from diffusers_adm.losses import classifier_loss
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training.objective import LossTerms
+from diffusers_adm.training.options import AverageOptions
+from diffusers_adm.training.setup import load_training_images, model_config, set_up_accelerator
+from diffusers_adm.training.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "more"),
+    [
+        (train_unet, unet_args, []),
+        (train_unet, unet_args, ["--gradient_accumulation_steps", "2"]),
+        (train_upsampler, upsampler_args, ["--validation_fraction", "0.15"]),
+        (train_upsampler, upsampler_args, ["--streaming", "--dataloader_num_workers", "1"]),
+        (train_classifier, classifier_args, []),
+    ],
+    ids=["unet", "unet-accumulating", "upsampler", "upsampler-streaming", "classifier"],
+)
+def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, at the end of each pass
+    # 14 images make three batches of four an epoch: step six lies in the second epoch, or with accumulation the fourth.
+    options = ["--lr_scheduler", "constant", "--validation_steps", "3", *more]
+    script.main(arguments(dataset, tmp_path / "whole", 6, *options))
+    script.main(arguments(dataset, tmp_path / "parts", 3, *options))
+    torch.manual_seed(123)
+    script.main(arguments(dataset, tmp_path / "parts", 6, *options, "--resume_from_checkpoint", "latest"))
+    whole, parts = (checkpoint_tensors(tmp_path / name / "checkpoint-6") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and whole
+    for name in whole:
+        for key, tensor in whole[name].items():
+            assert torch.equal(tensor, parts[name][key]), (name, key)
+
+
+def test_classifier_learns_and_reports_accuracy_by_noise(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 60, "--lr_scheduler", "constant"))
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["validation_accuracy_quarter_0"] == 1.0
+    assert metrics[0]["loss"] > metrics[-2]["loss"]
+
+
+def test_accumulation_goes_on_across_the_end_of_an_epoch(dataset, tmp_path):
+    # Three batches an epoch: the second of three steps takes the last of one epoch and the first of the next.
+    train_classifier.main(classifier_args(dataset, tmp_path, 3, "--gradient_accumulation_steps", "2"))
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state == {
+        "global_step": 3,
+        "epoch": 1,
+        "images_into_epoch": 12,
+        "num_processes": 1,
+        "num_images": 14,
+        "averaged_steps": 3,
+    }
+
+
+def test_epochs_are_as_many_steps_as_they_hold_batches(dataset, tmp_path):
+    more = ["--num_epochs", "2", "--gradient_accumulation_steps", "3"]
+    train_classifier.main(classifier_args(dataset, tmp_path, 99, *more))
+    # 14 images make three batches of four; two passes make six, and three batches make a step.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match="--num_epochs"):
+        train_classifier.main(classifier_args(dataset, tmp_path / "stream", 9, "--num_epochs", "1", "--streaming"))
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 3, "--logging_steps", "100"))
+    resume = ["--resume_from_checkpoint", "latest", "--logging_steps", "100"]
+    with pytest.raises(RuntimeError, match=r"not finite.*checkpoint-3"):
+        train_classifier.main(classifier_args(dataset, tmp_path, 12, *resume, "--learning_rate", "1e30"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.fixture
+def overflowing_run(dataset, tmp_path, monkeypatch):
+    """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
+
+    def build(init_scale, *more):
+        options = unet_args(dataset, tmp_path, 8, "--lr_scheduler", "linear", *more)
+        accelerator = set_up_accelerator(options)
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=init_scale)
+        images, _ = load_training_images(options)
+        model = draw_parameters(
+            NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
+        ).train()
+        trainer = Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)))
+
+        def objective(model, batch):
+            timestep = torch.full_like(batch["label"], 10)
+            logits = model(batch["image"], timestep).logits
+            return LossTerms(classifier_loss(logits, batch["label"]), {}, timestep)
+
+        return trainer, objective
+
+    return build
+
+
+def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
+    # Gradients overflow at the first scales, and each overflow halves the scale.
+    trainer, objective = overflowing_run(2.0**22)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    seen = []
+
+    def watch(model, batch):
+        unchanged = all(map(torch.equal, before, model.parameters()))
+        average = all(map(torch.equal, before, trainer.averages[0.5].shadow_params))
+        seen.append((unchanged, average, trainer.lr_scheduler.get_last_lr()[0]))
+        return objective(model, batch)
+
+    trainer.train(watch)
+    skipped = sum(unchanged for unchanged, *_ in seen) - 1
+    assert 0 < skipped < 7
+    assert all(step == (True, True, 1e-3) for step in seen[: skipped + 1])
+    assert all(step[:2] == (False, False) and step[2] < 1e-3 for step in seen[skipped + 1 :])
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert entries[0]["loss_scale"] == 2.0**21 and entries[-1]["loss_scale"] <= 2.0 ** (22 - skipped)
+    assert all(math.isfinite(entry["grad_norm"]) for entry in entries)
+
+
+def test_overflow_that_does_not_end_stops_the_run(overflowing_run):
+    trainer, objective = overflowing_run(2.0**60, "--max_skipped_steps", "2")
+    with pytest.raises(RuntimeError, match="2 steps in a row overflowed fp16.*bf16.*no checkpoint yet"):
+        trainer.train(objective)
