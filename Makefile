@@ -29,7 +29,7 @@ bench-train: install
 	$(BIN)/python -m diffusers_adm.benchmarks.training
 
 bench-step: install
-	$(BIN)/python -m diffusers_adm.benchmarks.step
+	$(BIN)/python -m diffusers_adm.benchmarks.step --packed
 
 bench-overhead: install
 	$(BIN)/python -m diffusers_adm.benchmarks.overhead

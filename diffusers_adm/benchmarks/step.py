@@ -3,10 +3,12 @@
 
 The UNet takes turns with diffusers' `UNet2DModel` of the same shape, a guided step with an unguided one, and the classifier's
 gradient with its forward pass. Peak memory is that of a process that loads one of the two UNets and evaluates it. What a UNet's
-operations take is shown beside the time that its multiplications would take at the speed of one large matrix product.
+operations take is shown beside the time that its multiplications would take at the speed of one large matrix product. The UNet is
+timed in bfloat16 too, and, with `--packed`, compiled with weights that are packed once for the CPU, which takes minutes to compile.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import torch
@@ -121,6 +123,34 @@ def compare_unets(unets: dict[str, torch.nn.Module], sample: torch.Tensor, round
     return ours
 
 
+def compare_formats(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, packed: bool) -> None:
+    """
+    Compares the UNet in float32 and bfloat16.
+
+    Args:
+        unet: UNet in float32.
+        sample: Noised images.
+        rounds: Number of rounds.
+        packed: Whether to compare it compiled with packed weights too.
+    """
+    labels = torch.full((len(sample),), LABEL, device=sample.device)
+    timestep = torch.tensor(TIMESTEP, device=sample.device)
+    calls: dict[str, Callable] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        cast, name = copy.deepcopy(unet).to(dtype), str(dtype).removeprefix("torch.")
+        networks = {name: cast}
+        if packed:
+            networks[f"{name}, packed"] = torch.compile(cast, options={"freezing": True})
+        for name, network in networks.items():
+            calls[name] = torch.no_grad()(
+                lambda network=network, x_t=sample.to(dtype): network(x_t, timestep, class_labels=labels)
+            )
+    times = dict(zip(calls, compare(calls, rounds)))
+    for name, time in times.items():
+        if name != "float32":
+            print(f"  {name}: {times['float32'] / time:.2f} times float32's speed")
+
+
 def compare_guidance(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, steps: int) -> None:
     """Compares the classifier's gradient with its forward pass, and a guided step with an unguided one."""
     labels = torch.full((len(sample),), LABEL, device=sample.device)
@@ -188,6 +218,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", metavar="INT", type=int, default=2, help="Number of steps of a run of the pipeline."
     )
+    parser.add_argument(
+        "--packed", action="store_true", help="Time the UNet compiled with packed weights too. Takes minutes."
+    )
     parser.add_argument("--memory_of", choices=BUILDERS, help=argparse.SUPPRESS)  # of a process that measures
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,6 +234,7 @@ def main() -> None:
     print(f"{args.batch_size} images of 64x64, {torch.get_num_threads()} threads, median of {args.rounds} rounds")
     total = compare_unets(unets, sample, args.rounds)
     unet = unets["ADMUNet2DModel"]
+    compare_formats(unet, sample, args.rounds, args.packed)
     compare_guidance(unet, sample, args.rounds, args.steps)
     print_parts(unet, sample, args.rounds, total)
 
