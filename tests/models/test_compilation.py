@@ -106,6 +106,9 @@ def test_regional_compilation_with_the_default_backend(kind, fresh_dynamo):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute"
+)  # torch reads it while it traces, and hides the warning itself
 def test_guidance_through_a_compiled_classifier(fresh_dynamo):
     classifier = tiny_classifier()
     expected = classifier_gradient(classifier, images(), TIMESTEPS, LABELS)
