@@ -129,29 +129,30 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
                 [0, 1].
             class_labels: Class of each image, by number or name. `None` for an upsampler without classes, or to run one that
                 has a null class without a class.
-            guidance_scale: As of [`ClassifierGuidedPipeline`]; 0 without a label.
-            num_inference_steps: As of [`ClassifierGuidedPipeline`].
-            timestep_respacing: As of [`ClassifierGuidedPipeline`].
+            guidance_scale: Scale of classifier guidance, one number or one per image. `None` means the pipeline's default, and 0
+                where there are no labels, or neither a classifier nor a `guidance_fn`.
+            num_inference_steps: Number of steps, see [`ClassifierGuidedPipeline.__call__`].
+            timestep_respacing: Steps of DDPM or DDIM as a respacing string, see [`ClassifierGuidedPipeline.__call__`].
             condition_unet: Whether the UNet is told the class.
-            eta: Noise of DDIM, in [0, 1].
-            height: Of the large image, in pixels; the UNet's `sample_size` by default. The small image's must be as much
-                smaller as `low_res_size` is than `sample_size`.
-            width: As `height`.
-            generator: One for all images, or a list of one an image.
+            eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
+            height: Height of the large image in pixels; the UNet's `sample_size` by default. The small image's must be smaller by
+                the same factor as `low_res_size` is than `sample_size`.
+            width: Width of the large image in pixels, like `height`.
+            generator: Generator for all images, or a list of one per image.
             latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
-            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, as of [`ClassifierGuidedPipeline`].
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`ClassifierGuidedPipeline.__call__`].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step.
-            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
-                predicted clean images, as they were before guidance; `"gradient"`, by which the step was guided, scale and
-                options included, or `None` where it was not.
-            cfg_weight: As of [`ClassifierGuidedPipeline`], and so are the next three.
-            guiding_unet: A weaker upsampler.
-            guidance_fn: What guides in the classifier's place.
-            guidance_options: When guidance acts, and how strongly.
-            timesteps: As of [`ClassifierGuidedPipeline`], and so are the next two.
-            x_0_fn: What may change the predicted x_0.
-            callback_on_step_start: Called with x_t before each step.
+            callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
+                step, see [`ClassifierGuidedPipeline.__call__`].
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`, `"x_0"` and
+                `"gradient"`.
+            cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
+            guiding_unet: Weaker upsampler for autoguidance, see [`ClassifierGuidedPipeline.__call__`].
+            guidance_fn: Function that guides in the classifier's place, see [`ClassifierGuidedPipeline.__call__`].
+            guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict.
+            timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
+            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0.
+            callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
