@@ -82,6 +82,23 @@ def evenly_spaced_timesteps(count: int, num_train_timesteps: int) -> list[int]:
     return [round(i * num_train_timesteps / count) for i in range(count)]
 
 
+def trailing_timesteps(count: int, num_train_timesteps: int) -> list[int]:
+    """
+    Returns `count` timesteps that end at the last one, in ascending order: diffusers' `timestep_spacing="trailing"` (Lin et al.
+    2023, arXiv 2305.08891, Table 2).
+
+    Args:
+        count: Number of timesteps.
+        num_train_timesteps: Number of timesteps that the model was trained with.
+
+    Raises:
+        ValueError: If `count` is not in [1, num_train_timesteps].
+    """
+    if not 1 <= count <= num_train_timesteps:
+        raise ValueError(f"{count} steps cannot be taken: the model has {num_train_timesteps} timesteps.")
+    return [round((i + 1) * num_train_timesteps / count) - 1 for i in range(count)]
+
+
 def _parse_count(text: str, timestep_respacing: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")

@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, read_prediction, x_0_from_epsilon
+from diffusers_adm.data.image_modes import MODES
+from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import ClassifierGuidance, Denoiser, GuidanceOptions, Guider
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.pipelines.class_labels import ClassLabels, ClassNames, check_labels, draw_labels, known_classes
@@ -307,14 +308,16 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             ValueError: If the number of steps is out of its range, or a class does not exist.
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        schedule = build_solver(scheduler, num_inference_steps, None, 0.0).schedule
+        solver = build_solver(scheduler, num_inference_steps, None, 0.0)
+        schedule = solver.schedule
         x = images.to(self._execution_device, torch.float32)
-        for index in range(len(schedule)):
-            # The noise at one step stands for that on the way to the next; that of the first for clean images.
-            before = max(index - 1, 0)
-            epsilon = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).epsilon
-            x_0 = x if index == 0 else x_0_from_epsilon(schedule, x, before, epsilon)
-            x = add_noise(schedule, x_0, index, epsilon)
+        # The noise at one step stands for that on the way to the next; that of the first for clean images.
+        x = add_noise(schedule, x, 0, self.predict(x, schedule.timesteps[0].item(), class_labels, low_res).epsilon)
+        for index in range(1, len(schedule)):
+            before = index - 1
+            x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
+            x_0 = solver.clip(x_0)  # as the drawing does, so that it leads back
+            x = add_noise(schedule, x_0, index, epsilon_from_x_0(schedule, x, before, x_0))
         return x
 
     def _check_components(self) -> None:
@@ -351,6 +354,11 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=options.guiding_unet)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+        if output_type == "pil" and self.unet.config.in_channels not in MODES:
+            raise ValueError(
+                f"output_type='pil' requires images of 1 or 3 channels, but the UNet has {self.unet.config.in_channels}: pass"
+                " 'np', 'pt' or 'latent'."
+            )
         check_function("guidance_fn", options.guidance_fn)
         if (
             not options.condition_unet

@@ -124,7 +124,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_scale: Scale of classifier guidance, one number or one per image; 0 is no guidance. `None` means the
                 pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
             num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM spaces them evenly, both ends included;
-                DDIM takes an integer stride where one gives that number. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
+                DDIM takes an integer stride from 0 where one gives that number. With a `timestep_spacing` of `"trailing"` both
+                end at the last timestep; its other values are without effect on them. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
                 UNet twice in each step but the last, PNDM twice in the first. `None` means the pipeline's default.
             timestep_respacing: Steps of DDPM or DDIM as a respacing string of the original code, such as `"250"`, `"ddim25"`
                 or `"90,60,60,20,20"` (`""` is all steps). It wins over `num_inference_steps`.

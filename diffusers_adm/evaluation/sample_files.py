@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusers_adm.atomic_files import atomic_folder, atomic_write
 from diffusers_adm.data.grids import grid_of
+from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.shards import Shards
 
@@ -28,7 +29,12 @@ def sample_path(folder: Path, num_images: int, size: tuple[int, int, int], forma
         num_images: Number of images.
         size: `(height, width, channels)` of the images.
         format: One of `FORMATS`.
+
+    Raises:
+        ValueError: If the images have neither 1 nor 3 channels, and PNG files are wanted.
     """
+    if format == "png" and size[2] not in MODES:
+        raise ValueError(f"--format png requires images of 1 or 3 channels, but the UNet has {size[2]}: take npz.")
     shape = "x".join(map(str, (num_images, *size)))
     return folder / f"samples_{shape}{'.npz' if format == 'npz' else ''}"
 
@@ -40,7 +46,7 @@ def as_8_bit(x_0: torch.Tensor) -> np.ndarray:
 
 def write_samples(shards: Shards, path: Path) -> None:
     """
-    Writes the samples of all shards, whole or not at all, and a grid of the first ones.
+    Writes the samples of all shards, whole or not at all, and a grid of the first ones where they are grey or in colour.
 
     Args:
         shards: Shards of a run.
@@ -54,11 +60,12 @@ def write_samples(shards: Shards, path: Path) -> None:
         raise ValueError(
             f"{len(missing)} of {shards.num_batches} batches are missing in {shards.folder}: run it again."
         )
-    pictures = [to_picture(image) for image in itertools.islice(_single(shards, "arr_0"), IMAGES_OF_A_GRID)]
-    with atomic_write(shards.folder / "grid.png") as partial:
-        grid_of(pictures).save(partial, format="PNG")
     first = NpzFile(shards.path(0))
     labelled = "arr_1" in first
+    if first.header("arr_0")[0][-1] in MODES:
+        pictures = [to_picture(image) for image in itertools.islice(_single(shards, "arr_0"), IMAGES_OF_A_GRID)]
+        with atomic_write(shards.folder / "grid.png") as partial:
+            grid_of(pictures).save(partial, format="PNG")
     if path.suffix == ".npz":
         shape, dtype = first.header("arr_0")
         arrays: dict[str, np.ndarray | Rows] = {

@@ -89,9 +89,11 @@ class Solver:
         """
         prediction, variance_interpolation = split_learned_variance(model_output, x_t.shape[1])
         x_0 = x_0_from_prediction(self.schedule, x_t, index, prediction, self.prediction_type)
-        if self.clip_range is not None:
-            x_0 = x_0.clamp(-self.clip_range, self.clip_range)
-        return Denoised(x_0, self.log_variance(variance_interpolation, index, x_t))
+        return Denoised(self.clip(x_0), self.log_variance(variance_interpolation, index, x_t))
+
+    def clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Returns predicted clean images, clipped if the scheduler clips."""
+        return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
 
     def log_variance(
         self, variance_interpolation: torch.Tensor | None, index: int, x_t: torch.Tensor

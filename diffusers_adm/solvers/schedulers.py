@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule
-from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps
+from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
 from diffusers_adm.solvers.algorithms import (
     DDPMSolver,
     EpsilonSolver,
@@ -68,7 +68,8 @@ def build_solver(
 
     Args:
         scheduler: One of `SUPPORTED_SCHEDULERS`. It is left as it is.
-        num_inference_steps: Number of steps, in [1, num_train_timesteps].
+        num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM and DDIM place them as the original code does,
+            whether `timestep_spacing` is `"leading"` or `"linspace"`, and up to the last timestep if it is `"trailing"`.
         timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It wins over `num_inference_steps`.
         eta: Noise of DDIM, in [0, 1]: 0 is deterministic, 1 as noisy as DDPM.
         timesteps: Training timesteps to visit, in any order, for DDPM and DDIM. They win over both.
@@ -89,6 +90,8 @@ def build_solver(
         visited = sorted(set(timesteps))
     elif timestep_respacing is not None:
         visited = respaced_timesteps(timestep_respacing, config.num_train_timesteps)
+    elif config.timestep_spacing == "trailing":
+        visited = trailing_timesteps(num_inference_steps, config.num_train_timesteps)
     elif isinstance(scheduler, DDIMScheduler):
         visited = evenly_spaced_timesteps(num_inference_steps, config.num_train_timesteps)
     else:

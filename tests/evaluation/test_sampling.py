@@ -37,6 +37,15 @@ def test_samples_are_the_pipelines_cut_to_8_bits_as_published(model, tmp_path):
         assert grid.size == (10 * SIZE, SIZE)
 
 
+def test_samples_of_other_channels_are_arrays_without_a_grid(tmp_path):
+    pipeline = tiny_pipeline(tiny_unet(in_channels=5, out_channels=10), with_classifier=False, num_inference_steps=2)
+    with np.load(draw_samples(pipeline, tmp_path / "run", num_images=3, batch_size=2)) as samples:
+        assert samples["arr_0"].shape == (3, SIZE, SIZE, 5)
+    assert not (tmp_path / "run" / "grid.png").exists()
+    with pytest.raises(ValueError, match="1 or 3 channels, but the UNet has 5"):
+        draw_samples(pipeline, tmp_path / "png", num_images=3, format="png")
+
+
 def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path):
     whole = sample(model, tmp_path / "whole")
     folder = tmp_path / "stopped"

@@ -231,8 +231,8 @@ def test_inverted_images_are_drawn_again():
             labels, guidance_scale=0.0, num_inference_steps=steps, latents=x_t, output_type="latent"
         ).images
         errors.append((again - whole).square().mean().sqrt().item())
-    assert errors[1] < errors[0] and errors[1] < 0.25, errors
-    assert 0.8 < x_t.std() < 1.2
+    assert errors[1] < errors[0] and errors[1] < 0.12, errors
+    assert 0.7 < x_t.std() < 1.2  # clipping takes noise away where digits are black
 
 
 def test_repaint_keeps_what_is_known_and_draws_the_rest():

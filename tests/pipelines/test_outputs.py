@@ -31,6 +31,18 @@ def test_one_channel_gives_grey_images():
     assert np.array_equal(np.asarray(pil[0]), (array[0, :, :, 0] * 255).round().astype("uint8"))
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_other_channels_are_no_pictures(channels):
+    """The default output type is refused before the first step: two and four channels would have become transparent pictures."""
+    unet = tiny_unet(in_channels=channels, out_channels=2 * channels)
+    pipeline, steps = tiny_pipeline(unet, with_classifier=False), []
+    unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(ValueError, match=f"1 or 3 channels, but the UNet has {channels}"):
+        pipeline([1])
+    assert not steps
+    assert draw(pipeline, guidance_scale=0.0, output_type="np").shape == (2, SIZE, SIZE, channels)
+
+
 def test_return_dict_false_gives_a_tuple():
     pipeline = tiny_pipeline()
     output = pipeline(

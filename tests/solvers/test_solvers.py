@@ -229,3 +229,23 @@ def test_pndm_begins_where_there_is_nothing_but_noise_and_ends_where_there_is_no
     for index in reversed(range(len(solver.schedule))):
         x = solver.step(Denoised(x_0), index, x)
     torch.testing.assert_close(x, x_0, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+def test_trailing_timesteps_are_those_of_diffusers(scheduler_class):
+    scheduler = tiny_scheduler(scheduler_class, timestep_spacing="trailing")
+    for steps in (1, 7, 10, 16, 999, 1000):
+        scheduler.set_timesteps(steps)
+        assert (
+            build_solver(scheduler, steps, None, 0.0).schedule.timesteps.flip(0).tolist()
+            == scheduler.timesteps.tolist()
+        )
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "expected"), [(DDPMScheduler, [999, 666, 333, 0]), (DDIMScheduler, [750, 500, 250, 0])]
+)
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_other_spacings_leave_the_timesteps_of_the_original_code(scheduler_class, expected, spacing):
+    solver = build_solver(tiny_scheduler(scheduler_class, timestep_spacing=spacing), 4, None, 0.0)
+    assert solver.schedule.timesteps.flip(0).tolist() == expected
