@@ -7,6 +7,7 @@ import pytest
 from training_runs import classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training.checkpointing import checkpoint_step, list_checkpoints, remove_old_checkpoints
 
 
 def test_used_output_folder_is_not_written_over(dataset, tmp_path):
@@ -57,3 +58,10 @@ def test_what_a_killed_run_left_half_replaced_is_no_hindrance(dataset, tmp_path)
     train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
     assert not list(tmp_path.glob("old-*")) and not list(tmp_path.glob("partial-*"))
     assert (tmp_path / "checkpoint-3-copy").exists()
+
+
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old_checkpoints(tmp_path, limit=1, keep_every=10)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [10, 20, 25]
