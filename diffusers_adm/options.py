@@ -124,14 +124,14 @@ def option_group(options: type, title: str, **defaults: Any) -> Any:
 
 def options_of(options: type) -> dict[str, OptionInfo]:
     """Returns the options of a dataclass and of its groups by their names. Other fields are left out."""
-    found: dict[str, OptionInfo] = {}
+    infos: dict[str, OptionInfo] = {}
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if "group" in field.metadata:
-            found |= options_of(field.metadata["group"].options)
+            infos |= options_of(field.metadata["group"].options)
         elif "option" in field.metadata:
-            found[field.name] = dataclasses.replace(field.metadata["option"], kind=_first_type(hints[field.name]))
-    return found
+            infos[field.name] = dataclasses.replace(field.metadata["option"], kind=_first_type(hints[field.name]))
+    return infos
 
 
 def option_values(options: Any) -> dict[str, Any]:
