@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def without_warning(text: str) -> Iterator[None]:
     """
-    Drops what diffusers' models log with a text in it.
+    Drops the log records of diffusers' models that contain a text.
 
     Args:
         text: Part of the messages to drop.

@@ -73,7 +73,7 @@ def training_loop() -> dict:
     return {"scheduler": scheduler, "x_0": x_0, "model": model, "timestep": timestep, "noise": noise, "device": "cpu"}
 
 
-# What a block finds: it is known by some of its text.
+# Preparation of a block, which is known by some of its text.
 SETUPS: dict[str, Callable[[], dict]] = {
     '"runs/unet/pipeline"': files_of_training,
     '"adm-256"': converted_folder,
