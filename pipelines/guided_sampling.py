@@ -193,6 +193,8 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
+        if not latents.isfinite().all():
+            raise ValueError("latents must be finite, but some values are NaN or infinite.")
         return latents.to(device, torch.float32)
 
     def _denoise(
@@ -243,6 +245,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         visited = solver.schedule.timesteps[visits].tolist()
         hooks.finite.check(visited)
         guider.finite.check(visited)
+        check_finite(x_t)
         return x_t
 
     def predict(
@@ -411,6 +414,16 @@ def check_no_dropout(**models: torch.nn.Module | None) -> None:
             raise ValueError(
                 f"The {name} is in training mode, in which its dropout acts: call its eval() before sampling."
             )
+
+
+def check_finite(x_0: torch.Tensor) -> None:
+    """Raises a ValueError that names the images of which something is not finite."""
+    failed = (~x_0.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if failed:
+        raise ValueError(
+            f"Images {failed} of {len(x_0)} are not finite after the last step: look for NaN or infinity in the weights, in"
+            " `latents` and in what callbacks return, for a large `cfg_weight`, and for a UNet that overflows float16."
+        )
 
 
 def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:

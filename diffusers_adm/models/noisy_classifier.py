@@ -19,6 +19,7 @@ from diffusers_adm.models.blocks import (
     check_images,
     zero_init,
 )
+from diffusers_adm.models.weights import CompleteWeightsMixin
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.openai.tensors import to_published
@@ -89,7 +90,7 @@ class ADMSpatialPool(nn.Module):
         return self.fc2(self.act(self.norm(self.fc1(means))))  # (batch, num_classes)
 
 
-class NoisyClassifier(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
+class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     Classifier of noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and
     t. It is the encoder of [`ADMUNet2DModel`] with a pooling head (arXiv 2105.05233, section 4.3). The defaults are the

@@ -22,6 +22,7 @@ from diffusers_adm.models.blocks import (
     check_images,
     zero_init,
 )
+from diffusers_adm.models.weights import CompleteWeightsMixin
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.openai.tensors import to_published
@@ -69,7 +70,7 @@ def build_decoder(
     return up_blocks
 
 
-class ADMUNet2DModel(QuietCastMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
+class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with adaptive
     group normalisation, multi-resolution attention, and BigGAN up- and downsampling. The defaults are the released

@@ -1,6 +1,35 @@
-"""Data types of a model's weights."""
+"""Weights of a model: their completeness when they are loaded, and their data type."""
+
+import os
+from typing import Self
 
 import torch
+
+
+class CompleteWeightsMixin:
+    """Model of diffusers that is loaded with all its weights or not at all. It comes before `ModelMixin` among the bases."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self | tuple[Self, dict]:
+        """
+        Loads a saved model.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or id of a repository on the Hub.
+            kwargs: Arguments of `ModelMixin.from_pretrained`.
+
+        Raises:
+            ValueError: If weights are missing. diffusers itself leaves them without values.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are incomplete: {len(missing)} of"
+                f" {len(model.state_dict())} tensors are missing, such as {', '.join(missing[:3])}. Save or download them again."
+            )
+        return (model, info) if with_info else model
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

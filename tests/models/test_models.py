@@ -16,7 +16,7 @@ from model_calls import (
     run,
     tiny_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import NUM_CLASSES, SIZE, draw_parameters, images, tiny_classifier
 
 from diffusers_adm import ADMUNet2DModel, NoisyClassifier
@@ -27,6 +27,18 @@ from diffusers_adm.models.blocks import (
 
 
 # Saving and loading
+
+
+@every_model
+def test_incomplete_weights_are_refused_by_name(kind, tmp_path):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing, such as encoder.conv_in.bias"):
+        type(model).from_pretrained(tmp_path)
 
 
 @every_model

@@ -55,6 +55,7 @@ BAD_CALLS = {
     "height of zero": ({"height": 0}, ["0"]),
     "shape of latents": ({"latents": images(2, height=4)}, ["(2, 3, 4, 8)", "(2, 3, 8, 8)"]),
     "channels of latents": ({"latents": images(2, channels=1)}, ["(2, 1, 8, 8)", "(2, 3, 8, 8)"]),
+    "latents that are no numbers": ({"latents": images(2).log()}, ["latents", "finite"]),
     "callback's tensors": ({"callback_on_step_end_tensor_inputs": ["latent"]}, ["latent", "latents"]),
 }
 
@@ -157,3 +158,14 @@ def test_learned_variance_that_the_unet_does_not_give_is_refused():
 def test_upsampler_is_refused():
     with pytest.raises(ValueError, match="low_res_conditioning"):
         tiny_pipeline(tiny_unet(low_res_conditioning=True))
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, UniPCMultistepScheduler])
+def test_images_that_are_not_finite_are_refused(scheduler_class):
+    """Without guidance too, whose gradient would be checked: NaN weights would draw black pictures."""
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(scheduler_class))
+    latents = images(2)
+    with torch.no_grad():
+        pipeline.unet.class_embedding.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"Images \[1\] of 2 are not finite"):
+        draw(pipeline, latents=latents, guidance_scale=0.0)
