@@ -16,27 +16,29 @@ SCALE_SCHEDULES = {
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    When guidance acts, and how strongly. `interval`, `step_fractions` and `schedule` hold for classifier-free guidance too.
+    Options that say when guidance acts, and how strongly. `interval`, `step_fractions` and `schedule` hold for classifier-free
+    guidance too.
 
     Args:
-        interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which it acts, from above the first up to the
-            second (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-        step_fractions: The same as fractions of the steps of a run, the first step being 0: from the first fraction up to,
-            and without, the second.
-        schedule: Of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a function
-            of the fraction of the run.
-        normalize: Whether each image's gradient is made of root mean square 1.
-        max_size: The largest root mean square that each image's scaled gradient may have; larger ones are shortened to it.
-        entropy_scaling: Whether the scale is divided by the entropy of what the classifier says.
-        max_entropy_scale: The most that this may multiply by.
-        every: Of so many guided steps one asks for a gradient.
-        skipped: What the other steps do: use the last gradient again (`"reuse"`), or nothing, while that gradient is applied
+        interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which guidance acts: above the first, up to and
+            including the second (Kynkaanniemi et al. 2024, arXiv 2404.07724). `None` means all.
+        step_fractions: Part of the run in which guidance acts, as fractions of its steps: from the first fraction up to, and
+            without, the second.
+        schedule: Schedule of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a
+            function of the fraction of the run.
+        normalize: Whether each image's gradient is scaled to a root mean square of 1.
+        max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
+        entropy_scaling: Whether the scale is divided by the entropy of the classifier's prediction (Li et al. 2022, arXiv
+            2206.11474).
+        max_entropy_scale: Largest factor of the entropy scaling.
+        every: Number of guided steps per gradient: a new gradient is computed only at every `every`-th guided step.
+        skipped: Use of the last gradient at the other guided steps: it is used again (`"reuse"`), or not, and is applied once
             with the weight of all of them (`"sum"`; both in the manner of Dinh et al. 2024, arXiv 2408.11194).
-        gradient_at: Where the gradient is taken: at `"x_t"`, as the published code does, or at the `"mean"` of DDPM's step,
-            as the paper derives it.
+        gradient_at: Place of the gradient: `"x_t"`, as in the original code, or the `"mean"` of DDPM's step, where the paper
+            derives it.
 
     Raises:
-        ValueError: If one is not of these.
+        ValueError: If an option is out of its range.
     """
 
     interval: tuple[float, float] | None = None
@@ -76,10 +78,10 @@ class GuidanceOptions:
     @classmethod
     def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":
         """
-        Options that are given as themselves, as a dict, or not at all.
+        Returns the options that a caller has given as an object, as a dict, or not at all.
 
         Raises:
-            ValueError: If the dict has a name that is none of theirs.
+            ValueError: If the dict has a name that is not an option.
         """
         if isinstance(given, cls):
             return given
@@ -92,13 +94,13 @@ class GuidanceOptions:
 
     def factors(self, sigmas: list[float]) -> list[float]:
         """
-        What the scale is multiplied by at each step; 0 where guidance does not act.
+        Returns the factor of the scale at each step; 0 where guidance does not act.
 
         Args:
-            sigmas: Noise level of each step, in the order in which they are taken.
+            sigmas: Noise level of each step, in the order of the run.
 
         Raises:
-            ValueError: If the schedule gives something else than finite numbers.
+            ValueError: If the schedule returns a value that is not a finite number.
         """
         schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]
         factors = []
@@ -116,10 +118,10 @@ class GuidanceOptions:
 
     def gradient_steps(self, factors: list[float]) -> dict[int, int]:
         """
-        The steps at which a gradient is asked for, and for how many steps each counts.
+        Returns the steps that compute a gradient, and the number of steps for which each counts.
 
         Args:
-            factors: Of each step; 0 where guidance does not act.
+            factors: Factor of each step; 0 where guidance does not act.
         """
         guided = [step for step, factor in enumerate(factors) if factor]
         groups = [guided[first : first + self.every] for first in range(0, len(guided), self.every)]
