@@ -14,6 +14,7 @@ from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
+from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.models.weights import cast_weights
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.released import find_released, guiding_classifier
@@ -76,8 +77,10 @@ def check_output_folder(output: str) -> Path:
     Returns the absolute path of a folder to write.
 
     Raises:
-        ValueError: If it exists and is not an empty folder.
+        ValueError: If it has no name, or exists and is not an empty folder.
     """
+    if not output.strip():
+        raise ValueError(f"--output must be the name of a folder, but got {output!r}.")
     folder = Path(output).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--output {output} exists already and is not an empty folder.")
@@ -114,8 +117,9 @@ def convert(args: argparse.Namespace) -> None:
     Converts published checkpoints to a folder that `from_pretrained` loads.
 
     Raises:
-        ValueError: If the folder is in use, or the checkpoints cannot be converted.
+        ValueError: If the folder is in use, the variant is no name, or the checkpoints cannot be converted.
     """
+    check_variant(args.variant)
     if args.unet is None and args.classifier is None:
         raise ValueError("Nothing to convert: give --unet, --classifier or both.")
     output = check_output_folder(args.output)

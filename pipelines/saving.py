@@ -8,6 +8,7 @@ from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
 from diffusers_adm.hub.download import as_installed, download
+from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.hub.upload import push
 
 
@@ -63,7 +64,9 @@ class SavingMixin:
 
         Raises:
             TypeError: If there are such arguments, but `push_to_hub` is `False`.
+            ValueError: If the variant cannot be a part of a file's name.
         """
+        check_variant(variant)
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained takes {', '.join(kwargs)} only with push_to_hub=True.")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from diffusers_adm.hub.saved_files import SAVED_CLASSES
+from diffusers_adm.openai.files import check_is_saved_model
 
 
 def as_installed(config: dict, pipeline_class: type) -> None:
@@ -45,6 +46,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
         options: Arguments of `from_pretrained`. Those of the download are taken out.
 
     Raises:
+        ValueError: If the path is that of a file.
         RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError: If there is no such pipeline on the Hub.
         LocalEntryNotFoundError: If the pipeline is not in the cache and the Hub cannot be reached.
     """
@@ -52,6 +54,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
     download_options = {name: options.pop(name) for name in names if name in options}
     if os.path.isdir(name_or_path):
         return str(name_or_path)
+    check_is_saved_model(name_or_path)
     repo_id, variant = str(name_or_path), options.get("variant")
     index = Path(hf_hub_download(repo_id, "model_index.json", **download_options))
     # Pin the commit of the index, so that a concurrent push cannot mix two versions.

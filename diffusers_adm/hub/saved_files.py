@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,15 @@ SAVED_CLASSES = {
 }
 # Files of another version, which a push deletes.
 CODE_PATTERNS = [f"{place}{stem}_*.py" for stem in SAVED_CLASSES.values() for place in ("", "*/")]
+
+
+def check_variant(variant: str | None) -> None:
+    """Raises a ValueError if a variant cannot be a part of a file's name."""
+    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
+        raise ValueError(
+            f"The variant must be a part of a file's name, of letters, digits, '_', '-' and '.', such as fp16, but got"
+            f" {variant!r}."
+        )
 
 
 def write_code(pipeline, folder: Path) -> None:

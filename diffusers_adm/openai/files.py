@@ -10,6 +10,9 @@ import torch
 from diffusers_adm.openai.released import find_released
 
 
+# Tensor that every published model has.
+_FIRST_TENSOR = "time_embed.0.weight"
+
 Checkpoint = str | os.PathLike | Mapping[str, torch.Tensor]
 
 
@@ -19,10 +22,11 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     is not run.
 
     Args:
-        checkpoint: Path of a file that `torch.save` wrote, or a state dict.
+        checkpoint: Path of a file that `torch.save` wrote, or a state dict. The tensors may stand under a key, such as
+            `"state_dict"`, and their names may have a prefix, such as `module.`.
 
     Raises:
-        ValueError: If the file is missing, damaged, or holds anything but tensors by name.
+        ValueError: If the file is missing, damaged, holds anything but tensors by name, or holds several models.
     """
     if isinstance(checkpoint, Mapping):
         source, content = "The state dict", checkpoint
@@ -31,11 +35,63 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         source, content = f"The file {str(path)!r}", _load_file(path)
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{source} holds no state dict (tensors by name), but {type(content).__name__}.")
+    content = _unwrap(content, source)
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{source} holds {kind} under {name!r}; only floating-point tensors by name are allowed.")
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
+    """
+    Checks that what `from_pretrained` is given may be a saved model.
+
+    Raises:
+        ValueError: If it is a file, such as a checkpoint of the original code.
+    """
+    path = Path(name_or_path)
+    if path.is_file() and path.suffix != ".json":
+        raise ValueError(
+            f"{str(path)!r} is a file, but a saved model is a folder or an id on the Hub. Convert a checkpoint of the original"
+            f" code first, by `diffusers-adm convert --unet {path} --output DIR` for a UNet, which is then in DIR/unet, or by"
+            f" `diffusers-adm convert --classifier {path} --output DIR` for a classifier."
+        )
+
+
+def _models_in(content: Mapping, place: str) -> dict[str, Mapping]:
+    """Returns the published models in a mapping, with the prefix of their names taken off, by the place of each."""
+    models = {}
+    for name in content:
+        if name == _FIRST_TENSOR:
+            models[place or "no prefix"] = content
+        elif isinstance(name, str) and name.endswith(f".{_FIRST_TENSOR}"):
+            prefix = name.removesuffix(_FIRST_TENSOR)
+            own = [other for other in content if isinstance(other, str) and other.startswith(prefix)]
+            models[f"{place} prefix {prefix!r}".strip()] = {
+                other.removeprefix(prefix): content[other] for other in own
+            }
+    return models
+
+
+def _unwrap(content: Mapping, source: str) -> Mapping:
+    """
+    Returns the tensors of the model in a mapping: those under one key, or those whose names have one prefix. A mapping
+    without a published model stays as it is.
+
+    Raises:
+        ValueError: If there are several models.
+    """
+    models = _models_in(content, "")
+    for key, part in content.items():
+        if isinstance(part, Mapping):
+            models |= _models_in(part, f"key {key!r}")
+    if len(models) > 1:
+        raise ValueError(
+            f"{source} holds {len(models)} models ({'; '.join(models)}): take the tensors of one, and pass them as a state"
+            " dict or save them in a file of their own."
+        )
+    return next(iter(models.values()), content)
 
 
 def _load_file(path: Path) -> object:

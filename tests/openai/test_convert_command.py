@@ -73,6 +73,14 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
         (["--unet", str(unet), "--output", str(tmp_path / "out")], "flags are missing"),
         (["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")], "to be had at https"),
         (["--unet", str(unet), "--flags", flags, "--output", str(full)], "not an empty folder"),
+        (["--unet", str(unet), "--flags", flags, "--output", ""], "--output must be the name of a folder"),
+        *(
+            (
+                ["--unet", str(unet), "--variant", name, "--output", str(tmp_path / "out")],
+                "The variant must be a part of",
+            )
+            for name in ("a/b", "", "a b", "..")
+        ),
         (["--output", str(tmp_path / "out")], "Nothing to convert"),
     ):
         assert main(["convert", *words]) == 2
