@@ -68,7 +68,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     @classmethod
     def from_openai(
-        cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None
+        cls,
+        checkpoint: Checkpoint | PublishedCheckpoint,
+        flags: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "ADMUpsamplePipeline":
         """
         Builds a pipeline that samples as the original script does with the same checkpoint and flags.
@@ -77,6 +80,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             checkpoint: Path of the upsampler's file, its state dict, or a `PublishedCheckpoint`.
             flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
                 none.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
             ValueError: If the file cannot be read, is not that of an upsampler, or the flags contradict it.
@@ -85,7 +89,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if published.kind == "unet":
             raise ValueError("The checkpoint takes no low-resolution image: it is for ClassifierGuidedPipeline.")
         return cls(
-            ADMUNet2DModel.from_openai(published),
+            ADMUNet2DModel.from_openai(published, dtype=dtype),
             published.scheduler(),
             id2label=published.id2label,
             timestep_respacing=published.timestep_respacing,

@@ -56,6 +56,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         unet_checkpoint: Checkpoint | PublishedCheckpoint,
         classifier_checkpoint: Checkpoint | PublishedCheckpoint | None = None,
         flags: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "ClassifierGuidedPipeline":
         """
         Builds a pipeline that samples as the original scripts do with the same checkpoints and flags.
@@ -67,16 +68,22 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
                 none. Architecture flags without the prefix `classifier_` describe only the UNet, except `--image_size`,
                 which describes both models. Respacing and guidance scale become the pipeline's defaults.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
             ValueError: If a file cannot be read, or the flags contradict it or are not supported.
         """
         published = PublishedCheckpoint.of(unet_checkpoint, flags)
-        unet = ADMUNet2DModel.from_openai(published)
+        if published.kind == "upsampler":
+            raise ValueError(
+                "The checkpoint's shapes are those of an upsampler, which is for ADMUpsamplePipeline. For a UNet without"
+                " learned variance of images that have as many channels, give --learn_sigma False."
+            )
+        unet = ADMUNet2DModel.from_openai(published, dtype=dtype)
         classifier, labelled = None, published
         if classifier_checkpoint is not None:
             published_classifier = published.classifier(classifier_checkpoint)
-            classifier = NoisyClassifier.from_openai(published_classifier)
+            classifier = NoisyClassifier.from_openai(published_classifier, dtype=dtype)
             if unet.config.num_class_embeds is None:
                 labelled = published_classifier  # the only model with labels
         return cls(

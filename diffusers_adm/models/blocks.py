@@ -4,6 +4,7 @@ classifier share.
 Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,15 +66,28 @@ class ADMGroupNorm(nn.GroupNorm):
 
 
 class ADMTimeEmbedding(nn.Module):
-    """Sinusoidal embedding of the timestep (cosines first), then a two-layer perceptron."""
+    """
+    Sinusoidal embedding of the timestep (cosines first), then a two-layer perceptron.
 
-    def __init__(self, model_channels: int):
+    Args:
+        model_channels: Width of the sinusoidal embedding.
+        timestep_scale: Factor on the timestep before it is embedded.
+
+    Raises:
+        ValueError: If the factor is not a positive number.
+    """
+
+    def __init__(self, model_channels: int, timestep_scale: float = 1.0):
         super().__init__()
+        if not 0 < timestep_scale < math.inf:
+            raise ValueError(f"timestep_scale must be positive and finite, but got {timestep_scale}.")
+        self.timestep_scale = timestep_scale
         self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.mlp = TimestepEmbedding(model_channels, 4 * model_channels)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])  # (batch,)
+        timestep = timestep.float() * self.timestep_scale  # (batch,)
         # float32 sinusoids: bfloat16 cannot tell timestep 998 from 999.
         return self.mlp(self.time_proj(timestep).to(sample.dtype))  # (batch, 4 * model_channels)
 

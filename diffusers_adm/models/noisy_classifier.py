@@ -115,6 +115,8 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
         resnet_time_scale_shift: Use of the embedding: `"scale_shift"` (AdaGN) or `"default"` (it is added).
         downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
+        timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
+            with rescaled timesteps (`--rescale_timesteps True` in the original code).
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -145,6 +147,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
         resnet_time_scale_shift: str = "scale_shift",
         downsample_type: str = "resnet",
         output_scale_factor: float = 1.0,
+        timestep_scale: float = 1.0,
     ):
         super().__init__()
         if num_classes < 1:
@@ -164,7 +167,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
             output_scale_factor=output_scale_factor,
         )
         channels = blocks.channels[-1]
-        self.time_embedding = ADMTimeEmbedding(model_channels)
+        self.time_embedding = ADMTimeEmbedding(model_channels, timestep_scale)
         self.encoder = ADMEncoder(
             blocks,
             in_channels=in_channels,
@@ -191,21 +194,28 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
             )
 
     @classmethod
-    def from_openai(cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None) -> "NoisyClassifier":
+    def from_openai(
+        cls,
+        checkpoint: Checkpoint | PublishedCheckpoint,
+        flags: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "NoisyClassifier":
         """
         Builds the classifier of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep dtype and device, and
-                are copied only where their layout differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
+                copied only where their layout or data type differs.
             flags: `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
                 Shapes tell most of a model, and the given flags are checked against them. Released files, which are
                 recognised by name, need none.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, or it is not that of a published classifier.
+            ValueError: If the file cannot be read, the flags contradict it, it is not that of a published classifier, or
+                `dtype` is not a floating-point type.
         """
-        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "classifier")
+        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "classifier", dtype)
 
     def to_openai_state_dict(self) -> dict[str, torch.Tensor]:
         """

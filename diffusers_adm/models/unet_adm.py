@@ -100,6 +100,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         upsample_type: Kind of upsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (nearest neighbours, then a
             convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
+        timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
+            with rescaled timesteps (`--rescale_timesteps True` in the original code).
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -133,6 +135,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         downsample_type: str = "resnet",
         upsample_type: str = "resnet",
         output_scale_factor: float = 1.0,
+        timestep_scale: float = 1.0,
     ):
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
@@ -160,7 +163,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         self.gradient_checkpointing = False
 
         # 1. Embeddings
-        self.time_embedding = ADMTimeEmbedding(model_channels)
+        self.time_embedding = ADMTimeEmbedding(model_channels, timestep_scale)
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + use_null_class, blocks.emb_channels)
@@ -189,20 +192,27 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     @classmethod
-    def from_openai(cls, checkpoint: Checkpoint | PublishedCheckpoint, flags: str | None = None) -> "ADMUNet2DModel":
+    def from_openai(
+        cls,
+        checkpoint: Checkpoint | PublishedCheckpoint,
+        flags: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "ADMUNet2DModel":
         """
         Builds the UNet or upsampler of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep dtype and device, and
-                are copied only where their layout differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
+                copied only where their layout or data type differs.
             flags: Model flags of the original command line, as one string. Shapes tell most of a model, and the given
                 flags are checked against them. Released files, which are recognised by name, need none.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, or it is not that of a published UNet.
+            ValueError: If the file cannot be read, the flags contradict it, it is not that of a published UNet, or `dtype` is
+                not a floating-point type.
         """
-        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "UNet")
+        return PublishedCheckpoint.of(checkpoint, flags).load(cls, "UNet", dtype)
 
     def to_openai_state_dict(self, use_new_attention_order: bool = False) -> dict[str, torch.Tensor]:
         """

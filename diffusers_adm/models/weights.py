@@ -5,6 +5,8 @@ from typing import Self
 
 import torch
 
+from diffusers_adm.openai.files import check_is_saved_model
+
 
 class CompleteWeightsMixin:
     """Model of diffusers that is loaded with all its weights or not at all. It comes before `ModelMixin` among the bases."""
@@ -19,8 +21,10 @@ class CompleteWeightsMixin:
             kwargs: Arguments of `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: If weights are missing. diffusers itself leaves them without values.
+            ValueError: If a file is given in the place of a folder, or weights are missing. diffusers itself leaves them
+                without values.
         """
+        check_is_saved_model(pretrained_model_name_or_path)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])

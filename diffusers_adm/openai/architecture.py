@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_adm.openai.flags import Flags
+from diffusers_adm.openai.flags import Flags, check_timestep_scale
 
 
 PUBLISHED_NORM_GROUPS = 32  # fixed in the original code
@@ -143,6 +143,7 @@ def _encoder_config(
         "norm_num_groups": PUBLISHED_NORM_GROUPS,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "downsample_type": downsample_type,
+        "timestep_scale": flags.timestep_scale,
     }
     held = {
         names.width: width,
@@ -182,8 +183,11 @@ def _unet_layout(shapes: Shapes, levels: int) -> _EncoderLayout:
     return layouts[0]
 
 
-def _unet_channels(shapes: Shapes) -> tuple[int, int, bool]:
-    """Returns the channels of the image, the channels of the output, and whether there is a low-resolution input."""
+def _unet_channels(shapes: Shapes, flags: Flags) -> tuple[int, int, bool]:
+    """
+    Returns the channels of the image, the channels of the output, and whether there is a low-resolution input. Where shapes
+    allow several answers, the given flags choose.
+    """
     encoder_channels, out_channels = shapes.size("input_blocks.0.0.weight", 1), shapes.size("out.2.weight", 0)
     # The encoder takes the image alone, or with a low-resolution image beside it.
     inputs = [(encoder_channels, False)]
@@ -192,8 +196,14 @@ def _unet_channels(shapes: Shapes) -> tuple[int, int, bool]:
     inputs = [(channels, low_res) for channels, low_res in inputs if out_channels in (channels, 2 * channels)]
     if not inputs:
         raise ValueError(f"The checkpoint turns {encoder_channels} channels into {out_channels}, as no UNet does.")
-    # Images have one channel or three.
-    in_channels, low_res = max(inputs, key=lambda channels_low_res: channels_low_res[0] in (1, 3))
+
+    def likelihood(channels_low_res: tuple[int, bool]) -> tuple[int, bool]:
+        channels, low_res = channels_low_res
+        agreeing = int("learn_sigma" in flags and flags["learn_sigma"] == (out_channels == 2 * channels))
+        agreeing += low_res and ("large_size" in flags or "small_size" in flags)
+        return agreeing, channels in (1, 3)  # most images have one channel or three
+
+    in_channels, low_res = max(inputs, key=likelihood)
     return in_channels, out_channels, low_res
 
 
@@ -202,15 +212,17 @@ def unet_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
     Returns the config of a published UNet, from its shapes where they tell it, else from flags.
 
     Raises:
-        ValueError: If the shapes are not those of a published UNet, or contradict the given flags.
+        ValueError: If the shapes are not those of a published UNet, or contradict the given flags, or the flags do not say
+            whether timesteps are rescaled.
     """
+    check_timestep_scale(flags)
     upsamplers = {
         match[1]: "conv" if match[2] == "conv" else "resnet"
         for name in shapes
         if (match := re.match(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers)\.", name))
     }
     layout = _unet_layout(shapes, levels=1 + len(upsamplers))
-    in_channels, out_channels, low_res = _unet_channels(shapes)
+    in_channels, out_channels, low_res = _unet_channels(shapes, flags)
     size_flag = "large_size" if low_res and ("large_size" in flags or "image_size" not in flags) else "image_size"
     config, held = _encoder_config(shapes, flags, layout, flags[size_flag], _UNET_FLAGS)
     num_classes = shapes.size("label_emb.weight", 0) if "label_emb.weight" in shapes else None

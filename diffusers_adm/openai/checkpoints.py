@@ -26,7 +26,8 @@ class PublishedCheckpoint:
     read at most once, and the flags are parsed at most once.
 
     Args:
-        source: Path of a file that `torch.save` wrote, or a state dict.
+        source: Path of a file that `torch.save` wrote, or a state dict. The tensors may stand under a key, and their names
+            may have a prefix, if the file holds one model.
         flags: Model flags of the original command line. Released files, which are recognised by name, need none.
     """
 
@@ -159,17 +160,24 @@ class PublishedCheckpoint:
         learns_variance = self.config["out_channels"] == 2 * self.config["in_channels"]
         return build_scheduler(self.flags, learns_variance)
 
-    def load(self, model_class: type[torch.nn.Module], network: str) -> torch.nn.Module:
+    def load(
+        self, model_class: type[torch.nn.Module], network: str, dtype: torch.dtype | None = None
+    ) -> torch.nn.Module:
         """
-        Builds the model, in eval mode. Tensors keep dtype and device, and are copied only where their layout differs.
+        Builds the model, in eval mode. Tensors keep their device, and are copied only where their layout or data type
+        differs. Those of the checkpoint do not change.
 
         Args:
             model_class: Class of the model.
             network: Kind of network that the class is: "UNet" or "classifier".
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint cannot be read, the flags contradict it, or it is of another network.
+            ValueError: If the checkpoint cannot be read, the flags contradict it, it is of another network, or `dtype` is not
+                a floating-point type.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating-point type, such as torch.float16, but got {dtype!r}.")
         flags = self.flags  # before the file is read
         if self.shapes.network != network:
             raise ValueError(
@@ -177,7 +185,8 @@ class PublishedCheckpoint:
                 " tell."
             )
         new_order = network == "UNet" and flags["use_new_attention_order"]
-        return load_published(model_class, self.config, self.state_dict, new_order)
+        model = load_published(model_class, self.config, self.state_dict, new_order)
+        return model if dtype is None else model.to(dtype)  # one tensor after the other
 
     def classifier(self, source: "Checkpoint | PublishedCheckpoint") -> "PublishedCheckpoint":
         """Returns the checkpoint of a classifier that the same command line describes."""

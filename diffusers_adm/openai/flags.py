@@ -63,6 +63,16 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "clip_denoised": (_boolean, True),
     "classifier_scale": (float, 1.0),
 }
+_COUNTS = (
+    "image_size",
+    "large_size",
+    "num_heads",
+    "num_head_channels",
+    "classifier_num_head_channels",
+    "diffusion_steps",
+)
+# Flags of a UNet that improved-diffusion, where timesteps are rescaled by default, does not have.
+_GUIDED_DIFFUSION_FLAGS = ("num_head_channels", "resblock_updown", "use_new_attention_order")
 _KINDS = {
     int: "an integer",
     float: "a number",
@@ -87,7 +97,13 @@ class Flags(dict):
 
     def of_classifier(self) -> "Flags":
         """Returns the flags that describe the classifier, of a command line for UNet and classifier."""
-        return Flags({name: self[name] for name in self if name == "image_size" or name.startswith("classifier_")})
+        shared = ("image_size", "diffusion_steps", "rescale_timesteps")
+        return Flags({name: self[name] for name in self if name in shared or name.startswith("classifier_")})
+
+    @property
+    def timestep_scale(self) -> float:
+        """Factor on the timesteps that the networks are told. Rescaled timesteps are in [0, 1000)."""
+        return 1000 / self["diffusion_steps"] if self["rescale_timesteps"] else 1.0
 
 
 def _flag_texts(flags: str) -> dict[str, str]:
@@ -145,14 +161,25 @@ def check_flags(flags: Flags) -> None:
         raise ValueError(
             f"--num_heads_upsample {heads} is not supported: it must be --num_heads, which is {flags['num_heads']}."
         )
-    if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
-        raise ValueError(
-            "--rescale_timesteps True requires --diffusion_steps 1000, where it changes nothing, but got"
-            f" --diffusion_steps {flags['diffusion_steps']}."
-        )
-    for name in ("image_size", "large_size", "num_heads", "num_head_channels", "classifier_num_head_channels"):
+    for name in _COUNTS:
         if flags[name] < 1 and (name, flags[name]) != ("num_head_channels", -1):
             raise ValueError(f"--{name} must be at least 1, but got {flags[name]}.")
+
+
+def check_timestep_scale(flags: Flags) -> None:
+    """
+    Checks that the flags of a UNet say whether its timesteps are rescaled.
+
+    Raises:
+        ValueError: If the default depends on the code that trained the UNet, and the flags do not tell which code it was.
+    """
+    told = any(name in flags for name in ("rescale_timesteps", *_GUIDED_DIFFUSION_FLAGS))
+    if flags["diffusion_steps"] != 1000 and not told:
+        raise ValueError(
+            f"--rescale_timesteps is required with --diffusion_steps {flags['diffusion_steps']}: give --rescale_timesteps"
+            " True for a UNet of improved-diffusion, whose default that is, or --rescale_timesteps False for one of"
+            " guided-diffusion."
+        )
 
 
 def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIMScheduler:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden_cases import CLASSIFIER_CASES, UNET_CASES, draw_weights, load, load_case, published_flags
+from golden_cases import CLASSIFIER_CASES, UNET_CASES, draw_weights, load, load_case, model_class, published_flags
 
-from diffusers_adm import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 
 
 # --- Reference cases ---
@@ -53,6 +53,31 @@ def test_weights_keep_dtype_and_state_dict_stays_as_it_is():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("case", ["unet_class_conditional", "classifier_attention", "upsampler"])
+def test_weights_are_cast_and_checkpoint_stays_as_it_is(case):
+    description, _ = load_case(case)
+    published, flags = draw_weights(description), published_flags(description)
+    before = {name: tensor.clone() for name, tensor in published.items()}
+    cast = model_class(case).from_openai(published, flags, dtype=torch.bfloat16)
+    whole = model_class(case).from_openai(published, flags)
+    assert all(torch.equal(published[name], tensor) for name, tensor in before.items())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(cast.get_parameter(name), parameter.bfloat16())
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(ValueError, match="`dtype` must be a floating-point type"):
+            model_class(case).from_openai(published, flags, dtype=dtype)
+
+
+def test_pipelines_are_cast(pipeline_files):
+    unet, classifier, flags = pipeline_files
+    pipeline = ClassifierGuidedPipeline.from_openai(unet, classifier, flags, dtype=torch.float16)
+    assert (pipeline.unet.dtype, pipeline.classifier.dtype) == (torch.float16, torch.float16)
+    description, _ = load_case("upsampler")
+    upsampler = f"{published_flags(description)} --small_size 8"
+    pipeline = ADMUpsamplePipeline.from_openai(draw_weights(description), upsampler, dtype=torch.float16)
+    assert pipeline.unet.dtype == torch.float16
+
+
 @pytest.mark.parametrize("options", [{"norm_num_groups": 16}, {"output_scale_factor": 2**0.5}])
 def test_no_way_back_for_what_the_published_code_does_not_know(options):
     model = ADMUNet2DModel(
@@ -96,6 +121,29 @@ def test_unet_config_is_read_from_shapes(config):
         flags = flags.replace("True", "False")
     read = ADMUNet2DModel.from_openai(model.to_openai_state_dict(), flags).config
     assert {name: read[name] for name in config} == config
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_flags_tell_images_of_many_channels_from_upsamplers(channels):
+    config = {"sample_size": 32, "model_channels": 32, "channel_mult": (1, 2), "layers_per_block": 1}
+    config |= {"attention_resolutions": (16,), "attention_head_dim": 32, "num_class_embeds": None}
+    shared = "--image_size 32 --num_head_channels 32 --resblock_updown True"
+    with torch.device("meta"):
+        many = ADMUNet2DModel(in_channels=channels, out_channels=channels, **config).to_openai_state_dict()
+        upsampler = ADMUNet2DModel(
+            in_channels=channels // 2, out_channels=channels, low_res_conditioning=True, **config
+        ).to_openai_state_dict()
+    assert {name: tensor.shape for name, tensor in many.items()} == {n: t.shape for n, t in upsampler.items()}
+
+    read = ClassifierGuidedPipeline.from_openai(many, flags=f"{shared} --learn_sigma False").unet.config
+    assert (read.in_channels, read.out_channels, read.low_res_conditioning) == (channels, channels, False)
+    for flags in ("--learn_sigma True", "--large_size 32", "--small_size 8"):
+        read = ADMUNet2DModel.from_openai(upsampler, f"{shared} {flags}").config
+        assert (read.in_channels, read.out_channels, read.low_res_conditioning) == (channels // 2, channels, True)
+    with pytest.raises(ValueError, match="flags contradict the checkpoint"):
+        ADMUNet2DModel.from_openai(many, f"{shared} --learn_sigma False --large_size 32")
+    with pytest.raises(ValueError, match="give --learn_sigma False"):
+        ClassifierGuidedPipeline.from_openai(many, flags=shared)
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])

@@ -12,7 +12,7 @@ from golden_cases import (
     published_flags,
 )
 
-from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 
 
 def test_unknown_checkpoint_without_flags_is_refused(pipeline_files):
@@ -113,3 +113,10 @@ def test_a_classifier_is_not_a_unet_and_a_unet_not_a_classifier():
         NoisyClassifier.from_openai(draw_weights(load_case("unet_class_conditional")[0]), "--image_size 32")
     with pytest.raises(ValueError, match="lacks the tensor 'time_embed.0.weight'"):
         ADMUNet2DModel.from_openai({"layer1.conv.weight": torch.zeros(3, 3)}, "--image_size 32")
+
+
+@pytest.mark.parametrize("cls", [ADMUNet2DModel, NoisyClassifier, ClassifierGuidedPipeline, ADMUpsamplePipeline])
+def test_checkpoint_in_the_place_of_a_saved_model_is_told_how_to_convert(cls, pipeline_files):
+    unet, _, _ = pipeline_files
+    with pytest.raises(ValueError, match=f"is a file, .* `diffusers-adm convert --unet {unet} --output DIR`"):
+        cls.from_pretrained(unet)
