@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from diffusers_adm.training.checkpoint_parts import read_tensors
 from diffusers_adm.training.options import AverageOptions
 
 
@@ -92,9 +93,14 @@ class MovingAverages:
         Args:
             folder: The checkpoint.
             num_updates: Number of updates that the averages have had.
+
+        Raises:
+            ValueError: If a file is missing or damaged, or of another run.
         """
         for decay, average in self.averages.items():
-            saved = load_file(folder / f"ema-{decay:g}.safetensors")
-            for (name, _), shadow in zip(self.model.named_parameters(), average.shadow_params):
+            names = (name for name, _ in self.model.named_parameters())
+            shadows = dict(zip(names, average.shadow_params))
+            saved = read_tensors(folder / f"ema-{decay:g}.safetensors", like=shadows)
+            for name, shadow in shadows.items():
                 shadow.copy_(saved[name])
             average.optimization_step = num_updates

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -15,14 +16,19 @@ from diffusers_adm.atomic_files import flush_folder, partial_folder, replace_fol
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.training.averages import MovingAverages
+from diffusers_adm.training.checkpoint_parts import (
+    check_parts,
+    load_prepared,
+    load_sampler,
+    read_progress,
+    save_sampler,
+)
 from diffusers_adm.training.configuration import as_yaml, contradictions
 from diffusers_adm.training.options import TrainingOptions
 from diffusers_adm.training.stopping import StopRequest
 
 
 logger = get_logger(__name__)
-
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
 
 
 @dataclass
@@ -33,6 +39,7 @@ class TrainingState:
     Args:
         images: Training images, of which a stream has a position.
         averages: Moving averages of the weights.
+        sampler: Module that draws timesteps and learns from their losses.
         global_step: Number of optimizer steps, skipped ones included.
         skipped_steps: Number of steps that changed nothing, because fp16 overflowed.
         epoch: Number of complete passes over the images.
@@ -41,6 +48,7 @@ class TrainingState:
 
     images: LabelledImages | StreamedImages
     averages: MovingAverages
+    sampler: torch.nn.Module | None = None
     global_step: int = 0
     skipped_steps: int = 0
     epoch: int = 0
@@ -100,15 +108,13 @@ class Checkpointer:
             num_images: Number of training images, or `None` for a stream.
 
         Raises:
-            ValueError: If the checkpoint is incomplete, or of a run with other options.
+            ValueError: If the checkpoint is incomplete, damaged, holds what might run code, or is of a run with other options.
         """
-        missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} is not complete: {', '.join(missing)} missing.")
+        check_parts(folder, scaled=self.accelerator.scaler is not None)
         differing = contradictions(self.options, (folder / "options.yaml").read_text())
         if differing:
             raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
-        saved = json.loads((folder / "trainer_state.json").read_text())
+        saved = read_progress(folder)
         now = {"num_processes": self.accelerator.num_processes, "num_images": num_images}
         for name, value in now.items():
             if saved[name] != value:
@@ -119,10 +125,15 @@ class Checkpointer:
                 )  # fmt: skip
 
     def load(self, folder: Path, state: TrainingState) -> None:
-        """Restores the state of a run, and of all that accelerate has prepared."""
-        saved = json.loads((folder / "trainer_state.json").read_text())
-        self.accelerator.load_state(str(folder))
-        self.accelerator.step = 0  # it counts batches, and a checkpoint lies between steps
+        """
+        Restores the state of a run, and of all that accelerate has prepared.
+
+        Raises:
+            ValueError: If a part of the checkpoint is of another run.
+        """
+        saved = read_progress(folder)
+        load_prepared(self.accelerator, folder)
+        load_sampler(state.sampler, folder)
         state.averages.load(folder, saved["averaged_steps"])
         state.global_step = saved["global_step"]
         state.skipped_steps = saved["global_step"] - saved["averaged_steps"]
@@ -183,6 +194,7 @@ class Checkpointer:
             self._positions_file(folder).write_text(json.dumps(state.images.positions))
         if not self.accelerator.is_main_process:
             return
+        save_sampler(state.sampler, folder)
         state.averages.save(folder)
         saved = {
             "global_step": state.global_step,

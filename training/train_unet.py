@@ -51,7 +51,7 @@ def main(options: UNetTrainingOptions) -> None:
     objective = DenoisingObjective(
         options.objective, scheduler, accelerator, lambda batch: label_conditions(options.classes, unet, batch)
     )
-    trainer = Trainer(options, accelerator, unet, images, options.averages, stateful=objective.sampler)
+    trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
     id2label = dict(enumerate(names)) if names else None
     pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
 

@@ -61,7 +61,7 @@ def main(options: UpsamplerTrainingOptions) -> None:
 
     scheduler = build_noise_scheduler(options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0)
     objective = DenoisingObjective(options.objective, scheduler, accelerator, conditions)
-    trainer = Trainer(options, accelerator, unet, images, options.averages, stateful=objective.sampler)
+    trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
     id2label = dict(enumerate(names)) if names else None
     pipeline = ADMUpsamplePipeline(unet=unet, scheduler=scheduler, id2label=id2label, low_res_size=low_resolution)
 

@@ -46,7 +46,7 @@ class Trainer:
         model: Model to train.
         images: Training images.
         averages: Moving averages of the weights. There are none by default.
-        stateful: Object with a `state_dict` that belongs to the state of the training.
+        sampler: Module that draws timesteps and learns from their losses.
 
     Raises:
         ValueError: If there are too few images, or the run cannot be resumed.
@@ -59,7 +59,7 @@ class Trainer:
         model: ModelMixin,
         images: LabelledImages | StreamedImages,
         averages: AverageOptions | None = None,
-        stateful: torch.nn.Module | None = None,
+        sampler: torch.nn.Module | None = None,
     ):
         self.options = options
         self.accelerator = accelerator
@@ -84,15 +84,13 @@ class Trainer:
         )
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         self.loader = build_loader(images, options, accelerator)
-        if stateful is not None:
-            accelerator.register_for_checkpointing(stateful)
         self.averages = MovingAverages(
             self.unwrapped_model,
             averages or AverageOptions(ema_decay=()),
             accelerator.device,
             optimisation.max_train_steps,
         )
-        self.state = TrainingState(images, self.averages)
+        self.state = TrainingState(images, self.averages, sampler)
         self.means = LossMeans(options.diffusion.num_train_timesteps)
         self.grad_norm = torch.tensor(0.0)
         self.skipped_in_a_row = 0

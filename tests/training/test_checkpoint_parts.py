@@ -1,0 +1,111 @@
+"""Checkpoints that are damaged, hostile, or of an earlier version."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import checkpoint_tensors, unet_args
+
+from diffusers_adm.training import train_unet
+
+
+SAMPLING = ["--schedule_sampler", "loss-second-moment"]
+PICKLES = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"]
+PARTS = [*PICKLES[:3], "model.safetensors", "ema-0.5.safetensors", "timestep_sampler.safetensors"]
+PARTS += ["options.yaml", "trainer_state.json"]
+
+
+class Hostile:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """The folder of a run of three steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_unet.main(unet_args(dataset, folder, 3, *SAMPLING))
+    return folder
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    """A copy of the folder."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def resume(dataset, output):
+    train_unet.main(unet_args(dataset, output, 6, *SAMPLING, "--resume_from_checkpoint", "latest"))
+
+
+def as_earlier_version_wrote(checkpoint):
+    """Keeps the state of the timestep sampler as a pickle."""
+    state = checkpoint / "timestep_sampler.safetensors"
+    torch.save(load_file(state), checkpoint / "custom_checkpoint_0.pkl")
+    state.unlink()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch", "pickle"])
+@pytest.mark.parametrize("name", PICKLES)
+def test_no_code_of_a_checkpoint_runs(name, zipped, dataset, output, tmp_path):
+    checkpoint = output / "checkpoint-3"
+    if name == "custom_checkpoint_0.pkl":
+        as_earlier_version_wrote(checkpoint)
+    hostile = {"state": Hostile(tmp_path / "it-ran")}
+    if zipped:
+        torch.save(hostile, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(hostile))
+    with pytest.raises(ValueError, match=f"{name} is damaged, or holds code instead of tensors and numbers"):
+        resume(dataset, output)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other"])
+@pytest.mark.parametrize("name", PARTS)
+def test_damaged_parts_are_refused_by_name(name, damage, dataset, output):
+    path = output / "checkpoint-3" / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2] if name != "options.yaml" else content[:5])
+    else:
+        path.write_bytes(b"[1, 2]" if damage == "other" else b"")
+    with pytest.raises(ValueError, match=rf"{name} (is damaged.*|missing)\. Remove this checkpoint"):
+        resume(dataset, output)
+
+
+def test_random_states_of_another_kind_are_refused(dataset, output):
+    path = output / "checkpoint-3" / "random_states_0.pkl"
+    torch.save({"random_state": (3, (1, 2), None)}, path)
+    with pytest.raises(ValueError, match="random_states_0.pkl is damaged"):
+        resume(dataset, output)
+
+
+def test_tensors_of_another_model_are_refused(dataset, output):
+    checkpoint = output / "checkpoint-3"
+    shutil.copy(checkpoint / "timestep_sampler.safetensors", checkpoint / "ema-0.5.safetensors")
+    with pytest.raises(ValueError, match="ema-0.5.safetensors holds other tensors"):
+        resume(dataset, output)
+
+
+def test_checkpoint_of_an_earlier_version_resumes_exactly(dataset, output, tmp_path):
+    earlier = shutil.copytree(output, tmp_path / "earlier")
+    as_earlier_version_wrote(earlier / "checkpoint-3")
+    ends = []
+    for folder in (output, earlier):
+        torch.manual_seed(len(ends))
+        resume(dataset, folder)
+        ends.append(checkpoint_tensors(folder / "checkpoint-6"))
+    now, then = ends
+    assert "timestep_sampler.safetensors" in now and now.keys() == then.keys()
+    assert all(torch.equal(tensor, then[name][key]) for name in now for key, tensor in now[name].items())

@@ -1,0 +1,183 @@
+"""Parts of a checkpoint: which ones there must be, and reading them without running anything that they hold."""
+
+import json
+import operator
+import random
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state
+from accelerate.utils import load as load_weights_only
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
+COUNTS = ("global_step", "averaged_steps", "epoch", "images_into_epoch", "num_processes")
+SAMPLER_FILE = "timestep_sampler.safetensors"
+OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # as earlier versions wrote it
+OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # as earlier versions wrote it
+PICKLES = (".bin", ".pkl", ".pt")
+KEYS = {
+    "optimizer.bin": ("state", "param_groups"),
+    "scheduler.bin": ("base_lrs", "last_epoch", "lr_lambdas"),
+    "options.yaml": ("output_dir",),
+    "trainer_state.json": (*COUNTS, "num_images"),
+}
+OTHER_CHECKPOINT = "Remove this checkpoint to resume from an earlier one, or name another by --resume_from_checkpoint."
+
+
+def check_parts(folder: Path, scaled: bool) -> None:
+    """
+    Checks that all parts of a checkpoint are there and can be read. None is put to use, and no code of theirs runs.
+
+    Args:
+        folder: The checkpoint.
+        scaled: Whether the loss is scaled, as fp16 needs.
+
+    Raises:
+        ValueError: If a part is missing or damaged, or holds what might run code.
+    """
+    require(folder, CHECKPOINT_FILES)
+    progress = read_progress(folder)
+    names = [f"random_states_{process}.pkl" for process in range(progress["num_processes"])]
+    if progress["num_images"] is None:  # of a stream
+        names += [f"stream_{process}.json" for process in range(progress["num_processes"])]
+    if scaled:
+        names.append("scaler.pt")
+    require(folder, names)
+    for name in (*CHECKPOINT_FILES, *names):
+        read_part(folder / name)
+
+
+def require(folder: Path, names: Collection[str]) -> None:
+    """Raises a ValueError that names the parts that a checkpoint lacks."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not complete: {', '.join(missing)} missing. {OTHER_CHECKPOINT}")
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """
+    Reads how far a run had come.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    require(folder, ["trainer_state.json"])
+    return read_part(folder / "trainer_state.json")
+
+
+def read_part(path: Path) -> Any:
+    """
+    Reads a file of a checkpoint.
+
+    Returns:
+        Content of the file; of safetensors the names of the tensors.
+
+    Raises:
+        ValueError: If the file is damaged, or a pickle that holds more than tensors, arrays and numbers.
+    """
+    try:
+        content = READERS[path.suffix](path)
+        _check_content(path.name, content)
+    except Exception as error:  # of pickle, torch, safetensors, json or yaml, as it happens
+        fault = "damaged, or holds code instead of tensors and numbers" if path.suffix in PICKLES else "damaged"
+        raise ValueError(f"{path} is {fault}. {OTHER_CHECKPOINT}") from error
+    return content
+
+
+def read_tensors(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Reads the tensors of a file of a checkpoint.
+
+    Args:
+        path: The file.
+        like: Tensors of the run, whose names and shapes the file must have.
+
+    Raises:
+        ValueError: If the file is missing or damaged, or its tensors have other names or shapes.
+    """
+    require(path.parent, [path.name])
+    read_part(path)
+    tensors = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    shapes = {name: tensor.shape for name, tensor in like.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise ValueError(f"{path} holds other tensors than those of this run. {OTHER_CHECKPOINT}")
+    return tensors
+
+
+def load_prepared(accelerator: Accelerator, folder: Path) -> None:
+    """
+    Restores the model, optimizer, schedule and random states. `Accelerator.load_state` would also run pickles of its own.
+
+    Raises:
+        ValueError: If they are of another run.
+    """
+    try:
+        load_accelerator_state(
+            str(folder),
+            accelerator._models,
+            accelerator._optimizers,
+            accelerator._schedulers,
+            [],  # loaders, whose position the trainer restores
+            accelerator.process_index,
+            accelerator.scaler,
+        )
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} does not fit this run: {error}") from error
+
+
+def save_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
+    """Writes the state of what draws timesteps, where it has one."""
+    tensors = {} if sampler is None else sampler.state_dict()
+    if tensors:
+        save_file(tensors, folder / SAMPLER_FILE)
+
+
+def load_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
+    """
+    Restores what draws timesteps.
+
+    Raises:
+        ValueError: If its file is missing or damaged, or of another run.
+    """
+    tensors = {} if sampler is None else sampler.state_dict()
+    if tensors:
+        names = [name for name in (SAMPLER_FILE, OLD_SAMPLER_FILE) if (folder / name).exists()] or [SAMPLER_FILE]
+        sampler.load_state_dict(read_tensors(folder / names[0], like=tensors))
+
+
+def _read_pickle(path: Path) -> Any:
+    return load_weights_only(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _names_of_tensors(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+READERS = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".yaml": lambda path: yaml.safe_load(path.read_text()),
+    ".safetensors": _names_of_tensors,
+    **dict.fromkeys(PICKLES, _read_pickle),
+}
+
+
+def _check_content(name: str, content: Any) -> None:
+    """Raises an error of any kind if a part lacks what a resumed run takes from it."""
+    for key in KEYS.get(name, ()):
+        content[key]
+    if name == "trainer_state.json":
+        for key in COUNTS:
+            operator.index(content[key])
+    if name.startswith("random_states_"):  # which accelerate would leave out without a word
+        random.Random().setstate(content["random_state"])
+        np.random.RandomState().set_state(content["numpy_random_seed"])
+        torch.Generator().set_state(content["torch_manual_seed"])
