@@ -57,6 +57,10 @@ class MovingAverages:
     def __getitem__(self, decay: float) -> EMAModel:
         return self.averages[decay]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns the tensors of all averages."""
+        return [shadow for average in self.averages.values() for shadow in average.shadow_params]
+
     def update(self) -> None:
         """Moves all averages towards the weights."""
         if not self.averages:

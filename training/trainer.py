@@ -153,7 +153,7 @@ class Trainer:
                 and return early if `stop` was received.
 
         Raises:
-            RuntimeError: If the loss or its gradient is not finite, or fp16 has overflowed `max_skipped_steps` times in a row.
+            RuntimeError: If the loss, its gradient or a weight is not finite, or fp16 has overflowed `max_skipped_steps` times in a row.
                 The last checkpoint is from before.
         """
         self.model.train()
@@ -259,6 +259,7 @@ class Trainer:
         return stopping and not last
 
     def _validate(self, validations: Sequence[Callable]) -> None:
+        self._check_state()  # validations save pipelines
         self.model.eval()
         for validation in validations:
             validation(self)
@@ -270,16 +271,23 @@ class Trainer:
         Writes a checkpoint, see [`Checkpointer.save`].
 
         Raises:
-            RuntimeError: If the loss or its gradient is not finite.
+            RuntimeError: If the loss, its gradient or a weight is not finite.
         """
-        finite = self.means.finite().to(self.grad_norm.device) & self.grad_norm.isfinite()
-        self._check_finite(not self.stop.on_any_process(not finite.item()))
+        self._check_state()
         self.checkpointer.save(self.state, must_succeed)
+
+    def _check_state(self) -> None:
+        """Raises a RuntimeError on all processes if there is anything on any that is not worth saving."""
+        weights = [*self.unwrapped_model.state_dict().values(), *self.averages.tensors()]
+        largest = torch.nn.utils.get_total_norm([weight.detach() for weight in weights], math.inf)
+        finite = self.means.finite().item() and self.grad_norm.isfinite().item() and largest.isfinite().item()
+        self._check_finite(not self.stop.on_any_process(not finite))
 
     def _check_finite(self, finite: bool) -> None:
         if not finite:
             raise RuntimeError(
-                f"The loss or its gradient is not finite before step {self.global_step}. {self.checkpointer.describe_last()}"
+                f"The loss, its gradient or a weight is not finite before step {self.global_step}: try a lower"
+                f" --learning_rate, or --max_grad_norm 1. {self.checkpointer.describe_last()}"
             )
 
     def _log_training(self) -> None:

@@ -83,6 +83,15 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset, tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize("steps", ["--checkpointing_steps 1", "--validation_steps 1"])
+def test_weights_that_are_not_finite_are_not_saved(steps, dataset, tmp_path):
+    # Gradients of zero, which layers of zeros have, over their root mean square: the loss is still finite.
+    more = ["--adam_epsilon", "0", "--logging_steps", "100", *steps.split()]
+    with pytest.raises(RuntimeError, match="a weight is not finite before step 1.*no checkpoint yet"):
+        train_unet.main(unet_args(dataset, tmp_path, 2, *more))
+    assert not list(tmp_path.glob("*checkpoint-*")) and not list(tmp_path.glob("*pipeline*"))
+
+
 @pytest.fixture
 def overflowing_run(dataset, tmp_path, monkeypatch):
     """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
