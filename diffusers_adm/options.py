@@ -7,6 +7,7 @@ such dataclass, whose options have a heading of their own. [`add_options`] build
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -37,6 +38,11 @@ class Check:
 def at_least(minimum: float) -> Check:
     """Returns the check of a lower bound."""
     return Check(f"at least {minimum}", lambda value: value >= minimum)
+
+
+def above(bound: float) -> Check:
+    """Returns the check of a lower bound that is no allowed value itself."""
+    return Check(f"above {bound}", lambda value: value > bound)
 
 
 def in_range(minimum: float, maximum: float) -> Check:
@@ -227,7 +233,7 @@ def build_options(options: type[OptionsClass], args: argparse.Namespace) -> Opti
     Builds a dataclass from parsed arguments, and checks its values. Options that the parser lacks keep their defaults.
 
     Raises:
-        ValueError: If a value does not meet its check.
+        ValueError: If a number is not finite, or a value does not meet its check.
     """
     values = {}
     for field in dataclasses.fields(options):
@@ -243,6 +249,11 @@ def build_options(options: type[OptionsClass], args: argparse.Namespace) -> Opti
 def _failed_checks(options: type, values: dict[str, Any]) -> Iterator[str]:
     for field in dataclasses.fields(options):
         info, value = field.metadata.get("option"), values.get(field.name)
-        if info is not None and info.check is not None and value is not None and not info.check.accepts(value):
-            shown = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        if info is None or value is None:
+            continue
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        shown = ",".join(map(str, parts))
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+            yield f"--{field.name} {shown} must be finite."
+        elif info.check is not None and not info.check.accepts(value):
             yield f"--{field.name} {shown} must be {info.check.requirement}."

@@ -75,6 +75,8 @@ def test_help_says_type_and_default():
     ("words", "message"),
     [
         (["--width", "0.5"], "--width 0.5 must be at least 1."),
+        (["--width", "nan"], "--width nan must be finite."),
+        (["--width", "inf"], "--width inf must be finite."),
         (["--sizes", ","], "--sizes  must be given."),
     ],
 )

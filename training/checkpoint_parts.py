@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state
 from accelerate.utils import load as load_weights_only
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from diffusers_adm.training.configuration import read_table
 
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
@@ -164,7 +165,7 @@ def _names_of_tensors(path: Path) -> list[str]:
 
 READERS = {
     ".json": lambda path: json.loads(path.read_text()),
-    ".yaml": lambda path: yaml.safe_load(path.read_text()),
+    ".yaml": lambda path: read_table(path.read_text(), path.name),
     ".safetensors": _names_of_tensors,
     **dict.fromkeys(PICKLES, _read_pickle),
 }

@@ -83,9 +83,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
     Raises:
         ValueError: If it is not a table of the script's options.
     """
-    table = yaml.safe_load(text)
-    if not isinstance(table, dict):
-        raise ValueError(f"{source} is not a table of options and values.")
+    table = read_table(text, source)
     known, words = options_of(options), []
     for name, value in table.items():
         if name not in known:
@@ -102,6 +100,40 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """Loader that refuses aliases, by which a few lines can stand for more values than fit the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "found an alias in place of a value", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def read_table(text: str, source: str) -> dict[str, Any]:
+    """
+    Reads a YAML table of options.
+
+    Args:
+        text: The table.
+        source: Its origin, for messages.
+
+    Raises:
+        ValueError: If it is not one table in YAML without aliases.
+    """
+    try:
+        table = yaml.load(text, _LoaderWithoutAliases)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{source} is not a table of options and values: {reason}{place}.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{source} is not a table of options and values.")
+    return table
 
 
 def joined(values: list) -> str:
@@ -142,8 +174,11 @@ def contradictions(options: TrainingOptions, text: str) -> list[str]:
     Args:
         options: Options of the resumed run.
         text: `options.yaml` of the interrupted run. Options that it lacks may have any value.
+
+    Raises:
+        ValueError: If the text is not a table of options.
     """
-    now, then = yaml.safe_load(as_yaml(options)), yaml.safe_load(text)
+    now, then = yaml.safe_load(as_yaml(options)), read_table(text, "options.yaml")
     known = options_of(type(options))
     return [
         f"--{name} {now[name]} (was {then[name]})"

@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from diffusers.optimization import SchedulerType
+
 from diffusers_adm.data.images import ImageFormat
 from diffusers_adm.data.options import ImageSelection, ImageSource
 from diffusers_adm.diffusion import PREDICTION_TYPES
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.openai.flags import BETA_SCHEDULES
-from diffusers_adm.options import Check, at_least, in_range, option, option_group
+from diffusers_adm.options import Check, above, at_least, in_range, option, option_group
 from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
 LOSSES = ("hybrid", "vlb")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+# Those of diffusers but the piecewise constant one, which needs rules.
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+RATE = Check("in [0, 1)", lambda rate: 0 <= rate < 1)
 
 
 def preset_names() -> list[str]:
@@ -38,19 +43,27 @@ def batch_is_divided_anew(values: dict) -> bool:
 class ArchitectureOptions:
     """Architecture of the model, and the model that training starts from."""
 
-    model_channels: int = option(128, help="Number of channels at the largest resolution.")
-    channel_mult: tuple[float, ...] = option((1, 2, 3, 4), help="Factor of the channels per resolution.")
-    layers_per_block: int = option(2, help="Number of residual blocks per resolution.")
+    model_channels: int = option(128, help="Number of channels at the largest resolution.", check=at_least(1))
+    channel_mult: tuple[float, ...] = option(
+        (1, 2, 3, 4),
+        help="Factor of the channels per resolution.",
+        check=Check("one or more factors above 0", lambda factors: factors and min(factors) > 0),
+    )
+    layers_per_block: int = option(2, help="Number of residual blocks per resolution.", check=at_least(1))
     attention_resolutions: tuple[int, ...] = option((32, 16, 8), help="Resolutions with attention, in pixels.")
-    attention_head_dim: int = option(64, help="Number of channels per attention head.")
-    num_attention_heads: int | None = option(None, help="Number of attention heads, instead of their channels.")
-    norm_num_groups: int = option(32, help="Number of groups per normalisation.")
+    attention_head_dim: int = option(64, help="Number of channels per attention head.", check=at_least(1))
+    num_attention_heads: int | None = option(
+        None, help="Number of attention heads, instead of their channels.", check=at_least(1)
+    )
+    norm_num_groups: int = option(32, help="Number of groups per normalisation.", check=at_least(1))
     resnet_time_scale_shift: str = option(
         "scale_shift", help="Effect of the timestep on a residual block.", choices=("scale_shift", "default")
     )
     resample_type: str = option("resnet", help="Layers between resolutions.", choices=("resnet", "conv"))
-    output_scale_factor: float = option(1.0, help="Divisor of each residual sum. 1.4142 is the paper's ablation.")
-    dropout: float = option(0.0, help="Dropout probability.")
+    output_scale_factor: float = option(
+        1.0, help="Divisor of each residual sum. 1.4142 is the paper's ablation.", check=above(0)
+    )
+    dropout: float = option(0.0, help="Dropout probability.", check=in_range(0, 1))
     gradient_checkpointing: bool = option(
         False, help="Compute activations again in the backward pass, to save memory.", resumable=True
     )
@@ -70,7 +83,7 @@ class DiffusionOptions:
     """Noise of the timesteps."""
 
     noise_schedule: str = option("linear", help="Schedule of the noise.", choices=BETA_SCHEDULES)
-    num_train_timesteps: int = option(1000, help="Number of timesteps.")
+    num_train_timesteps: int = option(1000, help="Number of timesteps.", check=at_least(1))
 
 
 @dataclass
@@ -102,20 +115,28 @@ class OptimisationOptions:
     num_epochs: int | None = option(
         None, help="Number of passes over the images, instead of steps.", check=at_least(1), resumable=True
     )
-    learning_rate: float = option(1e-4, help="Learning rate.", resumable=True, on_card=True)
+    learning_rate: float = option(1e-4, help="Learning rate.", resumable=True, on_card=True, check=at_least(0))
     lr_scheduler: str = option(
-        "constant", help="Learning rate schedule of diffusers.", metavar="NAME", resumable=True, on_card=True
+        "constant", help="Learning rate schedule of diffusers.", choices=LR_SCHEDULERS, resumable=True, on_card=True
     )
     lr_warmup_steps: int = option(
-        0, help="Number of steps in which the learning rate rises from 0.", resumable=True, on_card=True
+        0,
+        help="Number of steps in which the learning rate rises from 0.",
+        resumable=True,
+        on_card=True,
+        check=at_least(0),
     )
-    adam_beta1: float = option(0.9, help="Decay rate of Adam's mean of gradients.")
-    adam_beta2: float = option(0.999, help="Decay rate of Adam's mean of squared gradients.")
-    adam_weight_decay: float = option(0.0, help="Weight decay of AdamW.")
-    adam_epsilon: float = option(1e-8, help="Addend in Adam's denominator.")
+    adam_beta1: float = option(0.9, help="Decay rate of Adam's mean of gradients.", check=RATE)
+    adam_beta2: float = option(0.999, help="Decay rate of Adam's mean of squared gradients.", check=RATE)
+    adam_weight_decay: float = option(0.0, help="Weight decay of AdamW.", check=at_least(0))
+    adam_epsilon: float = option(1e-8, help="Addend in Adam's denominator.", check=at_least(0))
     use_8bit_adam: bool = option(False, help="Use AdamW of bitsandbytes, with a state of 8 bits.")
     max_grad_norm: float | None = option(
-        None, help="Norm that gradients are clipped to. They are not clipped by default.", resumable=True, on_card=True
+        None,
+        help="Norm that gradients are clipped to. They are not clipped by default.",
+        resumable=True,
+        on_card=True,
+        check=above(0),
     )
     mixed_precision: str | None = option(
         None,
@@ -132,7 +153,7 @@ class OptimisationOptions:
     channels_last: bool = option(
         False, help="Keep channels last in memory, which some devices prefer.", negatable=True, resumable=True
     )
-    seed: int = option(0, help="Seed of the run.")
+    seed: int = option(0, help="Seed of the run.", check=at_least(0))
 
 
 @dataclass
@@ -180,6 +201,7 @@ class HubOptions:
         30.0,
         help="Seconds before the second attempt of an upload. Each further wait is twice as long.",
         resumable=True,
+        check=at_least(0),
     )
 
 
@@ -233,7 +255,9 @@ class ObjectiveOptions:
         "hybrid", help="Loss. hybrid is the simple loss if the variance is not learned.", choices=LOSSES
     )
     vlb_weight: float | None = option(
-        None, help="Weight of the bound in the hybrid loss. It is --num_train_timesteps / 1000 by default."
+        None,
+        help="Weight of the bound in the hybrid loss. It is --num_train_timesteps / 1000 by default.",
+        check=at_least(0),
     )
     noise_offset: float = option(
         0.0,
@@ -259,8 +283,8 @@ class AverageOptions:
         check=Check("one or more rates in [0, 1)", lambda rates: rates and all(0 <= rate < 1 for rate in rates)),
     )
     use_ema_warmup: bool = option(False, help="Raise the rate to --ema_decay by 1 - (1 + step / gamma) ** -power.")
-    ema_inv_gamma: float = option(1.0, help="Gamma of the warm-up.")
-    ema_power: float = option(0.75, help="Power of the warm-up.")
+    ema_inv_gamma: float = option(1.0, help="Gamma of the warm-up.", check=above(0))
+    ema_power: float = option(0.75, help="Power of the warm-up.", check=at_least(0))
     offload_ema: bool = option(False, help="Keep the averages in the CPU's memory.", resumable=True)
 
     @property
@@ -315,7 +339,9 @@ class UNetTrainingOptions(TrainingOptions):
 class UpsamplerOptions:
     """Small images that an upsampler is given."""
 
-    low_resolution: int = option(16, help="Height and width of the small images in pixels, a divisor of --resolution.")
+    low_resolution: int = option(
+        16, help="Height and width of the small images in pixels, a divisor of --resolution.", check=at_least(1)
+    )
     low_res_noise: float = option(
         0.0,
         help="Largest standard deviation of noise on the small images, so that the upsampler forgives flaws of drawn ones.",
@@ -346,7 +372,9 @@ class ClassifierOptions:
     """Head and loss of a classifier."""
 
     pool: str = option("attention", help="Layers after the encoder.", choices=POOLS)
-    entropy_weight: float = option(0.0, help="Weight of the penalty on confidence. Its paper uses 0.1.")
+    entropy_weight: float = option(
+        0.0, help="Weight of the penalty on confidence. Its paper uses 0.1.", check=at_least(0)
+    )
 
 
 @dataclass(kw_only=True)

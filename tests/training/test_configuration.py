@@ -1,5 +1,6 @@
 """Presets, configuration files, and what a resumed run may change."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from diffusers_adm.training.setup import build_unet, model_config
 
 
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
+# Each line has nine times the values of the one before.
+ALIASES = "a: &a [x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
 RELEASED = {
     "adm-64": "64x64_diffusion.pt",
     "adm-128": "128x128_diffusion.pt",
@@ -90,6 +93,11 @@ def test_command_line_wins_over_config_and_config_over_preset(tmp_path):
         (None, "no such file"),
         ("mixed_precision: no", "mixed_precision takes a value"),
         ("keep_every: 0", "--keep_every 0"),
+        ("seed: [1", "not a table of options and values: expected .* in line 1"),
+        ("seed:\n\t- 1", "not a table of options and values: found character .* in line 2"),
+        ("seed: 1\n---\nseed: 2", "not a table of options and values: but found another document in line 2"),
+        ("seed: 2026-13-45", "not a table of options and values: month must be in 1..12"),
+        (ALIASES, "not a table of options and values: found an alias in place of a value in line 2"),
     ],
 )
 def test_bad_configuration_files_are_refused(text, message, tmp_path):
@@ -97,6 +105,33 @@ def test_bad_configuration_files_are_refused(text, message, tmp_path):
         (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--config", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max_grad_norm -1", "--max_grad_norm -1.0 must be above 0."),
+        ("--max_grad_norm 0", "--max_grad_norm 0.0 must be above 0."),
+        ("--max_grad_norm nan", "--max_grad_norm nan must be finite."),
+        ("--learning_rate inf", "--learning_rate inf must be finite."),
+        ("--learning_rate -1", "--learning_rate -1.0 must be at least 0."),
+        ("--lr_warmup_steps -1", "--lr_warmup_steps -1 must be at least 0."),
+        ("--output_scale_factor 0", "--output_scale_factor 0.0 must be above 0."),
+        ("--channel_mult 1,nan", "--channel_mult 1.0,nan must be finite."),
+        ("--channel_mult 1,0", "--channel_mult 1.0,0.0 must be one or more factors above 0."),
+        ("--adam_beta2 1", "--adam_beta2 1.0 must be in [0, 1)."),
+        ("--noise_offset nan", "--noise_offset nan must be finite."),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(words, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", *words.split()])
+
+
+def test_choices_of_schedules_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--lr_scheduler", "foo"])
+    assert "constant_with_warmup" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_configuration_file_may_name_a_preset(tmp_path):
