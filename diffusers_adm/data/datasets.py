@@ -10,6 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
 
+from diffusers_adm.data.folders import find_layout
 from diffusers_adm.data.images import Columns, ImageFormat, ImageReader
 from diffusers_adm.data.labels import as_class_label, label_by_file_name, stream_as_class_label
 from diffusers_adm.data.options import ImageSelection, ImageSource
@@ -203,14 +204,7 @@ def load_rows(
         ValueError: If there is no such column, or some labels are missing or of other classes.
         DatasetNotFoundError: If there is no such dataset.
     """
-    place = (
-        {"path": "imagefolder", "data_dir": source.train_data_dir}
-        if source.dataset_name is None
-        else {"path": source.dataset_name, "name": source.dataset_config_name, "revision": source.dataset_revision}
-    )
-    rows = load_dataset(
-        **place, data_files=source.data_files, split=split, cache_dir=source.cache_dir, streaming=streaming
-    )
+    rows = _load_split(source, split, streaming)
     if rows.features is None:
         raise ValueError(f"The stream of split {split!r} does not say what columns it has.")
     image_column = source.image_column or _only_column(rows, ImageFeature)
@@ -238,6 +232,27 @@ def load_rows(
     else:
         rows = as_class_label(rows, label_column, classes)
     return rows, Columns(image_column, label_column, rows.features[label_column].names)
+
+
+def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Loads a split. Which images of a local folder are in it is decided here, because `load_dataset` would guess."""
+    options = {"split": split, "cache_dir": source.cache_dir, "streaming": streaming}
+    folder = source.train_data_dir or source.dataset_name
+    explicit = source.data_files is not None or source.dataset_config_name is not None
+    layout = None if explicit else find_layout(folder)
+    if layout is not None:
+        if layout.splits:
+            logger.warning("%s has the split folders %s: reading split %s.", folder, layout.splits, split)
+        rows = load_dataset(**layout.arguments(), **options)
+        if not streaming:
+            layout.check_number(sum(info.num_examples for info in rows.info.splits.values()))
+        return rows
+    place = (
+        {"path": "imagefolder", "data_dir": source.train_data_dir}
+        if source.dataset_name is None
+        else {"path": source.dataset_name, "name": source.dataset_config_name, "revision": source.dataset_revision}
+    )
+    return load_dataset(**place, data_files=source.data_files, **options)
 
 
 def _on_disk(rows: IterableDataset) -> Dataset:

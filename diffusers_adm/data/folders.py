@@ -1,0 +1,116 @@
+"""Layout of a local folder of images: one subfolder per class, or split folders that hold such subfolders."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+
+SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+OTHER_FORMATS = (".parquet", ".arrow", ".tar", ".gz", ".tgz", ".zip", ".lance")
+
+
+@dataclass(frozen=True)
+class ImageFolderLayout:
+    """
+    Files of a folder of images.
+
+    Args:
+        folder: The folder.
+        splits: Subfolders of each split. Empty if all images are one split.
+        num_images: Number of images on disk.
+        has_classes: Whether some images are in a subfolder of the folder, or of a split.
+        has_metadata: Whether a metadata file lists the images.
+    """
+
+    folder: Path
+    splits: dict[str, list[str]]
+    num_images: int
+    has_classes: bool
+    has_metadata: bool
+
+    def arguments(self) -> dict:
+        """Returns the arguments of `load_dataset`, which would guess splits from the names of files and classes."""
+        patterns = {split: [f"{name}/**" for name in names] for split, names in self.splits.items()}
+        return {
+            "path": "imagefolder",
+            "data_dir": str(self.folder),
+            "data_files": patterns or {"train": ["**"]},
+            "drop_labels": None if self.has_classes else True,
+        }
+
+    def check_number(self, num_loaded: int) -> None:
+        """Raises a ValueError unless all images on disk were loaded. A metadata file may list fewer."""
+        if not self.has_metadata and num_loaded != self.num_images:
+            raise ValueError(
+                f"{self.folder} holds {self.num_images} image files, but {num_loaded} were loaded: name the files by"
+                " --data_files, and look for links and unusual characters in the names of folders."
+            )
+
+
+def find_layout(folder: str | Path) -> ImageFolderLayout | None:
+    """
+    Returns the layout of a folder of images, or `None` if the path is no folder, or holds a dataset of another format.
+
+    Raises:
+        ValueError: If split folders lie beside other images, so that it is unclear which images are meant.
+    """
+    folder = Path(folder)
+    files = _visible_files(folder)
+    images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
+    if not images or any(path.suffix.lower() in OTHER_FORMATS for path in files if path.stem != "metadata"):
+        return None
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(r"^configs:", readme.read_text(errors="replace"), re.MULTILINE):
+        return None  # its author has named the splits
+    splits = _find_splits(folder, images)
+    return ImageFolderLayout(
+        folder=folder,
+        splits=splits,
+        num_images=len(images),
+        has_classes=any(len(path.parts) > (2 if splits else 1) for path in images),
+        has_metadata=any(path.name in ImageFolder.METADATA_FILENAMES for path in files),
+    )
+
+
+def _find_splits(folder: Path, images: list[Path]) -> dict[str, list[str]]:
+    """Returns the subfolders of each split. A subfolder that merely has the name of a split is a class among classes."""
+    subfolders = sorted({path.parts[0] for path in images if len(path.parts) > 1})
+    with_classes = {path.parts[0] for path in images if len(path.parts) > 2}
+    found = {name: _split_of(name, name in with_classes) for name in subfolders}
+    others = [name for name, split in found.items() if split is None]
+    loose = [path.name for path in images if len(path.parts) == 1]
+    if others or loose:
+        unclear = [name for name, split in found.items() if split is not None and name in with_classes]
+        if unclear:
+            raise ValueError(
+                f"{folder} holds split folders {unclear} beside other images ({(others + loose)[:3]}): keep one subfolder"
+                " per class, or split folders alone, or name the files by --data_files."
+            )
+        return {}
+    splits: dict[str, list[str]] = {}
+    for name, split in found.items():
+        splits.setdefault(split, []).append(name)
+    return splits
+
+
+def _split_of(name: str, with_classes: bool) -> str | None:
+    """Returns the split that a folder's name means. Further words, as in `train_images`, need classes in the folder."""
+    words = set(re.findall("[a-z]+", name.lower()))
+    splits = {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}
+    return splits.pop() if len(splits) == 1 and (with_classes or len(words) == 1) else None
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Returns the files below a folder, relative to it, without those that `load_dataset` takes for hidden."""
+    files = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
+        files += [Path(parent, name).relative_to(folder) for name in names if not name.startswith(".")]
+    return files

@@ -1,0 +1,64 @@
+"""Folders of images: which images are read, whatever their names are."""
+
+import pytest
+from data_options import arguments, load_images, picture
+
+from diffusers_adm.data.folders import find_layout
+from diffusers_adm.data.image_sets import open_images
+
+
+def save(folder, *names):
+    """Saves a picture under each name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(folder / name)
+    return str(folder)
+
+
+PLAIN = ["cat/0.png", "cat/1.png", "dog/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["cat/train_station.png", "dog/train.png"], ["cat", "dog"]),
+        (["cat/test_0.png", "dog/validation.png"], ["cat", "dog"]),
+        (["train/0.png", "train/1.png"], ["cat", "dog", "train"]),
+        (["test/train.png", "val tube/0.png"], ["cat", "dog", "test", "val tube"]),
+    ],
+)
+@pytest.mark.parametrize("option", ["--train_data_dir", "--dataset_name"])
+def test_every_image_of_every_class_is_read(tmp_path, names, classes, option):
+    folder = save(tmp_path, *PLAIN, *names)
+    images, _ = load_images(arguments(option, folder))
+    assert len(images) == len(PLAIN) + len(names) and images.class_names == classes
+    if option == "--dataset_name":
+        assert open_images(folder, labelled=True).num_images == len(images)
+
+
+@pytest.mark.parametrize("validation", ["validation", "val", "Valid_images"])
+def test_split_folders_are_splits_and_the_log_says_so(tmp_path, caplog, validation):
+    names = [f"train/{name}" for name in PLAIN] + [f"{validation}/{name}" for name in ("cat/train.png", "dog/0.png")]
+    folder = save(tmp_path, *names)
+    images, held_out = load_images(arguments("--train_data_dir", folder, "--validation_split", "validation"))
+    assert (len(images), len(held_out)) == (3, 2) and held_out.class_names == ["cat", "dog"]
+    assert "reading split train" in caplog.text and "reading split validation" in caplog.text
+
+
+def test_split_folders_without_classes_have_no_labels(tmp_path):
+    folder = save(tmp_path, "train/0.png", "train/1.png", "test/0.png")
+    images, _ = load_images(arguments("--train_data_dir", folder))
+    assert len(images) == 2 and images.class_names is None
+
+
+def test_split_folders_beside_other_images_are_refused(tmp_path):
+    folder = save(tmp_path, "train/cat/0.png", "extra/0.png")
+    with pytest.raises(ValueError, match=r"split folders \['train'\] beside other images \(\['extra'\]\)"):
+        load_images(arguments("--train_data_dir", folder))
+
+
+def test_difference_from_the_files_on_disk_is_refused(tmp_path):
+    layout = find_layout(save(tmp_path, *PLAIN))
+    layout.check_number(3)
+    with pytest.raises(ValueError, match="holds 3 image files, but 2 were loaded"):
+        layout.check_number(2)
