@@ -49,9 +49,14 @@ def check_parts(folder: Path, scaled: bool) -> None:
     names = [f"random_states_{process}.pkl" for process in range(progress["num_processes"])]
     if progress["num_images"] is None:  # of a stream
         names += [f"stream_{process}.json" for process in range(progress["num_processes"])]
+    require(folder, names)
     if scaled:
         names.append("scaler.pt")
-    require(folder, names)
+        if not (folder / "scaler.pt").is_file():
+            raise ValueError(
+                f"{folder} has no scaler.pt, from which --mixed_precision fp16 resumes: give the --mixed_precision that it was"
+                f" written with. {OTHER_CHECKPOINT}"
+            )
     for name in (*CHECKPOINT_FILES, *names):
         read_part(folder / name)
 
@@ -178,6 +183,11 @@ def _check_content(name: str, content: Any) -> None:
     if name == "trainer_state.json":
         for key in COUNTS:
             operator.index(content[key])
+    if name.startswith("stream_"):
+        content[0]  # of the first worker, which every stream has
+        for epoch, batch in content:
+            operator.index(epoch)
+            operator.index(batch)
     if name.startswith("random_states_"):  # which accelerate would leave out without a word
         random.Random().setstate(content["random_state"])
         np.random.RandomState().set_state(content["numpy_random_seed"])

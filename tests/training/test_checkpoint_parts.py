@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from training_runs import checkpoint_tensors, unet_args
 
 from diffusers_adm.training import train_unet
+from diffusers_adm.training.checkpoint_parts import check_parts, read_part
 
 
 SAMPLING = ["--schedule_sampler", "loss-second-moment"]
@@ -89,6 +90,19 @@ def test_random_states_of_another_kind_are_refused(dataset, output):
     torch.save({"random_state": (3, (1, 2), None)}, path)
     with pytest.raises(ValueError, match="random_states_0.pkl is damaged"):
         resume(dataset, output)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"global_step": 3}', '{"global_step": "3"}', "[[1, 2.5]]", "[1, 2]"])
+@pytest.mark.parametrize("name", ["trainer_state.json", "stream_0.json"])
+def test_tables_of_another_kind_are_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        read_part(tmp_path / name)
+
+
+def test_scale_of_fp16_is_required(output):
+    with pytest.raises(ValueError, match="no scaler.pt, from which --mixed_precision fp16 resumes"):
+        check_parts(output / "checkpoint-3", scaled=True)
 
 
 def test_tensors_of_another_model_are_refused(dataset, output):
