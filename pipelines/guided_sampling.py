@@ -5,15 +5,17 @@ from numbers import Integral
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor, unwrap_module
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
-from diffusers_adm.guidance import ClassifierGuidance, Denoiser, GuidanceOptions, Guider
+from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
+from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.pipelines.checks import check_finite, check_guiding_unet, check_no_dropout
 from diffusers_adm.pipelines.class_labels import ClassLabels, ClassNames, check_labels, draw_labels, known_classes
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
-from diffusers_adm.pipelines.runs import LatestRun, RunStateMixin
+from diffusers_adm.pipelines.runs import Runs, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.solvers import DDPMSolver, Solver, build_solver, check_scheduler
@@ -56,7 +58,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             **config,
         )
         self._check_components()
-        self._latest = LatestRun()
+        self._runs = Runs()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
@@ -96,16 +98,24 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             check_labels(self, labels, unet_takes_labels, scales)
         return labels
 
-    def _prepare_guider(
-        self,
-        options: SamplingOptions,
-        solver: Solver,
-        labels: list[int] | None,
-        batch_size: int,
-        device: torch.device,
-    ) -> Guider:
-        """Returns the guidance of a run by the classifier, or by a function in its place."""
-        scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
+    def _guidance_factors(
+        self, options: SamplingOptions, solver: Solver, has_labels: bool, batch_size: int
+    ) -> list[float]:
+        """
+        Checks guidance of both kinds, before labels are drawn: a call that is refused leaves the generator as it was.
+
+        Args:
+            options: Resolved options of the run.
+            solver: Run of the scheduler.
+            has_labels: Whether each image has a label, given or drawn.
+            batch_size: Number of images.
+
+        Returns:
+            Factor of guidance scale and weight at each step; 0 where guidance does not act.
+
+        Raises:
+            ValueError: If guidance is impossible, or acts at none of the steps.
+        """
         guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
         if guidance_options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
             raise ValueError("gradient_at='mean' is not for a function whose gradient goes through the UNet to x_t.")
@@ -114,25 +124,51 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             raise ValueError(f"gradient_at='mean' is of DDPMScheduler's steps, not of {name}'s.")
         if guidance_options.entropy_scaling and guidance_fn is not None:
             raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
+        scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
+        weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
+        told_class = has_labels and options.unet_takes_labels(self)
+        if any(weights) and options.guiding_unet is None and (self.unet.null_class is None or not told_class):
+            raise ValueError(
+                f"cfg_weight={options.cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class,"
+                " or a guiding_unet."
+            )
+        if options.guiding_unet is not None:
+            check_guiding_unet(options.guiding_unet, self.unet, told_class)
+            if not any(weights):
+                raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
+        if any(scales) and guidance_fn is None and self.classifier is None:
+            raise ValueError(f"guidance_scale={options.guidance_scale} needs a classifier, and the pipeline has none.")
+        factors = guidance_options.factors(solver.sigmas)
+        if (any(scales) or any(weights)) and not any(factors):
+            raise ValueError(f"{guidance_options} let guidance act at none of the {len(factors)} steps.")
+        return factors
+
+    def _prepare_guider(
+        self,
+        options: SamplingOptions,
+        solver: Solver,
+        factors: list[float],
+        labels: list[int] | None,
+        device: torch.device,
+    ) -> Guider:
+        """Returns the guidance of a run by the classifier, or by a function in its place."""
+        guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
         if guidance_fn is None and self.classifier is not None:
             max_entropy_scale = guidance_options.max_entropy_scale if guidance_options.entropy_scaling else None
-            guidance_fn = ClassifierGuidance(self.classifier, max_entropy_scale)
+            guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale)
 
         def check_scales(scales: list[float]) -> None:
             self._check_scales(scales, options, guidance_fn is not None, labels)
 
-        guider = Guider(
+        return Guider(
             guidance_fn,
             guidance_options,
             solver,
+            factors,
             None if labels is None else torch.tensor(labels, device=device),
             through_half=getattr(guidance_fn, "through_unet", False) and self.unet.dtype == torch.float16,
             check_scales=check_scales,
         )
-        check_scales(scales)
-        if any(scales):
-            guider.check_acts()
-        return guider
 
     def _check_scales(
         self, scales: list[float], options: SamplingOptions, guides: bool, labels: list[int] | None
@@ -149,34 +185,22 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
     def _prepare_denoiser(
         self,
         options: SamplingOptions,
-        guider: Guider,
+        factors: list[float],
         labels: list[int] | None,
         batch_size: int,
         device: torch.device,
         low_res: torch.Tensor | None = None,
     ) -> Denoiser:
         """Returns the prediction of a run: the UNet, with classifier-free guidance or autoguidance."""
-        null_class, guiding_unet = self.unet.null_class, options.guiding_unet
-        told_class = labels is not None and options.unet_takes_labels(self)
+        class_labels, cfg_weight = None, None
+        if labels is not None and options.unet_takes_labels(self):
+            class_labels = torch.tensor(labels, device=device)
+        elif self.unet.null_class is not None and not options.condition_unet:
+            class_labels = torch.full((batch_size,), self.unet.null_class, device=device)
         weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
-        if any(weights) and guiding_unet is None and (null_class is None or not told_class):
-            raise ValueError(
-                f"cfg_weight={options.cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class,"
-                " or a guiding_unet."
-            )
-        if guiding_unet is not None:
-            check_guiding_unet(guiding_unet, self.unet, told_class)
-            if not any(weights):
-                raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
-        if any(weights):
-            guider.check_acts()
-        class_labels = torch.tensor(labels, device=device) if told_class else None
-        if null_class is not None and not options.condition_unet:
-            class_labels = torch.full((batch_size,), null_class, device=device)
-        cfg_weight = None
         if any(weights):
             cfg_weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
-        return Denoiser(self.unet, class_labels, low_res, cfg_weight, guider.factors, guiding_unet)
+        return Denoiser(self.unet, class_labels, low_res, cfg_weight, factors, options.guiding_unet)
 
     def _prepare_latents(
         self,
@@ -195,7 +219,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
         if not latents.isfinite().all():
             raise ValueError("latents must be finite, but some values are NaN or infinite.")
-        return latents.to(device, torch.float32)
+        return latents.to(device, torch.float32, copy=True)  # callbacks may change x_t in place
 
     def _denoise(
         self,
@@ -222,7 +246,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         batch_size, visits = len(x_t), solver.visits
         timesteps = solver.schedule.timesteps.to(x_t.device)  # (steps,), least noisy first
         with (
-            self._running(options.guidance_scale, len(visits)) as run,
+            self._runs.running(options.guidance_scale, len(visits)) as run,
             self.progress_bar(total=len(visits)) as progress_bar,
         ):
             for step, index in enumerate(visits):
@@ -352,7 +376,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         generator: Generators,
         output_type: str,
     ) -> None:
-        """Raises a ValueError unless the call's inputs fit the pipeline, as far as no later section checks them."""
+        """Raises a ValueError unless the inputs fit that need neither the timesteps nor the labels to be checked."""
         self._check_components()
         check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=options.guiding_unet)
         if output_type not in OUTPUT_TYPES:
@@ -403,37 +427,3 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             given = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
         return next(iter(counts.values()))
-
-
-def check_no_dropout(**models: torch.nn.Module | None) -> None:
-    """Raises a ValueError if a model would drop features at random."""
-    for name, model in models.items():
-        if getattr(model, "training", False) and any(
-            isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
-        ):
-            raise ValueError(
-                f"The {name} is in training mode, in which its dropout acts: call its eval() before sampling."
-            )
-
-
-def check_finite(x_0: torch.Tensor) -> None:
-    """Raises a ValueError that names the images of which something is not finite."""
-    failed = (~x_0.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if failed:
-        raise ValueError(
-            f"Images {failed} of {len(x_0)} are not finite after the last step: look for NaN or infinity in the weights, in"
-            " `latents` and in what callbacks return, for a large `cfg_weight`, and for a UNet that overflows float16."
-        )
-
-
-def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
-    """Raises a ValueError unless one UNet's predictions, with or without a class, can be weighed against the other's."""
-    names = [type(unwrap_module(one)).__name__ for one in (guiding_unet, unet)]  # of a compiled one, the model's
-    if names[0] != names[1]:  # by name: saved code has classes of its own
-        raise ValueError(f"guiding_unet must be an {names[1]}: got {names[0]}.")
-    if not told_class and guiding_unet.config.num_class_embeds is not None and guiding_unet.null_class is None:
-        raise ValueError("guiding_unet has no null class (use_null_class), and the UNet is told no class.")
-    for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
-        ours, theirs = unet.config[name], guiding_unet.config[name]
-        if ours != theirs and not (name == "num_class_embeds" and theirs is None):
-            raise ValueError(f"guiding_unet differs from the UNet in {name}: {theirs} and {ours}.")

@@ -194,12 +194,13 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         # 2. Prepare the timesteps.
         solver = self._prepare_solver(options)
+        factors = self._guidance_factors(options, solver, labels is not None, batch_size)
 
         # 3. Prepare labels, which are never drawn here, and guidance.
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
-        guider = self._prepare_guider(options, solver, labels, batch_size, device)
-        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, device, low_res.to(device))
+        guider = self._prepare_guider(options, solver, factors, labels, device)
+        denoiser = self._prepare_denoiser(options, factors, labels, batch_size, device, low_res.to(device))
 
         # 4. Prepare x_T.
         x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)

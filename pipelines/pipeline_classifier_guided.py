@@ -9,7 +9,7 @@ from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
-from diffusers_adm.pipelines.class_labels import ClassLabels
+from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.step_hooks import StepHooks
@@ -149,7 +149,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
                 step. Latents that it returns under "latents" replace x_{t-1}. It may change `pipeline._guidance_scale`, set
-                `pipeline._interrupt`, and call the pipeline itself: these belong to the run that called it, in its thread.
+                `pipeline._interrupt`, and call the pipeline itself: these belong to the run that called it, in its thread. The
+                networks are read when a run begins, so another `pipeline.unet` takes effect in the next.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
                 predicted clean images, before guidance; `"gradient"`, which guided the step, with scale and options, or
                 `None` where the step was not guided.
@@ -201,11 +202,14 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         # 2. Prepare the timesteps.
         solver = self._prepare_solver(options)
+        factors = self._guidance_factors(
+            options, solver, labels is not None or known_classes(self) is not None, batch_size
+        )
 
         # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
         labels = self._prepare_labels(labels, options, batch_size, generator)
-        guider = self._prepare_guider(options, solver, labels, batch_size, device)
-        denoiser = self._prepare_denoiser(options, guider, labels, batch_size, device)
+        guider = self._prepare_guider(options, solver, factors, labels, device)
+        denoiser = self._prepare_denoiser(options, factors, labels, batch_size, device)
 
         # 4. Prepare x_T.
         x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """
     State of one run that callbacks read and may change.
@@ -27,21 +27,46 @@ class Run:
     active: bool = True
 
 
-class LatestRun(threading.local):
+class Runs:
     """
-    Latest run of a pipeline in each thread: the innermost one while runs go on, otherwise the last one that has ended.
+    Runs of a pipeline in all threads.
 
     State of a run lives here and not on the pipeline, so that two threads may use one pipeline, and a callback may call it.
+
+    Attributes:
+        active: Runs that are going on, in the order in which they began.
     """
 
-    run: Run | None = None
+    def __init__(self):
+        self.active: list[Run] = []
+        self._own = threading.local()
 
     def __reduce__(self):
-        return LatestRun, ()  # a copied pipeline has no runs yet
+        return Runs, ()  # a deep copy of a pipeline has no runs yet
 
-    def begin(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Run:
+    @property
+    def current(self) -> Run | None:
         """
-        Begins a run.
+        This thread's run: the innermost one that is going on, otherwise one of another thread, otherwise this thread's last
+        one.
+        """
+        own: Run | None = getattr(self._own, "run", None)
+        if own is not None and own.active:
+            return own
+        return self.active[-1] if self.active else own
+
+    def change(self, **state) -> None:
+        """Changes the state of this thread's run. A thread without one, such as that of a stop button, changes all runs."""
+        own: Run | None = getattr(self._own, "run", None)
+        own_is_active = own is not None and own.active
+        for run in [own] if own_is_active else list(self.active):
+            for name, value in state.items():
+                setattr(run, name, value)
+
+    @contextlib.contextmanager
+    def running(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Iterator[Run]:
+        """
+        Yields the state of a new run of this thread, which is the current one for as long as the context lasts.
 
         Args:
             guidance_scale: Guidance scale of the call. It is copied, because a callback may change it in place, and a
@@ -50,73 +75,59 @@ class LatestRun(threading.local):
         """
         is_tensor = isinstance(guidance_scale, torch.Tensor)
         scale = guidance_scale.to("cpu", copy=True) if is_tensor else copy.copy(guidance_scale)
-        self.run = Run(scale, num_timesteps)
-        return self.run
-
-    def end(self, run: Run, outer: Run | None) -> None:
-        """Ends a run. A run around it, whose callback has called the pipeline, is the latest again."""
-        run.active = False
-        self.run = outer if outer is not None and outer.active else run
+        outer: Run | None = getattr(self._own, "run", None)
+        run = Run(scale, num_timesteps)
+        self.active.append(run)
+        self._own.run = run
+        try:
+            yield run
+        finally:
+            run.active = False
+            self.active.remove(run)
+            if outer is not None and outer.active:
+                self._own.run = outer  # a callback of the outer run has called the pipeline
 
 
 class RunStateMixin:
     """
-    Properties of a pipeline that callbacks of diffusers use. They are those of this thread's run: the innermost one while runs
-    go on, and otherwise the last one.
+    Properties of a pipeline that callbacks of diffusers use. They are those of this thread's run, see [`Runs`].
 
     Attributes:
-        _latest: Latest run of each thread; the pipeline's constructor makes it.
+        _runs: Runs of the pipeline; its constructor makes them.
     """
 
-    _latest: LatestRun
+    _runs: Runs
 
     @property
     def guidance_scale(self) -> float | list[float] | torch.Tensor:
-        """Guidance scale of this thread's run. It is read at every step, so callbacks can change it through `_guidance_scale`."""
+        """Guidance scale of the current run. It is read at every step, so callbacks can change it through `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def _guidance_scale(self) -> float | list[float] | torch.Tensor:
-        run = self._latest.run
+        run = self._runs.current
         return self.config.guidance_scale if run is None else run.guidance_scale
 
     @_guidance_scale.setter
     def _guidance_scale(self, guidance_scale: float | list[float] | torch.Tensor) -> None:
-        if self._latest.run is not None:
-            self._latest.run.guidance_scale = guidance_scale
+        self._runs.change(guidance_scale=guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
-        """Number of steps of this thread's run."""
-        run = self._latest.run
+        """Number of steps of the current run."""
+        run = self._runs.current
         return self.config.num_inference_steps if run is None else run.num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether this thread's run skips the steps that are left. A callback may set `_interrupt`."""
+        """Whether the current run skips the steps that are left. A callback may set `_interrupt`."""
         return self._interrupt
 
     @property
     def _interrupt(self) -> bool:
-        return self._latest.run is not None and self._latest.run.interrupt
+        run = self._runs.current
+        return run is not None and run.interrupt
 
     @_interrupt.setter
     def _interrupt(self, interrupt: bool) -> None:
-        if self._latest.run is not None:
-            self._latest.run.interrupt = interrupt
-
-    @contextlib.contextmanager
-    def _running(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Iterator[Run]:
-        """
-        Yields the state of a run. For as long as the context lasts it is what this thread's callbacks see of the pipeline.
-
-        Args:
-            guidance_scale: Guidance scale of the call.
-            num_timesteps: Number of steps.
-        """
-        outer = self._latest.run
-        run = self._latest.begin(guidance_scale, num_timesteps)
-        try:
-            yield run
-        finally:
-            self._latest.end(run, outer)
+        self._runs.change(interrupt=interrupt)

@@ -25,20 +25,16 @@ class ClassifierGuidance:
         max_entropy_scale: With it, each image's gradient is divided by the entropy of its p(y | x_t) as a share of the largest
             possible entropy, and multiplied by at most this number (entropy-aware scaling: Li et al. 2022, arXiv 2206.11474).
             Guidance then goes on where the classifier has become certain.
-
-    Attributes:
-        dtype: Data type of the classifier's weights, read once; `None` where the classifier does not say.
-        weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
-        independent_rows: Whether the function may be asked about some of the images alone.
     """
-
-    independent_rows = True
 
     def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
         self.classifier = classifier
         self.max_entropy_scale = max_entropy_scale
-        self.dtype: torch.dtype | None = getattr(classifier, "dtype", None)
-        self.weights_may_move = moves_weights(classifier)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Data type of the classifier's weights; `None` where the classifier does not say."""
+        return getattr(self.classifier, "dtype", None)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
@@ -51,9 +47,28 @@ class ClassifierGuidance:
         if self.max_entropy_scale is not None and x_t.requires_grad:
             entropy = torch.special.entr(log_probabilities.detach().exp()).sum(dim=1)  # (batch,)
             factor = (math.log(logits.shape[1]) / entropy).clamp(max=self.max_entropy_scale)[:, None, None, None]
-            # Not of the log-probability: a classifier in float16 could not hold gradients that are so large.
+            # The gradient is scaled, not the log-probability, because a float16 classifier could not hold such large gradients.
             x_t.register_hook(lambda gradient: factor * gradient)
         return log_probability
+
+
+class RunClassifierGuidance(ClassifierGuidance):
+    """
+    Guidance of one run by the pipeline's classifier. It reads once what takes a walk over all modules.
+
+    Attributes:
+        dtype: Data type of the classifier's weights; `None` where the classifier does not say.
+        weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
+        independent_rows: Whether the function may be asked about some of the images alone.
+    """
+
+    dtype: torch.dtype | None = None
+    independent_rows = True
+
+    def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
+        super().__init__(classifier, max_entropy_scale)
+        self.dtype = getattr(classifier, "dtype", None)
+        self.weights_may_move = moves_weights(classifier)
 
 
 def classifier_gradient(

@@ -46,7 +46,7 @@ def differentiable(weights_may_move: bool = True):
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if weights_may_move:
-            # They put other data into a parameter, which the backward pass would read; a detached tensor keeps what it saw.
+            # The backward pass would read the other data; a detached tensor keeps what the forward pass saw.
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
             stack.enter_context(hooks)
         yield

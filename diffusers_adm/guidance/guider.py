@@ -25,6 +25,7 @@ class Guider:
         guidance_fn: Function that guides, as the docstring of `diffusers_adm.guidance` describes it; `None` guides nothing.
         options: When guidance acts, and how strongly.
         solver: Solver of the run.
+        factors: Factor of the scale at each step of the run; 0 where guidance does not act.
         class_labels: Class of each image, `(batch,)`, or `None`.
         through_half: Whether a gradient through the UNet passes float16 weights.
         check_scales: Function that is called with the scale of each image whenever one has changed. It raises a ValueError
@@ -36,6 +37,7 @@ class Guider:
         guidance_fn: GuidanceFunction | None,
         options: GuidanceOptions,
         solver: Solver,
+        factors: list[float],
         class_labels: torch.Tensor | None,
         through_half: bool = False,
         check_scales: Callable[[list[float]], None] | None = None,
@@ -46,19 +48,14 @@ class Guider:
         self.class_labels = class_labels
         self.through_unet = getattr(guidance_fn, "through_unet", False)
         self.independent_rows = getattr(guidance_fn, "independent_rows", False)
-        self.through_half = through_half and self.through_unet
+        self.through_half = through_half
         self.check_scales = check_scales
-        self.factors = options.factors(solver.sigmas)
-        self.step_counts = options.gradient_steps(self.factors)
+        self.factors = factors
+        self.step_counts = options.gradient_steps(factors)
         self.scales: list[float] | None = None  # of each image
         self.rows: list[int] = []  # of the images that are guided
         self.last_gradient: torch.Tensor | None = None  # before scale and factor
         self.finite = FiniteCheck("The gradient that guides")
-
-    def check_acts(self) -> None:
-        """Raises a ValueError if the options let guidance act at none of the steps."""
-        if not any(self.factors):
-            raise ValueError(f"{self.options} let guidance act at none of the {len(self.factors)} steps.")
 
     def begin_step(self, step: int, scales: list[float], x_t: torch.Tensor) -> None:
         """
@@ -112,6 +109,7 @@ class Guider:
         if not self.acts or (not self.needs_gradient and self.options.skipped == "sum"):
             return None
         if self.needs_gradient:
+            x_0 = x_0 if self.through_unet else x_0.detach()  # what x_0_fn returns may have a graph
             self.last_gradient = self._new_gradient(x_t, timestep, x_0)
         count = self.step_counts.get(self.step, 1)
         gradient = self.last_gradient * self.scale * (self.factors[self.step] * count)

@@ -9,10 +9,7 @@ from guided_calls import LABELS, calls_of, draw, one_step_x_0, pipeline_of
 from tiny_models import NUM_CLASSES, images, tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm.diffusion import NoiseSchedule, x_0_from_epsilon
-from diffusers_adm.guidance import (
-    classifier_gradient,
-    guidance_gradient,
-)
+from diffusers_adm.guidance import ClassifierGuidance, classifier_gradient, guidance_gradient
 
 
 def test_a_classifier_as_a_function_guides_as_the_pipelines_own():
@@ -154,3 +151,39 @@ def test_a_gradient_that_its_scale_makes_no_number_is_told(call):
     step = 0 if call["guidance_scale"] > 1 else 1
     with pytest.raises(ValueError, match=f"guides image 0 is not finite at step {step} of 4"):
         draw(pipeline_of(), guidance_fn=steep, **{**call, "guidance_options": options})
+
+
+def test_a_function_of_ones_own_is_asked_about_all_images():
+    """Also where it derives from the package's own and only some images are guided: its gradient may go through the UNet."""
+
+    class OfBoth(ClassifierGuidance):
+        through_unet = True
+
+        def __call__(self, x_t, timestep, x_0, class_labels):
+            assert len(x_t) == 2
+            return super().__call__(x_t, timestep, x_0, class_labels) - 0.1 * x_0.square().sum(dim=(1, 2, 3))
+
+    pipeline = pipeline_of(DDIMScheduler)
+    guide = OfBoth(pipeline.classifier)
+    one, both = (draw(pipeline, guidance_fn=guide, guidance_scale=[scale, 5.0]) for scale in (0.0, 5.0))
+    torch.testing.assert_close(one[1], both[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_may_be_cast_after_its_guidance_was_made():
+    pipeline = pipeline_of(DDIMScheduler)
+    guide = ClassifierGuidance(pipeline.classifier)
+    pipeline.to(torch.bfloat16)
+    expected = draw(pipeline, guidance_scale=2.0)
+    torch.testing.assert_close(draw(pipeline, guidance_scale=2.0, guidance_fn=guide), expected)
+
+
+def test_x_0_fn_may_return_what_has_a_graph():
+    pipeline = pipeline_of(DDIMScheduler)
+    weight = torch.ones((), requires_grad=True)
+
+    def with_graph(x_0, timestep):
+        with torch.enable_grad():
+            return weight * x_0
+
+    expected = draw(pipeline, guidance_scale=2.0)
+    torch.testing.assert_close(draw(pipeline, guidance_scale=2.0, x_0_fn=with_graph), expected)

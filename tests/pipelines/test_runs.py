@@ -131,3 +131,53 @@ def test_copied_pipeline_has_runs_of_its_own():
     copied = copy.deepcopy(pipeline)
     assert copied.guidance_scale == copied.config.guidance_scale and copied.num_timesteps == 250
     assert torch.equal(draw(copied), drawn)
+
+
+def test_another_thread_may_stop_a_run():
+    pipeline, steps, stopped = tiny_pipeline(), [], threading.Event()
+
+    def press_stop():
+        assert pipeline.num_timesteps == 4
+        pipeline._interrupt = True
+        stopped.set()
+
+    def callback(called, step, timestep, tensors):
+        steps.append(step)
+        if step == 1:
+            threading.Thread(target=press_stop).start()
+            assert stopped.wait(timeout=60)
+        return tensors
+
+    draw(pipeline, callback_on_step_end=callback)
+    assert steps == [0, 1] and pipeline.interrupt
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"cfg_weight": 1.0},
+        {"guidance_options": {"interval": (1e6, 1e7)}},
+        {"guidance_options": {"gradient_at": "median"}},
+    ],
+)
+def test_call_that_is_refused_leaves_the_generator_as_it_was(call):
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    with pytest.raises(ValueError):
+        tiny_pipeline()(batch_size=2, num_inference_steps=4, guidance_scale=2.0, generator=generator, **call)
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_latents_that_callbacks_change_in_place_are_copies():
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = latents.clone()
+    with torch.inference_mode():
+        made_there = latents.clone()
+
+    def change(called, step, timestep, tensors):
+        tensors["latents"].mul_(0.5)
+        return tensors
+
+    for x_t in (latents, made_there):
+        draw(tiny_pipeline(), latents=x_t, callback_on_step_start=change)
+        assert torch.equal(x_t, given)

@@ -1,0 +1,40 @@
+"""Checks of networks and images that belong to no argument alone."""
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+
+from diffusers_adm.models import ADMUNet2DModel
+
+
+def check_no_dropout(**models: torch.nn.Module | None) -> None:
+    """Raises a ValueError if a model would drop features at random."""
+    for name, model in models.items():
+        if getattr(model, "training", False) and any(
+            isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
+        ):
+            raise ValueError(
+                f"The {name} is in training mode, in which its dropout acts: call its eval() before sampling."
+            )
+
+
+def check_finite(x_0: torch.Tensor) -> None:
+    """Raises a ValueError that names the images of which something is not finite."""
+    failed = (~x_0.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if failed:
+        raise ValueError(
+            f"Images {failed} of {len(x_0)} are not finite after the last step: look for NaN or infinity in the weights, in"
+            " `latents` and in what callbacks return, for a large `cfg_weight`, and for a UNet that overflows float16."
+        )
+
+
+def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
+    """Raises a ValueError unless one UNet's predictions, with or without a class, can be weighed against the other's."""
+    names = [type(unwrap_module(one)).__name__ for one in (guiding_unet, unet)]  # of a compiled one, the model's
+    if names[0] != names[1]:  # by name: saved code has classes of its own
+        raise ValueError(f"guiding_unet must be an {names[1]}: got {names[0]}.")
+    if not told_class and guiding_unet.config.num_class_embeds is not None and guiding_unet.null_class is None:
+        raise ValueError("guiding_unet has no null class (use_null_class), and the UNet is told no class.")
+    for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
+        ours, theirs = unet.config[name], guiding_unet.config[name]
+        if ours != theirs and not (name == "num_class_embeds" and theirs is None):
+            raise ValueError(f"guiding_unet differs from the UNet in {name}: {theirs} and {ours}.")
