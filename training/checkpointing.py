@@ -99,23 +99,26 @@ class Checkpointer:
             raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
         return folder
 
-    def check(self, folder: Path, num_images: int | None) -> None:
+    def check(self, folder: Path, images: LabelledImages | StreamedImages) -> None:
         """
         Checks that a checkpoint belongs to this run, and warns if the rest of the run will differ.
 
         Args:
             folder: The checkpoint.
-            num_images: Number of training images, or `None` for a stream.
+            images: Training images.
 
         Raises:
-            ValueError: If the checkpoint is incomplete, damaged, holds what might run code, or is of a run with other options.
+            ValueError: If the checkpoint is incomplete, damaged, holds what might run code, or is of a run with other
+                options or classes.
         """
         check_parts(folder, scaled=self.accelerator.scaler is not None)
         differing = contradictions(self.options, (folder / "options.yaml").read_text())
         if differing:
             raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
         saved = read_progress(folder)
-        now = {"num_processes": self.accelerator.num_processes, "num_images": num_images}
+        if "class_names" in saved:
+            check_class_names(folder, saved["class_names"], images.class_names)
+        now = {"num_processes": self.accelerator.num_processes, "num_images": images.num_images}
         for name, value in now.items():
             if saved[name] != value:
                 logger.warning(
@@ -202,6 +205,7 @@ class Checkpointer:
             "images_into_epoch": state.images_into_epoch,
             "num_processes": self.accelerator.num_processes,
             "num_images": state.images.num_images,
+            "class_names": state.images.class_names,
             "averaged_steps": state.global_step - state.skipped_steps,
         }
         (folder / "options.yaml").write_text(as_yaml(self.options))
@@ -221,6 +225,19 @@ class Checkpointer:
         """Returns a sentence that names the last checkpoint."""
         checkpoints = list_checkpoints(self.output_dir)
         return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+
+
+def check_class_names(folder: Path, saved: list[str] | None, now: list[str] | None) -> None:
+    """Raises a ValueError if the classes of a checkpoint are not those of the dataset, in the same order."""
+    if saved == now:
+        return
+    saved, now = saved or [], now or []
+    missing, added = [name for name in saved if name not in now], [name for name in now if name not in saved]
+    changes = [f"without {missing[:5]}"] * bool(missing) + [f"with new {added[:5]}"] * bool(added)
+    raise ValueError(
+        f"{folder} was trained with other classes, and the dataset is now {' and '.join(changes) or 'in another order'}:"
+        " restore the names of the classes, or begin a new run in another --output_dir."
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

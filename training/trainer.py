@@ -69,7 +69,7 @@ class Trainer:
         self.checkpointer = Checkpointer(options, accelerator, self.stop)
         checkpoint = self.checkpointer.find()
         if checkpoint is not None:
-            self.checkpointer.check(checkpoint, images.num_images)
+            self.checkpointer.check(checkpoint, images)
         elif options.architecture.pretrained_model_name_or_path:
             architecture = options.architecture
             load_pretrained(model, architecture.pretrained_model_name_or_path, architecture.pretrained_subfolder)

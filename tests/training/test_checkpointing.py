@@ -65,3 +65,21 @@ def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     remove_old_checkpoints(tmp_path, limit=1, keep_every=10)
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [10, 20, 25]
+
+
+def test_other_classes_are_refused_by_name(dataset, tmp_path):
+    train_classifier.main(classifier_args(dataset, tmp_path, 3))
+    file = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    resumed = classifier_args(dataset, tmp_path, 4, "--resume_from_checkpoint", "latest")
+    for names, message in (
+        (["down", "left"], r"without \['down'\] and with new \['right'\]"),
+        (["left"], r"with new \['right'\]"),
+        (["right", "left"], "in another order"),
+    ):
+        file.write_text(json.dumps({**state, "class_names": names}))
+        with pytest.raises(ValueError, match=message):
+            train_classifier.main(resumed)
+    del state["class_names"]  # a checkpoint of an older version
+    file.write_text(json.dumps(state))
+    train_classifier.main(resumed)
