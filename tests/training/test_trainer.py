@@ -63,6 +63,7 @@ def test_accumulation_goes_on_across_the_end_of_an_epoch(dataset, tmp_path):
         "num_processes": 1,
         "num_images": 14,
         "averaged_steps": 3,
+        "class_names": ["left", "right"],
     }
 
 
