@@ -165,11 +165,11 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
     A draw from q(x_t | x_s) for a later t: the forward process from one step of a schedule to a noisier one.
 
     Args:
-        schedule: Its steps.
-        x: At `index`, `(batch, channels, height, width)`.
-        index: Of a step, or -1 for clean images.
-        to_index: Of a noisier step.
-        noise: Of x's shape.
+        schedule: Steps of the process.
+        x: Images at step `index`, `(batch, channels, height, width)`.
+        index: Step of the schedule, or -1 for clean images.
+        to_index: Noisier step of the schedule.
+        noise: Standard normal noise, of the shape of `x`.
 
     Raises:
         ValueError: If `to_index` is not noisier.
@@ -298,12 +298,12 @@ def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Ten
 @dataclass
 class Prediction:
     """
-    What a network says of noised images, `(batch, channels, height, width)` each, float32.
+    Prediction of a network for noised images, `(batch, channels, height, width)` each, float32.
 
     Args:
         epsilon: The noise in them.
         x_0: The clean images.
-        log_variance: Of the step that leads down from them; it broadcasts where it is fixed.
+        log_variance: Log-variance of the step that leads down from them. It broadcasts where it is fixed.
     """
 
     epsilon: torch.Tensor
@@ -325,15 +325,15 @@ def read_prediction(
     variance_type: str = "fixed_large",
 ) -> Prediction:
     """
-    What a network's output says, in float32.
+    Reads a network's output, in float32.
 
     Args:
         schedule: The steps.
         x_t: Noised images, `(batch, channels, height, width)`.
         index: Step of each image, `(batch,)`.
         model_output: `(batch, channels or 2 * channels, height, width)`; the second half is the learned variance.
-        prediction_type: What the network predicts: `"epsilon"`, or `"sample"` for x_0.
-        variance_type: Of a network that learns none: `"fixed_large"` or `"fixed_small"`.
+        prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
+        variance_type: Variance of a network that learns none: `"fixed_large"` or `"fixed_small"`.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
