@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.atomic_files import atomic_folder
+from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
@@ -31,7 +32,7 @@ DEMO_EXAMPLES = """examples:
   diffusers-adm demo --cascade --steps 50 --output cascade.png
 """
 
-# Commands that need packages of an extra: module, function that adds their options, function that runs them.
+# Commands that are imported when they are run: module, function that adds their options, function that runs them.
 EXTRA_COMMANDS = {
     "inspect-data": (
         "training.inspection",
@@ -40,31 +41,31 @@ EXTRA_COMMANDS = {
         "print classes, counts, sizes and unreadable files of a dataset to train on",
     ),
     "sample": (
-        "evaluation.commands",
+        "evaluation.commands.sample",
         "add_sample_arguments",
         "sample",
         "draw many images, on any number of processes; a run that was stopped goes on",
     ),
     "evaluate": (
-        "evaluation.commands",
+        "evaluation.commands.evaluate",
         "add_evaluate_arguments",
         "evaluate",
         "FID, sFID, IS, precision and recall of samples against a reference",
     ),
     "make-reference": (
-        "evaluation.commands",
+        "evaluation.commands.make_reference",
         "add_reference_arguments",
         "make_reference",
         "statistics of a dataset, for evaluate",
     ),
     "nll": (
-        "evaluation.commands",
+        "evaluation.commands.nll",
         "add_likelihood_arguments",
         "nll",
         "variational bound of a dataset in bits per dimension",
     ),
     "sweep": (
-        "evaluation.commands",
+        "evaluation.commands.sweep",
         "add_sweep_arguments",
         "sweep",
         "metrics of samples over guidance scales, steps, schedulers",
@@ -196,10 +197,10 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     Builds the parser of all commands. Each command sets `run` to its function.
 
     Args:
-        command_name: Name of the command that will be parsed. Options that need packages of an extra are left out for all
-            other commands.
+        command_name: Name of the command that will be parsed. The options of other commands that are imported when they are run
+            are left out.
     """
-    parser = argparse.ArgumentParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
+    parser = CommandParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert_arguments(
         add_command(
@@ -229,21 +230,16 @@ def main(argv: list[str] | None = None) -> int:
         argv: Words of the command line. `None` means those of the process.
 
     Returns:
-        Exit code: 0, or 2 if the input is invalid.
+        Exit code: 0, 2 if the input is invalid or a file cannot be written, or 130 if the command was interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        parser = build_parser(argv[0] if argv else None)
-    except ModuleNotFoundError as error:
-        print(f"diffusers-adm {argv[0]}: error: {error}: pip install 'diffusers-adm[train,eval]'", file=sys.stderr)
-        return 2
-    args = parser.parse_args(argv)
-    try:
+    name = argv[0] if argv else None
+
+    def run() -> None:
+        args = build_parser(name).parse_args(argv)
         args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"diffusers-adm {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(f"diffusers-adm {name}", run)
 
 
 if __name__ == "__main__":

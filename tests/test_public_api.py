@@ -58,8 +58,10 @@ def public_names(module: ModuleType) -> set[str]:
     """The names that a package offers, without its submodules."""
     return {
         name
-        for name, value in vars(module).items()
-        if hasattr(module, "__path__") and not name.startswith("_") and not isinstance(value, ModuleType)
+        for name in getattr(module, "__all__", vars(module))
+        if hasattr(module, "__path__")
+        and not name.startswith("_")
+        and not isinstance(getattr(module, name), ModuleType)
     } - {"Path"}
 
 

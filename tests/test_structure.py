@@ -26,7 +26,13 @@ MAX_FILE_LINES = 450
 # The modules that read words of a command line. All others take parameters.
 COMMAND_LINE = {
     "diffusers_adm.cli",
-    "diffusers_adm.evaluation.commands",
+    "diffusers_adm.command_line",
+    "diffusers_adm.evaluation.commands.evaluate",
+    "diffusers_adm.evaluation.commands.make_reference",
+    "diffusers_adm.evaluation.commands.nll",
+    "diffusers_adm.evaluation.commands.sample",
+    "diffusers_adm.evaluation.commands.sampling_options",
+    "diffusers_adm.evaluation.commands.sweep",
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",
     "diffusers_adm.benchmarks.metrics",
@@ -40,7 +46,7 @@ COMMAND_LINE = {
 
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
 LAYERS = (
-    {"atomic_files", "launch", "options", "quiet", "respacing"},
+    {"atomic_files", "command_line", "launch", "options", "quiet", "respacing"},
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},
     {"guidance"},

@@ -17,10 +17,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import write_json
-from diffusers_adm.data.image_sets import ImageSetOptions
-from diffusers_adm.evaluation.commands import NO_DATASET
+from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
+from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.metrics import check_shape
-from diffusers_adm.evaluation.options import FeatureOptions, ModelOptions, RunOptions, load_extractor
+from diffusers_adm.evaluation.options import ModelOptions, RunOptions
 from diffusers_adm.evaluation.plots import Line, save_lines
 from diffusers_adm.evaluation.reference import summarise_reference
 from diffusers_adm.evaluation.report import metric_label, write_tables

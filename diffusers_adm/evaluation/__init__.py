@@ -1,11 +1,32 @@
-"""Evaluation: samples at scale, the paper's metrics, likelihood. Needs the extra `[eval]`."""
+"""Evaluation: samples at scale, the paper's metrics, likelihood. Most of it needs the extra `[eval]`."""
 
-from diffusers_adm.data.image_sets import DatasetImages, NpzImages
+import importlib
 
-from .features import FeatureExtractor
-from .likelihood import variational_bound
-from .metrics import compare, inception_score, summarise
-from .precision_recall import precision_and_recall
-from .reference import summarise_reference
-from .sampling import draw_samples
-from .statistics import GaussianStatistics, RunningStatistics, frechet_distance
+
+# Names are imported when they are first used, because sampling needs no package of the extra.
+_MODULES = {
+    "DatasetImages": "diffusers_adm.data.image_sets",
+    "NpzImages": "diffusers_adm.data.npz_images",
+    "FeatureExtractor": "diffusers_adm.evaluation.features",
+    "variational_bound": "diffusers_adm.evaluation.likelihood",
+    "compare": "diffusers_adm.evaluation.metrics",
+    "inception_score": "diffusers_adm.evaluation.metrics",
+    "summarise": "diffusers_adm.evaluation.metrics",
+    "precision_and_recall": "diffusers_adm.evaluation.precision_recall",
+    "summarise_reference": "diffusers_adm.evaluation.reference",
+    "draw_samples": "diffusers_adm.evaluation.sampling",
+    "GaussianStatistics": "diffusers_adm.evaluation.statistics",
+    "RunningStatistics": "diffusers_adm.evaluation.statistics",
+    "frechet_distance": "diffusers_adm.evaluation.statistics",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

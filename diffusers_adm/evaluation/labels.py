@@ -3,11 +3,8 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.data.image_sets import ImageSet
 from diffusers_adm.data.npz import NpzFile
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import image_generator
@@ -83,32 +80,3 @@ class Labels:
         """Returns the labels that the pipeline is given for images. No network takes placeholders."""
         labels = self.of_images(numbers)
         return [self.placeholder] * len(numbers) if labels is None and self.placeholder is not None else labels
-
-
-def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool) -> np.ndarray | None:
-    """
-    Returns the UNet's label of each image, `(num_images,)`, or `None` for a UNet without classes.
-
-    Args:
-        unet: UNet that takes the labels.
-        images: Images, with their labels.
-        unconditional: Whether to use the null class for all images.
-
-    Raises:
-        ValueError: If the UNet needs labels, and there are none, or unknown ones.
-    """
-    num_classes = unet.config.num_class_embeds
-    if num_classes is None:
-        return None
-    if unconditional:
-        if unet.null_class is None:
-            raise ValueError("--unconditional needs a UNet that has a null class, or no classes.")
-        return np.full(images.num_images, unet.null_class)
-    labels = images.labels
-    if labels is None:
-        raise ValueError(
-            "The UNet is class-conditional, and the images have no labels: give --unconditional or labels."
-        )
-    if not (0 <= labels.min() and labels.max() < num_classes):
-        raise ValueError(f"Labels from {labels.min()} to {labels.max()} are not in 0 ... {num_classes - 1}.")
-    return labels

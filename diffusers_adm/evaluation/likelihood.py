@@ -23,7 +23,6 @@ from diffusers_adm.diffusion import (
     read_prediction,
     read_table,
 )
-from diffusers_adm.evaluation.labels import labels_for_unet
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.sampling import model_settings
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
@@ -158,6 +157,35 @@ def evaluate_likelihood(
     state.wait_for_everyone()
     if state.is_main_process:
         write_likelihood(shards, schedule)
+
+
+def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool) -> np.ndarray | None:
+    """
+    Returns the UNet's label of each image, `(num_images,)`, or `None` for a UNet without classes.
+
+    Args:
+        unet: UNet that takes the labels.
+        images: Images, with their labels.
+        unconditional: Whether to use the null class for all images.
+
+    Raises:
+        ValueError: If the UNet needs labels, and there are none, or unknown ones.
+    """
+    num_classes = unet.config.num_class_embeds
+    if num_classes is None:
+        return None
+    if unconditional:
+        if unet.null_class is None:
+            raise ValueError("--unconditional needs a UNet that has a null class, or no classes.")
+        return np.full(images.num_images, unet.null_class)
+    labels = images.labels
+    if labels is None:
+        raise ValueError(
+            "The UNet is class-conditional, and the images have no labels: give --unconditional or labels."
+        )
+    if not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(f"Labels from {labels.min()} to {labels.max()} are not in 0 ... {num_classes - 1}.")
+    return labels
 
 
 def evaluate_batches(

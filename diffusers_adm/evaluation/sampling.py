@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
-from diffusers_adm.data.image_sets import NpzImages
+from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.labels import Labels
 from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_samples
 from diffusers_adm.evaluation.schedulers import SamplingPipeline

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from diffusers_adm.atomic_files import write_json
-from diffusers_adm.data.image_sets import NpzImages
+from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines

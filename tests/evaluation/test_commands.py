@@ -7,7 +7,7 @@ from command_line import command_parsers
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline
 
-from diffusers_adm.evaluation.commands import option_type, parse_value
+from diffusers_adm.evaluation.commands.sampling_options import option_type, parse_value
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.solvers import GUIDED_SETTINGS

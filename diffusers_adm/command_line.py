@@ -1,0 +1,70 @@
+"""What all command lines share: errors in one line, an exit code, and parsers that show no usage beside an error."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from safetensors import SafetensorError
+
+
+INSTALL_COMMAND = 'pip install -e ".[train,eval]"'
+
+# Errors whose message is for the user: invalid input, files, memory. All others are faults of the program.
+USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that reports an error in one line, because the usage of many options would hide it."""
+
+    def error(self, message: str) -> None:
+        """Reports an error of the words, and exits with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run_command(name: str, command: Callable[[], None]) -> int:
+    """
+    Runs a command, and reports an error of the user's input or files in one line.
+
+    Args:
+        name: Name of the program, for the message.
+        command: Function to run.
+
+    Returns:
+        Exit code: 0, 2 if the command failed, or 130 if it was interrupted.
+    """
+    try:
+        with _flushed_output():
+            command()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
+            raise
+        print(
+            f"{name}: error: the package {error.name} is not installed: run {INSTALL_COMMAND} in a checkout of the"
+            " repository of diffusers-adm",
+            file=sys.stderr,
+        )
+        return 2
+    except USER_ERRORS as error:
+        print(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextlib.contextmanager
+def _flushed_output() -> Iterator[None]:
+    """Writes all output before the exit code is decided. Output that cannot be written is an error."""
+    try:
+        yield
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            # Python would try again at exit, and fail with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise

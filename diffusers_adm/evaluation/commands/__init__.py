@@ -1,0 +1,1 @@
+"""Commands of sampling and evaluation: their options, and the functions that they run."""

@@ -1,0 +1,63 @@
+"""`diffusers-adm make-reference`."""
+
+import argparse
+from pathlib import Path
+
+from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
+from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
+from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
+from diffusers_adm.evaluation.reference import write_reference
+from diffusers_adm.options import add_examples, add_options, build_options
+
+
+def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `make_reference`."""
+    parser.add_argument("dataset", help="Hub id, folder of images, dataset's folder, or .npz with arr_0.")
+    parser.add_argument("output", help=".npz file to write.")
+    parser.add_argument(
+        "--num_neighbours",
+        metavar="INT",
+        type=int,
+        default=10_000,
+        help="Number of images in the file, for precision and recall. Statistics are of all images. Default: 10000.",
+    )
+    parser.add_argument("--seed", metavar="INT", type=int, default=0, help="Seed of their choice. Default: 0.")
+    add_options(parser, FeatureOptions, title="features")
+    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm make-reference my_images reference.npz --resolution 64",
+        "diffusers-adm make-reference ylecun/mnist reference.npz --split test --resolution 32 --crop pad",
+    )
+
+
+def make_reference(args: argparse.Namespace) -> None:
+    """
+    Writes a reference batch: statistics of all images of a dataset, and some of the images.
+
+    Raises:
+        ValueError: If the images cannot be used, or the file exists.
+    """
+    output = Path(args.output)
+    if output.suffix != ".npz" or output.exists() or not output.parent.is_dir():
+        raise ValueError(f"{output} must be a new .npz file in a folder that exists.")
+    options, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    options.check(args.dataset)
+    images = open_images(args.dataset, options)
+    if args.num_neighbours <= NEIGHBOUR:
+        raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need more than {NEIGHBOUR}.")
+    count = write_reference(
+        output,
+        images,
+        load_extractor(features),
+        num_neighbours=args.num_neighbours,
+        seed=args.seed,
+        batch_size=features.feature_batch_size,
+        metadata={
+            "dataset": str(args.dataset) if not Path(args.dataset).exists() else Path(args.dataset).name,
+            "split": None if Path(args.dataset).suffix == ".npz" else options.split,
+            "crop": options.format.crop if options.format.resolution is not None else None,
+            "source_resolution": options.format.source_resolution,
+        },
+    )
+    print(f"Wrote statistics of {images.num_images} images, and {count} of them, to {output}")

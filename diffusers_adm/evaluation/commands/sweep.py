@@ -1,0 +1,77 @@
+"""`diffusers-adm sweep`."""
+
+import argparse
+from pathlib import Path
+
+from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
+from diffusers_adm.evaluation.commands.sampling_options import add_sampling_options, given_sampling_options
+from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
+from diffusers_adm.evaluation.metrics import check_shape
+from diffusers_adm.evaluation.options import ModelOptions, RunOptions
+from diffusers_adm.evaluation.reference import summarise_reference
+from diffusers_adm.evaluation.sampling import load_pipeline
+from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
+from diffusers_adm.launch import join_processes
+from diffusers_adm.options import add_examples, add_options, build_options, option_values
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `sweep`."""
+    parser.add_argument("reference", help="Reference batch (.npz), or images, as for evaluate.")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="Folder of the sweep: a new one, or of a sweep to continue."
+    )
+    parser.add_argument(
+        "--num_samples", metavar="INT", type=int, default=2000, help="Number of images per point. Default: 2000."
+    )
+    parser.add_argument("--labels", metavar="POLICY", default="random", help="Labels, as for sample. Default: random.")
+    parser.add_argument("--low_res", metavar="FILE", help="Samples that an upsampler enlarges, as for sample.")
+    add_options(parser, ModelOptions, title="model")
+    add_options(parser, RunOptions, title="run")
+    add_sampling_options(
+        parser,
+        "points",
+        "One value or more of each. Every combination is a point. The pipeline's defaults apply to those that are not given.",
+        nargs="+",
+    )
+    add_options(parser, FeatureOptions, title="features")
+    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_examples(
+        parser,
+        "diffusers-adm sweep reference.npz --output sweep --guidance_scale 0 1 2.5 5",
+        "diffusers-adm sweep reference.npz --model me/my-model --output sweep --scheduler DDIM DDPM --num_inference_steps 25 50",
+    )
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """
+    Draws and evaluates samples at each point, and writes tables and plots into `--output`.
+
+    Raises:
+        ValueError: If a point cannot be drawn, or compared with the reference.
+    """
+    images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    images.check(args.reference)
+    state = join_processes()
+    model, folder = build_options(ModelOptions, args), Path(args.output)
+    pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=args.low_res is not None)
+    evaluator = None
+    if state.is_main_process:
+        extractor = load_extractor(features)
+        reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
+        config = pipeline.unet.config
+        check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
+        evaluator = PointEvaluator(reference, extractor, features.feature_batch_size)
+    sweep_points(
+        pipeline,
+        {"scheduler": args.scheduler, **given_sampling_options(args)},
+        folder,
+        evaluator,
+        num_images=args.num_samples,
+        **option_values(build_options(RunOptions, args)),
+        labels=args.labels,
+        low_res=args.low_res,
+        model_name=model.model,
+    )
+    if state.is_main_process:
+        print((folder / "results.md").read_text(encoding="utf-8"))

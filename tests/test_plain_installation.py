@@ -1,0 +1,54 @@
+"""The package where no extra is installed: sampling works, and commands that need more say how to install it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from documents import ROOT
+
+
+# Import names of what the extras add to a plain installation.
+EXTRAS = {"datasets", "matplotlib", "pytest", "tensorboard", "torch_fidelity", "transformers", "xdist"}
+SAMPLE = "sample --output run --num_samples 3 --batch_size 2 --num_inference_steps 2 --scheduler DDIM"
+OTHERS = (
+    "evaluate a.npz b.npz",
+    "sweep a.npz --output c",
+    "make-reference a b.npz",
+    "nll a --output b",
+    "inspect-data --dataset_name a",
+)
+SCRIPT = f"""
+from diffusers_adm.cli import main
+
+assert main({SAMPLE!r}.split()) == 0
+for words in {OTHERS!r}:
+    assert main(words.split()) == 2, words
+"""
+
+
+def plain_installation(folder: Path) -> Path:
+    """Fills a folder to import from: all installed packages but those of the extras, and this one."""
+    installed = {path.name: path for place in sys.path if "site-packages" in place for path in Path(place).iterdir()}
+    for name, path in installed.items():
+        if name.partition(".")[0] not in EXTRAS and "diffusers_adm" not in name:
+            (folder / name).symlink_to(path)
+    package = folder / "diffusers_adm"
+    package.mkdir()
+    for path in (*(ROOT / "diffusers_adm").iterdir(), *map(ROOT.joinpath, ("pipelines", "training", "model_cards"))):
+        (package / path.name).symlink_to(path)
+    return folder
+
+
+def test_a_plain_installation_draws_and_says_what_the_rest_needs(tmp_path):
+    (tmp_path / "plain").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(plain_installation(tmp_path / "plain")), "TQDM_DISABLE": "1"}
+    without_site = [sys.executable, "-S", "-c", SCRIPT]
+    run = subprocess.run(without_site, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "samples_3x32x32x1.npz").is_file()
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(errors) == len(OTHERS), run.stderr
+    for line, words in zip(errors, OTHERS):
+        assert line.startswith(f"diffusers-adm {words.split()[0]}: error: the package ")
+        assert 'run pip install -e ".[train,eval]" in a checkout' in line
