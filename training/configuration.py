@@ -95,7 +95,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
                 words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             words += (
-                [f"--{name}", *map(str, value)] if known[name].takes_several_words else [f"--{name}", joined(value)]
+                [f"--{name}", *map(str, value)] if known[name].takes_several_words else [f"--{name}={joined(value)}"]
             )
         elif value is not None:
             words.append(f"--{name}={value}")
@@ -163,7 +163,9 @@ def as_command_line(options: TrainingOptions) -> list[str]:
             if value or known[name].default is True:
                 parts.append(f"--{name}" if value else f"--no-{name}")
         else:
-            parts.append(f"--{name} {joined(value) if isinstance(value, list) else value}")
+            text = joined(value) if isinstance(value, list) else str(value)
+            # argparse takes -1024,3071 for an option.
+            parts.append(f"--{name}={text}" if text.startswith("-") else f"--{name} {text}")
     return parts
 
 

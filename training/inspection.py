@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from diffusers_adm.data.datasets import LabelledImages, load_images
+from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.options import ImageSelection, ImageSource
 from diffusers_adm.options import add_examples, add_options, build_options, option, option_group
@@ -52,23 +53,49 @@ def inspect_data(args: argparse.Namespace) -> None:
         print_summary("Held out", held_out)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """
+    Facts of one image.
+
+    Args:
+        size: Width and height, or `None` if it is unreadable.
+        mode: Mode of PIL.
+        extremes: Lowest and highest value of an image of more than 8 bits.
+        problem: Reason why training would not use the image.
+    """
+
+    size: tuple[int, int] | None = None
+    mode: str | None = None
+    extremes: tuple[float, float] | None = None
+    problem: str | None = None
+
+
+def read_image(images: LabelledImages, index: int) -> Reading:
+    """Reads one image."""
+    value, format = images.rows[index][images.reader.columns.image], images.reader.format
+    extremes = problem = None
+    try:
+        image = decode(value)
+        if is_deep(image):
+            extremes = image.getextrema()
+            to_mode(image, format.in_channels, format.image_range)
+    except UnreadableImage as error:
+        return Reading(problem=f"{file_name(value, index)}: {error}")
+    except ValueError as error:
+        problem = f"{file_name(value, index)}: {error}"
+    return Reading(image.size, image.mode, extremes, problem)
+
+
 def print_summary(title: str, images: LabelledImages) -> None:
     """Reads every image, and prints the summary of all."""
     columns, format = images.reader.columns, images.reader.format
-
-    def read(index: int) -> tuple[tuple[int, int] | None, str]:
-        value = images.rows[index][columns.image]
-        try:
-            image = decode(value)
-        except UnreadableImage as error:
-            return None, f"{file_name(value, index)}: {error}"
-        return image.size, image.mode
-
     with ThreadPoolExecutor() as pool:
-        readings = list(tqdm(pool.map(read, range(len(images))), total=len(images), unit="image", disable=None))
-    sizes = Counter(size for size, _ in readings if size is not None)
-    modes = Counter(mode for size, mode in readings if size is not None)
-    unreadable = [message for size, message in readings if size is None]
+        found = pool.map(lambda index: read_image(images, index), range(len(images)))
+        readings = list(tqdm(found, total=len(images), unit="image", disable=None))
+    sizes = Counter(reading.size for reading in readings if reading.size is not None)
+    modes = Counter(reading.mode for reading in readings if reading.size is not None)
+    unreadable = [reading.problem for reading in readings if reading.size is None]
 
     print(f"{title}: {len(images)} images")
     if images.class_names is None:
@@ -84,9 +111,20 @@ def print_summary(title: str, images: LabelledImages) -> None:
     if small and format.crop != "pad":
         print(f"  {small} smaller than {resolution} pixels, which would be enlarged")
     print(f"  modes: {_most_common(modes)}")
+    _print_deep_images([reading for reading in readings if reading.extremes is not None])
     print(f"  {len(unreadable)} unreadable")
     for message in unreadable:
         print(f"    {message}")
+
+
+def _print_deep_images(readings: list[Reading]) -> None:
+    if not readings:
+        return
+    lowest, highest = (extreme(values) for extreme, values in zip((min, max), zip(*(r.extremes for r in readings))))
+    refused = [reading.problem for reading in readings if reading.problem is not None]
+    print(f"  {len(readings)} of more than 8 bits, values in [{lowest:g}, {highest:g}], {len(refused)} refused")
+    for problem in refused[:1]:
+        print(f"    {problem}")
 
 
 def _most_common(counts: Counter, separator: str | None = None, limit: int = 8) -> str:

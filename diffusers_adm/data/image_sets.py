@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_adm.data.datasets import load_rows
-from diffusers_adm.data.image_modes import to_mode
+from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.data.options import ImageSource
@@ -34,7 +34,8 @@ class ImageSetOptions:
         Raises:
             ValueError: If all sources are `.npz` files, whose images are taken as they are.
         """
-        given = [name for name in ("resolution", "source_resolution", "in_channels") if getattr(self.format, name)]
+        names = ("resolution", "source_resolution", "in_channels", "image_range")
+        given = [name for name in names if getattr(self.format, name)]
         if given and all(Path(source).suffix == ".npz" for source in sources):
             raise ValueError(
                 f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."
@@ -73,7 +74,7 @@ class DatasetImages:
         if not self.num_images:
             raise ValueError(f"{self.name} has no images.")
         first = self._decode(0)
-        self.channels = self.format.in_channels or (1 if first.mode in ("1", "L") or first.mode.startswith("I") else 3)
+        self.channels = self.format.in_channels or (1 if first.mode in ("1", "L") or is_deep(first) else 3)
         self.shape = self._read(0).shape
 
     def _sort_by_number(self, dataset: str | Path) -> None:
@@ -116,7 +117,7 @@ class DatasetImages:
         if self.format.in_channels is None and self.channels == 1 and image.mode in ("RGB", "RGBA", "P", "CMYK"):
             raise ValueError(f"Image {self._file_name(number)} is in colour, the first is grey: give --in_channels.")
         try:
-            image = to_mode(image, self.channels)
+            image = to_mode(image, self.channels, self.format.image_range)
             if self.format.resolution is not None:
                 image = self.format.fit(image)
         except ValueError as error:

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.options import option
+from diffusers_adm.options import Check, option
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,15 @@ class ImageFormat:
     source_resolution: int | None = option(
         None,
         help="Crop to this multiple of --resolution and shrink by averages, as an upsampler's small images are made.",
+    )
+    image_range: tuple[float, float] | None = option(
+        None,
+        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Required for"
+        " integers; 0,1 by default for floats.",
+        metavar="BLACK,WHITE",
+        check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
+        resumable=True,
+        on_card=True,
     )
 
     def __post_init__(self):
@@ -120,7 +129,8 @@ class ImageReader:
             return None
         rng = random.Random(key)
         try:
-            image = self.format.fit(to_mode(image, self.format.in_channels), rng if self.augment else None)
+            image = to_mode(image, self.format.in_channels, self.format.image_range)
+            image = self.format.fit(image, rng if self.augment else None)
         except ValueError as error:
             raise ValueError(f"Image {name}: {error}") from error
         if self.augment and self.random_flip and rng.random() < 0.5:
