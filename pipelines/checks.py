@@ -1,9 +1,11 @@
 """Checks of networks and images that belong to no argument alone."""
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.models.class_names import check_same_classes
 
 
 def check_no_dropout(**models: torch.nn.Module | None) -> None:
@@ -25,6 +27,26 @@ def check_finite(x_0: torch.Tensor) -> None:
             f"Images {failed} of {len(x_0)} are not finite after the last step: look for NaN or infinity in the weights, in"
             " `latents` and in what callbacks return, for a large `cfg_weight`, and for a UNet that overflows float16."
         )
+
+
+def check_classifier(pipeline: DiffusionPipeline) -> None:
+    """Raises a ValueError unless the classifier was made for the UNet's images, their noise and their classes."""
+    unet, classifier, scheduler = pipeline.unet.config, pipeline.classifier.config, pipeline.scheduler.config
+    for name in ("sample_size", "in_channels"):
+        if unet[name] != classifier[name]:
+            raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
+    noise = ["num_train_timesteps"]
+    if scheduler.trained_betas is None:  # otherwise they take the place of the schedule
+        noise.append("beta_schedule")
+    for name in noise:
+        trained_with = classifier.get(name)
+        if trained_with not in (None, scheduler[name]):
+            raise ValueError(
+                f"The classifier was trained with {name}={trained_with!r}, but the scheduler has {scheduler[name]!r}: it"
+                " would be told wrong noise levels. Train it with the noise of the UNet."
+            )
+    if pipeline.config.id2label is not None and classifier.get("id2label") is not None:
+        check_same_classes(pipeline.config.id2label, classifier["id2label"])
 
 
 def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_adm.models.class_names import synonyms
+
 
 ClassLabels = int | str | list | torch.Tensor | np.ndarray
 
@@ -21,7 +23,7 @@ class ClassNames:
     def __init__(self, id2label: dict[int, str] | None):
         self.label2id: dict[str, list[int]] = {}  # the classes that bear each name, synonyms apart
         for label, names in (id2label or {}).items():
-            for name in {names.strip(), *(part.strip() for part in names.split(","))}:
+            for name in synonyms(names):
                 self.label2id.setdefault(name, []).append(label)
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
@@ -46,7 +48,9 @@ class ClassNames:
 
     def _class_id(self, name: str) -> int:
         if not self.label2id:
-            raise ValueError(f"class_labels={name!r} is a name, but the pipeline knows none (id2label).")
+            raise ValueError(
+                f"class_labels={name!r} is a name, but neither pipeline nor classifier knows names (id2label)."
+            )
         if name not in self.label2id:
             lowered = {known.lower(): known for known in self.label2id}
             near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
@@ -54,6 +58,13 @@ class ClassNames:
         if len(self.label2id[name]) > 1:
             raise ValueError(f"Several classes are called {name!r}: give one of the numbers {self.label2id[name]}.")
         return self.label2id[name][0]
+
+
+def known_names(pipeline: DiffusionPipeline) -> dict[int, str] | None:
+    """Returns the names of the classes: those of the pipeline, else those of its classifier."""
+    if pipeline.config.id2label is not None or pipeline.classifier is None:
+        return pipeline.config.id2label
+    return pipeline.classifier.config.get("id2label")
 
 
 def known_classes(pipeline: DiffusionPipeline) -> int | None:

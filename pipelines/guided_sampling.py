@@ -12,8 +12,16 @@ from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilo
 from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
-from diffusers_adm.pipelines.checks import check_finite, check_guiding_unet, check_no_dropout
-from diffusers_adm.pipelines.class_labels import ClassLabels, ClassNames, check_labels, draw_labels, known_classes
+from diffusers_adm.models.class_names import numbered_names
+from diffusers_adm.pipelines.checks import check_classifier, check_finite, check_guiding_unet, check_no_dropout
+from diffusers_adm.pipelines.class_labels import (
+    ClassLabels,
+    ClassNames,
+    check_labels,
+    draw_labels,
+    known_classes,
+    known_names,
+)
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.runs import Runs, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
@@ -50,8 +58,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         """Registers components and config. Every pipeline's constructor calls it."""
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
         self.register_to_config(
-            # JSON has made strings of the keys of a saved pipeline.
-            id2label=None if id2label is None else {int(label): name for label, name in id2label.items()},
+            id2label=numbered_names(id2label),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             timestep_respacing=timestep_respacing,
@@ -64,7 +71,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
     @property
     def label2id(self) -> dict[str, list[int]]:
         """Classes that bear each name, synonyms apart."""
-        return ClassNames(self.config.id2label).label2id
+        return ClassNames(known_names(self)).label2id
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
         """
@@ -76,7 +83,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         Raises:
             ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
         """
-        return ClassNames(self.config.id2label).class_ids(class_labels)
+        return ClassNames(known_names(self)).class_ids(class_labels)
 
     def _prepare_solver(self, options: SamplingOptions) -> Solver:
         """Returns the run of the scheduler that the options describe."""
@@ -349,7 +356,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
 
     def _check_components(self) -> None:
         check_scheduler(self.scheduler)
-        unet, classifier = self.unet.config, self.classifier.config if self.classifier is not None else None
+        unet = self.unet.config
         if isinstance(self.scheduler, DDPMScheduler):
             variance_type = self.scheduler.config.variance_type
             if (variance_type == "learned_range") != self.unet.learns_variance:
@@ -358,9 +365,8 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
                     f"{unet.in_channels} and out_channels={unet.out_channels}: 'learned_range' belongs to twice as many"
                     " output channels, and no other variance_type does."
                 )
-        for name in ("sample_size", "in_channels"):
-            if classifier is not None and unet[name] != classifier[name]:
-                raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
+        if self.classifier is not None:
+            check_classifier(self)
 
     def _check_size(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.unet.config.channel_mult) - 1)

@@ -30,6 +30,8 @@ logger = get_logger(__name__)
 
 # Options of a model that may differ from those of the model that training starts from.
 CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
+# Options of a model that no weight depends on.
+FREE_OPTIONS = {"dropout", "num_train_timesteps", "beta_schedule", "id2label"}
 
 
 def set_up_accelerator(options: TrainingOptions) -> Accelerator:
@@ -176,7 +178,7 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None) -> None
     # Through JSON, as the saved one's has come: it knows no tuples.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
     differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
-    differing.discard("dropout")
+    differing -= FREE_OPTIONS
     if differing - CLASS_OPTIONS:
         pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
         raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")

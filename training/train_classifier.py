@@ -49,15 +49,21 @@ def main(options: ClassifierTrainingOptions) -> None:
     optimisation = options.optimisation
     resolve_steps(optimisation, images.num_images, accelerator.num_processes)
     names = required_class_names(images)
+    noise = build_noise_scheduler(options.diffusion).config
     classifier = NoisyClassifier(
-        num_classes=len(names), pool=options.classifier.pool, **model_config(options.architecture, options.format)
+        num_classes=len(names),
+        pool=options.classifier.pool,
+        num_train_timesteps=noise.num_train_timesteps,
+        beta_schedule=noise.beta_schedule,
+        id2label=dict(enumerate(names)),
+        **model_config(options.architecture, options.format),
     )
     if options.dry_run:
         print_plan(options, accelerator, classifier, images.num_images)
         return
     check_hub(options.hub, accelerator)
 
-    schedule = NoiseSchedule.from_config(build_noise_scheduler(options.diffusion).config).to(accelerator.device)
+    schedule = NoiseSchedule.from_config(noise).to(accelerator.device)
     objective = ClassifierObjective(schedule, options.classifier.entropy_weight)
     trainer = Trainer(options, accelerator, classifier, images)
     validations = []

@@ -19,6 +19,7 @@ from diffusers_adm.models.blocks import (
     check_images,
     zero_init,
 )
+from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.models.weights import CompleteWeightsMixin
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -117,6 +118,9 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
         timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
             with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        num_train_timesteps: Number of timesteps of the schedule that the model was trained with. `None` if it is unknown.
+        beta_schedule: Noise schedule that the model was trained with, as schedulers name it. `None` if it is unknown.
+        id2label: Name of each class by its number; synonyms are separated by commas. `None` if they are unknown.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -148,10 +152,14 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
         downsample_type: str = "resnet",
         output_scale_factor: float = 1.0,
         timestep_scale: float = 1.0,
+        num_train_timesteps: int | None = None,
+        beta_schedule: str | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, but got {num_classes}.")
+        self.register_to_config(id2label=numbered_names(id2label, num_classes))
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is not one of {POOLS}.")
         blocks = ADMBlockFactory(

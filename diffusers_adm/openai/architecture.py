@@ -300,4 +300,5 @@ def classifier_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
         "attention_head_dim": flags["classifier_num_head_channels"],
         "num_attention_heads": None,
         "dropout": 0.0,
+        "num_train_timesteps": flags["diffusion_steps"],
     }

@@ -115,7 +115,15 @@ class PublishedCheckpoint:
             ValueError: If the flags contradict the checkpoint, or it is not that of a published model.
         """
         flags = self.flags  # before the file is read
-        return (unet_config if self.shapes.network == "UNet" else classifier_config)(self.shapes, flags)
+        if self.shapes.network == "UNet":
+            return unet_config(self.shapes, flags)
+        config = classifier_config(self.shapes, flags)
+        if self.released is not None:  # trained with 1000 timesteps, whatever is to be sampled with
+            config["num_train_timesteps"] = round(1000 / flags.timestep_scale)
+        names = self.id2label
+        if names is not None and len(names) == config["num_classes"]:
+            config["id2label"] = names
+        return config
 
     @cached_property
     def kind(self) -> str:

@@ -416,6 +416,9 @@ def test_failed_push_harms_nothing(images, hub):
     folder = images.parent / "classifier" / "classifier"
     assert 'from_pretrained("me/trained", revision="try")' in (folder / "README.md").read_text()
     assert (folder / "diffusion_pytorch_model.safetensors").exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "black", "1": "white"}
+    assert (config["num_train_timesteps"], config["beta_schedule"]) == (1000, "squaredcos_cap_v2")
     results = ModelCard.load(folder / "README.md").data.eval_results
     assert results and all(result.metric_type == "accuracy" for result in results)
 

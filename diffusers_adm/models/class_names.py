@@ -1,0 +1,56 @@
+"""Names of classes, as configs hold them: by number, with commas between synonyms."""
+
+from numbers import Integral
+
+
+def numbered_names(id2label: dict | None, num_classes: int | None = None) -> dict[int, str] | None:
+    """
+    Returns the names of classes with integers as keys. JSON has made strings of them in a saved config.
+
+    Args:
+        id2label: Name of each class by its number.
+        num_classes: Number of classes. `None` if it is unknown.
+
+    Raises:
+        ValueError: If a key is not the number of a class, or a value is not a string.
+    """
+    if id2label is None:
+        return None
+    if not isinstance(id2label, dict):
+        raise ValueError(f"`id2label` must be a dict of class numbers and names, but got {type(id2label).__name__}.")
+    names = {}
+    for key, name in id2label.items():
+        is_number = isinstance(key, Integral) or (isinstance(key, str) and key.isdecimal())
+        label = int(key) if is_number else -1
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            known = "" if num_classes is None else f" below {num_classes}"
+            raise ValueError(f"`id2label` must have class numbers{known} as keys, but one is {key!r}.")
+        if not isinstance(name, str):
+            raise ValueError(f"`id2label` must have names as values, but that of class {label} is {name!r}.")
+        names[label] = name
+    return names
+
+
+def synonyms(names: str) -> set[str]:
+    """Returns the names of one class: the whole text, and its parts between commas."""
+    return {names.strip(), *(part.strip() for part in names.split(","))}
+
+
+def check_same_classes(ours: dict[int, str], theirs: dict[int, str]) -> None:
+    """
+    Checks that UNet and classifier name their classes alike. One common synonym is enough, in any case of letters.
+
+    Args:
+        ours: Names of the UNet's classes.
+        theirs: Names of the classifier's classes.
+
+    Raises:
+        ValueError: If they name a class differently.
+    """
+    for label in sorted(ours.keys() & theirs.keys()):
+        if synonyms(ours[label].lower()).isdisjoint(synonyms(theirs[label].lower())):
+            raise ValueError(
+                f"The classes of UNet and classifier differ: class {label} is {ours[label]!r} for the UNet and"
+                f" {theirs[label]!r} for the classifier. Train both on the same classes in the same order. If they only have"
+                " other names, load the classifier with id2label=None."
+            )
