@@ -51,6 +51,7 @@ def test_presets_of_released_models_build_those_models(preset):
             model = NoisyClassifier(
                 num_classes=1000,
                 pool=options.classifier.pool,
+                num_train_timesteps=options.diffusion.num_train_timesteps,
                 **model_config(options.architecture, options.format),
             )
         else:
