@@ -15,6 +15,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
+from diffusers_adm.checks import check_images, check_types, one_per_image
+
 
 TIME_SCALE_SHIFTS = ("scale_shift", "default")
 RESAMPLE_TYPES = ("resnet", "conv")
@@ -43,7 +45,17 @@ def upsample_nearest(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class ADMConfigMixin(ConfigMixin):
-    """Config that may name the file of the model's code. That of a model saved by itself does."""
+    """Config whose types are checked. It may name the file of the model's code: that of a model saved by itself does."""
+
+    def register_to_config(self, **kwargs) -> None:
+        """
+        Registers arguments of the constructor.
+
+        Raises:
+            ValueError: If an argument is not of the type that the constructor's annotations say.
+        """
+        check_types(type(self).__init__, kwargs)
+        super().register_to_config(**kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -86,7 +98,7 @@ class ADMTimeEmbedding(nn.Module):
         self.mlp = TimestepEmbedding(model_channels, 4 * model_channels)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])  # (batch,)
+        timestep = one_per_image("timestep", timestep, sample).expand(sample.shape[0])  # (batch,)
         timestep = timestep.float() * self.timestep_scale  # (batch,)
         # float32 sinusoids: bfloat16 cannot tell timestep 998 from 999.
         return self.mlp(self.time_proj(timestep).to(sample.dtype))  # (batch, 4 * model_channels)
@@ -301,6 +313,10 @@ class ADMBlockFactory:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, but got {count}.")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], but got {self.dropout}.")
+        if not 0 < self.output_scale_factor < math.inf:
+            raise ValueError(f"output_scale_factor must be positive and finite, but got {self.output_scale_factor}.")
         if self.resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
             raise ValueError(
                 f"resnet_time_scale_shift={self.resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}."
@@ -365,8 +381,9 @@ class ADMEncoder(nn.Module):
 
     def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
         super().__init__()
-        if layers_per_block < 1:
-            raise ValueError(f"layers_per_block must be at least 1, but got {layers_per_block}.")
+        for name, count in (("in_channels", in_channels), ("layers_per_block", layers_per_block)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, but got {count}.")
         if downsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"downsample_type={downsample_type!r} is not one of {RESAMPLE_TYPES}.")
         self.gradient_checkpointing = False
@@ -410,18 +427,16 @@ class ADMEncoder(nn.Module):
         return block(hidden_states, emb)
 
 
-def check_images(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
+def check_sample(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
     """
     Checks images that a model is given.
 
     Raises:
-        ValueError: If the number of channels is wrong, or height and width cannot be halved between all levels.
+        ValueError: If they are not floating-point numbers, the number of channels is wrong, or height and width cannot be
+            halved between all levels.
     """
-    if sample.ndim != 4 or sample.shape[1] != in_channels:
-        raise ValueError(
-            f"sample has shape {tuple(sample.shape)}, where (batch, {in_channels}, height, width) is needed."
-        )
+    check_images("sample", sample, in_channels)
     factor = 2 ** (num_levels - 1)
     height, width = sample.shape[2:]
     if height % factor or width % factor:
-        raise ValueError(f"Height and width must be multiples of {factor}: got {height}x{width}.")
+        raise ValueError(f"Height and width must be multiples of {factor}, but got {height}x{width}.")

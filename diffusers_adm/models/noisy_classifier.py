@@ -16,7 +16,7 @@ from diffusers_adm.models.blocks import (
     ADMEncoder,
     ADMGroupNorm,
     ADMTimeEmbedding,
-    check_images,
+    check_sample,
     zero_init,
 )
 from diffusers_adm.models.class_names import numbered_names
@@ -249,7 +249,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfi
             ValueError: If the number of channels is wrong, height and width cannot be halved between all levels, or the
                 size is not the one that `pool="attention"` is made for.
         """
-        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
+        check_sample(sample, self.config.in_channels, len(self.config.channel_mult))
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
         hidden_states, skips = self.encoder(sample, emb)  # (batch, channels, height / 2**k, width / 2**k)
         if self.config.pool in ("attention", "adaptive"):

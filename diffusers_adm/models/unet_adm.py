@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from diffusers_adm.checks import as_numbers, check_images, one_per_image
 from diffusers_adm.models.blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
@@ -19,7 +20,7 @@ from diffusers_adm.models.blocks import (
     ADMTimeEmbedding,
     ADMUpBlock,
     ADMUpsample2D,
-    check_images,
+    check_sample,
     zero_init,
 )
 from diffusers_adm.models.weights import CompleteWeightsMixin
@@ -249,7 +250,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
     def _check_inputs(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None, low_res: torch.Tensor | None
     ) -> None:
-        check_images(sample, self.config.in_channels, len(self.config.channel_mult))
+        check_sample(sample, self.config.in_channels, len(self.config.channel_mult))
         if self.class_embedding is None and class_labels is not None:
             raise ValueError("class_labels were given to an unconditional model (num_class_embeds=None).")
         if self.class_embedding is not None and class_labels is None and self.null_class is None:
@@ -259,6 +260,23 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
                 "low_res must be given if and only if low_res_conditioning is True, but it is"
                 f" {self.config.low_res_conditioning}, and low_res is {'missing' if low_res is None else 'given'}."
             )
+        if low_res is not None:
+            check_images("low_res", low_res, self.config.in_channels)
+            if low_res.shape[0] != sample.shape[0]:
+                raise ValueError(f"low_res has {low_res.shape[0]} images, but sample has {sample.shape[0]}.")
+
+    def _embed_classes(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+        """Returns the embedding of each image's class, `(batch or 1, 4 * model_channels)`."""
+        if class_labels is None:
+            class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)  # (batch,)
+        class_labels = one_per_image("class_labels", class_labels, sample)
+        if class_labels.is_floating_point():
+            raise ValueError(f"class_labels must be integers, but got {class_labels.dtype}.")
+        try:
+            return self.class_embedding(class_labels.long())
+        except IndexError as error:  # on the CPU; reading labels on a GPU would wait for it
+            last = self.class_embedding.num_embeddings - 1
+            raise ValueError(f"class_labels must be in [0, {last}], but got {class_labels.tolist()}.") from error
 
     def forward(
         self,
@@ -280,17 +298,15 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
             return_dict: Whether to return an [`ADMUNet2DOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If labels or low-resolution images are missing or not taken, the number of channels is wrong, or
-                height and width cannot be halved between all levels.
+            ValueError: If labels or low-resolution images are missing or not taken, an argument has another type or shape,
+                height and width cannot be halved between all levels, or a label on the CPU does not exist.
         """
         self._check_inputs(sample, class_labels, low_res)
 
         # 1. Embeddings
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
         if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)  # (batch,)
-            emb = emb + self.class_embedding(class_labels).to(emb.dtype)  # (batch, 4 * model_channels)
+            emb = emb + self._embed_classes(class_labels, sample).to(emb.dtype)  # (batch, 4 * model_channels)
 
         # 2. Encoder and middle
         if low_res is not None:
@@ -328,7 +344,7 @@ class EpsilonView(nn.Module):
         super().__init__()
         self.unet = unet
         if class_labels is not None:
-            class_labels = class_labels.to(unet.device)
+            class_labels = as_numbers("class_labels", class_labels).to(unet.device)
         self.register_buffer("class_labels", class_labels, persistent=False)
         self.config = FrozenDict({**unet.config, "out_channels": unet.config.in_channels})
 

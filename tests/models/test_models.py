@@ -231,14 +231,14 @@ def test_height_and_width_are_treated_alike(kind):
 @every_model
 @pytest.mark.parametrize("size", [(9, 8), (8, 9)])
 def test_size_that_the_downsampling_does_not_divide_is_refused(kind, size):
-    with pytest.raises(ValueError, match=f"multiples of 2: got {size[0]}x{size[1]}"):
+    with pytest.raises(ValueError, match=f"multiples of 2, but got {size[0]}x{size[1]}"):
         predict(tiny_model(kind), images(height=size[0], width=size[1]))
 
 
 @every_model
 def test_other_numbers_of_channels_are_refused(kind):
     for sample in (images()[:, :2], images()[0]):
-        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\) is needed"):
+        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), but got"):
             tiny_model(kind)(sample, 5)
 
 

@@ -1,0 +1,130 @@
+"""Checks of arguments that models, functions and pipelines share."""
+
+import typing
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+
+import torch
+
+
+def is_integer(value: object) -> bool:
+    """Returns whether a value is an integer. A truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value is a real number, infinite ones included. A truth value is none, and NaN is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+TYPE_CHECKS: dict[type, tuple[str, Callable[[object], bool]]] = {
+    int: ("an integer", is_integer),
+    float: ("a number", is_number),
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    str: ("a string", lambda value: isinstance(value, str)),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+def check_types(function: Callable, arguments: Mapping[str, object]) -> None:
+    """
+    Checks arguments against the annotations of a function.
+
+    Args:
+        function: Function whose annotations say what the arguments are. Numbers, truth values, strings, tuples of them and
+            `None` are checked, and nothing else.
+        arguments: Arguments by name. Names that the function does not have are ignored.
+
+    Raises:
+        ValueError: If an argument is of another type. An integer passes for a number.
+    """
+    for name, annotation in typing.get_type_hints(function).items():
+        if name in arguments and not _fits_annotation(arguments[name], annotation):
+            raise ValueError(f"`{name}` must be {_type_words(annotation)}, but got {arguments[name]!r}.")
+
+
+def _fits_annotation(value: object, annotation: object) -> bool:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in TYPE_CHECKS:
+        return TYPE_CHECKS[annotation][1](value)
+    if origin in (UnionType, typing.Union):
+        return any(_fits_annotation(value, part) for part in parts)
+    if origin is tuple:  # JSON makes lists of tuples
+        return isinstance(value, (tuple, list)) and all(_fits_annotation(entry, parts[0]) for entry in value)
+    return origin is not typing.Literal or type(value) in {type(part) for part in parts}
+
+
+def _type_words(annotation: object) -> str:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in TYPE_CHECKS:
+        return TYPE_CHECKS[annotation][0]
+    if origin is tuple:
+        return f"a list, each entry of which is {_type_words(parts[0])}"
+    return " or ".join(_type_words(part) if origin is not typing.Literal else repr(part) for part in parts)
+
+
+def check_images(name: str, images: torch.Tensor, channels: int | str = "channels") -> None:
+    """
+    Checks the type and shape of images.
+
+    Args:
+        name: Name of the argument.
+        images: Images, `(batch, channels, height, width)`.
+        channels: Number of their channels. A word means that any number will do.
+
+    Raises:
+        ValueError: If they are not a dense tensor of floating-point numbers, have another shape, or no pixels.
+    """
+    is_tensor = isinstance(images, torch.Tensor)
+    if is_tensor and images.is_floating_point() and images.layout == torch.strided and images.ndim == 4:
+        if images.shape[2:].numel() and (isinstance(channels, str) or images.shape[1] == channels):
+            return
+    got = f"{images.layout}, {images.dtype}, {tuple(images.shape)}" if is_tensor else type(images).__name__
+    raise ValueError(
+        f"`{name}` must be a dense tensor of floating-point numbers, (batch, {channels}, height, width), but got"
+        f" {got.replace('torch.strided, ', '')}."
+    )
+
+
+def as_numbers(name: str, given: torch.Tensor | float | list) -> torch.Tensor:
+    """
+    Returns timesteps or labels as a tensor.
+
+    Args:
+        name: Name of the argument.
+        given: Number, list, array or tensor.
+
+    Raises:
+        ValueError: If they are not real numbers.
+    """
+    try:
+        numbers = given if isinstance(given, torch.Tensor) else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` must be numbers, one for all images or one per image, but got {given!r}."
+        ) from error
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be real numbers, but got {numbers.dtype}.")
+    return numbers
+
+
+def one_per_image(name: str, given: torch.Tensor | float | list, images: torch.Tensor) -> torch.Tensor:
+    """
+    Returns timesteps or labels as a tensor on the device of the images, `()`, `(1,)` or `(batch,)`.
+
+    Args:
+        name: Name of the argument.
+        given: One number for all images, or one per image, as a number, a list, an array or a tensor.
+        images: Images, `(batch, ...)`.
+
+    Raises:
+        ValueError: If they are not real numbers, or their number is not that of the images.
+    """
+    numbers = as_numbers(name, given)
+    if numbers.ndim > 1 or (numbers.ndim == 1 and numbers.shape[0] not in (1, images.shape[0])):
+        raise ValueError(
+            f"`{name}` must be one number for all images or one per image of {images.shape[0]}, but got"
+            f" {tuple(numbers.shape)}."
+        )
+    return numbers.to(images.device)
