@@ -4,37 +4,78 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives another name to write a file under. The file takes its place once all of it is on the disk."""
+    """
+    Gives another name to write a file under. The file takes its place once all of it is on the disk.
+
+    Raises:
+        OSError: If the file cannot be written. The message names it.
+    """
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
-        yield partial
-        _flush_path(partial)
-        os.replace(partial, path)
+        with _errors_that_name(path):
+            yield partial
+            _flush_path(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def check_can_write(path: Path) -> None:
+    """
+    Checks that a file can be written, before the work whose result it will hold.
+
+    Raises:
+        ValueError: If the path is that of a folder or a device, or its folder does not exist.
+        OSError: If the folder does not take files.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'a device'}: give the name of a file to write.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> None:
-    """Writes a JSON file. Configurations are sorted, as diffusers writes them."""
+    """
+    Writes a JSON file. Configurations are sorted, as diffusers writes them.
+
+    Raises:
+        ValueError: If a number is not finite, because JSON has no such numbers.
+    """
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives another name to make and fill a folder under. The folder takes its place once all of it is on the disk."""
+    """
+    Gives another name to make and fill a folder under. The folder takes its place once all of it is on the disk.
+
+    Raises:
+        OSError: If a file cannot be written. The message names the folder or the file.
+    """
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        yield partial
-        flush_folder(partial)
-        replace_folder(partial, folder)
+        with _errors_that_name(folder):
+            yield partial
+            flush_folder(partial)
+            replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -59,6 +100,19 @@ def replace_folder(partial: Path, folder: Path) -> None:
     os.replace(partial, folder)
     _flush_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _errors_that_name(path: Path) -> Iterator[None]:
+    """Names what is written in the errors of a full disk, which lack it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _flush_path(path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +15,8 @@ INSTALL_COMMAND = 'pip install -e ".[train,eval]"'
 
 # Errors whose message is for the user: invalid input, files, memory. All others are faults of the program.
 USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
+
+MAX_CHARACTERS = 1000  # of a message: some quote a whole file
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -51,7 +54,8 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        print(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        message = textwrap.shorten(str(error), MAX_CHARACTERS) or type(error).__name__
+        print(f"{name}: error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -191,7 +191,7 @@ def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
             kind, words["nargs"] = items[0], "+"
         elif items:
             kind, metavar = comma_separated(items[0]), f"{metavar},..."
-        words["type"] = info.parse or kind
+        words["type"] = info.parse or (text_as(kind) if kind in (str, Path) and default != "" else kind)
         words["choices"] = info.choices
         words["metavar"] = info.metavar or (None if info.choices else metavar)
     shown = "Required." if required else _shown_default(default)
@@ -218,11 +218,22 @@ def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
     parser.epilog = "\n  ".join(["examples:", *commands])
 
 
+def text_as(kind: type = str) -> Callable[[str], Any]:
+    """Returns a function that parses a text that is not blank: an empty path would mean the current folder."""
+
+    def parse(text: str) -> Any:
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"a value is required, but got {text!r}")
+        return kind(text)
+
+    return parse
+
+
 def comma_separated(kind: type) -> Callable[[str], tuple]:
     """Returns a function that parses values with commas between them."""
 
     def parse(text: str) -> tuple:
-        return tuple(kind(part) for part in text.split(",") if part)
+        return tuple(kind(part) for part in text.split(",")) if text else ()
 
     parse.__name__ = f"comma-separated {kind.__name__}"
     return parse
@@ -233,7 +244,7 @@ def build_options(options: type[OptionsClass], args: argparse.Namespace) -> Opti
     Builds a dataclass from parsed arguments, and checks its values. Options that the parser lacks keep their defaults.
 
     Raises:
-        ValueError: If a number is not finite, or a value does not meet its check.
+        ValueError: If a number is not finite, a text is empty, or a value does not meet its check.
     """
     values = {}
     for field in dataclasses.fields(options):

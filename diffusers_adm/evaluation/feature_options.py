@@ -19,7 +19,9 @@ class FeatureOptions:
         None, metavar="FILE", help="File of the extractor's weights, instead of a download."
     )
     register: str | None = option(
-        None, metavar="FILE", help="Python file that registers a feature extractor of your own."
+        None,
+        metavar="FILE",
+        help="Python file that registers a feature extractor of your own. The command runs it, so pass only files that you trust.",
     )
     feature_batch_size: int = option(64, help="Number of images per batch of the extractor.", check=at_least(1))
 

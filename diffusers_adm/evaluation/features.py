@@ -4,6 +4,7 @@ import contextlib
 import os
 import runpy
 import sys
+import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -81,8 +82,11 @@ class FeatureExtractor:
                 network = cls(name, list(layers.values()), feature_extractor_weights_path=path, verbose=False)
         except OSError as error:
             raise OSError(f"The weights of {name} cannot be fetched ({error}): give their file.") from error
-        except Exception as error:
-            raise ValueError(f"{weights_path or 'What is in the cache'} is no file of {name}: {error}") from error
+        except Exception as error:  # a damaged file raises errors of a dozen types
+            raise ValueError(
+                f"{weights_path or 'The file in the cache of torch'} holds no weights of {name}: it is damaged, of another"
+                " network, or holds code or objects, which are not loaded."
+            ) from error
         self.network = network.requires_grad_(False).eval().to(self.device)
         self._spatial: torch.Tensor | None = None
         if name == INCEPTION:
@@ -128,15 +132,19 @@ def register_from(path: str | Path) -> None:
     Runs a Python file that registers feature extractors. It can import modules from its own folder, as a script can.
 
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If there is no such file, or it fails.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no Python file {path}.")
+        raise ValueError(f"--register {path}: there is no such file.")
     beside = str(path.resolve().parent)
     sys.path.insert(0, beside)
     try:
         runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:  # it is code of the user, which may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise ValueError(f"--register {path} failed{place}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(beside)
 

@@ -1,6 +1,7 @@
 """Class labels of the images of a run."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import image_generator
 from diffusers_adm.pipelines.class_labels import known_classes
 from diffusers_adm.pipelines.options import SamplingOptions
+
+
+NUMBER = re.compile("[0-9]{1,18}")  # longer ones are of no class, and would be slow to read
 
 
 class Labels:
@@ -55,15 +59,25 @@ class Labels:
         if path.suffix == ".npz":
             given = NpzFile(path).read("arr_1")
         else:
-            words = path.read_text(encoding="utf-8").splitlines()
-            given = [int(word) if word.strip().isdigit() else word.strip() for word in words if word.strip()]
-        labels = pipeline.class_ids(given)
+            given = [int(word) if NUMBER.fullmatch(word) else word for word in self._words(path)]
+        try:
+            labels = pipeline.class_ids(given)
+        except ValueError as error:
+            raise ValueError(f"--labels {path}: {error}") from error
         unknown = sorted({label for label in labels if not 0 <= label < self.num_classes})
         if unknown:
             raise ValueError(
                 f"--labels {path} has labels {unknown[:5]}, which are not in 0 ... {self.num_classes - 1}."
             )
         return labels
+
+    @staticmethod
+    def _words(path: Path) -> list[str]:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--labels {path} is neither a text nor an .npz file.") from error
+        return [line.strip() for line in lines if line.strip()]
 
     def of_images(self, numbers: range) -> list[int] | None:
         """Returns the labels of images by their numbers, or `None` if no network takes labels."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from tqdm.auto import tqdm
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.atomic_files import atomic_write, write_json
@@ -29,6 +28,7 @@ from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
 from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
+from diffusers_adm.progress import with_progress
 
 
 @dataclass
@@ -202,12 +202,15 @@ def evaluate_batches(
         labels: Label of each image, or `None`.
     """
     config, device, settings = pipeline.scheduler.config, shards.state.device, shards.settings
+    shards.report_found("evaluating")
     batches = shards.assigned()
     # Beyond the end the last image is repeated, so that all batches have one size. Its results are dropped.
     numbers = [np.minimum(shards.numbers(batch), images.num_images - 1) for batch in batches]
     pixels = images.chosen(np.unique(np.concatenate(numbers)) if numbers else np.arange(0), shards.batch_size)
-    progress = tqdm(total=len(batches), disable=None if shards.state.is_main_process else True)
-    for batch, rows, distinct in zip(batches, numbers, pixels):
+    work = zip(batches, numbers, pixels)
+    if shards.state.is_main_process:
+        work = with_progress(work, len(batches), "evaluating", "batches")
+    for batch, rows, distinct in work:
         x_0 = torch.from_numpy(distinct[rows - rows[0]]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with one_thread(device):
             bound = variational_bound(
@@ -220,8 +223,13 @@ def evaluate_batches(
                 getattr(config, "variance_type", None) or "fixed_large",
                 settings["clip_denoised"],
             )
+        failed = np.asarray(shards.numbers(batch))[~bound.total.isfinite().cpu().numpy()]
+        if len(failed):
+            raise ValueError(
+                f"The bound of images {failed.tolist()[:5]} is not finite: look for NaN or infinity in the weights, and for a"
+                " UNet that overflows float16."
+            )
         shards.save(batch, {name: value.cpu().numpy() for name, value in vars(bound).items()})
-        progress.update()
 
 
 def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from tqdm.auto import tqdm
 
 from diffusers_adm.data.image_sets import ImageSet, NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor, Features
 from diffusers_adm.evaluation.precision_recall import precision_and_recall
 from diffusers_adm.evaluation.report import METRICS, Evaluation
+from diffusers_adm.evaluation.shards import as_record
 from diffusers_adm.evaluation.statistics import GaussianStatistics, RunningStatistics, frechet_distance
+from diffusers_adm.progress import with_progress
 
 
 IMAGES_OF_A_SCORE = 5000
@@ -61,7 +62,7 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
     """
     gaussian, spatial, kept = RunningStatistics(), RunningStatistics(), []
     total = -(-images.num_images // batch_size)
-    for batch in tqdm(images.batches(batch_size), total=total, desc=Path(images.name).name, disable=None):
+    for batch in with_progress(images.batches(batch_size), total, f"features of {Path(images.name).name}", "batches"):
         features = extractor(batch)
         gaussian.update(features.pooled)
         has_spatial = features.spatial is not None
@@ -133,9 +134,9 @@ def comparison_settings(reference: Summary, samples: Summary, extractor_name: st
             "name": reference.name,
             "num_images": reference.num_images,
             "num_neighbours": 0 if reference.features is None else len(reference.features.pooled),
-            "metadata": reference.metadata,
+            "metadata": as_record(reference.metadata),
         },
-        "samples": {"name": samples.name, "num_images": samples.num_images, "metadata": samples.metadata},
+        "samples": {"name": samples.name, "num_images": samples.num_images, "metadata": as_record(samples.metadata)},
     }
 
 

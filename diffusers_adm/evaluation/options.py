@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from diffusers_adm.options import option
+from diffusers_adm.options import at_least, in_range, option
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_IMAGES = 10**8  # more is a slip of the keyboard, for which nobody should wait until the memory is full
+MAX_BATCH_SIZE = 10**5
 
 
 @dataclass(frozen=True)
@@ -24,5 +26,5 @@ class ModelOptions:
 class RunOptions:
     """Seed and batch size of a run."""
 
-    seed: int = option(0, help="Seed of the run. The seed of each image is derived from it.")
-    batch_size: int = option(50, help="Number of images per batch.")
+    seed: int = option(0, help="Seed of the run. The seed of each image is derived from it.", check=at_least(0))
+    batch_size: int = option(50, help="Number of images per batch.", check=in_range(1, MAX_BATCH_SIZE))

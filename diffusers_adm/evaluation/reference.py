@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from diffusers_adm.data.image_sets import ImageSet, ImageSetOptions, NpzImages, open_images
 from diffusers_adm.data.npz import NpzFile, Rows, write_npz
@@ -31,17 +32,16 @@ def summarise_reference(
     Raises:
         ValueError: If the reference belongs to another extractor, or cannot be compared with.
     """
-    if Path(source).suffix != ".npz" or not Path(source).is_file() or "mu" not in NpzFile(source):
+    if not holds_statistics(source):
         return summarise(open_images(source, options), extractor, batch_size)
+    check_extractor(source, extractor.name)
     file = NpzFile(source)
     metadata = file.metadata()
-    made_by = metadata.get("feature_extractor", INCEPTION)
-    if made_by != extractor.name:
-        raise ValueError(
-            f"{source} holds statistics of {made_by}, and not of {extractor.name}: make one by make-reference."
-        )
-    gaussian = GaussianStatistics(file.read("mu"), file.read("sigma"))
-    spatial = GaussianStatistics(file.read("mu_s"), file.read("sigma_s")) if "mu_s" in file else None
+    num_images = metadata.get("num_images")
+    if num_images is not None and type(num_images) is not int:
+        raise ValueError(f"{source}: its metadata must say the number of images, but says {num_images!r}.")
+    gaussian = read_statistics(file, "mu", "sigma")
+    spatial = read_statistics(file, "mu_s", "sigma_s") if "mu_s" in file else None
     features, shape = None, None
     if "arr_0" in file:
         images = summarise(NpzImages(source), extractor, batch_size)
@@ -50,7 +50,45 @@ def summarise_reference(
             raise ValueError(
                 f"{source}: its mu has {len(gaussian.mean)} features, and {extractor.name} {features.pooled.shape[1]}."
             )
-    return Summary(str(source), gaussian, spatial, metadata.get("num_images"), features, shape, metadata)
+    return Summary(str(source), gaussian, spatial, num_images, features, shape, metadata)
+
+
+def holds_statistics(source: str | Path) -> bool:
+    """Returns whether a source is a reference batch, and not merely images."""
+    return Path(source).suffix == ".npz" and Path(source).is_file() and "mu" in NpzFile(source)
+
+
+def check_extractor(source: str | Path, extractor_name: str) -> None:
+    """
+    Checks that a reference batch was made with an extractor. Images can be compared by any.
+
+    Raises:
+        ValueError: If it was made with another extractor.
+    """
+    if not holds_statistics(source):
+        return
+    made_by = str(NpzFile(source).metadata().get("feature_extractor", INCEPTION))
+    if made_by == extractor_name:
+        return
+    register = "" if made_by in FEATURE_EXTRACTORS_REGISTRY else " and --register FILE, the file that registers it"
+    raise ValueError(
+        f"{source} was made with the feature extractor {made_by}, but --feature_extractor is {extractor_name}: pass"
+        f" --feature_extractor {made_by}{register}, or make a reference with {extractor_name} by make-reference."
+    )
+
+
+def read_statistics(file: NpzFile, mean: str, covariance: str) -> GaussianStatistics:
+    """
+    Reads statistics from two arrays of a file.
+
+    Raises:
+        ValueError: If they are missing, or are not the statistics of any features.
+    """
+    arrays = file.read(mean), file.read(covariance)
+    try:
+        return GaussianStatistics(*arrays)
+    except ValueError as error:
+        raise ValueError(f"{file.path} ({mean}, {covariance}): {error}") from error
 
 
 def write_reference(

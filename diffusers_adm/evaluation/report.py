@@ -1,12 +1,14 @@
 """Reports of metrics: tables, JSON, and entries of model cards."""
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
+from yaml import YAMLError
 
-from diffusers_adm.atomic_files import atomic_write, write_json
+from diffusers_adm.atomic_files import atomic_write, check_can_write, write_json
 from diffusers_adm.evaluation.features import INCEPTION
 
 
@@ -37,11 +39,22 @@ class Evaluation:
         metrics: Values by the names in `METRICS`. Metrics that could not be computed are missing.
         settings: Extractor, reference and samples.
         notes: Remarks for the reader.
+
+    Raises:
+        ValueError: If a metric is not finite.
     """
 
     metrics: dict[str, float]
     settings: dict
     notes: list[str]
+
+    def __post_init__(self):
+        failed = [f"{self.label(name)} {value}" for name, value in self.metrics.items() if not math.isfinite(value)]
+        if failed:
+            raise ValueError(
+                f"Metrics are not finite: {', '.join(failed)}. Look for extreme values in the reference's statistics and in"
+                " the features."
+            )
 
     def label(self, metric: str) -> str:
         """Returns the name of a metric."""
@@ -83,6 +96,23 @@ class Evaluation:
             )
             for metric, value in self.metrics.items()
         ]
+
+
+def read_card(path: Path) -> ModelCard:
+    """
+    Reads a model card to write metrics into.
+
+    Raises:
+        ValueError: If there is no such file, or its front matter is damaged.
+        OSError: If its folder does not take files.
+    """
+    if not path.is_file():
+        raise ValueError(f"--model_card {path} is no file.")
+    check_can_write(path)
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, AttributeError, YAMLError) as error:
+        raise ValueError(f"--model_card {path}: its front matter cannot be read: {error}") from error
 
 
 def add_to_card(card: ModelCard, evaluation: Evaluation, path: Path) -> None:

@@ -1,11 +1,13 @@
 """Bulk sampling: on any number of processes, independent of their number, and continued after interruptions."""
 
+import math
 from collections.abc import Iterator
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
 from diffusers_adm.data.npz_images import NpzImages
@@ -13,8 +15,12 @@ from diffusers_adm.evaluation.labels import Labels
 from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_samples
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
+from diffusers_adm.guidance import GuidanceOptions
+from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
-from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.progress import with_progress
+from diffusers_adm.solvers import build_solver
 
 
 def load_pipeline(
@@ -38,12 +44,22 @@ def load_pipeline(
         upsampler: Whether it is an upsampler.
 
     Raises:
-        ValueError: If the pipeline is of another class.
+        ValueError: If the pipeline is of another class, or the variant or the id cannot be one.
+        OSError: If there is no such folder, and no such pipeline on the Hub.
     """
+    check_variant(variant)
+    model = default_model() if model is None else model
+    if revision is not None and Path(model).is_dir():
+        raise ValueError(f"--revision {revision} is for pipelines on the Hub, but {model} is a folder.")
     cls = ADMUpsamplePipeline if upsampler else ClassifierGuidedPipeline
-    pipeline = cls.from_pretrained(
-        model or default_model(), revision=revision, variant=variant, dtype=getattr(torch, dtype)
-    )
+    try:
+        pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"There is no folder {str(model)!r}, and no pipeline with this id, which looks like 'owner/name', came from the Hub:"
+            f" {reason}"
+        ) from error
     pipeline.to(device).set_progress_bar_config(disable=True)
     return pipeline
 
@@ -58,7 +74,7 @@ def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
     """
     config = pipeline.scheduler.config
     return {
-        "model": Path(name or default_model()).name,
+        "model": Path(default_model() if name is None else name).name,
         "weights": weights_digest(pipeline.components),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "scheduler": type(pipeline.scheduler).__name__,
@@ -78,6 +94,32 @@ def given_options(call: dict | None) -> dict:
     if unknown:
         raise ValueError(f"The pipelines take no {', '.join(unknown)} for a whole run.")
     return call
+
+
+def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOptions:
+    """
+    Returns the options of a run with the pipeline's defaults. They are checked before anything is drawn.
+
+    Args:
+        pipeline: Pipeline of the run.
+        call: Arguments of the pipeline's call that hold for the whole run.
+
+    Raises:
+        ValueError: If an argument does not hold for a whole run, or the pipeline refuses it.
+    """
+    options = SamplingOptions(**given_options(call)).resolved(pipeline)
+    for name in ("guidance_scale", "cfg_weight"):
+        value = getattr(options, name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            # A list would give an image another value in another place of a batch.
+            raise ValueError(f"`{name}` must be one finite number for a whole run, but got {value!r}.")
+    if not isinstance(options.condition_unet, bool):
+        raise ValueError(f"`condition_unet` must be True or False, but got {options.condition_unet!r}.")
+    GuidanceOptions.parse(options.guidance_options)
+    build_solver(
+        pipeline.scheduler, options.num_inference_steps, options.timestep_respacing, options.eta, options.timesteps
+    )
+    return options
 
 
 def option_record(options: SamplingOptions) -> dict:
@@ -123,12 +165,8 @@ def draw_samples(
         ValueError: If the run is impossible, or the folder belongs to a run of other settings.
     """
     state = join_processes()
-    call = given_options(call)
-    options = SamplingOptions(**call).resolved(pipeline)
-    per_image(options.guidance_scale, batch_size, "guidance_scale")
-    small = None if low_res is None else NpzImages(low_res, labelled=True)
-    if small is not None and small.num_images < num_images:
-        raise ValueError(f"{low_res} has {small.num_images} images, and {num_images} are wanted.")
+    options = run_options(pipeline, call)
+    small = None if low_res is None else open_low_res(low_res, pipeline, num_images)
     if labels is None and small is None:
         labels = "random"
     elif labels is None and small.labels is not None and options.num_classes(pipeline) is not None:
@@ -145,13 +183,44 @@ def draw_samples(
     config = pipeline.unet.config
     path = sample_path(folder, num_images, (config.sample_size, config.sample_size, config.in_channels), format)
     if path.exists():
+        if state.is_main_process:
+            print(f"Found {path}.", flush=True)
         return path
-    draw_batches(pipeline, shards, image_labels, call, small)
+    draw_batches(pipeline, shards, image_labels, given_options(call), small)
     state.wait_for_everyone()
     if state.is_main_process:
         write_samples(shards, path)
     state.wait_for_everyone()
     return path
+
+
+def open_low_res(path: str | Path, pipeline: SamplingPipeline, num_images: int) -> NpzImages:
+    """
+    Opens the images that an upsampler enlarges.
+
+    Args:
+        path: `.npz` file.
+        pipeline: The upsampler.
+        num_images: Number of images that are needed.
+
+    Raises:
+        ValueError: If the pipeline is no upsampler, or the images are too few or of another size.
+    """
+    if not isinstance(pipeline, ADMUpsamplePipeline):
+        raise ValueError(f"--low_res {path}: a {type(pipeline).__name__} does not enlarge images.")
+    if not Path(path).is_file():
+        raise ValueError(f"--low_res {path}: there is no such file.")
+    images = NpzImages(path, labelled=True)
+    size = pipeline.config.low_res_size
+    shape = (size, size, pipeline.unet.config.in_channels)
+    if images.shape != shape:
+        raise ValueError(
+            f"--low_res {path}: images must be {shape} (height, width, channels), as the upsampler takes them, but are"
+            f" {images.shape}."
+        )
+    if images.num_images < num_images:
+        raise ValueError(f"--low_res {path} has {images.num_images} images, and {num_images} are wanted.")
+    return images
 
 
 def draw_batches(
@@ -167,10 +236,13 @@ def draw_batches(
         call: Arguments of the pipeline's call.
         low_res: Images that an upsampler enlarges.
     """
+    shards.report_found("drawing")
     batches = shards.assigned()
-    progress = tqdm(batches, desc="batches", disable=None if shards.state.is_main_process else True)
     small = [None] * len(batches) if low_res is None else low_res_batches(low_res, shards, batches)
-    for batch, images in zip(progress, small):
+    work = zip(batches, small)
+    if shards.state.is_main_process:
+        work = with_progress(work, len(batches), "drawing", "batches")
+    for batch, images in work:
         numbers = shards.numbers(batch)
         inputs = {"class_labels": labels.for_call(numbers)}
         if images is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +45,13 @@ class Shards:
         self.num_images = num_images
         self.batch_size = batch_size
         self.state = state
-        self.settings = json.loads(json.dumps({**settings, "batch_size": batch_size}, default=as_plain))
+        self.settings = json.loads(json.dumps(as_record({**settings, "batch_size": batch_size})))
         # An error must reach all processes, or the others would wait for ever.
         message = [None]
         if state.is_main_process:
             try:
                 self._claim()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 message = [str(error)]
         broadcast_object_list(message)
         if message[0] is not None:
@@ -59,7 +60,7 @@ class Shards:
     def _claim(self) -> None:
         path = self.folder / "settings.json"
         if path.is_file() and (any(self.folder.glob("shards/0*.npz")) or any(self.folder.glob("samples_*"))):
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = self._kept_settings(path)
             names = sorted({*kept, *self.settings} - FOR_THE_RECORD)
             other = [name for name in names if kept.get(name) != self.settings.get(name)]
             if other:
@@ -67,6 +68,8 @@ class Shards:
                     f"{name} {kept.get(name)!r}, not {self.settings.get(name)!r}" for name in other
                 )
                 raise ValueError(f"{self.folder} is of a run of other settings: {differences}. Take a new folder.")
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: give the name of a folder.")
         elif not path.is_file() and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds files of something else: take a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +78,16 @@ class Shards:
         for partial in (*self.folder.glob("partial-*"), *self.folder.glob("shards/partial-*")):
             if partial.is_file():
                 partial.unlink()  # of a process that was killed
+
+    @staticmethod
+    def _kept_settings(path: Path) -> dict:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}. Take a new folder.") from error
+        if not isinstance(kept, dict):
+            raise ValueError(f"{path} holds no settings of a run. Take a new folder.")
+        return as_record(kept)
 
     @property
     def num_batches(self) -> int:
@@ -98,6 +111,13 @@ class Shards:
         missing = [self.missing()]
         broadcast_object_list(missing)  # what the main process saw: others may finish one meanwhile
         return missing[0][self.state.process_index :: self.state.num_processes]
+
+    def report_found(self, work: str) -> None:
+        """Prints how many images of the run are there already, if any, and that the rest follows."""
+        missing = sum(min(self.batch_size, self.num_images - self.numbers(batch).start) for batch in self.missing())
+        if self.state.is_main_process and missing < self.num_images:
+            found = f"Found {self.num_images - missing} of {self.num_images} images in {self.folder}"
+            print(f"{found}, {work} the rest." if missing else f"{found}.", flush=True)
 
     def save(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes the results of a batch, `(batch_size, ...)` each."""
@@ -138,6 +158,14 @@ def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
     return digest.hexdigest()
 
 
-def as_plain(value):
-    """Converts a value that JSON does not know to a number, a list or a text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def as_record(value):
+    """Converts a value to what JSON knows. Numbers that are not finite become texts, because JSON has none."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: as_record(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_record(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

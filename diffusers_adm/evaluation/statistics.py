@@ -7,6 +7,10 @@ import torch
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 
+# Rounding of a covariance, as a share of its largest entry: some evaluators keep it in float32.
+ROUNDING = 1e-4
+
+
 @dataclass(frozen=True)
 class GaussianStatistics:
     """
@@ -14,7 +18,11 @@ class GaussianStatistics:
 
     Args:
         mean: `(features,)`, float64.
-        covariance: `(features, features)`, float64.
+        covariance: `(features, features)`, float64. It is symmetric and has no negative eigenvalue, up to the rounding of
+            float32.
+
+    Raises:
+        ValueError: If the arrays are not the statistics of any features.
     """
 
     mean: np.ndarray
@@ -22,10 +30,23 @@ class GaussianStatistics:
 
     def __post_init__(self):
         size = self.mean.size
-        if self.mean.shape != (size,) or self.covariance.shape != (size, size):
+        if not size or self.mean.shape != (size,) or self.covariance.shape != (size, size):
             raise ValueError(
                 f"A mean of shape {self.mean.shape} does not belong to a covariance of shape {self.covariance.shape}."
             )
+        for name, values in (("mean", self.mean), ("covariance", self.covariance)):
+            if values.dtype.kind not in "fiu":
+                raise ValueError(f"The {name} must be real numbers, but its data type is {values.dtype}.")
+            if not np.isfinite(values).all():
+                raise ValueError(f"The {name} is not finite: {np.sum(~np.isfinite(values))} of {values.size} values.")
+        covariance = self.covariance.astype(np.float64)
+        covariance /= np.abs(covariance).max() or 1.0
+        if np.abs(covariance - covariance.T).max() > ROUNDING:
+            raise ValueError("The covariance is not symmetric.")
+        try:
+            np.linalg.cholesky(covariance + ROUNDING * np.eye(size))
+        except np.linalg.LinAlgError as error:
+            raise ValueError("The covariance has a negative eigenvalue, as no features have.") from error
 
 
 class RunningStatistics:
@@ -94,4 +115,5 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
         {"mu": gaussian.mean.astype(np.float64), "sigma": gaussian.covariance.astype(np.float64)}
         for gaussian in (first, second)
     ]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    with np.errstate(over="ignore", invalid="ignore"):  # the result says so
+        return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]

@@ -15,9 +15,9 @@ from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines
 from diffusers_adm.evaluation.report import metric_label, write_tables
-from diffusers_adm.evaluation.sampling import draw_samples
+from diffusers_adm.evaluation.sampling import draw_samples, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
-from diffusers_adm.evaluation.shards import weights_digest
+from diffusers_adm.evaluation.shards import as_record, weights_digest
 from diffusers_adm.launch import join_processes
 
 
@@ -60,8 +60,8 @@ class PointEvaluator:
         """
         path = samples.with_name(f"metrics_{samples.stem}.json")
         if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["key"] == self.key:
+            kept = as_record(json.loads(path.read_text(encoding="utf-8")))
+            if kept["key"] == self.key and not any(isinstance(value, str) for value in kept["metrics"].values()):
                 return kept
         images = NpzImages(samples, labelled=self.judged)
         summary = summarise(images, self.extractor, self.batch_size)
@@ -95,14 +95,17 @@ def sweep_points(
     if axes.get("scheduler", [None]) == [None]:
         axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    for point in points:  # a mistake in the last one shows now
+        pipeline.scheduler = stock_scheduler
+        set_scheduler(pipeline, point["scheduler"])
+        run_options(pipeline, call_of(point))
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:
             print(f"Point {number + 1} of {len(points)}: {described(point)}", flush=True)
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        call = {name: value for name, value in point.items() if name != "scheduler"}
-        samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call, **run)
+        samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call_of(point), **run)
         if state.is_main_process:
             results.append({"point": point, **evaluate(samples)})
             write_tables(folder, results)
@@ -110,6 +113,11 @@ def sweep_points(
     if state.is_main_process:
         plot_trade_off(folder / "trade-off.png", results, axes)
     return results
+
+
+def call_of(point: dict) -> dict:
+    """Returns the arguments of the pipeline's call at a point."""
+    return {name: value for name, value in point.items() if name != "scheduler"}
 
 
 def folder_name(point: dict) -> str:

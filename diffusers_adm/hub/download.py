@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from diffusers_adm.hub.saved_files import SAVED_CLASSES
 from diffusers_adm.openai.files import check_is_saved_model
@@ -46,7 +47,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
         options: Arguments of `from_pretrained`. Those of the download are taken out.
 
     Raises:
-        ValueError: If the path is that of a file.
+        ValueError: If the path is that of a file, or is neither that of a folder nor an id.
         RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError: If there is no such pipeline on the Hub.
         LocalEntryNotFoundError: If the pipeline is not in the cache and the Hub cannot be reached.
     """
@@ -56,7 +57,12 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
         return str(name_or_path)
     check_is_saved_model(name_or_path)
     repo_id, variant = str(name_or_path), options.get("variant")
-    index = Path(hf_hub_download(repo_id, "model_index.json", **download_options))
+    try:
+        index = Path(hf_hub_download(repo_id, "model_index.json", **download_options))
+    except HFValidationError as error:
+        raise ValueError(
+            f"There is no folder {repo_id!r}, and it cannot be an id on the Hub, which looks like 'owner/name'."
+        ) from error
     # Pin the commit of the index, so that a concurrent push cannot mix two versions.
     download_options["revision"] = index.parent.name
     components = _components(json.loads(index.read_text(encoding="utf-8")), options)

@@ -7,7 +7,7 @@ from command_line import command_parsers
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline
 
-from diffusers_adm.evaluation.commands.sampling_options import option_type, parse_value
+from diffusers_adm.evaluation.commands.sampling_options import PARSERS
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.solvers import GUIDED_SETTINGS
@@ -36,10 +36,18 @@ def test_whatever_a_call_takes_is_an_option():
     assert {"guidance_scale", "num_inference_steps", "timestep_respacing", "condition_unet", "eta"} <= set(
         SamplingOptions.recorded()
     )
-    words = ["1", "-1.5", "true", "False", "none", "ddim25", "90,60", "1e-1", '{"schedule": "Linear"}']
-    expected = [1, -1.5, True, False, None, "ddim25", "90,60", 0.1, {"schedule": "Linear"}]
-    assert [parse_value(word) for word in words] == expected
-    assert option_type("timestep_respacing")("250") == "250" and option_type("eta")("0.5") == 0.5
+    assert PARSERS.keys() == SamplingOptions.recorded().keys()
+    for name, word, value in (
+        ("guidance_scale", "-1.5", -1.5),
+        ("guidance_scale", "1e-1", 0.1),
+        ("guidance_scale", "none", None),
+        ("num_inference_steps", "25", 25),
+        ("condition_unet", "False", False),
+        ("timestep_respacing", "250", "250"),
+        ("timesteps", "[90, 60]", [90, 60]),
+        ("guidance_options", '{"schedule": "Linear"}', {"schedule": "Linear"}),
+    ):
+        assert PARSERS[name](word) == value
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "make-reference", "nll", "sweep"])

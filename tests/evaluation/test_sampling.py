@@ -129,8 +129,8 @@ def test_an_upsampler_enlarges_samples_of_another_run(model, tmp_path):
         (["--scheduler", "DDIM"], "other settings: scheduler"),
         (["--dtype", "bfloat16"], "other settings: dtype"),
         (["--labels", "nowhere.txt"], "is not random, balanced or a file"),
-        (["--num_samples", 0], "must be at least 1"),
-        (["--guidance_scale", "strong"], "neither a number nor one an image"),
+        (["--num_samples", 0], "must be in [1, "),
+        (["--guidance_scale", "strong"], "'strong' is not one number"),
     ],
 )
 def test_a_run_takes_no_samples_of_another(words, said, model, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_a_run_takes_no_samples_of_another(words, said, model, tmp_path, capsys)
     sample(model, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.npz")}
     common = ["--model", model, "--num_samples", 10, "--batch_size", 4]
-    output = tmp_path / "new" if said.startswith("neither") else folder
+    output = tmp_path / "new" if "strong" in said else folder
     assert run("sample", "--output", output, *common, *words) == 2
     assert said in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*.npz")} == before

@@ -15,7 +15,10 @@ from diffusers_adm.cli import main
 
 def run(*words: str | Path | float) -> int:
     """Runs `diffusers-adm` with some words; its exit code."""
-    return main([str(word) for word in words])
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as exited:  # words that the parser refuses
+        return exited.code
 
 
 class Parsing(BaseException):

@@ -1,32 +1,37 @@
 """`diffusers-adm evaluate`."""
 
 import argparse
-import dataclasses
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
-from diffusers_adm.atomic_files import write_json
+from diffusers_adm.atomic_files import check_can_write, write_json
 from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
 from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
 from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
-from diffusers_adm.evaluation.reference import summarise_reference
-from diffusers_adm.evaluation.report import add_to_card
-from diffusers_adm.options import add_examples, add_options, build_options
+from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+from diffusers_adm.evaluation.report import add_to_card, read_card
+from diffusers_adm.options import add_examples, add_options, build_options, option, text_as
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Samples to evaluate, and files to write."""
+
+    samples_split: str = option("train", help="Split of a dataset of samples.")
+    output: Path | None = option(None, metavar="FILE", help="JSON file to write the metrics to.")
+    model_card: Path | None = option(
+        None, metavar="FILE", help="Model card, README.md, to write the metrics to as EvalResults."
+    )
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `evaluate`."""
-    parser.add_argument("reference", help="Reference batch (.npz), or the images themselves, as for the samples.")
-    parser.add_argument("samples", help=".npz with arr_0, folder of images, or dataset.")
     parser.add_argument(
-        "--samples_split", metavar="TEXT", default="train", help="Split of a dataset of samples. Default: train."
+        "reference", type=text_as(), help="Reference batch (.npz), or the images themselves, as for the samples."
     )
-    parser.add_argument("--output", metavar="FILE", help="JSON file to write the metrics to.")
-    parser.add_argument(
-        "--model_card", metavar="FILE", help="Model card, README.md, to write the metrics to as EvalResults."
-    )
+    parser.add_argument("samples", type=text_as(), help=".npz with arr_0, folder of images, or dataset.")
+    add_options(parser, EvaluateOptions)
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
     add_examples(
@@ -44,28 +49,29 @@ def evaluate(args: argparse.Namespace) -> None:
         ValueError: If the two cannot be compared.
     """
     # Quick checks come first, so that a mistake shows before features are extracted.
-    images = build_options(ImageSetOptions, args)
+    images, options, features = (
+        build_options(cls, args) for cls in (ImageSetOptions, EvaluateOptions, FeatureOptions)
+    )
     images.check(args.samples, args.reference)
-    if args.model_card is not None and not Path(args.model_card).is_file():
-        raise ValueError(f"--model_card {args.model_card} is no file.")
-    card = None if args.model_card is None else ModelCard.load(args.model_card)
-    if args.output is not None and not Path(args.output).resolve().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no such folder.")
+    if options.output is not None:
+        check_can_write(options.output)
+    card = None if options.model_card is None else read_card(options.model_card)
     # Samples have the small size already.
-    format = dataclasses.replace(images.format, source_resolution=None)
-    samples = open_images(args.samples, dataclasses.replace(images, split=args.samples_split, format=format))
+    format = replace(images.format, source_resolution=None)
+    samples = open_images(args.samples, replace(images, split=options.samples_split, format=format))
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
             f"{args.samples} has {samples.num_images} images; precision and recall need more than {NEIGHBOUR}, and"
             " figures that mean something thousands."
         )
-    features = build_options(FeatureOptions, args)
+    check_extractor(args.reference, features.feature_extractor)
     extractor, batch_size = load_extractor(features), features.feature_batch_size
     reference = summarise_reference(args.reference, extractor, images, batch_size)
     check_shape(reference, samples.shape)
     evaluation = compare(reference, summarise(samples, extractor, batch_size), extractor.name)
-    print(evaluation.table())
-    if args.output is not None:
-        write_json(Path(args.output), evaluation.as_dict())
+    # Files first: the reader of the output may have gone.
+    if options.output is not None:
+        write_json(options.output, evaluation.as_dict())
     if card is not None:
-        add_to_card(card, evaluation, Path(args.model_card))
+        add_to_card(card, evaluation, options.model_card)
+    print(evaluation.table())

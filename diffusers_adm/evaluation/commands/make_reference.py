@@ -1,27 +1,36 @@
 """`diffusers-adm make-reference`."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers_adm.atomic_files import check_can_write
 from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
 from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
 from diffusers_adm.evaluation.reference import write_reference
-from diffusers_adm.options import add_examples, add_options, build_options
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values, text_as
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Images that the file keeps."""
+
+    num_neighbours: int = option(
+        10_000,
+        help="Number of images in the file, for precision and recall. Statistics are of all images.",
+        check=at_least(NEIGHBOUR + 1),
+    )
+    seed: int = option(0, help="Seed of their choice.", check=at_least(0))
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `make_reference`."""
-    parser.add_argument("dataset", help="Hub id, folder of images, dataset's folder, or .npz with arr_0.")
-    parser.add_argument("output", help=".npz file to write.")
     parser.add_argument(
-        "--num_neighbours",
-        metavar="INT",
-        type=int,
-        default=10_000,
-        help="Number of images in the file, for precision and recall. Statistics are of all images. Default: 10000.",
+        "dataset", type=text_as(), help="Hub id, folder of images, dataset's folder, or .npz with arr_0."
     )
-    parser.add_argument("--seed", metavar="INT", type=int, default=0, help="Seed of their choice. Default: 0.")
+    parser.add_argument("output", type=text_as(), help=".npz file to write.")
+    add_options(parser, ReferenceOptions)
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
     add_examples(
@@ -39,19 +48,17 @@ def make_reference(args: argparse.Namespace) -> None:
         ValueError: If the images cannot be used, or the file exists.
     """
     output = Path(args.output)
-    if output.suffix != ".npz" or output.exists() or not output.parent.is_dir():
-        raise ValueError(f"{output} must be a new .npz file in a folder that exists.")
-    options, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    if output.suffix != ".npz" or output.exists():
+        raise ValueError(f"{output} must be the name of a new .npz file.")
+    check_can_write(output)
+    options, kept, features = (build_options(cls, args) for cls in (ImageSetOptions, ReferenceOptions, FeatureOptions))
     options.check(args.dataset)
     images = open_images(args.dataset, options)
-    if args.num_neighbours <= NEIGHBOUR:
-        raise ValueError(f"--num_neighbours {args.num_neighbours}: precision and recall need more than {NEIGHBOUR}.")
     count = write_reference(
         output,
         images,
         load_extractor(features),
-        num_neighbours=args.num_neighbours,
-        seed=args.seed,
+        **option_values(kept),
         batch_size=features.feature_batch_size,
         metadata={
             "dataset": str(args.dataset) if not Path(args.dataset).exists() else Path(args.dataset).name,

@@ -1,6 +1,7 @@
 """`diffusers-adm nll`."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
@@ -8,31 +9,26 @@ from diffusers_adm.evaluation.likelihood import evaluate_likelihood
 from diffusers_adm.evaluation.options import ModelOptions, RunOptions
 from diffusers_adm.evaluation.sampling import load_pipeline
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_examples, add_options, build_options, option_values
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values, text_as
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions:
+    """Images and steps of the bound."""
+
+    output: Path = option(metavar="DIR", help="Folder of the run: a new one, or of a run to continue.")
+    num_images: int | None = option(None, help="Number of images, the first ones. All by default.", check=at_least(1))
+    timestep_respacing: str = option("", help="Steps of the process as a published string. All by default.")
+    unconditional: bool = option(False, help="Give the UNet its null class for all images.")
+    clip_denoised: bool = option(True, help="Clip the predicted x_0 to [-1, 1].")
 
 
 def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `nll`."""
-    parser.add_argument("dataset", help="Hub id, folder of images, dataset's folder, or .npz with arr_0.")
     parser.add_argument(
-        "--output", metavar="DIR", required=True, help="Folder of the run: a new one, or of a run to continue."
+        "dataset", type=text_as(), help="Hub id, folder of images, dataset's folder, or .npz with arr_0."
     )
-    parser.add_argument(
-        "--num_images", metavar="INT", type=int, help="Number of images, the first ones. All by default."
-    )
-    parser.add_argument(
-        "--timestep_respacing",
-        metavar="TEXT",
-        default="",
-        help="Steps of the process as a published string. All by default.",
-    )
-    parser.add_argument("--unconditional", action="store_true", help="Give the UNet its null class for all images.")
-    parser.add_argument(
-        "--clip_denoised",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Clip the predicted x_0 to [-1, 1]. On by default.",
-    )
+    add_options(parser, LikelihoodOptions)
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
@@ -50,19 +46,21 @@ def nll(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If model and images do not fit together, or the folder belongs to a run of other settings.
     """
-    options, model = build_options(ImageSetOptions, args), build_options(ModelOptions, args)
-    options.check(args.dataset)
+    images, options, model, run = (
+        build_options(cls, args) for cls in (ImageSetOptions, LikelihoodOptions, ModelOptions, RunOptions)
+    )
+    images.check(args.dataset)
     pipeline = load_pipeline(**option_values(model), device=join_processes().device)
-    labelled = pipeline.unet.config.num_class_embeds is not None and not args.unconditional
+    labelled = pipeline.unet.config.num_class_embeds is not None and not options.unconditional
     evaluate_likelihood(
         pipeline,
-        open_images(args.dataset, options, labelled),
-        Path(args.output),
-        num_images=args.num_images,
-        timestep_respacing=args.timestep_respacing,
-        unconditional=args.unconditional,
-        clip_denoised=args.clip_denoised,
-        **option_values(build_options(RunOptions, args)),
+        open_images(args.dataset, images, labelled),
+        options.output,
+        num_images=options.num_images,
+        timestep_respacing=options.timestep_respacing,
+        unconditional=options.unconditional,
+        clip_denoised=options.clip_denoised,
+        **option_values(run),
         model_name=model.model,
-        image_settings=option_values(options.format),
+        image_settings=option_values(images.format),
     )

@@ -3,25 +3,49 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from diffusers_adm.evaluation.schedulers import SCHEDULERS
+from diffusers_adm.options import text_as
 from diffusers_adm.pipelines.options import SamplingOptions
 
 
-def parse_value(text: str) -> bool | float | int | str | list | dict | None:
-    """Parses a word of the command line: a number, true, false, none, a list or an object in JSON, or else a text."""
-    words = {"none": None, "null": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(text)
-    return text
+@dataclass(frozen=True)
+class Value:
+    """
+    Parser of one argument of a pipeline's call: JSON of some types, or the word none, for the pipeline's default.
+
+    Args:
+        types: Types that the value may have.
+        description: Name of the types, for the message.
+    """
+
+    types: tuple[type, ...]
+    description: str
+
+    def __call__(self, text: str) -> Any:
+        """Parses a word of the command line."""
+        if text.lower() in ("none", "null"):
+            return None
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            value = json.loads(text.lower() if self.types == (bool,) else text)
+            if type(value) in self.types:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {self.description}")
 
 
-def option_type(name: str) -> Callable[[str], object]:
-    """Returns the parser of a call's argument: respacing strings may look like numbers."""
-    return str if name == "timestep_respacing" else parse_value
+NUMBER = Value((int, float), "one number, which holds for the whole run")
+PARSERS = {
+    "guidance_scale": NUMBER,
+    "cfg_weight": NUMBER,
+    "eta": NUMBER,
+    "num_inference_steps": Value((int,), "a whole number"),
+    "condition_unet": Value((bool,), "true or false"),
+    "guidance_options": Value((dict,), 'an object in JSON, such as {"every": 2}'),
+    "timesteps": Value((list,), "a list in JSON, such as [90,60]"),
+    "timestep_respacing": text_as(str),
+}
 
 
 def add_sampling_options(
@@ -47,7 +71,7 @@ def add_sampling_options(
     )
     for name, text in SamplingOptions.recorded().items():
         group.add_argument(
-            f"--{name}", type=option_type(name), nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=text
+            f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=text
         )
 
 

@@ -1,31 +1,36 @@
 """`diffusers-adm sweep`."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
 from diffusers_adm.evaluation.commands.sampling_options import add_sampling_options, given_sampling_options
 from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.metrics import check_shape
-from diffusers_adm.evaluation.options import ModelOptions, RunOptions
-from diffusers_adm.evaluation.reference import summarise_reference
+from diffusers_adm.evaluation.options import MAX_IMAGES, ModelOptions, RunOptions
+from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
+from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
 from diffusers_adm.evaluation.sampling import load_pipeline
 from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_examples, add_options, build_options, option_values
+from diffusers_adm.options import add_examples, add_options, build_options, in_range, option, option_values, text_as
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Samples to draw at each point."""
+
+    output: Path = option(metavar="DIR", help="Folder of the sweep: a new one, or of a sweep to continue.")
+    num_samples: int = option(2000, help="Number of images per point.", check=in_range(NEIGHBOUR + 1, MAX_IMAGES))
+    labels: str = option("random", metavar="POLICY", help="Labels, as for sample.")
+    low_res: Path | None = option(None, metavar="FILE", help="Samples that an upsampler enlarges, as for sample.")
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sweep`."""
-    parser.add_argument("reference", help="Reference batch (.npz), or images, as for evaluate.")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="Folder of the sweep: a new one, or of a sweep to continue."
-    )
-    parser.add_argument(
-        "--num_samples", metavar="INT", type=int, default=2000, help="Number of images per point. Default: 2000."
-    )
-    parser.add_argument("--labels", metavar="POLICY", default="random", help="Labels, as for sample. Default: random.")
-    parser.add_argument("--low_res", metavar="FILE", help="Samples that an upsampler enlarges, as for sample.")
+    parser.add_argument("reference", type=text_as(), help="Reference batch (.npz), or images, as for evaluate.")
+    add_options(parser, SweepOptions)
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_sampling_options(
@@ -51,10 +56,11 @@ def sweep(args: argparse.Namespace) -> None:
         ValueError: If a point cannot be drawn, or compared with the reference.
     """
     images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    options, model, run = (build_options(cls, args) for cls in (SweepOptions, ModelOptions, RunOptions))
     images.check(args.reference)
+    check_extractor(args.reference, features.feature_extractor)
     state = join_processes()
-    model, folder = build_options(ModelOptions, args), Path(args.output)
-    pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=args.low_res is not None)
+    pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=options.low_res is not None)
     evaluator = None
     if state.is_main_process:
         extractor = load_extractor(features)
@@ -65,13 +71,13 @@ def sweep(args: argparse.Namespace) -> None:
     sweep_points(
         pipeline,
         {"scheduler": args.scheduler, **given_sampling_options(args)},
-        folder,
+        options.output,
         evaluator,
-        num_images=args.num_samples,
-        **option_values(build_options(RunOptions, args)),
-        labels=args.labels,
-        low_res=args.low_res,
+        num_images=options.num_samples,
+        **option_values(run),
+        labels=options.labels,
+        low_res=options.low_res,
         model_name=model.model,
     )
     if state.is_main_process:
-        print((folder / "results.md").read_text(encoding="utf-8"))
+        print((options.output / "results.md").read_text(encoding="utf-8"))

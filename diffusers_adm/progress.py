@@ -1,0 +1,40 @@
+"""Progress of long work: a bar on a terminal, and a line now and then in a log."""
+
+import datetime
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def with_progress(
+    items: Iterable[Item], total: int, description: str, unit: str, seconds: float = SECONDS_BETWEEN_LINES
+) -> Iterator[Item]:
+    """
+    Yields items, and shows on stderr how many are done.
+
+    Args:
+        items: Items to yield. The work on one is done when the next is asked for.
+        total: Number of items.
+        description: Name of the work.
+        unit: Name of the items, in the plural.
+        seconds: Seconds between two lines where stderr is no terminal. Shorter work shows nothing there.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=description, unit=f" {unit}")
+        return
+    started = latest = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - latest >= seconds:
+            latest = now
+            left = datetime.timedelta(seconds=round((now - started) / done * (total - done)))
+            print(f"{description}: {done} of {total} {unit}, {left} left", file=sys.stderr, flush=True)
+        yield item
