@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.models.weights import cast_weights
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.released import find_released, guiding_classifier
+from diffusers_adm.options import add_options, at_least, build_options, in_range, option
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -73,41 +75,46 @@ EXTRA_COMMANDS = {
 }
 
 
-def check_output_folder(output: str) -> Path:
-    """
-    Returns the absolute path of a folder to write.
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Checkpoints to convert, and the folder to write."""
 
-    Raises:
-        ValueError: If it has no name, or exists and is not an empty folder.
-    """
-    if not output.strip():
-        raise ValueError(f"--output must be the name of a folder, but got {output!r}.")
-    folder = Path(output).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"--output {output} exists already and is not an empty folder.")
-    return folder
+    output: Path = option(metavar="DIR", help="Folder to write. It must be new or empty.")
+    unet: Path | None = option(None, metavar="FILE", help="Checkpoint of a UNet or an upsampler.")
+    classifier: Path | None = option(None, metavar="FILE", help="Checkpoint of a classifier.")
+    flags: str | None = option(
+        None,
+        metavar="FLAGS",
+        parse=str,
+        help='Model flags of the original command line, as one string: --flags="--image_size 64 ...". Released files, which are'
+        " recognised by name, need none.",
+    )
+    dtype: str | None = option(None, choices=DTYPES, help="Data type of the weights, instead of the stored one.")
+    variant: str | None = option(
+        None, metavar="NAME", help="Part of the weight files' names, such as fp16. None by default."
+    )
 
 
-def load_checkpoints(args: argparse.Namespace) -> DiffusionPipeline | NoisyClassifier:
+def load_checkpoints(options: ConvertOptions) -> DiffusionPipeline | NoisyClassifier:
     """
     Loads the checkpoints of `convert`: as a pipeline, or as a model for a classifier without a UNet.
 
     Raises:
         ValueError: If the checkpoints cannot be converted.
     """
-    if args.unet is None:
-        return NoisyClassifier.from_openai(args.classifier, args.flags)
-    unet = PublishedCheckpoint(args.unet, args.flags)
-    if args.classifier is None and unet.kind == "upsampler":
+    if options.unet is None:
+        return NoisyClassifier.from_openai(options.classifier, options.flags)
+    unet = PublishedCheckpoint(options.unet, options.flags)
+    if options.classifier is None and unet.kind == "upsampler":
         return ADMUpsamplePipeline.from_openai(unet)
-    return ClassifierGuidedPipeline.from_openai(unet, args.classifier)
+    return ClassifierGuidedPipeline.from_openai(unet, options.classifier)
 
 
-def find_card(args: argparse.Namespace) -> ModelCard | None:
+def find_card(options: ConvertOptions) -> ModelCard | None:
     """Returns the card of released checkpoints. `None` for others, and for a conversion that changes or renames weights."""
-    changed = args.flags is not None or args.dtype is not None or args.variant is not None
-    released = find_released(args.unet or args.classifier)
-    classifier = find_released(args.classifier) if args.unet else None
+    changed = options.flags is not None or options.dtype is not None or options.variant is not None
+    released = find_released(options.unet or options.classifier)
+    classifier = find_released(options.classifier) if options.unet else None
     if changed or released is None or classifier is not guiding_classifier(released):
         return None
     return released_card(released)
@@ -119,65 +126,58 @@ def convert(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: If the folder is in use, the variant is no name, or the checkpoints cannot be converted.
+        OSError: If the folder cannot be written.
     """
-    check_variant(args.variant)
-    if args.unet is None and args.classifier is None:
+    options = build_options(ConvertOptions, args)
+    check_variant(options.variant)
+    if options.unet is None and options.classifier is None:
         raise ValueError("Nothing to convert: give --unet, --classifier or both.")
-    output = check_output_folder(args.output)
-    converted = load_checkpoints(args)
-    is_pipeline = isinstance(converted, DiffusionPipeline)
-    if args.dtype is not None:
-        for model in converted.components.values() if is_pipeline else [converted]:
-            if isinstance(model, torch.nn.Module):
-                cast_weights(model, getattr(torch, args.dtype))
-
+    output = options.output.resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {options.output} exists already and is not an empty folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
+        converted = load_checkpoints(options)
+        is_pipeline = isinstance(converted, DiffusionPipeline)
+        if options.dtype is not None:
+            for model in converted.components.values() if is_pipeline else [converted]:
+                if isinstance(model, torch.nn.Module):
+                    cast_weights(model, getattr(torch, options.dtype))
         if is_pipeline:
-            converted.save_pretrained(unfinished, variant=args.variant)
+            converted.save_pretrained(unfinished, variant=options.variant)
         else:
-            save_model(converted, unfinished, variant=args.variant)
-        if (card := find_card(args)) is not None:
+            save_model(converted, unfinished, variant=options.variant)
+        if (card := find_card(options)) is not None:
             card.save(unfinished / "README.md")
     print(f"Wrote {type(converted).__name__} to {output}")
 
 
 def add_convert_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `convert`."""
-    command.add_argument("--unet", metavar="FILE", help="Checkpoint of a UNet or an upsampler.")
-    command.add_argument("--classifier", metavar="FILE", help="Checkpoint of a classifier.")
-    command.add_argument(
-        "--flags",
-        metavar="FLAGS",
-        help='Model flags of the original command line, as one string: --flags="--image_size 64 ...". Released files, which'
-        " are recognised by name, need none.",
-    )
-    command.add_argument("--output", metavar="DIR", required=True, help="Folder to write. It must be new or empty.")
-    command.add_argument("--dtype", choices=DTYPES, help="Data type of the weights (default: as stored).")
-    command.add_argument(
-        "--variant", metavar="NAME", help='Part of the weight files\' names, such as "fp16" (default: none).'
-    )
+    add_options(command, ConvertOptions)
     command.set_defaults(run=convert)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Picture to draw."""
+
+    cascade: bool = option(False, help="Draw small digits, and enlarge them.")
+    output: Path = option(Path("demo.png"), metavar="FILE", help="Picture to write.")
+    steps: int = option(25, help="Number of DDIM steps.", check=at_least(1))
+    seed: int = option(0, help="Seed of the first column.", check=in_range(0, 2**32))
 
 
 def demo(args: argparse.Namespace) -> None:
     """Draws the picture of the default model, or of the default cascade."""
-    draw = draw_cascade_demo if args.cascade else draw_demo
-    draw(args.output, args.steps, args.seed)
+    options = build_options(DemoOptions, args)
+    draw = draw_cascade_demo if options.cascade else draw_demo
+    draw(options.output, options.steps, options.seed)
 
 
 def add_demo_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `demo`."""
-    command.add_argument("--cascade", action="store_true", help="Draw small digits, and enlarge them.")
-    command.add_argument(
-        "--output", metavar="FILE", default="demo.png", help="Picture to write (default: %(default)s)."
-    )
-    command.add_argument(
-        "--steps", metavar="INT", type=int, default=25, help="Number of DDIM steps (default: %(default)s)."
-    )
-    command.add_argument(
-        "--seed", metavar="INT", type=int, default=0, help="Seed of the first column (default: %(default)s)."
-    )
+    add_options(command, DemoOptions)
     command.set_defaults(run=demo)
 
 

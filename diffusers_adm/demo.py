@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
+from diffusers_adm.atomic_files import atomic_write, check_can_write
 from diffusers_adm.data.grids import labelled_grid
 
 
@@ -52,7 +53,7 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
         ).images
         images |= {name: drawn[len(digits) * row :][: len(digits)] for row, (name, _) in enumerate(rows)}
     grid = labelled_grid([name for name, *_ in ROWS], [str(d) for d in digits], [images[name] for name, *_ in ROWS])
-    grid.save(output)
+    save_picture(grid, output)
     print(
         f"Drew {len(ROWS) * len(digits)} digits in {num_inference_steps} DDIM steps each, in"
         f" {time.monotonic() - started:.0f} s: {output}"
@@ -87,7 +88,7 @@ def draw_cascade_demo(output: str | Path, num_inference_steps: int = 25, seed: i
     elapsed = time.monotonic() - started
     rows = {"drawn, 16x16": [image.resize(large[0].size, Image.Resampling.NEAREST) for image in small]}
     rows["enlarged to 32x32"] = large
-    labelled_grid(list(rows), [str(d) for d in digits], list(rows.values())).save(output)
+    save_picture(labelled_grid(list(rows), [str(d) for d in digits], list(rows.values())), output)
     print(f"Drew {len(digits)} digits in two stages of {num_inference_steps} DDIM steps, in {elapsed:.0f} s: {output}")
 
 
@@ -101,9 +102,14 @@ def checked_output(output: str | Path) -> Path:
     output = Path(output).absolute()
     if output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{output.name}: pictures cannot be written as {output.suffix!r}; .png and .jpg can.")
-    if not output.parent.is_dir():
-        raise ValueError(f"There is no folder {output.parent} to write {output.name} to.")
+    check_can_write(output)
     return output
+
+
+def save_picture(picture: Image.Image, output: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    with atomic_write(output) as partial:
+        picture.save(partial)
 
 
 def load_with_ddim(pipeline_class: type[DiffusionPipeline], folder: str) -> DiffusionPipeline:

@@ -77,12 +77,27 @@ def test_help_says_type_and_default():
         (["--width", "0.5"], "--width 0.5 must be at least 1."),
         (["--width", "nan"], "--width nan must be finite."),
         (["--width", "inf"], "--width inf must be finite."),
-        (["--sizes", ","], "--sizes  must be given."),
+        (["--sizes", ""], "--sizes  must be given."),
     ],
 )
 def test_values_are_checked(words, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         parsed(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", ""], "argument --output: a value is required, but got ''"),
+        (["--output", " "], "argument --output: a value is required, but got ' '"),
+        (["--names", "x", ""], "argument --names: a value is required, but got ''"),
+        (["--sizes", "1,,2"], "argument --sizes: invalid comma-separated int value: '1,,2'"),
+    ],
+)
+def test_words_that_say_nothing_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*words)
+    assert message in capsys.readouterr().err
 
 
 def test_range_holds_its_bounds():

@@ -5,13 +5,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from diffusers_adm.data.datasets import LabelledImages, load_images
 from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
 from diffusers_adm.data.options import ImageSelection, ImageSource
-from diffusers_adm.options import add_examples, add_options, build_options, option, option_group
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_group
+from diffusers_adm.progress import with_progress
 
 
 @dataclass
@@ -21,7 +20,7 @@ class InspectionOptions:
     source: ImageSource = option_group(ImageSource, "dataset")
     format: ImageFormat = option_group(ImageFormat, "image format")
     selection: ImageSelection = option_group(ImageSelection, "training data")
-    seed: int = option(0, help="Seed of held-out and chosen images.")
+    seed: int = option(0, help="Seed of held-out and chosen images.", check=at_least(0))
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +91,7 @@ def print_summary(title: str, images: LabelledImages) -> None:
     columns, format = images.reader.columns, images.reader.format
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda index: read_image(images, index), range(len(images)))
-        readings = list(tqdm(found, total=len(images), unit="image", disable=None))
+        readings = list(with_progress(found, len(images), "reading", "images"))
     sizes = Counter(reading.size for reading in readings if reading.size is not None)
     modes = Counter(reading.mode for reading in readings if reading.size is not None)
     unreadable = [reading.problem for reading in readings if reading.size is None]

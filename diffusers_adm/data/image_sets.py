@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from diffusers_adm.data.datasets import load_rows
@@ -149,12 +150,22 @@ def open_images(source: str | Path, options: ImageSetOptions | None = None, labe
     Raises:
         ValueError: If there are no usable images.
         DatasetNotFoundError: If there is no such dataset.
+        ConnectionError: If there is no such folder, and the Hub cannot be reached.
     """
     if Path(source).suffix == ".npz":
         if not Path(source).is_file():
             raise ValueError(f"There is no file {source}.")
         return NpzImages(source, labelled)
-    return DatasetImages(source, options, labelled)
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: give an .npz file, a folder, or the id of a dataset on the Hub.")
+    try:
+        return DatasetImages(source, options, labelled)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        if Path(source).exists():
+            raise
+        raise type(error)(
+            f"There is no folder {str(source)!r}, and no dataset of that id came from the Hub: {error}"
+        ) from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

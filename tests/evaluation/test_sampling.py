@@ -46,7 +46,7 @@ def test_samples_of_other_channels_are_arrays_without_a_grid(tmp_path):
         draw_samples(pipeline, tmp_path / "png", num_images=3, format="png")
 
 
-def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path):
+def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path, capsys):
     whole = sample(model, tmp_path / "whole")
     folder = tmp_path / "stopped"
     sample(model, folder)
@@ -54,7 +54,9 @@ def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path):
     (folder / "shards" / "000001.npz").unlink()
     kept = folder / "shards" / "000002.npz"
     before = kept.stat().st_mtime_ns
+    capsys.readouterr()
     again = sample(model, folder)
+    assert f"Found 6 of 10 images in {folder}, drawing the rest." in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
     for name in ("arr_0", "arr_1"):
         assert np.array_equal(whole[name], again[name])

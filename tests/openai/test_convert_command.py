@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from command_line import run
 from golden_cases import (
     RELEASED,
     draw_weights,
@@ -73,7 +74,7 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
         (["--unet", str(unet), "--output", str(tmp_path / "out")], "flags are missing"),
         (["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")], "to be had at https"),
         (["--unet", str(unet), "--flags", flags, "--output", str(full)], "not an empty folder"),
-        (["--unet", str(unet), "--flags", flags, "--output", ""], "--output must be the name of a folder"),
+        (["--unet", str(unet), "--flags", flags, "--output", ""], "argument --output: a value is required"),
         *(
             (
                 ["--unet", str(unet), "--variant", name, "--output", str(tmp_path / "out")],
@@ -83,7 +84,7 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
         ),
         (["--output", str(tmp_path / "out")], "Nothing to convert"),
     ):
-        assert main(["convert", *words]) == 2
+        assert run("convert", *words) == 2
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1

@@ -1,0 +1,140 @@
+"""Commands that cannot do what they are asked: one clear line, an exit code that is not 0, and nothing written."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import run
+from digit_features import NAME as DIGITS
+from image_files import digits_npz, random_images
+from tiny_models import tiny_pipeline
+
+from diffusers_adm import default_cascade
+
+
+SAMPLE = ("sample", "--output", "new", "--num_samples", 4, "--batch_size", 2)
+EVALUATE = ("evaluate", "reference.npz", "drawn.npz", "--feature_extractor", DIGITS)
+NLL = ("nll", "drawn.npz", "--output", "new")
+SWEEP = ("sweep", "reference.npz", "--output", "new", "--feature_extractor", DIGITS)
+MAKE = ("make-reference", "drawn.npz", "new.npz", "--feature_extractor", DIGITS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of good and bad files."""
+    folder = tmp_path_factory.mktemp("bad")
+    tiny_pipeline(num_inference_steps=2).save_pretrained(folder / "tiny")
+    digits_npz(folder / "drawn.npz", random_images(8))
+    digits_npz(folder / "large.npz", random_images(8))
+    assert run("make-reference", folder / "drawn.npz", folder / "reference.npz", "--feature_extractor", DIGITS) == 0
+    with np.load(folder / "reference.npz") as arrays:
+        arrays = dict(arrays)
+    asymmetric, sigma = arrays["sigma"].copy(), arrays["sigma"]
+    asymmetric[0, 1] += 1
+    for name, changed in {
+        "nan": {"mu": arrays["mu"] * np.nan},
+        "infinite": {"sigma": np.full_like(sigma, np.inf)},
+        "complex": {"sigma": sigma + 1j},
+        "asymmetric": {"sigma": asymmetric},
+        "negative": {"sigma": -sigma},
+        "spatial": {"sigma_s": arrays["sigma_s"] * np.nan},
+        "huge": {"mu": arrays["mu"] + 1e200},
+        "uncounted": {"metadata": np.array(f'{{"feature_extractor": "{DIGITS}", "num_images": "many"}}')},
+    }.items():
+        np.savez(folder / f"{name}.npz", **{**arrays, **changed})
+    for name, text in {
+        "file": "x",
+        "syntax.py": "def f(:",
+        "raises.py": "x = 1\nraise RuntimeError('no')",
+        "exits.py": "raise SystemExit(0)",
+        "large.txt": "1000000000000\n" * 8,
+        "digits.txt": "9" * 6000,
+        "card.md": "---\n- [a\n---\n",
+    }.items():
+        (folder / name).write_text(text)
+    (folder / "binary.txt").write_bytes(bytes(range(128, 256)))
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*SAMPLE, "--model", ""), "--model: a value is required, but got ''"),
+        ((*SAMPLE, "--model", "no/such/folder"), "no folder 'no/such/folder', and it cannot be an id .* 'owner/name'"),
+        ((*SAMPLE, "--model", "me/nothing"), "no folder 'me/nothing', and no pipeline with this id"),
+        ((*SAMPLE, "--model", "file"), "'file' is a file, but a saved model is a folder"),
+        ((*SAMPLE, "--model", "tiny", "--variant", "a/b"), "variant must be a part of a file's name"),
+        ((*SAMPLE, "--model", "tiny", "--revision", "x"), "--revision x is for pipelines on the Hub"),
+        ((*SAMPLE, "--seed", -1), "--seed -1 must be at least 0"),
+        ((*SAMPLE, "--batch_size", 0), "--batch_size 0 must be in"),
+        ((*SAMPLE, "--batch_size", 10**12), "--batch_size 1000000000000 must be in"),
+        ((*SAMPLE, "--num_samples", 10**15), "--num_samples 1000000000000000 must be in"),
+        ((*SAMPLE, "--guidance_scale", "[1,2]"), r"--guidance_scale: '\[1,2\]' is not one number"),
+        ((*SAMPLE, "--guidance_scale", "NaN"), "`guidance_scale` must be one finite number"),
+        ((*SAMPLE, "--cfg_weight", "true"), "--cfg_weight: 'true' is not one number"),
+        ((*SAMPLE, "--num_inference_steps", 2.5), "--num_inference_steps: '2.5' is not a whole number"),
+        ((*SAMPLE, "--condition_unet", "no"), "--condition_unet: 'no' is not true or false"),
+        ((*SAMPLE, "--timesteps", "5"), "--timesteps: '5' is not a list"),
+        ((*SAMPLE, "--timestep_respacing", ""), "--timestep_respacing: a value is required"),
+        ((*SAMPLE, "--guidance_options", "[1]"), "--guidance_options: .* is not an object in JSON"),
+        ((*SAMPLE, "--labels", "large.txt"), r"--labels large.txt has labels \[1000000000000\]"),
+        ((*SAMPLE, "--labels", "digits.txt"), "--labels digits.txt: "),
+        ((*SAMPLE, "--labels", "binary.txt"), "--labels binary.txt is neither a text nor an .npz file"),
+        ((*SAMPLE, "--low_res", "drawn.npz"), "saved ClassifierGuidedPipeline"),
+        (
+            (*SAMPLE, "--model", default_cascade()[1], "--low_res", "large.npz"),
+            "--low_res large.npz: images must be .*16",
+        ),
+        ((*SAMPLE, "--model", default_cascade()[1], "--low_res", "empty"), "--low_res empty: there is no such file"),
+        (("sample", "--output", "file", "--num_samples", 4), "file is a file: give the name of a folder"),
+        (("sample", "--output", "", "--num_samples", 4), "--output: a value is required"),
+        *(
+            (("evaluate", f"{name}.npz", *EVALUATE[2:]), message)
+            for name, message in (
+                ("nan", r"nan.npz \(mu, sigma\): The mean is not finite"),
+                ("infinite", r"infinite.npz \(mu, sigma\): The covariance is not finite"),
+                ("complex", "must be real numbers, but its data type is complex128"),
+                ("asymmetric", "not symmetric"),
+                ("negative", "negative eigenvalue"),
+                ("spatial", r"spatial.npz \(mu_s, sigma_s\): The covariance is not finite"),
+                ("huge", "Metrics are not finite: FD inf"),
+                ("uncounted", "must say the number of images, but says 'many'"),
+            )
+        ),
+        ((*EVALUATE[:-1], "inception-v3-compat"), f"made with the feature extractor {DIGITS}, .* pass .* {DIGITS}"),
+        ((*EVALUATE, "--register", "syntax.py"), "--register syntax.py failed: SyntaxError"),
+        ((*EVALUATE, "--register", "raises.py"), "--register raises.py failed in line 2: RuntimeError: no"),
+        ((*EVALUATE, "--register", "exits.py"), "--register exits.py failed in line 1: SystemExit: 0"),
+        ((*EVALUATE, "--register", "empty"), "--register empty: there is no such file"),
+        ((*EVALUATE, "--output", "empty"), "empty is a folder: give the name of a file"),
+        ((*EVALUATE, "--output", "/dev/null"), "/dev/null is a device"),
+        ((*EVALUATE, "--output", "nowhere/x.json"), "no folder .*nowhere"),
+        ((*EVALUATE, "--model_card", "card.md"), "--model_card card.md: its front matter cannot be read"),
+        ((*EVALUATE, "--feature_extractor_weights", "empty"), "no file empty of the weights"),
+        (("evaluate", "", *EVALUATE[2:]), "argument reference: a value is required"),
+        (("evaluate", "file", *EVALUATE[2:]), "file is a file: give an .npz file, a folder"),
+        (("evaluate", "nothing", *EVALUATE[2:]), "no folder 'nothing', and no dataset of that id"),
+        ((*MAKE, "--seed", -1), "--seed -1 must be at least 0"),
+        ((*MAKE, "--num_neighbours", 3), "--num_neighbours 3 must be at least 4"),
+        ((*NLL, "--num_images", 0), "--num_images 0 must be at least 1"),
+        ((*NLL, "--variant", "a/b"), "variant must be a part of a file's name"),
+        ((*SWEEP, "--num_samples", 2), "--num_samples 2 must be in"),
+        ((*SWEEP, "--num_samples", 4, "--num_inference_steps", 2, 5000), "num_inference_steps=5000"),
+        (("demo", "--output", "new.png", "--seed", -1), "--seed -1 must be in"),
+        (("demo", "--output", "new.png", "--steps", 0), "--steps 0 must be at least 1"),
+        (("convert", "--output", "new", "--unet", ""), "--unet: a value is required"),
+        (("inspect-data", "--train_data_dir", "empty", "--seed", -1), "--seed -1 must be at least 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = set(folder.rglob("*"))
+    assert run(*words) == 2
+    bar = "Loading pipeline components"  # which diffusers shows
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line and bar not in line]
+    assert re.search(f"^diffusers-adm {words[0]}: error: .*{message}", line), line
+    assert len(line) < 1200
+    assert set(folder.rglob("*")) == before
