@@ -108,11 +108,11 @@ def _errors_that_name(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(f"{path} cannot be written: {error}.") from error
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _flush_path(path: Path) -> None:

@@ -54,10 +54,17 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        message = textwrap.shorten(str(error), MAX_CHARACTERS) or type(error).__name__
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {textwrap.shorten(_message(error), MAX_CHARACTERS)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "the program that reads the output has ended"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -14,9 +14,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(
-    ("seconds", "lines"), [(0.0, 3), (60.0, 0)], ids=["every item is long", "all is short"]
-)
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 3), (60.0, 0)], ids=["every item is long", "all is short"])
 def test_a_log_gets_a_line_now_and_then(seconds, lines, capsys):
     assert list(with_progress(iter("abcd"), 4, "drawing", "batches", seconds)) == list("abcd")
     said = capsys.readouterr().err.splitlines()
