@@ -12,6 +12,19 @@ from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
+def naming_write_errors(path: Path) -> Iterator[None]:
+    """Turns all errors of writing a file or a folder into an `OSError` that names it: most errors of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(f"Cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """
     Gives another name to write a file under. The file takes its place once all of it is on the disk.
@@ -21,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
-        with _errors_that_name(path):
+        with naming_write_errors(path):
             yield partial
             _flush_path(partial)
             os.replace(partial, path)
@@ -72,7 +85,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        with _errors_that_name(folder):
+        with naming_write_errors(folder):
             yield partial
             flush_folder(partial)
             replace_folder(partial, folder)
@@ -100,19 +113,6 @@ def replace_folder(partial: Path, folder: Path) -> None:
     os.replace(partial, folder)
     _flush_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _errors_that_name(path: Path) -> Iterator[None]:
-    """Names what is written in the errors of a full disk, which lack it."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}.") from error
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _flush_path(path: Path) -> None:

@@ -54,15 +54,16 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        print(f"{name}: error: {textwrap.shorten(_message(error), MAX_CHARACTERS)}", file=sys.stderr)
+        print(f"{name}: error: {textwrap.shorten(describe_error(error), MAX_CHARACTERS)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _message(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Returns the message of an error for the user, with the name of the file where one failed."""
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return "the program that reads the output has ended"
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import write_json
+from diffusers_adm.command_line import describe_error
 from diffusers_adm.data.npz import NpzFile, write_npz
 
 
@@ -52,7 +53,7 @@ class Shards:
             try:
                 self._claim()
             except (ValueError, OSError) as error:
-                message = [str(error)]
+                message = [describe_error(error)]
         broadcast_object_list(message)
         if message[0] is not None:
             raise ValueError(message[0])
