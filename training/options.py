@@ -9,6 +9,7 @@ order of the images. `on_card` says whether model cards show the option, which i
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from diffusers.optimization import SchedulerType
 
@@ -28,10 +29,31 @@ LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not Schedu
 RATE = Check("in [0, 1)", lambda rate: 0 <= rate < 1)
 
 
-def preset_names() -> list[str]:
-    """Returns the names of the recipes that ship with this package."""
+PRESET_KINDS = ("classifier", "upsampler")
+
+
+def preset_names(kind: str | None = None) -> list[str]:
+    """
+    Returns the names of the recipes that ship with this package.
+
+    Args:
+        kind: `"classifier"`, `"upsampler"`, or `"unet"` for all others. `None` means all recipes.
+    """
     folder = resources.files("diffusers_adm.training") / "presets"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    kinds = {name: prefix if (prefix := name.split("-")[0]) in PRESET_KINDS else "unet" for name in names}
+    return [name for name in names if kind in (None, kinds[name])]
+
+
+def preset_option(kind: str | None = None) -> Any:
+    """Makes the option of the recipes of one kind of model."""
+    return option(
+        None,
+        help=f"Recipe whose options are the defaults: {', '.join(preset_names(kind))}.",
+        choices=preset_names(kind),
+        metavar="NAME",
+        resumable=True,
+    )
 
 
 def batch_is_divided_anew(values: dict) -> bool:
@@ -209,13 +231,7 @@ class HubOptions:
 class TrainingOptions:
     """Options that all training scripts share."""
 
-    preset: str | None = option(
-        None,
-        help=f"Recipe whose options are the defaults: {', '.join(preset_names())}.",
-        choices=preset_names(),
-        metavar="NAME",
-        resumable=True,
-    )
+    preset: str | None = preset_option()
     config: Path | None = option(
         None,
         help="YAML file of options. Options of the command line take precedence.",
@@ -317,6 +333,7 @@ class UNetTrainingOptions(TrainingOptions):
         ValueError: If options contradict one another.
     """
 
+    preset: str | None = preset_option("unet")
     classes: ClassOptions = option_group(ClassOptions, "classes")
     objective: ObjectiveOptions = option_group(ObjectiveOptions, "objective")
     averages: AverageOptions = option_group(AverageOptions, "moving averages")
@@ -358,6 +375,7 @@ class UpsamplerTrainingOptions(UNetTrainingOptions):
         ValueError: If options contradict one another.
     """
 
+    preset: str | None = preset_option("upsampler")
     upsampler: UpsamplerOptions = option_group(UpsamplerOptions, "upsampler")
 
     def __post_init__(self):
@@ -381,6 +399,7 @@ class ClassifierOptions:
 class ClassifierTrainingOptions(TrainingOptions):
     """Options of a classifier's training."""
 
+    preset: str | None = preset_option("classifier")
     format: ImageFormat = option_group(ImageFormat, "image format", crop="random")
     optimisation: OptimisationOptions = option_group(
         OptimisationOptions, "optimisation", learning_rate=3e-4, lr_scheduler="linear", adam_weight_decay=0.05

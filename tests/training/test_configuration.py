@@ -71,9 +71,14 @@ def test_presets_of_released_models_build_those_models(preset):
         assert options.upsampler.low_resolution == flags["small_size"]
 
 
-def test_every_preset_is_of_a_script():
+def test_every_preset_is_of_one_script(capsys):
     for preset in preset_names():
-        assert script_of(preset).parse_args([*REQUIRED, "--preset", preset]).optimisation.max_train_steps >= 30_000
+        own = script_of(preset)
+        assert own.parse_args([*REQUIRED, "--preset", preset]).optimisation.max_train_steps >= 30_000
+        for other in {train_unet, train_classifier, train_upsampler} - {own}:
+            with pytest.raises(SystemExit):
+                other.parse_args([*REQUIRED, "--preset", preset])
+            assert f"argument --preset: invalid choice: '{preset}'" in capsys.readouterr().err
 
 
 def test_command_line_wins_over_config_and_config_over_preset(tmp_path):
