@@ -98,6 +98,11 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name("partial-" + folder.name)
 
 
+def final_name(folder: Path) -> str:
+    """Returns the name of a folder once it is whole."""
+    return folder.resolve().name.removeprefix("partial-")
+
+
 def flush_folder(folder: Path) -> None:
     """Waits until all of a folder is on the disk: a name may reach it before what it names."""
     for path in (*folder.rglob("*"), folder):

@@ -7,6 +7,7 @@ from typing import Self
 from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
+from diffusers_adm.hub.cards import save_card
 from diffusers_adm.hub.download import as_installed, download
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.hub.upload import push
@@ -51,10 +52,11 @@ class SavingMixin:
     ) -> None:
         """
         Saves the pipeline with the code of its classes, so that it loads without this package too:
-        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. The card of the folder or repository that the
+        pipeline was loaded from is copied. If there is none, a card is made from the config.
 
         Args:
-            save_directory: Folder to write.
+            save_directory: Folder to write. If it has a card, that is kept.
             safe_serialization: Whether to save weights as safetensors.
             variant: Part of the weight files' names, such as `"fp16"`.
             max_shard_size: Largest size of a weight file, such as `"5GB"`.
@@ -71,6 +73,7 @@ class SavingMixin:
             raise TypeError(f"save_pretrained takes {', '.join(kwargs)} only with push_to_hub=True.")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         write_code(self, Path(save_directory))
+        save_card(self, save_directory)
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, variant=variant, **kwargs)
 
@@ -85,8 +88,8 @@ class SavingMixin:
         revision: str | None = None,
     ) -> CommitInfo:
         """
-        Uploads the pipeline, and nothing else, as one commit. The repository is created if it does not exist. Its other
-        files, such as the card, do not change.
+        Uploads the pipeline with its card (see `save_pretrained`) as one commit. The repository is created if it does not
+        exist. If it has a card, that is kept, and so are all its other files.
 
         Args:
             repo_id: Id of the repository, such as `"me/my-model"`.

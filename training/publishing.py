@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, usage
+from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, TAGS, example_call, usage
 from diffusers_adm.hub.saved_files import CODE_PATTERNS
 from diffusers_adm.training.configuration import as_command_line
 from diffusers_adm.training.metrics import read_metrics
@@ -159,7 +159,7 @@ def write_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAGS[class_name],
-        tags=["adm", "guided-diffusion", "classifier-guidance", "diffusers-training"],
+        tags=[*TAGS, "diffusers-training"],
         datasets=_hub_id(options.source.dataset_name),
         base_model=_hub_id(options.architecture.pretrained_model_name_or_path),
         model_name=name,
@@ -173,7 +173,7 @@ def write_card(
 {KINDS[class_name]} of the ADM family
 ([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
 {_add_picture(options.output.output_dir / "samples", folder)}
-{usage(class_name, identity, _example_call(class_name, classes))}
+{usage(class_name, identity, example_call(class_name, None if classes is None else classes[0]))}
 
 {_describe_training(options, accelerator, num_images, classes, steps, metrics)}
 
@@ -209,15 +209,6 @@ def _add_picture(samples: Path, folder: Path) -> str:
     (folder / "samples").mkdir(exist_ok=True)
     shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
     return "\n![Drawn with the moving average of the weights, and right of it with the weights.](samples/grid.png)\n"
-
-
-def _example_call(class_name: str, classes: list[str] | None) -> str:
-    labels = "" if classes is None else f", class_labels=[{classes[0]!r}]"
-    return {
-        "ClassifierGuidedPipeline": "image = model().images[0]",
-        "ADMUpsamplePipeline": f'image = model("small.png"{labels}).images[0]',
-        "NoisyClassifier": "logits = model(noised_images, timestep).logits",
-    }[class_name]
 
 
 def _describe_training(

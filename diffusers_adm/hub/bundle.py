@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers_adm.atomic_files import write_json
+from diffusers_adm.hub.cards import save_card
 from diffusers_adm.hub.saved_files import SAVED_CLASSES, add_code, add_file
 
 
@@ -33,7 +34,7 @@ PACKAGE = __package__.partition(".")[0]
 # has its own form of them.
 LEFT_OUT = {"from_openai", "to_openai_state_dict", "from_pretrained", "load_config", "push_to_hub"}
 # A module that takes the place of another in files: a class that was loaded from a file saves the same file again.
-REPLACED = {f"{PACKAGE}.hub.bundle": f"{PACKAGE}.hub.saved_files"}
+REPLACED = {f"{PACKAGE}.hub.{name}": f"{PACKAGE}.hub.saved_files" for name in ("bundle", "cards")}
 
 
 def write_code(pipeline, folder: Path) -> None:
@@ -49,7 +50,7 @@ def write_code(pipeline, folder: Path) -> None:
 
 def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
     """
-    Saves a model by itself, with the code of its class, so that it loads without this package too:
+    Saves a model by itself, with its card and the code of its class, so that it loads without this package too:
     `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 
     Args:
@@ -62,6 +63,7 @@ def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**config, "auto_map": {"AutoModel": f"{stem}.{name}"}}, sort_keys=True)
+    save_card(model, folder)
 
 
 def single_file(cls: type) -> str:

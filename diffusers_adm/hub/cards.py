@@ -1,14 +1,19 @@
-"""Cards of models: sections that every card shares, and the cards of the released checkpoints, made from their table.
+"""Cards of models: sections that every card shares, cards made from a model's config, and the cards of the released checkpoints.
 
 `python -m diffusers_adm.hub.cards model_cards` writes the cards of all released checkpoints, and `diffusers-adm convert` adds the
 card of a checkpoint to the folder that it writes.
 """
 
+import json
+import os
 import sys
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffusers_adm.atomic_files import atomic_write, final_name
+from diffusers_adm.hub.saved_files import CARD_FILE, copy_card
 from diffusers_adm.openai.released import RELEASED_CHECKPOINTS, ReleasedCheckpoint, guiding_classifier
 
 
@@ -18,12 +23,15 @@ KINDS = {
     "ClassifierGuidedPipeline": "UNet",
     "ADMUpsamplePipeline": "Upsampler",
     "NoisyClassifier": "Noise-aware classifier",
+    "ADMUNet2DModel": "UNet",
 }
 PIPELINE_TAGS = {
     "ClassifierGuidedPipeline": "unconditional-image-generation",
     "ADMUpsamplePipeline": "image-to-image",
     "NoisyClassifier": "image-classification",
+    "ADMUNet2DModel": "unconditional-image-generation",
 }
+TAGS = ["adm", "guided-diffusion", "classifier-guidance"]
 LSUN = {"bedroom", "cat", "horse"}
 LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
 baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
@@ -62,16 +70,94 @@ model = {stock}.from_pretrained({arguments}, trust_remote_code=True)
 ```"""
 
 
+def example_call(class_name: str, label: str | None) -> str:
+    """
+    Returns a line of source code that calls `model`.
+
+    Args:
+        class_name: Name of the saved class.
+        label: Name of a class to draw. `None` if there is no name.
+    """
+    if class_name == "NoisyClassifier":
+        return "logits = model(noised_images, timestep).logits"
+    if class_name == "ADMUNet2DModel":
+        return "prediction = model(noised_images, timestep).sample"
+    arguments = ['"small.png"'] if class_name == "ADMUpsamplePipeline" else []
+    if label is not None:
+        arguments.append(f"class_labels=[{json.dumps(label, ensure_ascii=False)}]")
+    return f"image = model({', '.join(arguments)}).images[0]"
+
+
+def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None:
+    """
+    Adds a card to a folder: that of the folder which a pipeline or model was loaded from, else one made from its config. A card
+    that the folder has is kept.
+
+    Args:
+        model: Pipeline or model of this package.
+        folder: Folder of the card.
+        name: Name in a card that is made. The default is the folder's.
+    """
+    folder = Path(folder)
+    if (folder / CARD_FILE).exists() or copy_card(model, folder):
+        return
+    with atomic_write(folder / CARD_FILE) as partial:
+        partial.write_text(str(config_card(model, name or final_name(folder))), encoding="utf-8")
+
+
+def config_card(model, name: str) -> ModelCard:
+    """
+    Returns a card that says what a config does.
+
+    Args:
+        model: Pipeline or model of this package.
+        name: Name of its folder or repository.
+    """
+    title = name.split("/")[-1]
+    class_name = next(base.__name__ for base in type(model).__mro__ if base.__name__ in KINDS)
+    data = ModelCardData(library_name="diffusers", pipeline_tag=PIPELINE_TAGS[class_name], tags=TAGS, model_name=title)
+    parts = {"model": model} if isinstance(model, torch.nn.Module) else model.components
+    networks = {part: network for part, network in parts.items() if isinstance(network, torch.nn.Module)}
+    configs = [model.config, *(network.config for network in networks.values())]
+    config, id2label = configs[1], next((one["id2label"] for one in configs if one.get("id2label")), {})
+    facts = {"Images": f"{config.sample_size}x{config.sample_size} pixels, channels: {config.in_channels}"}
+    facts |= {
+        f"Parameters of the {part}": f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+        for part, network in networks.items()
+    }
+    counts = (one.get("num_class_embeds") or one.get("num_classes") for one in configs)
+    facts["Classes"] = str(next((count for count in counts if count), "none"))
+    if id2label:
+        names = [name.replace("|", r"\|") for name in list(id2label.values())[:20]]
+        facts["Names of classes"] = ", ".join(names + ["..."] * (len(id2label) > 20))
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+{KINDS[class_name]} of ADM ({PAPER}), saved by `diffusers_adm`.
+This card was made from its config: add what it was trained on, how good it is, and what it may be used for.
+
+{table_of(facts)}
+
+## Use
+
+{usage(class_name, json.dumps(name), example_call(class_name, next(iter(id2label.values()), None)))}
+""")
+
+
+def table_of(facts: dict[str, str]) -> str:
+    """Returns a table of two columns without a header."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in facts.items())])
+
+
 def released_usage(released: ReleasedCheckpoint) -> str:
     """Returns the section of a released checkpoint's card that shows how to load and call the model."""
     labelled = released.imagenet_labels or guiding_classifier(released) is not None
-    label = 'class_labels=["goldfish"]' if labelled else ""
-    call = {
-        "unet": f"image = model({label}).images[0]",
-        "upsampler": f'image = model("small.png", {label}).images[0]',
-        "classifier": "logits = model(noised_images, timestep).logits",
-    }[released.kind]
-    return usage(CLASS_NAMES[released.kind], f'"me/{card_name(released)}"', call)
+    class_name = CLASS_NAMES[released.kind]
+    call = example_call(class_name, "goldfish" if labelled else None)
+    return usage(class_name, f'"me/{card_name(released)}"', call)
 
 
 def conversion_commands(released: ReleasedCheckpoint) -> str:
@@ -96,7 +182,7 @@ def fact_table(released: ReleasedCheckpoint, trained_on: str) -> str:
     if released.fid is not None:
         facts["Published FID"] = f"{released.fid:.2f} (50,000 samples, {released.fid_setting})"
     facts["Flags"] = f"`{released.flags}`"
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in facts.items())])
+    return table_of(facts)
 
 
 def released_card(released: ReleasedCheckpoint) -> ModelCard:
@@ -113,7 +199,7 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAGS[class_name],
         license="mit",
-        tags=["adm", "guided-diffusion", "classifier-guidance"],
+        tags=TAGS,
         datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
         model_name=name,
     )

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from diffusers_adm.hub.saved_files import SAVED_CLASSES
+from diffusers_adm.hub.saved_files import CARD_FILE, SAVED_CLASSES, card_pictures
 from diffusers_adm.openai.files import check_is_saved_model
 
 
@@ -40,7 +40,7 @@ def as_installed(config: dict, pipeline_class: type) -> None:
 
 def download(name_or_path: str | os.PathLike, options: dict) -> str:
     """
-    Returns the folder of a pipeline: the path itself, or the folder that a repository was downloaded to.
+    Returns the absolute path of a pipeline's folder: the given one, or the one that a repository was downloaded to.
 
     Args:
         name_or_path: Folder, or id of a repository.
@@ -54,7 +54,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
     download_options = {name: options.pop(name) for name in names if name in options}
     if os.path.isdir(name_or_path):
-        return str(name_or_path)
+        return os.path.abspath(name_or_path)
     check_is_saved_model(name_or_path)
     repo_id, variant = str(name_or_path), options.get("variant")
     try:
@@ -68,14 +68,15 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
     components = _components(json.loads(index.read_text(encoding="utf-8")), options)
     configs = [f"{name}/{file}" for name in components for file in ("config.json", "scheduler_config.json")]
     weights = [f"{name}/{file}" for name in components for file in _weight_files(variant)]
-    folder = Path(
-        snapshot_download(repo_id, allow_patterns=["model_index.json", *configs, *weights], **download_options)
-    )
+    patterns = [CARD_FILE, "model_index.json", *configs, *weights]
+    folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **download_options))
+    missing = [picture for picture in card_pictures(folder) if not (folder / picture).is_file()]
     if variant is not None:
         # A component without this variant loads its main weights, as in all pipelines of diffusers.
         without = [name for name in components if not any(folder.glob(f"{name}/*.{variant}*"))]
-        weights = [f"{name}/{file}" for name in without for file in _weight_files(None)]
-        snapshot_download(repo_id, allow_patterns=weights, **download_options)
+        missing += [f"{name}/{file}" for name in without for file in _weight_files(None)]
+    if missing:
+        snapshot_download(repo_id, allow_patterns=missing, **download_options)
     return str(folder)
 
 

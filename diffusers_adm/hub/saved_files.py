@@ -1,15 +1,17 @@
-"""Format of a saved pipeline's folder: code files beside the weights, and an index that names them."""
+"""Format of a saved pipeline's folder: a card, code files beside the weights, and an index that names them."""
 
 import hashlib
 import inspect
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from diffusers.utils.torch_utils import unwrap_module
 
-from diffusers_adm.atomic_files import write_json
+from diffusers_adm.atomic_files import atomic_write, write_json
 
 
 # Classes of this package that a pipeline may hold, and the stems of their files' names.
@@ -21,6 +23,9 @@ SAVED_CLASSES = {
 }
 # Files of another version, which a push deletes.
 CODE_PATTERNS = [f"{place}{stem}_*.py" for stem in SAVED_CLASSES.values() for place in ("", "*/")]
+CARD_FILE = "README.md"
+# Link of a card to a picture of its folder, by a path that cannot lead out of it.
+PICTURE_LINK = re.compile(r"!\[[^\]]*\]\(((?:\w[\w.-]*/)*\w[\w.-]*\.(?:png|jpe?g|gif|webp))\)")
 
 
 def check_variant(variant: str | None) -> None:
@@ -30,6 +35,33 @@ def check_variant(variant: str | None) -> None:
             f"The variant must be a part of a file's name, of letters, digits, '_', '-' and '.', such as fp16, but got"
             f" {variant!r}."
         )
+
+
+def save_card(model, folder: str | os.PathLike) -> None:
+    """Adds the card of the folder that a pipeline or model was loaded from. A card that the folder has is kept."""
+    if not (Path(folder) / CARD_FILE).exists():
+        copy_card(model, Path(folder))
+
+
+def copy_card(model, folder: Path) -> bool:
+    """Copies the card of the folder that a pipeline or model was loaded from, with its pictures. Returns whether there is one."""
+    source = Path(model.config.get("_name_or_path") or "")
+    if not all(
+        (source / file).is_file() for file in (CARD_FILE, model.config_name)
+    ):  # of a pipeline's part it is another's
+        return False
+    for file in [*card_pictures(source), CARD_FILE]:
+        if (source / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / file) as partial:
+                shutil.copyfile(source / file, partial)
+    return True
+
+
+def card_pictures(folder: Path) -> list[str]:
+    """Returns the relative paths of the pictures that a folder's card shows."""
+    card = folder / CARD_FILE
+    return PICTURE_LINK.findall(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else []
 
 
 def write_code(pipeline, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Uploads of pipelines to the Hub."""
 
 import tempfile
+from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from diffusers_adm.hub.saved_files import CODE_PATTERNS
+from diffusers_adm.hub.cards import save_card
+from diffusers_adm.hub.saved_files import CARD_FILE, CODE_PATTERNS, card_pictures
 
 
 def push(
@@ -23,10 +25,13 @@ def push(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        save_card(pipeline, folder, repo_id)
         pipeline.save_pretrained(folder, variant=variant)
+        has_card = api.file_exists(repo_id, CARD_FILE, revision=revision)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
+            ignore_patterns=[CARD_FILE, *card_pictures(Path(folder))] if has_card else None,
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,

@@ -1,84 +1,18 @@
 """Saved pipelines load in every way that users try: from folders and from a Hub, with this package and without it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
-from hub_server import TOKEN, HubServer, Repository
+from fresh_interpreters import DRAW, WITH_PACKAGE, WITHOUT_PACKAGE, drawn, run
+from hub_server import TOKEN, Repository
 from huggingface_hub import ModelCard
-from PIL import Image as PILImage
 from tiny_models import tiny_classifier, tiny_pipeline
 
-from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier, default_model
 from diffusers_adm.hub.bundle import save_model
-
-
-# A user of diffusers alone: this package cannot be imported. Each prints what its image sums up to.
-WITHOUT_PACKAGE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "diffusers_adm":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import torch
-from diffusers import DiffusionPipeline
-"""
-WITH_PACKAGE = """
-import torch
-from diffusers import DiffusionPipeline
-from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
-"""
-DRAW = """
-pipe.set_progress_bar_config(disable=True)
-image = pipe([1, 2], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent").images
-print("drawn", image.double().sum().item().hex())
-"""
-
-
-def drawn(pipeline):
-    generator = torch.Generator().manual_seed(0)
-    image = pipeline([1, 2], num_inference_steps=3, generator=generator, output_type="latent").images
-    return image.double().sum().item().hex()
-
-
-def run(code, arguments=(), **environment):
-    """What a fresh interpreter, on one thread as this test is not, says it has drawn; or its error."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd="/", env=env, capture_output=True, text=True
-    )
-    if finished.returncode != 0:
-        return finished.stderr.strip().splitlines()[-1]
-    return finished.stdout.rsplit("drawn", 1)[1].strip()
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A pipeline, and the folder where it was saved."""
-    pipeline = tiny_pipeline()
-    pipeline.save_pretrained(tmp_path / "saved")
-    return pipeline, tmp_path / "saved"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub, and the environment in which a client asks it."""
-    server = HubServer()
-    environment = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    yield server, environment
-    server.shutdown()
 
 
 # Folders
@@ -111,6 +45,7 @@ def test_folder_loads_without_this_package(saved):
     load_again = f"pipe = DiffusionPipeline.from_pretrained({str(folder) + '-again'!r}, trust_remote_code=True)\n"
     assert run(WITHOUT_PACKAGE + load + again + load_again + DRAW) == drawn(pipeline)
     assert drawn(ClassifierGuidedPipeline.from_pretrained(f"{folder}-again")) == drawn(pipeline)
+    assert (folder / "README.md").read_bytes() == (folder.parent / "saved-again" / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize("flag", [{}, {"trust_remote_code": True}])
@@ -199,6 +134,7 @@ def test_pushed_pipeline_loads_in_every_way(saved, hub, tmp_path):
     files = repository.commits[repository.branches["main"]]
     assert repository.private
     assert {name.split("/")[0] for name in files} - {".gitattributes"} == {
+        "README.md",
         "model_index.json",
         "unet",
         "classifier",
@@ -311,124 +247,35 @@ def test_second_push_replaces_the_code_and_keeps_the_card(saved, hub):
     assert sum(name.endswith(".py") for name in files) == 3 and "unet/unet_adm_00000000.py" not in files
 
 
-# Training
-
-
-TRAIN = """
-import sys
-from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-script = {"unet": train_unet, "upsampler": train_upsampler, "classifier": train_classifier}[sys.argv[1]]
-try:
-    script.main(script.parse_args(sys.argv[2:]))
-    print("drawn ended")
-except ValueError as error:
-    print("drawn", error)
-"""
-OPTIONS = (
-    "--resolution 16 --crop center --model_channels 8 --channel_mult 1,2 --layers_per_block 1 --attention_resolutions 8"
-    " --attention_head_dim 8 --norm_num_groups 4 --noise_schedule cosine --train_batch_size 4 --max_train_steps 2"
-    " --checkpointing_steps 1 --hub_retry_seconds 0.1 --push_to_hub --hub_model_id me/trained"
-).split()
-
-
-@pytest.fixture
-def images(tmp_path):
-    """A folder of images in two classes."""
-    for label, name in enumerate(("black", "white")):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(6):
-            PILImage.new("RGB", (16, 16), (200 * label + i,) * 3).save(tmp_path / "images" / name / f"{i}.png")
-    return tmp_path / "images"
-
-
-def train(script, images, environment, *more):
-    words = [script, "--train_data_dir", str(images), "--output_dir", str(images.parent / script), *OPTIONS, *more]
-    return run(TRAIN, arguments=words, **environment)
-
-
-def test_training_pushes_the_pipeline_and_nothing_else(images, hub):
+def test_card_and_its_picture_travel_through_the_hub(saved, hub):
+    _, folder = saved
     server, environment = hub
-    server.fail_commits = 1  # the first attempt
-    more = ["--ema_decay", "0.5,0.9", "--num_validation_images", "2", "--hub_token", TOKEN]
-    assert train("unet", images, environment, *more) == "ended"
-    repository = server.repositories["me/trained"]
-    files = repository.commits[repository.branches["main"]]
-    assert not any(
-        "checkpoint" in name or "ema" in name or name.endswith((".pkl", ".bin", ".jsonl")) for name in files
-    )
-    assert {"model_index.json", "README.md", "samples/grid.png"} <= files.keys()
-    card = files["README.md"].decode()
-    assert "2 classes: black, white" in card and "2 steps of 4 images" in card and TOKEN not in card
-    assert ModelCard(card).data.library_name == "diffusers"
-    draw = "image = pipe(['black'], num_inference_steps=2).images[0]\nprint('drawn', *image.size)\n"
-    with_package = "pipe = ClassifierGuidedPipeline.from_pretrained('me/trained')\n"
-    without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
-    assert run(WITH_PACKAGE + with_package + draw, **environment) == "16 16"
-    assert run(WITHOUT_PACKAGE + without + draw, **environment) == "16 16"
+    (folder / "README.md").write_text("![a grid](samples/grid.png)")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "grid.png").write_bytes(b"picture")
+    push(environment, folder, token=TOKEN)
+    repository = server.repositories["me/model"]
+    files = dict(repository.commits[repository.branches["main"]])
+    assert (files["README.md"], files["samples/grid.png"]) == (b"![a grid](samples/grid.png)", b"picture")
+    # Loaded from the Hub, and pushed to a repository that has a card, and to one that has none.
+    server.repositories["me/mine"] = mine = Repository(private=False)
+    mine.commit("main", {"README.md": b"mine", "samples/grid.png": b"my picture"})
+    load = "pipe = ClassifierGuidedPipeline.from_pretrained('me/model')\n"
+    pushes = "".join(f"pipe.push_to_hub('me/{name}', token={TOKEN!r})\n" for name in ("mine", "new"))
+    run(WITH_PACKAGE + load + pushes + DRAW, **environment)
+    files = mine.commits[mine.branches["main"]]
+    assert "model_index.json" in files
+    assert (files["README.md"], files["samples/grid.png"]) == (b"mine", b"my picture")
+    new = server.repositories["me/new"]
+    files = new.commits[new.branches["main"]]
+    assert (files["README.md"], files["samples/grid.png"]) == (b"![a grid](samples/grid.png)", b"picture")
 
 
-def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub):
+def test_card_that_is_made_names_the_repository(tmp_path, hub):
     server, environment = hub
-    more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--low_resolution", "4", "--hub_token", TOKEN]
-    assert train("upsampler", images, environment, *more) == "ended"
-    repository = server.repositories["me/trained"]
-    files = repository.commits[repository.branches["main"]]
-    assert sum(name.endswith(".py") for name in files) == 2
-    card = files["README.md"].decode()
-    assert "pipeline_tag: image-to-image" in card and "ADMUpsamplePipeline.from_pretrained" in card
-    draw = (
-        "image = pipe(torch.rand(1, 3, 4, 4, generator=torch.manual_seed(0)), ['white'], num_inference_steps=2,"
-        " generator=torch.manual_seed(0), output_type='latent').images\nprint('drawn', image.double().sum().item())\n"
-    )
-    with_package = (
-        "from diffusers_adm import ADMUpsamplePipeline\npipe = ADMUpsamplePipeline.from_pretrained('me/trained')\n"
-    )
-    without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
-    drawn_with = run(WITH_PACKAGE + with_package + draw, **environment)
-    assert drawn_with == run(WITHOUT_PACKAGE + without + draw, **environment) and float(drawn_with)
-
-
-@pytest.mark.parametrize("failures", [0, 3])
-def test_pipeline_so_far_is_pushed_while_training_goes_on(failures, images, hub):
-    server, environment = hub
-    more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--validation_steps", "1", "--hub_token", TOKEN]
-    server.fail_commits = failures  # all attempts of the first push
-    assert train("unet", images, environment, *more, "--push_every", "1") == "ended"
-    repository = server.repositories["me/trained"]
-    pushes = [files for files in repository.commits.values() if "README.md" in files]
-    assert len(pushes) == (1 if failures else 2)
-    for steps, files in zip((2, 1), reversed(pushes)):
-        assert f"{steps} steps of 4 images" in files["README.md"].decode()
-        assert {"model_index.json", "samples/grid.png"} <= files.keys()
-    weights = [files["unet/diffusion_pytorch_model.safetensors"] for files in pushes]
-    folder = images.parent / "unet"
-    assert len(set(weights)) == len(pushes)
-    assert weights[-1] == (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert not list(folder.glob("partial-*"))
-
-
-def test_failed_push_harms_nothing(images, hub):
-    server, environment = hub
-    server.fail_commits = 100
-    more = ["--validation_fraction", "0.34", "--hub_token", TOKEN, "--hub_revision", "try"]
-    assert train("classifier", images, environment, *more) == "ended"
-    assert "try" in server.repositories["me/trained"].branches
-    folder = images.parent / "classifier" / "classifier"
-    assert 'from_pretrained("me/trained", revision="try")' in (folder / "README.md").read_text()
-    assert (folder / "diffusion_pytorch_model.safetensors").exists()
-    config = json.loads((folder / "config.json").read_text())
-    assert config["id2label"] == {"0": "black", "1": "white"}
-    assert (config["num_train_timesteps"], config["beta_schedule"]) == (1000, "squaredcos_cap_v2")
-    results = ModelCard.load(folder / "README.md").data.eval_results
-    assert results and all(result.metric_type == "accuracy" for result in results)
-
-
-@pytest.mark.parametrize("exists", [False, True], ids=["new repository", "somebody's repository"])
-def test_refused_token_is_known_before_the_first_step(exists, images, hub):
-    server, environment = hub
-    if exists:
-        server.repositories["me/trained"] = Repository(private=False)
-        server.repositories["me/trained"].commit("main", {})
-    token = ["--hub_token", "hf_of_nobody"]
-    assert "the Hub refuses --hub_model_id me/trained" in train("unet", images, environment, *token)
-    assert not (images.parent / "unet").exists()
+    load = f"pipe = ClassifierGuidedPipeline.from_pretrained({default_model()!r})\n"
+    parts = f"pipe = ClassifierGuidedPipeline(**pipe.components)\npipe.push_to_hub('me/made', token={TOKEN!r})\n"
+    run(WITH_PACKAGE + load + parts + "print('drawn')\n", **environment)
+    repository = server.repositories["me/made"]
+    card = repository.commits[repository.branches["main"]]["README.md"].decode()
+    assert 'from_pretrained("me/made")' in card and ModelCard(card).data.model_name == "made"

@@ -14,6 +14,7 @@ from golden_cases import (
     model_class,
     published_flags,
 )
+from huggingface_hub import ModelCard
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.cli import main
@@ -34,6 +35,7 @@ def test_convert_writes_a_pipeline_that_equals_the_checkpoints(pipeline_files, t
     public = {name: value for name, value in direct.scheduler.config.items() if not name.startswith("_")}
     assert public.items() <= dict(saved.scheduler.config).items()
     assert list(output.parent.iterdir()) == [output]  # nothing unfinished is left beside it
+    assert ModelCard.load(output / "README.md").data.model_name == "pipeline"
 
 
 def test_convert_casts_and_names_a_variant(pipeline_files, tmp_path):
