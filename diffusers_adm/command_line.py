@@ -7,14 +7,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
-import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 
 INSTALL_COMMAND = 'pip install -e ".[train,eval]"'
 
-# Errors whose message is for the user: invalid input, files, memory. All others are faults of the program.
-USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
+# Errors whose message is for the user. All others but those of memory are faults of the program.
+USER_ERRORS = (ValueError, OSError, SafetensorError)
 
 MAX_CHARACTERS = 1000  # of a message: some quote a whole file
 
@@ -55,6 +55,11 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         return 2
     except USER_ERRORS as error:
         print(f"{name}: error: {textwrap.shorten(describe_error(error), MAX_CHARACTERS)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        print(f"{name}: error: the memory is full: choose a smaller batch size", file=sys.stderr)
         return 2
     return 0
 

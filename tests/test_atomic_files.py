@@ -32,3 +32,10 @@ def test_folder_is_replaced_once_the_new_one_is_whole(tmp_path):
         partial.mkdir()
         raise RuntimeError
     assert (folder / "inner" / "file").read_text() == "second" and names(tmp_path) == ["model"]
+
+
+def test_numbers_that_json_lacks_are_refused(tmp_path):
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(tmp_path / "file.json", {"metric": number})
+    assert names(tmp_path) == []

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
 from digit_features import NAME as DIGITS
 from golden_cases import draw_weights, load_case, published_flags
 from image_files import digits_npz, random_images
+
+from diffusers_adm.command_line import run_command
 
 
 FEW = ("--batch_size", 3, "--num_inference_steps", 1)
@@ -95,3 +98,14 @@ def test_results_are_written_before_a_reader_that_has_gone_is_noticed(folder):
     assert ended.returncode == 2
     assert ended.stderr == "diffusers-adm evaluate: error: the program that reads the output has ended\n"
     assert json.loads((folder / "new.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("fails", [lambda: torch.empty(2**60), lambda: np.empty(2**50)], ids=["torch", "NumPy"])
+def test_full_memory_ends_in_one_line(fails, capsys):
+    assert run_command("diffusers-adm sample", fails) == 2
+    assert capsys.readouterr().err == "diffusers-adm sample: error: the memory is full: choose a smaller batch size\n"
+
+
+def test_errors_of_the_program_are_not_hidden():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        run_command("diffusers-adm sample", lambda: torch.ones(2, 3) @ torch.ones(2, 3))

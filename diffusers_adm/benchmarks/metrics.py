@@ -5,15 +5,27 @@ counts. The straightforward ones are NumPy's covariance, a matrix square root by
 precision and recall. The floor of the last is the time of its three matrix products alone.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from diffusers_adm.benchmarks.timing import median_seconds
+from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.evaluation.precision_recall import precision_and_recall
 from diffusers_adm.evaluation.statistics import GaussianStatistics, RunningStatistics, frechet_distance
+from diffusers_adm.options import add_options, at_least, build_options, option
+
+
+@dataclass(frozen=True)
+class MetricsOptions:
+    """Size of the sets of features, and number of measurements."""
+
+    images: int = option(10_000, help="Number of images of each set.", check=at_least(4))
+    features: int = option(2048, help="Number of features per image.", check=at_least(1))
+    rounds: int = option(3, help="Number of rounds. The median counts.", check=at_least(1))
 
 
 def running_statistics(features: torch.Tensor, batch_size: int = 64) -> GaussianStatistics:
@@ -41,11 +53,9 @@ def random_features(images: int, features: int) -> list[torch.Tensor]:
 
 def main() -> None:
     """Times all parts, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", metavar="INT", type=int, default=10_000, help="Number of images of each set.")
-    parser.add_argument("--features", metavar="INT", type=int, default=2048, help="Number of features per image.")
-    parser.add_argument("--rounds", metavar="INT", type=int, default=3, help="Number of rounds. The median counts.")
-    args = parser.parse_args()
+    parser = CommandParser(description=__doc__)
+    add_options(parser, MetricsOptions)
+    args = build_options(MetricsOptions, parser.parse_args())
 
     real, drawn = random_features(args.images, args.features)
     gaussians = [running_statistics(features) for features in (real, drawn)]
@@ -73,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("metrics", main))

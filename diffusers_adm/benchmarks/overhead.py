@@ -4,14 +4,28 @@ A run of the default model takes turns with a loop that does nothing but evaluat
 is guided the classifier with its gradient. The difference is the pipeline's own code: the scheduler's step, guidance, hooks, noise.
 """
 
-import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_model
 from diffusers_adm.benchmarks.timing import median_seconds
+from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.options import add_options, at_least, build_options, option
+
+
+@dataclass(frozen=True)
+class OverheadOptions:
+    """Size and number of the runs."""
+
+    batch_size: int = option(1, help="Number of images per batch.", check=at_least(1))
+    steps: int = option(50, help="Number of steps per run.", check=at_least(1))
+    rounds: int = option(
+        7, help="Number of rounds, after one that is not counted. The median counts.", check=at_least(1)
+    )
 
 
 SCHEDULERS = (DDPMScheduler, DDIMScheduler)
@@ -42,16 +56,9 @@ def networks_alone(
 
 def main() -> None:
     """Measures runs with and without guidance, and prints what the pipeline adds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch_size", type=int, default=1, help="Images per batch. Default: %(default)s.")
-    parser.add_argument("--steps", type=int, default=50, help="Steps per run. Default: %(default)s.")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=7,
-        help="Rounds, of which the median counts, after one more. Default: %(default)s.",
-    )
-    args = parser.parse_args()
+    parser = CommandParser(description=__doc__)
+    add_options(parser, OverheadOptions)
+    args = build_options(OverheadOptions, parser.parse_args())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = ClassifierGuidedPipeline.from_pretrained(default_model()).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -82,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("overhead", main))

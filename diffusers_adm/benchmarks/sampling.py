@@ -6,10 +6,10 @@ with two more seeds. All points have the same labels, and are guided. A run that
 of a launch draw.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -17,18 +17,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import write_json
+from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
 from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.metrics import check_shape
-from diffusers_adm.evaluation.options import ModelOptions, RunOptions
+from diffusers_adm.evaluation.options import MAX_IMAGES, ModelOptions, RunOptions
 from diffusers_adm.evaluation.plots import Line, save_lines
-from diffusers_adm.evaluation.reference import summarise_reference
+from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
+from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
 from diffusers_adm.evaluation.report import metric_label, write_tables
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import SCHEDULERS, SamplingPipeline, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, folder_name
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_options, build_options, option_values
+from diffusers_adm.options import add_options, build_options, in_range, option, option_values, text_as
 from diffusers_adm.solvers import build_solver
 
 
@@ -44,6 +46,15 @@ GUIDANCE = {
     "every 2nd, reused": {"every": 2, "skipped": "reuse"},
     "every 2nd, summed": {"every": 2, "skipped": "sum"},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """Samples of each point."""
+
+    output: Path = option(metavar="DIR", help="Folder of the run: new, or of one to continue.")
+    num_samples: int = option(1000, help="Number of images per point.", check=in_range(NEIGHBOUR + 1, MAX_IMAGES))
+    guidance_scale: float = option(1.0, help="Guidance scale.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,37 +239,38 @@ def evaluate_all(bench: Bench) -> list[dict]:
 
 def main() -> None:
     """Evaluates all points, and prints the table, and the spread of the best."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference", help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`.")
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--output", metavar="DIR", required=True, help="Folder of the run: new, or of one to continue."
+        "reference", type=text_as(), help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`."
     )
-    parser.add_argument("--num_samples", metavar="INT", type=int, default=1000, help="Number of images per point.")
-    parser.add_argument("--guidance_scale", metavar="FLOAT", type=float, default=1.0, help="Guidance scale.")
+    add_options(parser, BenchOptions)
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_options(parser, FeatureOptions, title="features")
     add_options(parser, ImageSetOptions, without=NO_DATASET)
     args = parser.parse_args()
 
-    images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
+    images, features, options, model, run = (
+        build_options(cls, args) for cls in (ImageSetOptions, FeatureOptions, BenchOptions, ModelOptions, RunOptions)
+    )
     images.check(args.reference)
-    state, model = join_processes(), build_options(ModelOptions, args)
+    check_extractor(args.reference, features.feature_extractor)
+    state = join_processes()
     pipeline = load_pipeline(**option_values(model), device=state.device)
     extractor = load_extractor(features)
     if pipeline.classifier is None or not extractor.has_logits:
-        raise SystemExit("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
+        raise ValueError("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
     reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
     config = pipeline.unet.config
     check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
     evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, judged=True)
     settings = Settings(
-        num_images=args.num_samples,
-        guidance_scale=args.guidance_scale,
+        num_images=options.num_samples,
+        guidance_scale=options.guidance_scale,
         model_name=model.model,
-        **option_values(build_options(RunOptions, args)),
+        **option_values(run),
     )
-    bench = Bench(pipeline, evaluator, Path(args.output), settings)
+    bench = Bench(pipeline, evaluator, options.output, settings)
     spread = evaluate_all(bench)
     if not state.is_main_process:
         return
@@ -269,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("sampling", main))

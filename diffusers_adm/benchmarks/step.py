@@ -9,7 +9,9 @@ timed in bfloat16 too, and, with `--packed`, compiled with weights that are pack
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -18,7 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
+from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.options import add_options, at_least, build_options, option
 from diffusers_adm.training.plan import forward_cost
 
 
@@ -31,6 +35,18 @@ PARTS = {
     "attention": ("attention",),
     "normalisation": ("group_norm", "batch_norm"),
 }
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Size and number of the measurements."""
+
+    batch_size: int = option(2, help="Number of images per batch.", check=at_least(1))
+    rounds: int = option(
+        5, help="Number of rounds, after one that is not counted. The median counts.", check=at_least(1)
+    )
+    steps: int = option(2, help="Number of steps of a run of the pipeline.", check=at_least(1))
+    packed: bool = option(False, help="Time the UNet compiled with packed weights too. Takes minutes.")
 
 
 def build_adm() -> ADMUNet2DModel:
@@ -206,26 +222,14 @@ def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: 
 
 def main() -> None:
     """Times all parts of a step, and prints the times."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch_size", metavar="INT", type=int, default=2, help="Number of images per batch.")
-    parser.add_argument(
-        "--rounds",
-        metavar="INT",
-        type=int,
-        default=5,
-        help="Number of rounds, after one that is not counted. The median counts.",
-    )
-    parser.add_argument(
-        "--steps", metavar="INT", type=int, default=2, help="Number of steps of a run of the pipeline."
-    )
-    parser.add_argument(
-        "--packed", action="store_true", help="Time the UNet compiled with packed weights too. Takes minutes."
-    )
+    parser = CommandParser(description=__doc__)
+    add_options(parser, StepOptions)
     parser.add_argument("--memory_of", choices=BUILDERS, help=argparse.SUPPRESS)  # of a process that measures
-    args = parser.parse_args()
+    parsed = parser.parse_args()
+    args = build_options(StepOptions, parsed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.memory_of is not None:
-        print(own_peak_memory(args.memory_of, args.batch_size, device))
+    if parsed.memory_of is not None:
+        print(own_peak_memory(parsed.memory_of, args.batch_size, device))
         return
 
     torch.manual_seed(0)
@@ -240,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("step", main))

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from diffusers_adm.benchmarks.timing import last_line_of, peak_memory_bytes
+from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
+from diffusers_adm.options import add_options, at_least, build_options, option
 from diffusers_adm.training import train_unet
 from diffusers_adm.training.metrics import read_metrics
 from diffusers_adm.training.objective import build_noise_scheduler
-from diffusers_adm.training.options import UNetTrainingOptions
+from diffusers_adm.training.options import MIXED_PRECISIONS, UNetTrainingOptions
 from diffusers_adm.training.setup import build_unet, load_training_images
 
 
@@ -40,30 +43,29 @@ LOOPS = ("plain", "suite")
 NUM_CLASSES = 10
 
 
+@dataclass(frozen=True)
+class LoopOptions:
+    """Length, number and precision of the measurements."""
+
+    steps: int = option(6, help="Number of steps that are timed, after as many that are not.", check=at_least(1))
+    rounds: int = option(
+        3, help="Number of rounds, in which both loops take turns. The median counts.", check=at_least(1)
+    )
+    mixed_precision: str = option("bf16", choices=MIXED_PRECISIONS, help="Precision of the forward pass.")
+
+
 def main() -> None:
     """Compares the two loops in all configurations, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps",
-        metavar="INT",
-        type=int,
-        default=6,
-        help="Number of steps that are timed, after as many that are not.",
-    )
-    parser.add_argument(
-        "--rounds",
-        metavar="INT",
-        type=int,
-        default=3,
-        help="Number of rounds, in which both loops take turns. The median counts.",
-    )
-    parser.add_argument("--mixed_precision", metavar="TYPE", default="bf16", help="no, fp16 or bf16. Default: bf16.")
+    parser = CommandParser(description=__doc__)
+    add_options(parser, LoopOptions)
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # of a process that measures
     parser.add_argument("--configuration", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.loop is not None:
-        json.dump(run_loop(args.loop, args.configuration, args.folder, args.steps, args.mixed_precision), sys.stdout)
+    parsed = parser.parse_args()
+    args = build_options(LoopOptions, parsed)
+    if parsed.loop is not None:
+        result = run_loop(parsed.loop, parsed.configuration, parsed.folder, args.steps, args.mixed_precision)
+        json.dump(result, sys.stdout)
         return
 
     print(f"{args.steps} steps, median of {args.rounds} rounds, precision {args.mixed_precision}")
@@ -171,4 +173,4 @@ def plain_loop(options: UNetTrainingOptions, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("training", main))

@@ -223,7 +223,7 @@ def evaluate_batches(
                 getattr(config, "variance_type", None) or "fixed_large",
                 settings["clip_denoised"],
             )
-        failed = np.asarray(shards.numbers(batch))[~bound.total.isfinite().cpu().numpy()]
+        failed = np.unique(rows[~bound.total.isfinite().cpu().numpy()])
         if len(failed):
             raise ValueError(
                 f"The bound of images {failed.tolist()[:5]} is not finite: look for NaN or infinity in the weights, and for a"

@@ -122,6 +122,18 @@ def test_likelihood_refuses_what_does_not_fit(model, tmp_path, capsys):
     assert "null class" in capsys.readouterr().err
 
 
+def test_a_bound_that_is_not_finite_is_an_error_and_is_not_kept(tmp_path, capsys):
+    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), with_classifier=False)
+    with torch.no_grad():
+        list(pipeline.unet.parameters())[-1].fill_(torch.nan)
+    pipeline.save_pretrained(tmp_path / "nan")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, SIZE, SIZE, 3), dtype=np.uint8))
+    words = ["--model", tmp_path / "nan", "--timestep_respacing", 2, "--output", tmp_path / "run"]
+    assert run("nll", tmp_path / "images.npz", *words) == 2
+    assert "The bound of images [0, 1, 2] is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.npz")) and not (tmp_path / "run" / "nll.json").exists()
+
+
 def test_terms_of_a_perfect_network_are_those_of_its_variance_alone():
     """Where x_0 is predicted right, each KL divergence is that of two Gaussians of one mean."""
     x_0 = torch.zeros(2, 3, 8, 8)

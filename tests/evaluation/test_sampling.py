@@ -192,3 +192,29 @@ def test_a_run_that_drew_nothing_leaves_its_folder_free(model, tmp_path):
     before = (tmp_path / "same" / "shards" / "000000.npz").stat().st_mtime_ns
     sample(renamed, tmp_path / "same", "--condition_unet", "true", "--guidance_scale", "none")  # the same run
     assert (tmp_path / "same" / "shards" / "000000.npz").stat().st_mtime_ns == before
+
+
+def test_settings_are_strict_json_and_those_of_earlier_versions_go_on(model, tmp_path):
+    words = ("--scheduler", "DPMSolverMultistep")  # whose config holds minus infinity
+    sample(model, tmp_path / "run", *words, num_samples=4)
+    path = tmp_path / "run" / "settings.json"
+    settings = strict_json(path.read_text())
+    assert settings["scheduler_config"]["lambda_min_clipped"] == "-inf"
+    settings["scheduler_config"]["lambda_min_clipped"] = float("-inf")
+    path.write_text(json.dumps(settings))
+    found = sample(model, tmp_path / "run", *words, num_samples=5)
+    strict_json(str(found["metadata"]))
+
+
+def strict_json(text: str):
+    """The content of a text without the numbers that JSON lacks."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_arguments_that_hold_for_one_image_are_no_options_of_a_run(tmp_path):
+    pipeline = tiny_pipeline(tiny_unet(use_null_class=True))
+    for name in ("guidance_scale", "cfg_weight"):
+        for value in ([1.0, 2.0], torch.ones(4), float("inf"), "1"):
+            with pytest.raises(ValueError, match=f"`{name}` must be one finite number for a whole run, but got "):
+                draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={name: value})
+    assert not (tmp_path / "run").exists()

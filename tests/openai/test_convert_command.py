@@ -94,6 +94,15 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
     assert [path.name for path in full.iterdir()] == ["file"]
 
 
+def test_convert_removes_what_a_killed_conversion_left(tmp_path):
+    unfinished = tmp_path / "partial-out" / "unet"
+    unfinished.mkdir(parents=True)
+    (unfinished / "diffusion_pytorch_model.safetensors").touch()
+    words = ["--unet", tmp_path / "64x64_diffusion.pt", "--output", tmp_path / "out"]
+    assert run("convert", *words) == 2  # there is no such checkpoint
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_convert_needs_little_more_memory_than_the_file_has_bytes(tmp_path, dtype):
