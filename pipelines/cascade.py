@@ -28,9 +28,14 @@ def draw_cascade(
     Raises:
         ValueError: If a stage cannot follow the one before, or there are not as many calls as stages.
     """
-    if len(stages) < 2:
-        raise ValueError(f"A cascade has two stages at least: there are {len(stages)}.")
+    if not isinstance(stages, (list, tuple)) or len(stages) < 2:
+        given = len(stages) if isinstance(stages, (list, tuple)) else type(stages).__name__
+        raise ValueError(f"`stages` must be a list of at least two stages (pipelines), but got {given}.")
+    if not isinstance(stages[0], ClassifierGuidedPipeline):
+        raise ValueError(f"The first stage must be a ClassifierGuidedPipeline, but got {type(stages[0]).__name__}.")
     calls = [{}] * len(stages) if calls is None else calls
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"`calls` must be a list of one dict per stage, but got {calls!r}.")
     if len(calls) != len(stages):
         raise ValueError(f"{len(calls)} calls were given for {len(stages)} stages.")
     for before, after in zip(stages, stages[1:]):

@@ -1,11 +1,68 @@
 """Checks of networks and images that belong to no argument alone."""
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 
-from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.checks import check_images, is_integer
+from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
+
+
+# What pipelines read in the config of each network, by the name of the class that has it.
+PARTS = {
+    "unet": (
+        "ADMUNet2DModel",
+        ("sample_size", "in_channels", "num_class_embeds", "use_null_class", "low_res_conditioning"),
+    ),
+    "classifier": ("NoisyClassifier", ("sample_size", "in_channels", "num_classes")),
+}
+
+
+def check_parts(unet: ADMUNet2DModel, classifier: NoisyClassifier | None) -> None:
+    """Raises a ValueError unless the networks of a pipeline are a UNet and a classifier, or can take their place."""
+    for name, network in (("unet", unet), ("classifier", classifier)):
+        class_name, entries = PARTS[name]
+        config = getattr(network, "config", None)
+        # By its config: saved code has classes of its own, and a compiled model hides its class.
+        fits = callable(network) and isinstance(config, Mapping) and config.keys() >= set(entries)
+        if not fits and not (name == "classifier" and network is None):
+            raise ValueError(f"`{name}` must be an instance of {class_name}, but got {type(network).__name__}.")
+
+
+def check_data(name: str, images: torch.Tensor, channels: int | str = "channels") -> None:
+    """Raises a ValueError unless images are a tensor `(batch, channels, height, width)` that holds data, and not just a shape."""
+    check_images(name, images, channels)
+    if images.is_meta:
+        raise ValueError(f"`{name}` must hold data, but it is on the device 'meta'.")
+
+
+def count_images(batch_size: int, latents: torch.Tensor | None, **inputs: torch.Tensor | list | None) -> int:
+    """
+    Returns the number of images of a call.
+
+    Args:
+        batch_size: Number that the call gives; 1 says nothing where an input says how many there are.
+        latents: x_T, or `None`.
+        inputs: Inputs of one entry per image, by name.
+
+    Raises:
+        ValueError: If the numbers differ, or there is no image, or latents are not images.
+    """
+    if latents is not None:
+        check_data("latents", latents)
+    if not is_integer(batch_size):
+        raise ValueError(f"batch_size={batch_size!r} is not an integer.")
+    inputs["latents"] = latents
+    counts = {name: len(value) for name, value in inputs.items() if value is not None}
+    if batch_size != 1 or not counts:
+        counts["batch_size"] = batch_size
+    if len(set(counts.values())) > 1 or min(counts.values()) < 1:
+        given = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
+    return next(iter(counts.values()))
 
 
 def check_no_dropout(**models: torch.nn.Module | None) -> None:

@@ -36,7 +36,7 @@ class ClassNames:
         Raises:
             ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
         """
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)) and not getattr(class_labels, "is_meta", False):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (list, tuple)):
             return [label for entry in class_labels for label in self.class_ids(entry)]

@@ -1,19 +1,25 @@
 """Sampling that both pipelines share: the loop of Algorithms 1 and 2 of Dhariwal & Nichol 2021 (arXiv 2105.05233), and what it needs."""
 
-from numbers import Integral
-
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
-from diffusers_adm.pipelines.checks import check_classifier, check_finite, check_guiding_unet, check_no_dropout
+from diffusers_adm.pipelines.checks import (
+    check_classifier,
+    check_data,
+    check_finite,
+    check_guiding_unet,
+    check_no_dropout,
+    check_parts,
+)
 from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
     ClassNames,
@@ -26,6 +32,7 @@ from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.runs import Runs, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
+from diffusers_adm.respacing import respaced_timesteps
 from diffusers_adm.solvers import DDPMSolver, Solver, build_solver, check_scheduler
 
 
@@ -55,15 +62,22 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         timestep_respacing: str | None,
         **config,
     ) -> None:
-        """Registers components and config. Every pipeline's constructor calls it."""
+        """Checks and registers components and config. Every pipeline's constructor calls it."""
+        check_parts(unet, classifier)
+        check_scheduler(scheduler)
+        config |= {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "timestep_respacing": timestep_respacing,
+        }
+        check_types(type(self).__init__, config)
+        per_image(guidance_scale, 1, "guidance_scale")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}.")
+        if timestep_respacing is not None:
+            respaced_timesteps(timestep_respacing, scheduler.config.num_train_timesteps)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
-        self.register_to_config(
-            id2label=numbered_names(id2label),
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            timestep_respacing=timestep_respacing,
-            **config,
-        )
+        self.register_to_config(id2label=numbered_names(id2label), **config)
         self._check_components()
         self._runs = Runs()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
@@ -224,9 +238,10 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
+        latents = latents.to(device, torch.float32, copy=True)  # callbacks may change x_t in place
         if not latents.isfinite().all():
-            raise ValueError("latents must be finite, but some values are NaN or infinite.")
-        return latents.to(device, torch.float32, copy=True)  # callbacks may change x_t in place
+            raise ValueError("latents must be finite in float32, but some values are NaN or infinite.")
+        return latents
 
     def _denoise(
         self,
@@ -298,18 +313,19 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
         Raises:
-            ValueError: If a timestep or class does not exist, or their number is not that of the images.
+            ValueError: If a timestep or class does not exist, or their number is not that of the images, or images are of
+                another type or shape.
         """
         schedule = NoiseSchedule.from_config(self.scheduler.config)
+        for name, images in (("sample", sample), ("low_res", low_res)):
+            if name == "sample" or images is not None:
+                check_data(name, images, self.unet.config.in_channels)
         sample = sample.to(self._execution_device)
         low_res = None if low_res is None else low_res.to(sample.device)
-        timestep = torch.as_tensor(timestep, device=sample.device)
         labels = None if class_labels is None else self.class_ids(class_labels)
-        if timestep.numel() not in (1, len(sample)):
-            raise ValueError(f"timestep: {timestep.numel()} were given for {len(sample)} images.")
         if labels is not None and len(labels) != len(sample):
             raise ValueError(f"class_labels: {len(labels)} were given for {len(sample)} images.")
-        timestep = timestep.flatten().expand(len(sample))  # (batch,)
+        timestep = one_per_image("timestep", timestep, sample).expand(len(sample))  # (batch,)
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
             raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")
         if labels is not None:
@@ -339,8 +355,10 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
         Raises:
-            ValueError: If the number of steps is out of its range, or a class does not exist.
+            ValueError: If the number of steps is out of its range, a class does not exist, images are of another type or
+                shape, or the noise is not finite.
         """
+        check_data("images", images, self.unet.config.in_channels)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)
         schedule = solver.schedule
@@ -352,25 +370,28 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
             x_0 = solver.clip(x_0)  # as the drawing does, so that it leads back
             x = add_noise(schedule, x_0, index, epsilon_from_x_0(schedule, x, before, x_0))
+        check_finite(x)
         return x
 
     def _check_components(self) -> None:
+        check_parts(self.unet, self.classifier)
         check_scheduler(self.scheduler)
         unet = self.unet.config
         if isinstance(self.scheduler, DDPMScheduler):
             variance_type = self.scheduler.config.variance_type
             if (variance_type == "learned_range") != self.unet.learns_variance:
+                needed = "learned_range" if self.unet.learns_variance else "fixed_large"
                 raise ValueError(
-                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet of in_channels="
-                    f"{unet.in_channels} and out_channels={unet.out_channels}: 'learned_range' belongs to twice as many"
-                    " output channels, and no other variance_type does."
+                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet of in_channels={unet.in_channels}"
+                    f" and out_channels={unet.out_channels}: pass variance_type={needed!r}, as in DDPMScheduler.from_config("
+                    f"config, variance_type={needed!r})."
                 )
         if self.classifier is not None:
             check_classifier(self)
 
     def _check_size(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.unet.config.channel_mult) - 1)
-        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
+        if not all(is_integer(side) and side > 0 and side % factor == 0 for side in (height, width)):
             raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
 
     def _check_call(
@@ -381,8 +402,10 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         width: int,
         generator: Generators,
         output_type: str,
+        return_dict: bool,
     ) -> None:
         """Raises a ValueError unless the inputs fit that need neither the timesteps nor the labels to be checked."""
+        check_types(type(self).__call__, {"condition_unet": options.condition_unet, "return_dict": return_dict})
         self._check_components()
         check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=options.guiding_unet)
         if output_type not in OUTPUT_TYPES:
@@ -408,28 +431,3 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
         per_image(options.guidance_scale, batch_size, "guidance_scale")
         self._check_size(height, width)
-
-    def _batch_size(self, batch_size: int, latents: torch.Tensor | None, **inputs: torch.Tensor | list | None) -> int:
-        """
-        Returns the number of images.
-
-        Args:
-            batch_size: Number that the call gives; 1 says nothing where an input says how many there are.
-            latents: x_T, or `None`.
-            inputs: Inputs of one entry per image, by name.
-
-        Raises:
-            ValueError: If the numbers differ, or there is no image.
-        """
-        if latents is not None and (not isinstance(latents, torch.Tensor) or latents.ndim != 4):
-            raise ValueError("latents must be a tensor (batch, channels, height, width).")
-        inputs["latents"] = latents
-        counts = {name: len(value) for name, value in inputs.items() if value is not None}
-        if not isinstance(batch_size, Integral):
-            raise ValueError(f"batch_size={batch_size!r} is not an integer.")
-        if batch_size != 1 or not counts:
-            counts["batch_size"] = batch_size
-        if len(set(counts.values())) > 1 or min(counts.values()) < 1:
-            given = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
-        return next(iter(counts.values()))

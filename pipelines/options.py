@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.solvers import takes_respacing
+
+
+# Largest scale or weight. Its product with a prediction of the same size is still finite in float32.
+LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,20 @@ def per_image(given: float | list[float] | torch.Tensor, batch_size: int, name: 
         name: Name of the argument, for the message.
 
     Raises:
-        ValueError: If it is not a number, or not finite in float32, or there are too many or too few.
+        ValueError: If it is not a real number, or so large that products with it are not finite in float32, or there are too
+            many or too few.
     """
-    if isinstance(given, torch.Tensor):
-        given = given.cpu()  # MPS has no float64
     try:
+        if isinstance(given, (torch.Tensor, np.ndarray)):
+            given = torch.as_tensor(given).cpu()  # MPS has no float64
+            if given.is_complex():
+                raise TypeError("complex numbers")
         tensor = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}={given!r} is neither a number nor one an image.") from error
     values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
     if len(values) != batch_size:
         raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
-    if not all(abs(value) <= torch.finfo(torch.float32).max for value in values):
-        raise ValueError(f"{name}={given} is not finite in float32.")
+    if not all(abs(value) <= LARGEST for value in values):
+        raise ValueError(f"{name} must be finite, at most {LARGEST:.2g} in size, but got {given}.")
     return values

@@ -14,6 +14,7 @@ from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
@@ -188,8 +189,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         labels = None if class_labels is None else self.class_ids(class_labels)
-        batch_size = self._batch_size(1, image=low_res, class_labels=labels, latents=latents)
-        self._check_call(options, batch_size, height, width, generator, output_type)
+        batch_size = count_images(1, image=low_res, class_labels=labels, latents=latents)
+        self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
         device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
@@ -266,13 +267,19 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if isinstance(image, Image.Image):
             image = np.asarray(to_mode(image, channels))
             image = image.reshape(*image.shape[:2], channels)
-        if isinstance(image, np.ndarray):
+        is_array = isinstance(image, np.ndarray) and image.dtype.kind in "buif"
+        if is_array:
             pixels = torch.tensor(image, dtype=torch.float32) / (255 if image.dtype == np.uint8 else 1)
             pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
-        elif isinstance(image, torch.Tensor):
+        elif isinstance(image, torch.Tensor) and not (
+            image.is_complex() or image.is_meta or image.layout != torch.strided
+        ):
             pixels = image.float()
         else:
-            raise ValueError(f"image must be a PIL image, a file, an array or a tensor: got {type(image).__name__}.")
+            raise ValueError(
+                "image must be a PIL image, a file, or a dense array or tensor of real numbers, but got"
+                f" {type(image).__name__} {getattr(image, 'dtype', '')}."
+            )
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.numel():
             raise ValueError(

@@ -9,6 +9,7 @@ from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
@@ -194,10 +195,10 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         labels = None if class_labels is None else self.class_ids(class_labels)
-        batch_size = self._batch_size(batch_size, class_labels=labels, latents=latents)
+        batch_size = count_images(batch_size, class_labels=labels, latents=latents)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
-        self._check_call(options, batch_size, height, width, generator, output_type)
+        self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
         device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.

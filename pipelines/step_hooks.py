@@ -42,9 +42,15 @@ class StepHooks:
         check_function("x_0_fn", x_0_fn)
         check_function("callback_on_step_start", on_step_start)
         check_function("callback_on_step_end", on_step_end)
-        unknown = sorted(set(end_inputs) - set(self.TENSORS))
+        unknown = (
+            [name for name in end_inputs if name not in self.TENSORS]
+            if isinstance(end_inputs, (list, tuple))
+            else True
+        )
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {self.TENSORS}.")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names among {self.TENSORS}, but got {end_inputs!r}."
+            )
         self.pipeline = pipeline
         self.x_0_fn = x_0_fn
         self.on_step_start = on_step_start
@@ -87,11 +93,14 @@ def as_returned(returned: torch.Tensor, like: torch.Tensor, name: str) -> torch.
     Returns what a user's function made of a tensor, in that tensor's dtype.
 
     Raises:
-        ValueError: If it is not a tensor of the same shape.
+        ValueError: If it is not a tensor of real numbers of the same shape, on the same device.
     """
-    if not isinstance(returned, torch.Tensor) or returned.shape != like.shape:
-        got = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
-        raise ValueError(f"{name} returned {got}, where a tensor {tuple(like.shape)} is needed.")
+    is_tensor = isinstance(returned, torch.Tensor)
+    if not is_tensor or returned.shape != like.shape or returned.is_complex() or returned.device != like.device:
+        got = f"{tuple(returned.shape)}, {returned.dtype}, {returned.device}" if is_tensor else type(returned).__name__
+        raise ValueError(
+            f"{name} returned {got}, where a tensor of real numbers, {tuple(like.shape)}, on {like.device} is needed."
+        )
     return returned.to(like.dtype)
 
 

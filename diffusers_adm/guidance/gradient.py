@@ -102,8 +102,10 @@ def guidance_gradient(
             x_t, x_0 = leaf(x_t), leaf(x_0)
         # Autograd does not save what was made in inference mode; clones are made outside it.
         value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
-        if not isinstance(value, torch.Tensor) or value.shape not in (x_t.shape, x_t.shape[:1]):
-            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        is_real = isinstance(value, torch.Tensor) and not value.is_complex()
+        if not is_real or value.shape not in (x_t.shape, x_t.shape[:1]):
+            is_tensor = isinstance(value, torch.Tensor)
+            got = f"{tuple(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__
             raise ValueError(
                 f"guidance_fn returned {got}, where a log-probability of each image, {tuple(x_t.shape[:1])}, or a gradient,"
                 f" {tuple(x_t.shape)}, is needed."

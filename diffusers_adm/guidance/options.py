@@ -87,7 +87,7 @@ class GuidanceOptions:
             return given
         if given is not None and not isinstance(given, dict):
             raise ValueError(f"guidance_options must be GuidanceOptions or a dict of them: got {given!r}.")
-        unknown = sorted(set(given or {}) - set(cls.__dataclass_fields__))
+        unknown = [name for name in given or {} if name not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(f"guidance_options: {unknown} are not among {tuple(cls.__dataclass_fields__)}.")
         return cls(**(given or {}))

@@ -1,7 +1,7 @@
 """diffusers' schedulers, prepared so that one run of each samples as the original code does."""
 
 import copy
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from diffusers import (
@@ -21,6 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from diffusers_adm.checks import is_integer
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
 from diffusers_adm.solvers.algorithms import (
@@ -119,14 +120,14 @@ def _check_steps(
     if timesteps is not None and not (
         isinstance(timesteps, (list, tuple))
         and timesteps
-        and all(isinstance(timestep, Integral) and not isinstance(timestep, bool) for timestep in timesteps)
+        and all(is_integer(timestep) for timestep in timesteps)
         and all(0 <= timestep < num_train_timesteps for timestep in timesteps)
     ):
         raise ValueError(
             f"timesteps={timesteps} is not a list of one or more integers in [0, {num_train_timesteps - 1}]."
         )
     if timesteps is None and timestep_respacing is None:
-        if not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= num_train_timesteps):
+        if not (is_integer(num_inference_steps) and 1 <= num_inference_steps <= num_train_timesteps):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the integers up to the"
                 " number of the model's timesteps."

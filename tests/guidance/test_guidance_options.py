@@ -43,7 +43,7 @@ def test_options_say_when_classifier_free_guidance_acts_too():
     [
         ({"cfg_weight": 1.0, "condition_unet": False}, "null class"),
         ({"cfg_weight": [1.0]}, "1 numbers were given as cfg_weight for 2 images"),
-        ({"cfg_weight": math.nan}, "cfg_weight=nan is not finite"),
+        ({"cfg_weight": math.nan}, "cfg_weight must be finite, at most 1.8e+19 in size, but got nan"),
         ({"cfg_weight": "strong"}, "cfg_weight='strong' is neither"),
         ({"cfg_weight": 1.0, "guiding_unet": tiny_unet(sample_size=16, attention_resolutions=(8,))}, "sample_size"),
         ({"guidance_options": {"intervals": (0, 1)}}, "['intervals'] are not among"),

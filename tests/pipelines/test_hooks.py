@@ -98,7 +98,10 @@ def test_callback_is_given_x_0_and_the_gradient():
         ({"guidance_fn": tiny_classifier()}, "guidance_fn must be a function: got NoisyClassifier"),
         ({"guiding_unet": "a", "cfg_weight": 1.0}, "guiding_unet must be an ADMUNet2DModel: got str"),
         ({"guiding_unet": tiny_unet(seed=7)}, "guiding_unet guides by cfg_weight, which is 0"),
-        ({"cfg_weight": 1e40, "guiding_unet": tiny_unet(seed=7)}, "cfg_weight=1e[+]40 is not finite in float32"),
+        (
+            {"cfg_weight": 1e40, "guiding_unet": tiny_unet(seed=7)},
+            r"cfg_weight must be finite, at most .*, but got 1e\+40",
+        ),
     ],
 )
 def test_hooks_that_return_something_else_are_told(call, said):
