@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge quality style
+.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,15 @@ cards: install
 
 judge: install
 	$(BIN)/python tests/helpers/judge_digits.py
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	touch $@
+
+# Any warning fails, such as that of a link to a page that does not exist.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "Wrote build/docs/index.html"
 
 quality: install
 	$(BIN)/ruff check .

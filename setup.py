@@ -1,15 +1,19 @@
 """Packaging of diffusers_adm: `pipelines/`, `training/` and `model_cards/` are subpackages that live at the top level."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_adm" / "__init__.py").read_text(), re.MULTILINE)[1]
+
 setup(
     name="diffusers-adm",
-    version="0.1.0",
+    version=VERSION,
     description="ADM and classifier guidance (Dhariwal & Nichol 2021) for diffusers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -40,6 +44,13 @@ setup(
         "train": ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"],
         "eval": ["datasets>=4.0", "matplotlib", "torch-fidelity>=0.4", "tqdm"],
         "transformers": ["transformers>=5"],
+        "docs": [
+            "myst-parser>=5",
+            "pydata-sphinx-theme>=0.17",
+            "sphinx>=8.2",
+            "sphinx-argparse-cli>=1.20",
+            "sphinx-copybutton>=0.5.2",
+        ],
         "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "setuptools>=77", "transformers>=5"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},

@@ -6,6 +6,9 @@ from .models import ADMUNet2DModel, NoisyClassifier
 from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
 
 
+__version__ = "0.1.0"
+
+
 def default_model() -> str:
     """Folder of the pipeline that ships with this package: digits of 32x32 pixels, trained on MNIST."""
     return _shipped("adm-mnist-32")

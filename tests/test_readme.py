@@ -1,8 +1,10 @@
-"""The code in README.md, training/README.md and the cards of the default models runs, and their commands are accepted."""
+"""The code in README.md, the documentation and the cards of the default models runs, and their commands are accepted."""
 
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import yaml
 from command_line import command_parsers, parser_of_module
 from diffusers import DDPMScheduler
-from documents import DOCUMENTS, ROOT, code_blocks
+from documents import DOCUMENTS, ROOT, blocks_with_reasons, code_blocks
 from PIL import Image
 from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 
@@ -21,20 +23,6 @@ from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.hub.cards import card_name
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
-
-
-# Each block that cannot run here is known by some of its text, and says why.
-NOT_RUN = {
-    "README.md": {
-        '"256x256_diffusion.pt"': "needs a released checkpoint and CUDA",
-        '"64_256_upsampler.pt"': "needs a released checkpoint and CUDA",
-        "CLIPModel.from_pretrained": "downloads weights, and needs CUDA",
-        "FeatureExtractor()": "downloads the weights of Inception",
-        "push_to_hub": "needs the Hub",
-        "DiffusionPipeline.from_pretrained": "needs the Hub",
-    },
-    "training/README.md": {"push_to_hub": "needs the Hub"},
-}
 
 
 def files_of_training() -> dict:
@@ -55,16 +43,6 @@ def small_picture() -> dict:
     return {}
 
 
-def unconditional_pipeline() -> dict:
-    """What the block that downloads weights has made: a pipeline, and a function that guides."""
-
-    def classifier(x_t, timestep, x_0, class_labels):
-        return -x_0.square().sum(dim=(1, 2, 3))
-
-    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), with_classifier=False)
-    return {"unconditional": pipeline, "classifier": classifier}
-
-
 def training_loop() -> dict:
     """One batch of a training loop."""
     scheduler, x_0 = DDPMScheduler(), images(seed=5)
@@ -78,7 +56,6 @@ SETUPS: dict[str, Callable[[], dict]] = {
     '"runs/unet/pipeline"': files_of_training,
     '"adm-256"': converted_folder,
     '"small.png"': small_picture,
-    "unconditional.scheduler": unconditional_pipeline,
     "hybrid_loss(": training_loop,
 }
 
@@ -114,38 +91,51 @@ def imports_of(block: str) -> str:
     return ast.unparse([line for line in ast.parse(block).body if isinstance(line, (ast.Import, ast.ImportFrom))])
 
 
-@pytest.mark.parametrize("document", documents_with("python"))
-def test_python_blocks_run(document, few_steps, tmp_path, monkeypatch):
+PYTHON_BLOCKS = [
+    pytest.param(code, reason, id=f"{document}-{number}")
+    for document in documents_with("python")
+    for number, (code, reason) in enumerate(blocks_with_reasons(ROOT / document, "python"), start=1)
+]
+
+
+@pytest.mark.parametrize(("block", "reason_not_to_run"), PYTHON_BLOCKS)
+def test_python_block_runs_by_itself(block, reason_not_to_run, few_steps, tmp_path, monkeypatch):
+    """Each block may be pasted into a fresh interpreter. Of blocks that are not run, the imports are."""
     monkeypatch.chdir(tmp_path)
-    blocks, not_run = code_blocks(ROOT / document, "python"), NOT_RUN.get(document, {})
-    for text in not_run:
-        assert sum(text in block for block in blocks) == 1, f"{text!r} of NOT_RUN must name one block of {document}."
     names: dict = {}
-    for number, block in enumerate(blocks, start=1):
-        for text, setup in SETUPS.items():
-            if text in block:
-                names.update(setup())
-        if any(text in block for text in not_run):
-            block = imports_of(block)
-        exec(compile(block, f"{document}, Python block {number}", "exec"), names)
+    for text, setup in SETUPS.items():
+        if text in block:
+            names.update(setup())
+    exec(compile(imports_of(block) if reason_not_to_run else block, "the block", "exec"), names)
+
+
+# Programs whose options belong to others.
+OTHER_PROGRAMS = ("export", "curl", "hf", "pip")
+
+SHELLS = [shell for shell in ("bash", "zsh") if shutil.which(shell)]
+
+
+@pytest.mark.parametrize("document", documents_with("sh"))
+def test_shell_blocks_work_in_bash_and_zsh(document):
+    for block in code_blocks(ROOT / document, "sh"):
+        for shell in SHELLS:
+            subprocess.run([shell, "-n"], input=block, text=True, check=True)
+        # zsh stops at patterns that match no file, splits no variable into words, and reads no comments that are typed.
+        unquoted = re.sub(r"\"[^\"]*\"|'[^']*'", "", block)
+        assert not re.search(r"[*?#\[\]]", unquoted), block
+        assert not re.search(r'^\w+="[^"]*\s', block, re.MULTILINE), block
 
 
 def commands_of(block: str) -> list[list[str]]:
-    """The commands of a shell block as words, with the variables that it sets."""
+    """The commands of a shell block as words; of a loop, one round."""
     variables: dict[str, str] = {}
     commands = []
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] == ["for"]:  # one round of it
-            words = [f"{words[1]}={words[3].rstrip(';')}"]
-        if not words or words[0] in ("done", "export"):
-            continue
-        name, equals, value = words[0].partition("=")
-        if equals and len(words) == 1:
-            variables[name] = value
-            continue
-        line = re.sub(r"\$(\w+)", lambda match: variables.get(match[1], match[0]), line)
-        commands.append(shlex.split(line, comments=True))
+        if words[:1] == ["for"]:
+            variables[words[1]] = words[3].rstrip(";")
+        elif words and words[0] not in ("done", *OTHER_PROGRAMS):
+            commands.append(shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line)))
     return commands
 
 
@@ -179,7 +169,10 @@ def test_commands_are_accepted(document):
 
 
 # Options of torchrun and accelerate, and of `tests/helpers/judge_digits.py`.
-OTHER_OPTIONS = {"--nproc_per_node", "--cpu", "--standalone", "--rows", "--solvers", "--upsampler"}
+OTHER_OPTIONS = {
+    "--nproc_per_node", "--cpu", "--standalone", "--num_machines", "--machine_rank", "--main_process_ip", "--help",
+    "--rows", "--solvers", "--upsampler",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("document", WRITTEN)
@@ -189,3 +182,15 @@ def test_options_that_the_text_names_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = {option for code in re.findall(r"`([^`\n]+)`", text) for option in re.findall(r"(?<!\S)--[\w-]+", code)}
     assert named - options - OTHER_OPTIONS == set()
+
+
+@pytest.mark.parametrize("document", WRITTEN)
+def test_links_and_pictures_exist(document):
+    path = ROOT / document
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert missing == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7000

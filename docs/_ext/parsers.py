@@ -1,0 +1,43 @@
+"""Parsers of all commands and scripts, for the pages that list their options."""
+
+from argparse import ArgumentParser
+from functools import partial
+
+from command_line import command_parsers, parser_of_module
+
+
+def command(name: str) -> ArgumentParser:
+    """Returns the parser of one command of `diffusers-adm`."""
+    return command_parsers(name)[name]
+
+
+def module(name: str) -> ArgumentParser:
+    """Returns the parser of a module that is run by `python -m`."""
+    parser = parser_of_module(name)
+    parser.prog = f"python -m {name}"
+    return parser
+
+
+convert = partial(command, "convert")
+demo = partial(command, "demo")
+evaluate = partial(command, "evaluate")
+inspect_data = partial(command, "inspect-data")
+make_reference = partial(command, "make-reference")
+nll = partial(command, "nll")
+sample = partial(command, "sample")
+sweep = partial(command, "sweep")
+
+train_unet = partial(module, "diffusers_adm.training.train_unet")
+train_classifier = partial(module, "diffusers_adm.training.train_classifier")
+train_upsampler = partial(module, "diffusers_adm.training.train_upsampler")
+
+ddnm = partial(module, "diffusers_adm.examples.ddnm")
+dps = partial(module, "diffusers_adm.examples.dps")
+repaint = partial(module, "diffusers_adm.examples.repaint")
+symmetry = partial(module, "diffusers_adm.examples.symmetry")
+
+bench_metrics = partial(module, "diffusers_adm.benchmarks.metrics")
+bench_overhead = partial(module, "diffusers_adm.benchmarks.overhead")
+bench_sampling = partial(module, "diffusers_adm.benchmarks.sampling")
+bench_step = partial(module, "diffusers_adm.benchmarks.step")
+bench_training = partial(module, "diffusers_adm.benchmarks.training")
