@@ -86,7 +86,7 @@ class ConvertOptions:
         None,
         metavar="FLAGS",
         parse=str,
-        help='Model flags of the original command line, as one string: --flags="--image_size 64 ...". Released files, which are'
+        help='Model flags of the original command line, as one string such as "--image_size 64 ...". Released files, which are'
         " recognised by name, need none.",
     )
     dtype: str | None = option(None, choices=DTYPES, help="Data type of the weights, instead of the stored one.")
