@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import load_image
 from PIL import Image
 
-from diffusers_adm.data.image_modes import to_mode
+from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
@@ -265,6 +265,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image), convert_method=lambda picture: picture)
         if isinstance(image, Image.Image):
+            if is_deep(image):
+                raise ValueError(
+                    f"image must be a picture of 8 bits, but its mode is {image.mode!r}: pass an array of floats in [0, 1]."
+                )
             image = np.asarray(to_mode(image, channels))
             image = image.reshape(*image.shape[:2], channels)
         is_array = isinstance(image, np.ndarray) and image.dtype.kind in "buif"
