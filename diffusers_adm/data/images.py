@@ -13,13 +13,14 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.options import Check, option
+from diffusers_adm.options import Check, in_range, option
 
 
 logger = logging.getLogger(__name__)
 
 CROPS = ("center", "random", "pad")
 UNREADABLE = ("stop", "skip")
+MAX_RESOLUTION = 2**13
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class ImageFormat:
         ValueError: If `source_resolution` is not a larger multiple of `resolution`.
     """
 
-    resolution: int | None = option(64, help="Height and width of the images, in pixels.")
+    resolution: int | None = option(
+        64, help="Height and width of the images, in pixels.", check=in_range(1, MAX_RESOLUTION)
+    )
     in_channels: int | None = option(3, choices=(1, 3), help="1 for grey images, 3 for colour.")
     crop: str = option(
         "center",
@@ -42,6 +45,7 @@ class ImageFormat:
     source_resolution: int | None = option(
         None,
         help="Crop to this multiple of --resolution and shrink by averages, as an upsampler's small images are made.",
+        check=in_range(1, MAX_RESOLUTION),
     )
     image_range: tuple[float, float] | None = option(
         None,
