@@ -1,5 +1,6 @@
 """Commands that cannot do what they are asked: one clear line, an exit code that is not 0, and nothing written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from command_line import run
 from digit_features import NAME as DIGITS
 from image_files import digits_npz, random_images
+from PIL import Image
 from tiny_models import tiny_pipeline
 
 from diffusers_adm import default_cascade
@@ -18,6 +20,11 @@ EVALUATE = ("evaluate", "reference.npz", "drawn.npz", "--feature_extractor", DIG
 NLL = ("nll", "drawn.npz", "--output", "new")
 SWEEP = ("sweep", "reference.npz", "--output", "new", "--feature_extractor", DIGITS)
 MAKE = ("make-reference", "drawn.npz", "new.npz", "--feature_extractor", DIGITS)
+
+
+def write_image(path: Path, seed: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(random_images(1, seed)[0, ..., 0]).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,10 @@ def folder(tmp_path_factory) -> Path:
         (folder / name).write_text(text)
     (folder / "binary.txt").write_bytes(bytes(range(128, 256)))
     (folder / "empty").mkdir()
+    for number in range(4):
+        write_image(folder / "labelled" / f"{number}.png", number)
+    rows = [{"file_name": f"{number}.png", "label": 10**12 + number} for number in range(4)]
+    (folder / "labelled" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -120,6 +131,15 @@ def folder(tmp_path_factory) -> Path:
         ((*MAKE, "--num_neighbours", 3), "--num_neighbours 3 must be at least 4"),
         ((*NLL, "--num_images", 0), "--num_images 0 must be at least 1"),
         ((*NLL, "--variant", "a/b"), "variant must be a part of a file's name"),
+        (
+            ("nll", "labelled", *NLL[2:], "--label_column", "label"),
+            r"holds \[1000000000000, .* nor class numbers in 0",
+        ),
+        (("nll", "labelled", *NLL[2:], "--image_column", "label"), "'label' holds .*, not images"),
+        (("nll", "labelled", *NLL[2:], "--dataset_revision", "x"), "--dataset_revision x is for datasets on the Hub"),
+        ((*NLL, "--split", "test"), "--split: for datasets only"),
+        ((*NLL, "--resolution", 10**6), "--resolution 1000000 must be in"),
+        ((*EVALUATE, "--samples_split", "test"), "--samples_split test is for datasets only"),
         ((*SWEEP, "--num_samples", 2), "--num_samples 2 must be in"),
         ((*SWEEP, "--num_samples", 4, "--num_inference_steps", 2, 5000), "num_inference_steps=5000"),
         (("demo", "--output", "new.png", "--seed", -1), "--seed -1 must be in"),
@@ -133,8 +153,9 @@ def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = set(folder.rglob("*"))
     assert run(*words) == 2
-    bar = "Loading pipeline components"  # which diffusers shows
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line and bar not in line]
+    bars = ("Loading pipeline components", "Generating train split")  # of diffusers and datasets
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith(bars)]
+    (line,) = lines
     assert re.search(f"^diffusers-adm {words[0]}: error: .*{message}", line), line
     assert len(line) < 1200
     assert set(folder.rglob("*")) == before

@@ -5,14 +5,16 @@ import dataclasses
 import itertools
 import logging
 import tempfile
+from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
+from pyarrow import ArrowException
 
 from diffusers_adm.data.folders import find_layout
 from diffusers_adm.data.images import Columns, ImageFormat, ImageReader
-from diffusers_adm.data.labels import as_class_label, label_by_file_name, stream_as_class_label
+from diffusers_adm.data.labels import MAX_CLASSES, as_class_label, label_by_file_name, stream_as_class_label
 from diffusers_adm.data.options import ImageSelection, ImageSource
 from diffusers_adm.data.streams import StreamedImages
 
@@ -156,8 +158,10 @@ def check_selection(source: ImageSource, selection: ImageSelection) -> None:
         raise ValueError("Give either --dataset_name or --train_data_dir.")
     if selection.validation_split is not None and selection.validation_fraction is not None:
         raise ValueError("Give either --validation_split or --validation_fraction.")
-    if selection.num_classes is not None and (selection.num_classes < 1 or not selection.streaming):
-        raise ValueError(f"--num_classes {selection.num_classes} must be at least 1, and goes with --streaming.")
+    if selection.num_classes is not None and not (1 <= selection.num_classes <= MAX_CLASSES and selection.streaming):
+        raise ValueError(
+            f"--num_classes {selection.num_classes} must be in 1 ... {MAX_CLASSES}, and goes with --streaming."
+        )
     for name in ("validation_fraction", "max_train_samples"):
         if selection.streaming and getattr(selection, name) is not None:
             raise ValueError(f"--{name} needs all images at once, which --streaming does without.")
@@ -210,7 +214,12 @@ def load_rows(
     image_column = source.image_column or _only_column(rows, ImageFeature)
     if image_column not in rows.column_names:
         raise ValueError(f"No image column {image_column!r} among {rows.column_names}: name it by --image_column.")
-    rows = rows.cast_column(image_column, ImageFeature(decode=False))
+    try:
+        rows = rows.cast_column(image_column, ImageFeature(decode=False))
+    except ArrowException as error:
+        raise ValueError(
+            f"Column {image_column!r} holds {rows.features[image_column]}, not images: name another by --image_column."
+        ) from error
     if streaming and on_disk:
         rows = _on_disk(rows)
     if not labelled:
@@ -238,6 +247,10 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
     """Loads a split. Which images of a local folder are in it is decided here, because `load_dataset` would guess."""
     options = {"split": split, "cache_dir": source.cache_dir, "streaming": streaming}
     folder = source.train_data_dir or source.dataset_name
+    if source.dataset_revision is not None and Path(folder).is_dir():
+        raise ValueError(
+            f"--dataset_revision {source.dataset_revision} is for datasets on the Hub, but {folder} is a folder."
+        )
     explicit = source.data_files is not None or source.dataset_config_name is not None
     layout = None if explicit else find_layout(folder)
     if layout is not None:

@@ -17,6 +17,7 @@ from diffusers_adm.data.options import ImageSource
 from diffusers_adm.options import option, option_group
 
 
+DEFAULT_SPLIT = "train"
 NO_DATASET = ("dataset_name", "train_data_dir")  # options that commands leave out, because a dataset is their argument
 
 
@@ -24,7 +25,7 @@ NO_DATASET = ("dataset_name", "train_data_dir")  # options that commands leave o
 class ImageSetOptions:
     """Split, place and format of the images of a dataset. By default images keep their size and channels."""
 
-    split: str = option("train", help="Split of a dataset.")
+    split: str = option(DEFAULT_SPLIT, help="Split of a dataset.")
     source: ImageSource = option_group(ImageSource, "dataset")
     format: ImageFormat = option_group(ImageFormat, "image format", resolution=None, in_channels=None)
 
@@ -37,6 +38,8 @@ class ImageSetOptions:
         """
         names = ("resolution", "source_resolution", "in_channels", "image_range")
         given = [name for name in names if getattr(self.format, name)]
+        if self.split != DEFAULT_SPLIT:
+            given.append("split")
         if given and all(Path(source).suffix == ".npz" for source in sources):
             raise ValueError(
                 f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from diffusers_adm.data.image_modes import to_mode
@@ -180,6 +180,8 @@ def decode(value: dict | None) -> Image.Image:
         if content is None and path is not None and Path(path).is_file():
             content = Path(path).read_bytes()  # datasets leaves a file open that cannot be decoded
         return ImageFeature().decode_example({"path": path, "bytes": content})
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("it is damaged, or no picture that Pillow knows") from error
     except Exception as error:  # PIL's decoders raise all sorts
         raise UnreadableImage(str(error)) from error
 

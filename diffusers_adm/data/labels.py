@@ -8,6 +8,9 @@ from datasets.features import Value
 from diffusers_adm.data.images import file_name
 
 
+MAX_CLASSES = 10**6  # a name is made for each
+
+
 def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Dataset:
     """
     Converts class numbers or class names to a `ClassLabel`.
@@ -27,10 +30,12 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
         names = sorted(labels)
     elif isinstance(feature, ClassLabel):
         names = feature.names
-    elif all(isinstance(label, int) and label >= 0 for label in labels):
+    elif all(isinstance(label, int) and 0 <= label < MAX_CLASSES for label in labels):
         names = [str(label) for label in range(max(labels) + 1)]
     else:
-        raise ValueError(f"Column {column!r} holds {labels[:5]}..., neither names nor class numbers from 0.")
+        raise ValueError(
+            f"Column {column!r} holds {labels[:5]}..., neither names nor class numbers in 0 ... {MAX_CLASSES - 1}."
+        )
     classes = classes or ClassLabel(names=names)
     unknown = sorted(set(names) - set(classes.names))
     if unknown or (isinstance(feature, ClassLabel) and feature.names != classes.names):

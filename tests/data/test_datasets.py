@@ -45,7 +45,7 @@ def test_inspection_tells_what_training_would_see(folder, capsys):
     assert re.search(r"6 +0 cat", out) and re.search(r"2 +1 dog", out)
     assert "24x20 (6), 30x10 (1)" in out and "RGB (6), L (1)" in out
     assert "1 smaller than 16 pixels" in out
-    assert re.search(r"1 unreadable\n.*1\.png: cannot identify", out)
+    assert re.search(r"1 unreadable\n.*1\.png: it is damaged", out)
     assert main(["inspect-data", "--train_data_dir", str(folder), "--label_column", "colour"]) == 2
 
 

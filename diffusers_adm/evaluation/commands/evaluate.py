@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_adm.atomic_files import check_can_write, write_json
-from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
+from diffusers_adm.data.image_sets import DEFAULT_SPLIT, NO_DATASET, ImageSetOptions, open_images
 from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
 from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
 from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
@@ -18,7 +18,7 @@ from diffusers_adm.options import add_examples, add_options, build_options, opti
 class EvaluateOptions:
     """Samples to evaluate, and files to write."""
 
-    samples_split: str = option("train", help="Split of a dataset of samples.")
+    samples_split: str = option(DEFAULT_SPLIT, help="Split of a dataset of samples.")
     output: Path | None = option(None, metavar="FILE", help="JSON file to write the metrics to.")
     model_card: Path | None = option(
         None, metavar="FILE", help="Model card, README.md, to write the metrics to as EvalResults."
@@ -41,6 +41,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_splits(args: argparse.Namespace, images: ImageSetOptions, options: EvaluateOptions) -> None:
+    """Raises a ValueError if a split is named of images in an `.npz` file, which has none."""
+    for name, split, source in (
+        ("split", images.split, args.reference),
+        ("samples_split", options.samples_split, args.samples),
+    ):
+        if split != DEFAULT_SPLIT and Path(source).suffix == ".npz":
+            raise ValueError(f"--{name} {split} is for datasets only, but {source} is an .npz file.")
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """
     Evaluates samples against a reference, and prints the metrics.
@@ -53,6 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
         build_options(cls, args) for cls in (ImageSetOptions, EvaluateOptions, FeatureOptions)
     )
     images.check(args.samples, args.reference)
+    check_splits(args, images, options)
     if options.output is not None:
         check_can_write(options.output)
     card = None if options.model_card is None else read_card(options.model_card)
