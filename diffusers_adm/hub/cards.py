@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffusers_adm.atomic_files import atomic_write, final_name
 from diffusers_adm.hub.saved_files import CARD_FILE, copy_card
-from diffusers_adm.openai.released import RELEASED_CHECKPOINTS, ReleasedCheckpoint, guiding_classifier
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS, guiding_classifier
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 
 
 PAPER = "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)"
@@ -32,15 +33,19 @@ PIPELINE_TAGS = {
     "ADMUNet2DModel": "unconditional-image-generation",
 }
 TAGS = ["adm", "guided-diffusion", "classifier-guidance"]
-LSUN = {"bedroom", "cat", "horse"}
+LICENSES = {"MIT": "mit", "MIT (code)": "mit", "CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0"}
 LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
 baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
 most of all. Guidance costs diversity, and may make biases of the data stronger. The training images come from the Internet and show
 real people, which the weights may remember in part."""
+OTHER_LIMITS = """No limits are published with the file. The training images show real people and places, which the weights may remember in
+part."""
 
 
 def card_name(released: ReleasedCheckpoint) -> str:
     """Returns the name of a checkpoint's card, which is the name of the folder that its conversion writes."""
+    if released.file not in RELEASED_CHECKPOINTS:
+        return released.name
     return "adm-" + released.file.removesuffix(".pt").replace("_", "-")
 
 
@@ -173,9 +178,9 @@ hf upload me/{name} {name}
 ```"""
 
 
-def fact_table(released: ReleasedCheckpoint, trained_on: str) -> str:
+def fact_table(released: ReleasedCheckpoint) -> str:
     """Returns the table of facts of a released checkpoint's card."""
-    facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": trained_on}
+    facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": released.trained_on}
     classifier = guiding_classifier(released)
     if classifier is not None:
         facts["Guided by"] = f"`{classifier.file}`, at scale {released.guidance_scale:g} by default"
@@ -183,6 +188,18 @@ def fact_table(released: ReleasedCheckpoint, trained_on: str) -> str:
         facts["Published FID"] = f"{released.fid:.2f} (50,000 samples, {released.fid_setting})"
     facts["Flags"] = f"`{released.flags}`"
     return table_of(facts)
+
+
+def origin(released: ReleasedCheckpoint) -> str:
+    """Returns the sentences of a card that say whose checkpoint it is, and under which license."""
+    source = f"[{released.code}](https://github.com/{released.code})"
+    if released.file in RELEASED_CHECKPOINTS:
+        return f"""{source} released under the MIT license. Each of its tensors is the published
+one."""
+    terms = "" if released.terms is None else f", for {released.terms} use"
+    note = f" Note: {released.note}." if released.note else ""
+    return f"""{source} has trained or uses. Each of its tensors is the published one.
+License: {released.license}{terms}.{note}"""
 
 
 def released_card(released: ReleasedCheckpoint) -> ModelCard:
@@ -193,16 +210,15 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
         released: Row in the table of released checkpoints.
     """
     name, class_name = card_name(released), CLASS_NAMES[released.kind]
-    words = set(released.file.removesuffix(".pt").split("_"))
-    trained_on = f"LSUN {next(iter(LSUN & words))}" if LSUN & words else "ImageNet"
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAGS[class_name],
-        license="mit",
+        license=LICENSES.get(released.license, "other"),
         tags=TAGS,
-        datasets=["imagenet-1k"] if trained_on == "ImageNet" else None,
+        datasets=["imagenet-1k"] if released.trained_on == "ImageNet" else None,
         model_name=name,
     )
+    limits = LIMITS if released.file in RELEASED_CHECKPOINTS else OTHER_LIMITS
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -210,10 +226,9 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
 # {name}
 
 {KINDS[class_name]} of ADM ({PAPER}), converted by `diffusers_adm` from the checkpoint that
-[openai/guided-diffusion](https://github.com/openai/guided-diffusion) released under the MIT license. Each of its tensors is the published
-one.
+{origin(released)}
 
-{fact_table(released, trained_on)}
+{fact_table(released)}
 
 ## Use
 
@@ -225,7 +240,7 @@ one.
 
 ## Limits
 
-{LIMITS}
+{limits}
 """)
 
 

@@ -12,11 +12,10 @@ from diffusers_adm.openai.architecture import Shapes, classifier_config, read_sh
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
 from diffusers_adm.openai.flags import Flags, build_scheduler, check_flags, parse_flags
 from diffusers_adm.openai.released import (
-    RELEASED_CHECKPOINTS,
-    ReleasedCheckpoint,
     find_released,
     imagenet_class_names,
 )
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 from diffusers_adm.openai.tensors import load_published
 
 
@@ -79,8 +78,10 @@ class PublishedCheckpoint:
             raise ValueError(
                 f"flags are missing: {source} is not a released file, and shapes do not tell --image_size, --num_heads or"
                 " --num_head_channels, --use_new_attention_order, --noise_schedule and others. Give the model flags of the"
-                f" original command line. Released files, which need none, are {', '.join(RELEASED_CHECKPOINTS)}."
+                " original command line. Released files, which need none, are listed by `diffusers-adm released`."
             )
+        if self.released is not None and self.released.unsupported is not None and self.given_flags is None:
+            raise ValueError(f"{self.released.file} cannot be converted, because {self.released.unsupported}.")
         released = {} if self.released is None else parse_flags(self.released.flags)
         flags = Flags({**released, **(self.given_flags or {})})
         check_flags(flags)

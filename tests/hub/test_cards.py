@@ -12,7 +12,7 @@ from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier, default_cas
 from diffusers_adm.cli import build_parser, main
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import card_name, released_card
-from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
+from diffusers_adm.openai.released import RELEASED_CHECKPOINTS, released_checkpoint
 
 
 def test_cards_of_released_models_are_those_of_the_table():
@@ -29,6 +29,19 @@ def test_cards_of_released_models_are_those_of_the_table():
         *map(card_name, RELEASED_CHECKPOINTS.values()),
         *shipped,
     }
+
+
+def test_cards_of_other_checkpoints_say_whose_they_are_and_what_they_are_for():
+    card = str(released_card(released_checkpoint("repaint-celebahq")))
+    for text in (
+        "andreas128/RePaint",
+        "License: CC BY-NC-SA 4.0, for non-commercial use.",
+        "license: cc-by-nc-sa-4.0",
+    ):
+        assert text in card
+    assert "openai/guided-diffusion" not in card
+    card = str(released_card(released_checkpoint("portrait-512")))
+    assert "License: not stated." in card and "license: other" in card
 
 
 def test_command_of_a_card_converts_and_leaves_the_card(tmp_path, monkeypatch):

@@ -1,0 +1,103 @@
+"""Rows of the table of released checkpoints."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
+
+from diffusers_adm.openai.flags import parse_flags
+
+
+DOWNLOAD_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+
+
+class TensorLayout(NamedTuple):
+    """
+    Names and shapes of all tensors of a checkpoint, in short.
+
+    Args:
+        digest: First 16 digits of the SHA-256 of the sorted names and shapes.
+        parameters: Number of the elements of all tensors.
+    """
+
+    digest: str
+    parameters: int
+
+
+def tensor_layout(shapes: Mapping[str, tuple[int, ...]]) -> TensorLayout:
+    """
+    Returns the names and shapes of tensors in short.
+
+    Args:
+        shapes: Shape of each tensor by its published name.
+    """
+    lines = (f"{name} {','.join(map(str, shape))}" for name, shape in sorted(shapes.items()))
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return TensorLayout(digest, sum(math.prod(shape) for shape in shapes.values()))
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """
+    Released checkpoint.
+
+    Args:
+        file: Name of the file. Where several files have one name, it begins with a folder.
+        kind: Kind of the model: "unet", "upsampler" or "classifier".
+        flags: Model flags of the original command line. They mean the defaults of guided-diffusion.
+        imagenet_labels: Whether the labels are the 1000 classes of ImageNet.
+        guidance_scale: Published scale of classifier guidance for sampling. `None` for a model that is not guided.
+        timestep_respacing: Respacing that is recommended for sampling. `None` means 250 steps.
+        fid: FID of 50 000 samples that the model must reproduce. `None` where it is not published.
+        fid_setting: Steps and guidance with which those samples are drawn.
+        name: Short name, in lower case with hyphens.
+        trained_on: Images that the model was trained on.
+        guided_by: Name of the classifier that guides the published samples. `None` for a model that is not guided.
+        layout: Names and shapes of the tensors. A file is checked against them. `None` if they are not known.
+        address: Address of the file. `None` for a file of `DOWNLOAD_FOLDER`.
+        sha256: SHA-256 of the file, where it is published.
+        license: License. "(code)" where only the code that trained the weights has one.
+        terms: Restriction that must be accepted before the file is downloaded. `None` if there is none.
+        code: Repository whose code trained the model.
+        note: What the checkpoint is for, or what is special about it.
+        aliases: Other names of the file.
+        unsupported: Reason why the checkpoint cannot be converted. `None` if it can.
+    """
+
+    file: str
+    kind: str
+    flags: str
+    imagenet_labels: bool = False
+    guidance_scale: float | None = None
+    timestep_respacing: str | None = None
+    fid: float | None = None
+    fid_setting: str | None = None
+    _: KW_ONLY
+    name: str
+    trained_on: str
+    guided_by: str | None = None
+    layout: TensorLayout | None = None
+    address: str | None = None
+    sha256: str | None = None
+    license: str = "MIT"
+    terms: str | None = None
+    code: str = "openai/guided-diffusion"
+    note: str = ""
+    aliases: tuple[str, ...] = ()
+    unsupported: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of the file."""
+        return DOWNLOAD_FOLDER + self.file if self.address is None else self.address
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images."""
+        return parse_flags(self.flags)["large_size" if self.kind == "upsampler" else "image_size"]
+
+    @property
+    def size(self) -> int | None:
+        """Approximate number of bytes of the file, whose weights are float32. `None` if it is not known."""
+        return None if self.layout is None else 4 * self.layout.parameters

@@ -1,0 +1,104 @@
+"""Table of the released checkpoints beyond those of the paper, against the recorded facts, and its names."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from golden_cases import GOLDEN, RELEASED
+
+from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.openai.flags import parse_flags
+from diffusers_adm.openai.released import RELEASED_BY_NAME, find_released, guiding_classifier, released_checkpoint
+from diffusers_adm.openai.released_rows import tensor_layout
+
+
+# Flags, addresses, hashes and tensors of the other repositories' checkpoints, recorded from their code.
+RECORDED = RELEASED | json.loads(gzip.decompress((GOLDEN / "family.json.gz").read_bytes()))
+# The only file whose recorded name has no folder, although other files are called the same.
+FILES = {"ddpm_checkpoints/ffhq.pt": "ffhq.pt"}
+SUPPORTED = [name for name, released in RELEASED_BY_NAME.items() if released.unsupported is None]
+# One name per layout. `test_released.py` has those of the paper.
+LAYOUTS = {RELEASED_BY_NAME[name].layout: name for name in SUPPORTED if RELEASED_BY_NAME[name].file not in RELEASED}
+
+
+def recorded(name: str) -> dict:
+    file = RELEASED_BY_NAME[name].file
+    return RECORDED[FILES.get(file, file)]
+
+
+def test_all_recorded_checkpoints_have_a_name():
+    files = [FILES.get(released.file, released.file) for released in RELEASED_BY_NAME.values()]
+    assert sorted(files) == sorted(RECORDED)
+
+
+@pytest.mark.parametrize("name", RELEASED_BY_NAME)
+def test_row_holds_the_recorded_facts(name):
+    released, facts = RELEASED_BY_NAME[name], recorded(name)
+    assert released.layout == tensor_layout(dict(facts["parameters"]))
+    assert released.sha256 == facts.get("sha256")
+    if "address" in facts:
+        # A file of Google Drive is had at another address than that of its page.
+        assert facts["address"].partition("?id=")[2] in released.url
+        assert "drive.google" in facts["address"] or facts["address"] == released.url
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_row_has_the_recorded_flags(name):
+    flags = parse_flags(RELEASED_BY_NAME[name].flags)
+    for flag, value in parse_flags(recorded(name)["flags"]).items():
+        if (flag, flags["diffusion_steps"]) != ("rescale_timesteps", 1000):  # without effect
+            assert flags[flag] == value, flag
+
+
+@pytest.mark.parametrize("name", LAYOUTS.values())
+def test_checkpoint_converts_completely_both_ways(name):
+    published = {tensor: torch.empty(shape, device="meta") for tensor, shape in recorded(name)["parameters"]}
+    back = ADMUNet2DModel.from_openai(published, RELEASED_BY_NAME[name].flags).to_openai_state_dict()
+    assert {tensor: value.shape for tensor, value in back.items()} == {n: t.shape for n, t in published.items()}
+
+
+@pytest.mark.parametrize(
+    "asked, name",
+    [
+        ("imagenet-256", "imagenet-256"),
+        ("ImageNet_256", "imagenet-256"),
+        ("256x256_diffusion_uncond.pt", "imagenet-256-uncond"),
+        ("64x64_classifier", "imagenet-64-classifier"),
+        ("ffhq256", "ffhq-10m"),
+        ("cifar10/ADM-IP.pt", "adm-ip-cifar10"),
+        ("iddpm_ffhq256_ema750000.pth", "difface-ffhq-256"),
+    ],
+)
+def test_names_are_found_as_they_are_written(asked, name):
+    assert released_checkpoint(asked).name == name
+
+
+def test_unknown_name_has_the_nearest_ones():
+    with pytest.raises(ValueError, match="No released checkpoint is called 'imagnet-265'.*imagenet-256"):
+        released_checkpoint("imagnet-265")
+    for name in ("", "?" * 50, None, 3):
+        with pytest.raises(ValueError):
+            released_checkpoint(name)
+
+
+def test_files_are_recognised_where_their_name_is_their_own():
+    assert find_released("a/folder/celeba256_250000.pt").name == "repaint-celebahq"
+    assert find_released("adm-cifar10.pt").name == "adm-cifar10"
+    for file in ("ffhq.pt", "ADM.pt", "ADM-IP.pt", "cifar10/ADM.pt"):  # several files have these names
+        assert find_released(file) is None
+
+
+def test_classifiers_that_guide_are_in_the_table():
+    guided = {
+        name: classifier.name
+        for name in RELEASED_BY_NAME
+        if (classifier := guiding_classifier(RELEASED_BY_NAME[name]))
+    }
+    assert guided == {
+        "imagenet-64": "imagenet-64-classifier",
+        "imagenet-128": "imagenet-128-classifier",
+        "imagenet-256": "imagenet-256-classifier",
+        "imagenet-256-uncond": "imagenet-256-classifier",
+        "imagenet-512": "imagenet-512-classifier",
+    }
