@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_adm.checks import check_images, is_integer
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
+from diffusers_adm.solvers import check_scheduler, check_sigma_scheduler
 
 
 # What pipelines read in the config of each network, by the name of the class that has it.
@@ -30,6 +31,29 @@ def check_parts(unet: ADMUNet2DModel, classifier: NoisyClassifier | None) -> Non
         fits = callable(network) and isinstance(config, Mapping) and config.keys() >= set(entries)
         if not fits and not (name == "classifier" and network is None):
             raise ValueError(f"`{name}` must be an instance of {class_name}, but got {type(network).__name__}.")
+
+
+def check_scheduler_fits(unet: ADMUNet2DModel, scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError unless the scheduler is known to sample right with what the UNet is told, timestep or noise level."""
+    if unet.config.get("preconditioning") is None:
+        check_scheduler(scheduler)
+    else:
+        check_sigma_scheduler(scheduler)
+
+
+def check_told_timesteps(unet: ADMUNet2DModel, what: str) -> None:
+    """
+    Raises a ValueError if the UNet is told the noise level.
+
+    Args:
+        unet: UNet to check.
+        what: What requires timesteps.
+    """
+    if unet.config.get("preconditioning") is not None:
+        raise ValueError(
+            f"`{what}` requires a UNet that is told timesteps, but this one has"
+            f" preconditioning={unet.config.preconditioning!r}: unet(x_0 + sigma * epsilon, sigma) predicts x_0."
+        )
 
 
 def check_data(name: str, images: torch.Tensor, channels: int | str = "channels") -> None:
@@ -113,7 +137,7 @@ def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_
         raise ValueError(f"guiding_unet must be an {names[1]}: got {names[0]}.")
     if not told_class and guiding_unet.config.num_class_embeds is not None and guiding_unet.null_class is None:
         raise ValueError("guiding_unet has no null class (use_null_class), and the UNet is told no class.")
-    for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning"):
-        ours, theirs = unet.config[name], guiding_unet.config[name]
+    for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning", "preconditioning"):
+        ours, theirs = unet.config.get(name), guiding_unet.config.get(name)
         if ours != theirs and not (name == "num_class_embeds" and theirs is None):
             raise ValueError(f"guiding_unet differs from the UNet in {name}: {theirs} and {ours}.")

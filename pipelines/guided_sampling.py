@@ -19,6 +19,8 @@ from diffusers_adm.pipelines.checks import (
     check_guiding_unet,
     check_no_dropout,
     check_parts,
+    check_scheduler_fits,
+    check_told_timesteps,
 )
 from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
@@ -33,7 +35,7 @@ from diffusers_adm.pipelines.runs import Runs, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
-from diffusers_adm.solvers import DDPMSolver, Solver, build_solver, check_scheduler
+from diffusers_adm.solvers import DDPMSolver, Solver, build_solver
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -64,7 +66,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
     ) -> None:
         """Checks and registers components and config. Every pipeline's constructor calls it."""
         check_parts(unet, classifier)
-        check_scheduler(scheduler)
+        check_scheduler_fits(unet, scheduler)
         config |= {
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
@@ -74,7 +76,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         per_image(guidance_scale, 1, "guidance_scale")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}.")
-        if timestep_respacing is not None:
+        if timestep_respacing is not None and unet.config.get("preconditioning") is None:
             respaced_timesteps(timestep_respacing, scheduler.config.num_train_timesteps)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
         self.register_to_config(id2label=numbered_names(id2label), **config)
@@ -98,12 +100,6 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
         """
         return ClassNames(known_names(self)).class_ids(class_labels)
-
-    def _prepare_solver(self, options: SamplingOptions) -> Solver:
-        """Returns the run of the scheduler that the options describe."""
-        return build_solver(
-            self.scheduler, options.num_inference_steps, options.timestep_respacing, options.eta, options.timesteps
-        )
 
     def _prepare_labels(
         self, labels: list[int] | None, options: SamplingOptions, batch_size: int, generator: Generators
@@ -271,6 +267,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             self._runs.running(options.guidance_scale, len(visits)) as run,
             self.progress_bar(total=len(visits)) as progress_bar,
         ):
+            x_t = solver.begin(x_t, generator)
             for step, index in enumerate(visits):
                 if run.interrupt:
                     continue
@@ -316,6 +313,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             ValueError: If a timestep or class does not exist, or their number is not that of the images, or images are of
                 another type or shape.
         """
+        check_told_timesteps(self.unet, "predict")
         schedule = NoiseSchedule.from_config(self.scheduler.config)
         for name, images in (("sample", sample), ("low_res", low_res)):
             if name == "sample" or images is not None:
@@ -359,6 +357,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
                 shape, or the noise is not finite.
         """
         check_data("images", images, self.unet.config.in_channels)
+        check_told_timesteps(self.unet, "invert")
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)
         schedule = solver.schedule
@@ -375,7 +374,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
 
     def _check_components(self) -> None:
         check_parts(self.unet, self.classifier)
-        check_scheduler(self.scheduler)
+        check_scheduler_fits(self.unet, self.scheduler)
         unet = self.unet.config
         if isinstance(self.scheduler, DDPMScheduler):
             variance_type = self.scheduler.config.variance_type

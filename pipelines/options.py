@@ -7,7 +7,7 @@ import torch
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel
-from diffusers_adm.solvers import takes_respacing
+from diffusers_adm.solvers import Churn, Solver, build_sigma_solver, build_solver, takes_respacing
 
 
 # Largest scale or weight. Its product with a prediction of the same size is still finite in float32.
@@ -42,6 +42,9 @@ class SamplingOptions:
     timesteps: list[int] | None = field(
         default=None, metadata={"help": "Training timesteps that DDPM or DDIM visits, as JSON."}
     )
+    churn: Churn | dict | None = field(
+        default=None, metadata={"help": "Noise added before each step, for a UNet with preconditioning, as JSON."}
+    )
 
     @classmethod
     def recorded(cls) -> dict[str, str]:
@@ -64,6 +67,24 @@ class SamplingOptions:
             if takes_respacing(pipeline.scheduler):
                 changes["timestep_respacing"] = config.timestep_respacing
         return replace(self, **changes)
+
+    def solver(self, pipeline) -> Solver:
+        """
+        Returns a run of the pipeline's scheduler. The options must be resolved.
+
+        Args:
+            pipeline: Pipeline whose run this is.
+
+        Raises:
+            ValueError: If an option is out of its range, or does not fit the scheduler.
+        """
+        unet, steps = pipeline.unet.config, (self.num_inference_steps, self.timestep_respacing)
+        if unet.get("preconditioning") is not None:
+            sigma_range = (unet.sigma_min, unet.sigma_max)
+            return build_sigma_solver(pipeline.scheduler, sigma_range, *steps, self.timesteps, self.eta, self.churn)
+        if self.churn is not None:
+            raise ValueError(f"`churn` requires a UNet with preconditioning, but got {self.churn!r}.")
+        return build_solver(pipeline.scheduler, *steps, self.eta, self.timesteps)
 
     def unet_takes_labels(self, pipeline) -> bool:
         """Returns whether the UNet is told the class of each image."""

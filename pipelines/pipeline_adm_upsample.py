@@ -194,7 +194,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
-        solver = self._prepare_solver(options)
+        solver = options.solver(self)
         factors = self._guidance_factors(options, solver, labels is not None, batch_size)
 
         # 3. Prepare labels, which are never drawn here, and guidance.

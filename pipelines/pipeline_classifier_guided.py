@@ -14,6 +14,7 @@ from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.step_hooks import StepHooks
+from diffusers_adm.solvers import Churn
 
 
 class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
@@ -93,6 +94,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             classifier,
             id2label=labelled.id2label,
             guidance_scale=published.guidance_scale,
+            num_inference_steps=published.num_inference_steps,
             timestep_respacing=published.timestep_respacing,
         )
 
@@ -122,6 +124,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
+        churn: Churn | dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one image a label.
@@ -171,6 +174,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0. It sees x_0 clipped, if the scheduler
                 clips. Then come guidance and, in the scheduler's step, dynamic thresholding.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
+            churn: Noise that is added before each step of Euler's and Heun's method and KDPM2, for a UNet with
+                preconditioning: [`~diffusers_adm.solvers.Churn`], or a dict such as `{"s_churn": 40, "s_tmin": 0.05, "s_tmax":
+                50, "s_noise": 1.003}` (Karras et al. 2022, arXiv 2206.00364).
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -190,6 +196,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_fn=guidance_fn,
             guidance_options=guidance_options,
             timesteps=timesteps,
+            churn=churn,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -202,7 +209,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
-        solver = self._prepare_solver(options)
+        solver = options.solver(self)
         factors = self._guidance_factors(
             options, solver, labels is not None or known_classes(self) is not None, batch_size
         )

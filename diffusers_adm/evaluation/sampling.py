@@ -20,7 +20,6 @@ from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.progress import with_progress
-from diffusers_adm.solvers import build_solver
 
 
 def load_pipeline(
@@ -116,9 +115,7 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
     if not isinstance(options.condition_unet, bool):
         raise ValueError(f"`condition_unet` must be True or False, but got {options.condition_unet!r}.")
     GuidanceOptions.parse(options.guidance_options)
-    build_solver(
-        pipeline.scheduler, options.num_inference_steps, options.timestep_respacing, options.eta, options.timesteps
-    )
+    options.solver(pipeline)
     return options
 
 

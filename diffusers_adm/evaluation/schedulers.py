@@ -3,7 +3,7 @@
 from diffusers import DDPMScheduler, PNDMScheduler
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
-from diffusers_adm.solvers import GUIDED_SETTINGS, SUPPORTED_SCHEDULERS
+from diffusers_adm.solvers import GUIDED_SETTINGS, SIGMA_SCHEDULERS, SUPPORTED_SCHEDULERS
 
 
 # Class of each scheduler, and settings beside those of the noise schedule.
@@ -17,6 +17,12 @@ SCHEDULERS |= {
 SCHEDULERS |= {
     f"{name}-Karras": (SCHEDULERS[name][0], {"use_karras_sigmas": True}) for name in ("HeunDiscrete", "KDPM2Discrete")
 }
+# Schedulers of UNets with preconditioning alone.
+PRECONDITIONED_SCHEDULERS = {
+    scheduler.__name__.removesuffix("Scheduler"): (scheduler, {})
+    for scheduler in SIGMA_SCHEDULERS
+    if scheduler not in SUPPORTED_SCHEDULERS
+}
 
 SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
 
@@ -27,13 +33,15 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
 
     Args:
         pipeline: Pipeline to change.
-        name: Name in `SCHEDULERS`. `None` keeps the scheduler.
+        name: Name in `SCHEDULERS` or `PRECONDITIONED_SCHEDULERS`. `None` keeps the scheduler.
     """
     if name is None:
         return
-    scheduler_class, settings = SCHEDULERS[name]
+    scheduler_class, settings = (SCHEDULERS | PRECONDITIONED_SCHEDULERS)[name]
     if type(pipeline.scheduler) is scheduler_class and not settings:
         return
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
+    if name in PRECONDITIONED_SCHEDULERS:
+        settings = {"sigma_min": pipeline.unet.config.sigma_min, "sigma_max": pipeline.unet.config.sigma_max}
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)

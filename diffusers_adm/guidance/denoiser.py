@@ -7,7 +7,7 @@ from diffusers_adm.models import ADMUNet2DModel
 
 class Denoiser:
     """
-    epsilon(x_t, t) of one run, with classifier-free guidance or autoguidance folded in.
+    epsilon(x_t, t) of one run, or x_0(x_t, sigma), with classifier-free guidance or autoguidance folded in.
 
     Args:
         unet: UNet that predicts.
@@ -33,6 +33,7 @@ class Denoiser:
         self.cfg_weight = cfg_weight
         self.factors = factors
         self.guiding_unet = guiding_unet
+        self.told_sigma = unet.config.get("preconditioning") is not None
         # Once a run, because a model walks over all its modules to tell its dtype.
         self.dtype = unet.dtype
         self.guiding_dtype = None if guiding_unet is None else guiding_unet.dtype
@@ -43,10 +44,10 @@ class Denoiser:
 
         Args:
             x_t: Noised images, `(batch, channels, height, width)`.
-            timestep: Training timestep of each image, `(batch,)`.
+            timestep: Training timestep of each image, `(batch,)`, or its noise level for a UNet with preconditioning.
             step: Number of the step in the run.
         """
-        model_input = x_t.to(self.dtype)
+        model_input = self._model_input(x_t, timestep, self.dtype)
         if self.cfg_weight is None or not self.factors[step]:
             return self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
         if self.guiding_unet is None:
@@ -55,6 +56,11 @@ class Denoiser:
             output = self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
             weaker = self._guiding_output(x_t, timestep)
         return combine_predictions(output, weaker, self.cfg_weight * self.factors[step], x_t.shape[1])
+
+    def _model_input(self, x_t: torch.Tensor, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not self.told_sigma:
+            return x_t.to(dtype)
+        return x_t * (1 + timestep**2).sqrt()[:, None, None, None]  # x_0 + sigma * epsilon, in float32
 
     def _with_and_without_class(
         self, model_input: torch.Tensor, timestep: torch.Tensor
@@ -70,7 +76,8 @@ class Denoiser:
 
     def _guiding_output(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         labels = self.class_labels if self.guiding_unet.config.num_class_embeds is not None else None
-        return self.guiding_unet(x_t.to(self.guiding_dtype), timestep, labels, self.low_res).sample.float()
+        model_input = self._model_input(x_t, timestep, self.guiding_dtype)
+        return self.guiding_unet(model_input, timestep, labels, self.low_res).sample.float()
 
 
 def combine_predictions(

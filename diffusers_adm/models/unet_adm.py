@@ -23,6 +23,7 @@ from diffusers_adm.models.blocks import (
     check_sample,
     zero_init,
 )
+from diffusers_adm.models.preconditioning import Preconditioning
 from diffusers_adm.models.weights import CompleteWeightsMixin
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -103,6 +104,12 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
         timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
             with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        preconditioning: Kind of preconditioning of a model that is told the noise level sigma and predicts x_0: `"edm"`
+            (Karras et al. 2022, arXiv 2206.00364) or `"consistency"` (Song et al. 2023, arXiv 2303.01469). `None` for a
+            model that is told the timestep.
+        sigma_data: Standard deviation of the clean images, for the preconditioning.
+        sigma_min: Lowest noise level of a model with preconditioning.
+        sigma_max: Highest noise level of a model with preconditioning.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -137,11 +144,20 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         upsample_type: str = "resnet",
         output_scale_factor: float = 1.0,
         timestep_scale: float = 1.0,
+        preconditioning: str | None = None,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
     ):
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
             raise ValueError(
                 f"out_channels={out_channels} is neither in_channels={in_channels} nor twice as many (learned variance)."
+            )
+        if preconditioning is not None and out_channels != in_channels:
+            raise ValueError(
+                f"preconditioning={preconditioning!r} requires out_channels={in_channels}, because x_0 is predicted and no"
+                f" variance, but got {out_channels}."
             )
         if use_null_class and num_class_embeds is None:
             raise ValueError("use_null_class=True requires a class-conditional model, but num_class_embeds is None.")
@@ -162,6 +178,9 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
             output_scale_factor=output_scale_factor,
         )
         self.gradient_checkpointing = False
+        self.preconditioner = None
+        if preconditioning is not None:
+            self.preconditioner = Preconditioning(preconditioning, sigma_data, sigma_min, sigma_max)
 
         # 1. Embeddings
         self.time_embedding = ADMTimeEmbedding(model_channels, timestep_scale)
@@ -287,11 +306,13 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         return_dict: bool = True,
     ) -> ADMUNet2DOutput | tuple[torch.Tensor]:
         """
-        Predicts the noise, or x_0, and the variance where it is learned.
+        Predicts the noise, or x_0, and the variance where it is learned. With preconditioning, x_0 is predicted.
 
         Args:
-            sample: Noised images, `(batch, in_channels, height, width)`.
-            timestep: Training timestep per image, `(batch,)`, or one for all.
+            sample: Noised images, `(batch, in_channels, height, width)`. With preconditioning they are x_0 + sigma * epsilon.
+                In float32 they lose nothing to weights in half precision.
+            timestep: Training timestep per image, `(batch,)`, or one for all. With preconditioning it is the noise level
+                sigma, above 0.
             class_labels: Class of each image, `(batch,)`. `None` for an unconditional model, or to run a model that
                 has a null class without a class.
             low_res: Low-resolution images, `(batch, in_channels, any height, any width)`. Only an upsampler takes them.
@@ -302,7 +323,37 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
                 height and width cannot be halved between all levels, or a label on the CPU does not exist.
         """
         self._check_inputs(sample, class_labels, low_res)
+        if self.preconditioner is None:
+            output = self._network(sample, timestep, class_labels, low_res)  # (batch, out_channels, height, width)
+        else:
+            output = self._denoised(sample, timestep, class_labels, low_res)  # (batch, in_channels, height, width)
+        return ADMUNet2DOutput(sample=output) if return_dict else (output,)
 
+    def _denoised(
+        self,
+        sample: torch.Tensor,
+        sigma: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns D(x; sigma), the predicted x_0 [Karras et al. 2022, eq. 7], in the dtype of x."""
+        precise = torch.promote_types(sample.dtype, torch.float32)
+        sigma = one_per_image("timestep", sigma, sample).expand(sample.shape[0]).to(precise)  # (batch,)
+        level, scales = sigma[:, None, None, None], self.preconditioner  # (batch, 1, 1, 1)
+        x = sample.to(precise)  # (batch, in_channels, height, width)
+        # The dtype of the weights in use: norms keep it where layerwise casting stores other weights in eight bits.
+        model_input = (scales.c_in(level) * x).to(self.norm_out.weight.dtype)  # (batch, in_channels, height, width)
+        model_output = self._network(model_input, scales.c_noise(sigma), class_labels, low_res)  # F
+        return (scales.c_skip(level) * x + scales.c_out(level) * model_output.to(precise)).to(sample.dtype)
+
+    def _network(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the output of the layers, `(batch, out_channels, height, width)`."""
         # 1. Embeddings
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)
         if self.class_embedding is not None:
@@ -325,9 +376,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
 
         # 4. Output
         hidden_states = self.act(self.norm_out(hidden_states))  # (batch, channels, height, width)
-        sample = self.conv_out(hidden_states)  # (batch, out_channels, height, width)
-
-        return ADMUNet2DOutput(sample=sample) if return_dict else (sample,)
+        return self.conv_out(hidden_states)  # (batch, out_channels, height, width)
 
 
 class EpsilonView(nn.Module):

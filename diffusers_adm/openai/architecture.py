@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_adm.openai.flags import Flags, check_timestep_scale
+from diffusers_adm.openai.flags import Flags, check_timestep_scale, preconditioning_config
 
 
 PUBLISHED_NORM_GROUPS = 32  # fixed in the original code
@@ -29,6 +29,11 @@ class Shapes(dict):
         if len(self.get(name, ())) <= dim:
             raise ValueError(f"The checkpoint lacks the tensor {name!r} as every published one has it.")
         return self[name][dim]
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the model is one of consistency_models. Only their attention layers are convolutions in two dimensions."""
+        return len(self.get("middle_block.1.qkv.weight", ())) == 4
 
     @property
     def network(self) -> str:
@@ -227,11 +232,14 @@ def unet_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
     config, held = _encoder_config(shapes, flags, layout, flags[size_flag], _UNET_FLAGS)
     num_classes = shapes.size("label_emb.weight", 0) if "label_emb.weight" in shapes else None
     held |= {"class_cond": num_classes is not None, "learn_sigma": out_channels == 2 * in_channels}
+    if not shapes.preconditioned:
+        held |= {"training_mode": "attention layers of another code"}
     if not low_res:
         held |= {"large_size": "no low-resolution input", "small_size": "no low-resolution input"}
     _check_flags_against(held, flags)
 
     by_width = flags["num_head_channels"] != -1
+    config |= preconditioning_config(flags) if shapes.preconditioned else {}
     return config | {
         "in_channels": in_channels,
         "out_channels": out_channels,

@@ -6,11 +6,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import SchedulerMixin
 
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
-from diffusers_adm.openai.flags import Flags, build_scheduler, check_flags, parse_flags
+from diffusers_adm.openai.flags import (
+    Flags,
+    build_scheduler,
+    build_sigma_scheduler,
+    check_flags,
+    parse_flags,
+    sampler_of,
+)
 from diffusers_adm.openai.released import (
     find_released,
     imagenet_class_names,
@@ -154,18 +161,29 @@ class PublishedCheckpoint:
         return self.flags.get("classifier_scale", 1.0 if published is None else published)
 
     @property
+    def num_inference_steps(self) -> int:
+        """Number of steps for sampling, where no respacing says it."""
+        if not self.shapes.preconditioned:
+            return 250
+        return 1 if sampler_of(self.flags) == "onestep" else self.flags["steps"]
+
+    @property
     def timestep_respacing(self) -> str | None:
         """Respacing for sampling: the given one, else that of the released checkpoint, else `None`."""
+        if self.shapes.preconditioned:
+            return self.flags["ts"] if sampler_of(self.flags) == "multistep" else None
         published = None if self.released is None else self.released.timestep_respacing
         return self.flags.get("timestep_respacing", published)
 
-    def scheduler(self) -> DDPMScheduler | DDIMScheduler:
+    def scheduler(self) -> SchedulerMixin:
         """
         Builds the stock scheduler that samples as the original scripts do.
 
         Raises:
             ValueError: If the flags describe no diffusion process.
         """
+        if self.shapes.preconditioned:
+            return build_sigma_scheduler(self.flags)
         learns_variance = self.config["out_channels"] == 2 * self.config["in_channels"]
         return build_scheduler(self.flags, learns_variance)
 

@@ -1,16 +1,31 @@
-"""Flags of the original command line (openai/guided-diffusion), and the scheduler that they describe."""
+"""Flags of the original command lines, and the scheduler that they describe.
+
+They are those of openai/guided-diffusion, openai/improved-diffusion and openai/consistency_models.
+"""
 
 import difflib
 import shlex
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    SchedulerMixin,
+)
 
 from diffusers_adm.respacing import respaced_timesteps
 
 
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+# Preconditioning of the models of consistency_models by the training mode, which the weights do not tell.
+PRECONDITIONING_OF = {"edm": "edm", "consistency_distillation": "consistency", "consistency_training": "consistency"}
+CONSISTENCY_SAMPLERS = ("onestep", "multistep")
 
 
 def _boolean(text: str) -> bool:
@@ -62,6 +77,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "use_ddim": (_boolean, False),
     "clip_denoised": (_boolean, True),
     "classifier_scale": (float, 1.0),
+    "training_mode": (str, "edm"),
+    "sigma_min": (float, 0.002),
+    "sigma_max": (float, 80.0),
+    "sampler": (str, "heun"),
+    "steps": (int, 40),
+    "ts": (str, ""),
 }
 _COUNTS = (
     "image_size",
@@ -70,6 +91,7 @@ _COUNTS = (
     "num_head_channels",
     "classifier_num_head_channels",
     "diffusion_steps",
+    "steps",
 )
 # Flags of a UNet that improved-diffusion, where timesteps are rescaled by default, does not have.
 _GUIDED_DIFFUSION_FLAGS = ("num_head_channels", "resblock_updown", "use_new_attention_order")
@@ -82,9 +104,11 @@ _KINDS = {
 }
 # Flags of the run, which do not change the model or its diffusion process. So are those with one of the suffixes.
 _RUN_FLAGS = frozenset(
-    "anneal_lr base_samples batch_size classifier_use_fp16 ema_rate eval_interval fp16_scale_growth iterations"
-    " log_interval lr lr_anneal_steps microbatch noised num_samples rescale_learned_sigmas resume_checkpoint"
-    " save_interval schedule_sampler use_checkpoint use_fp16 use_kl weight_decay".split()
+    "anneal_lr base_samples batch_size classifier_use_fp16 distill_steps_per_iter ema_rate end_scales eval_interval"
+    " fp16_scale_growth generator global_batch_size iterations log_interval loss_norm lr lr_anneal_steps microbatch noised"
+    " num_samples rescale_learned_sigmas resume_checkpoint s_churn s_noise s_tmax s_tmin save_interval scale_mode"
+    " schedule_sampler seed start_ema start_scales target_ema_mode teacher_dropout total_training_steps use_checkpoint"
+    " use_fp16 use_kl weight_decay weight_schedule".split()
 )
 _RUN_SUFFIXES = ("_path", "_dir")
 
@@ -216,3 +240,65 @@ def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIM
     fixed = "fixed_small" if flags["sigma_small"] else "fixed_large"
     variance_type = "learned_range" if learns_variance else fixed
     return DDPMScheduler(variance_type=variance_type, timestep_spacing="linspace", **kwargs)
+
+
+def preconditioning_config(flags: Flags) -> dict[str, Any]:
+    """
+    Returns the part of a UNet's config that says how a network of consistency_models is told the noise level.
+
+    Raises:
+        ValueError: If the flags do not say how the network was trained.
+    """
+    if "training_mode" not in flags:
+        raise ValueError(
+            "--training_mode is required for a checkpoint of consistency_models, because the weights do not tell it: give"
+            f" one of {', '.join(PRECONDITIONING_OF)}."
+        )
+    if flags["training_mode"] not in PRECONDITIONING_OF:
+        raise ValueError(
+            f"--training_mode must be one of {', '.join(PRECONDITIONING_OF)}, but got {flags['training_mode']}."
+        )
+    return {
+        "preconditioning": PRECONDITIONING_OF[flags["training_mode"]],
+        "sigma_data": 0.5,
+        "sigma_min": flags["sigma_min"],
+        "sigma_max": flags["sigma_max"],
+        "timestep_scale": 1000.0,  # the original code multiplies c_noise by it
+    }
+
+
+def sampler_of(flags: Flags) -> str:
+    """
+    Returns the sampler of a model of consistency_models: the given one, else Heun's method for EDM, and one step for the others.
+    """
+    if "sampler" in flags or flags["training_mode"] == "edm":
+        return flags["sampler"]
+    return "onestep"
+
+
+def build_sigma_scheduler(flags: Flags) -> SchedulerMixin:
+    """
+    Builds the stock scheduler that samples as the scripts of consistency_models do with these flags.
+
+    Raises:
+        ValueError: If the sampler is unknown, or does not fit the model.
+    """
+    sampler, clips = sampler_of(flags), flags["clip_denoised"]
+    levels = {"sigma_min": flags["sigma_min"], "sigma_max": flags["sigma_max"]}
+    schedulers = {
+        "heun": lambda: HeunDiscreteScheduler(use_karras_sigmas=True, clip_sample=clips),
+        "euler": lambda: EDMEulerScheduler(**levels),
+        "ancestral": EulerAncestralDiscreteScheduler,
+        "dpm": KDPM2DiscreteScheduler,
+    }
+    schedulers |= dict.fromkeys(
+        CONSISTENCY_SAMPLERS,
+        lambda: CMStochasticIterativeScheduler(num_train_timesteps=flags["steps"], clip_denoised=clips, **levels),
+    )
+    if sampler not in schedulers:
+        raise ValueError(f"--sampler must be one of {', '.join(schedulers)}, but got {sampler}.")
+    if sampler in CONSISTENCY_SAMPLERS and flags["training_mode"] == "edm":
+        raise ValueError(f"--sampler {sampler} requires a consistency model, but got --training_mode edm.")
+    if sampler == "multistep" and not flags["ts"]:
+        raise ValueError("--ts is required with --sampler multistep: give its steps, such as 0,22,39.")
+    return schedulers[sampler]()

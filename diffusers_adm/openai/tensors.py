@@ -50,6 +50,7 @@ _LAYERS = {
 }
 # Linear layers that are published as convolutions with a kernel of size 1, and the number of its dimensions.
 _KERNEL_DIMS = {"attn.to_qkv.weight": 1, "attn.to_out.weight": 1, "pooling.fc.weight": 2}
+_PRECONDITIONED_KERNEL_DIMS = {"attn.to_qkv.weight": 2, "attn.to_out.weight": 2}
 
 
 def published_names(names: Iterable[str]) -> dict[str, str]:
@@ -81,13 +82,21 @@ def _heads(tensor: torch.Tensor, config: Mapping[str, Any]) -> int:
     return config["num_attention_heads"] or tensor.shape[0] // 3 // config["attention_head_dim"]
 
 
-def _kernel_dims(name: str) -> int:
-    return next((dims for suffix, dims in _KERNEL_DIMS.items() if name.endswith(suffix)), 0)
+def _is_preconditioned(config: Mapping[str, Any]) -> bool:
+    return config.get("preconditioning") is not None
 
 
-def _is_relaid(name: str, use_new_attention_order: bool) -> bool:
-    # This package's order is (qkv, head, dim), which the original code calls new. Only the pool always has it.
-    return ".attn.to_qkv." in name and not name.startswith("pooling.") and not use_new_attention_order
+def _kernel_dims(name: str, config: Mapping[str, Any]) -> int:
+    kernels = _PRECONDITIONED_KERNEL_DIMS if _is_preconditioned(config) else _KERNEL_DIMS
+    return next((dims for suffix, dims in kernels.items() if name.endswith(suffix)), 0)
+
+
+def _is_relaid(name: str, config: Mapping[str, Any], use_new_attention_order: bool) -> bool:
+    # This package's order is (qkv, head, dim), which the original code calls new. The pool and consistency_models, whose
+    # models are preconditioned, always have it.
+    if ".attn.to_qkv." not in name or name.startswith("pooling.") or _is_preconditioned(config):
+        return False
+    return not use_new_attention_order
 
 
 def to_published(
@@ -113,9 +122,9 @@ def to_published(
         tensor = state_dict[name]
         if name.endswith("positional_embedding"):
             tensor = tensor.T.contiguous()
-        if _is_relaid(name, use_new_attention_order):
+        if _is_relaid(name, config, use_new_attention_order):
             tensor = _swap_row_groups(tensor, 3, _heads(tensor, config))
-        converted[published] = tensor[(...,) + (None,) * _kernel_dims(name)]
+        converted[published] = tensor[(...,) + (None,) * _kernel_dims(name, config)]
     return converted
 
 
@@ -146,7 +155,7 @@ def load_published(
         tensor = state_dict[published]
         if name.endswith("positional_embedding"):
             tensor = tensor.T.contiguous()
-        if _is_relaid(name, use_new_attention_order):
+        if _is_relaid(name, config, use_new_attention_order):
             tensor = _swap_row_groups(tensor, _heads(tensor, config), 3)
         converted[name] = tensor.reshape(parameters[name].shape)
     model.load_state_dict(converted, assign=True)

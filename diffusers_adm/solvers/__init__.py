@@ -1,6 +1,7 @@
 """diffusers' schedulers, made to sample as the original code does, with a place for guidance in each step."""
 
 from .algorithms import DDPMSolver, Denoised, EpsilonSolver, Solver
+from .karras import SIGMA_SCHEDULERS, Churn, KarrasSolver, build_sigma_solver, check_sigma_scheduler
 from .schedulers import (
     GUIDED_SETTINGS,
     SUPPORTED_SCHEDULERS,

@@ -70,13 +70,25 @@ class Solver:
         self.schedule = schedule
         self.visits = list(reversed(range(len(schedule)))) if visits is None else visits
         self.sigmas = schedule.sigma[self.visits].tolist()
-        self.prediction_type = config.prediction_type
+        self.prediction_type = config.get("prediction_type")
         # A config keeps the options of other classes that it came from: not every scheduler that says so can threshold.
         can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
         self.thresholds = bool(can_threshold and config.thresholding)
         # What the original code calls clip_denoised. Schedulers without the option clip too, as it does by default.
-        clips = config.get("clip_sample", True) and not self.thresholds
+        clips = config.get("clip_sample", config.get("clip_denoised", True)) and not self.thresholds
         self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
+
+    def begin(
+        self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """
+        Returns the images of the first step.
+
+        Args:
+            x_T: Noise of standard deviation 1, `(batch, channels, height, width)`.
+            generator: Generator of further noise, one for all images or one per image.
+        """
+        return x_T
 
     def predict(self, model_output: torch.Tensor, index: int, x_t: torch.Tensor) -> Denoised:
         """

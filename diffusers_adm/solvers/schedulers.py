@@ -5,6 +5,7 @@ from numbers import Real
 
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -296,7 +297,7 @@ def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[
 
 def takes_respacing(scheduler: SchedulerMixin) -> bool:
     """Returns whether a scheduler takes a list of timesteps."""
-    return isinstance(scheduler, (DDPMScheduler, DDIMScheduler))
+    return isinstance(scheduler, (DDPMScheduler, DDIMScheduler, CMStochasticIterativeScheduler))
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_adm.evaluation.schedulers import SCHEDULERS
+from diffusers_adm.evaluation.schedulers import PRECONDITIONED_SCHEDULERS, SCHEDULERS
 from diffusers_adm.options import text_as
 from diffusers_adm.pipelines.options import SamplingOptions
 
@@ -45,6 +45,7 @@ PARSERS = {
     "guidance_options": Value((dict,), 'an object in JSON, such as {"every": 2}'),
     "timesteps": Value((list,), "a list in JSON, such as [90,60]"),
     "timestep_respacing": text_as(str),
+    "churn": Value((dict,), 'an object in JSON, such as {"s_churn": 40}'),
 }
 
 
@@ -63,7 +64,7 @@ def add_sampling_options(
     group = parser.add_argument_group(title, description)
     group.add_argument(
         "--scheduler",
-        choices=sorted(SCHEDULERS),
+        choices=sorted(SCHEDULERS | PRECONDITIONED_SCHEDULERS),
         default=None if nargs is None else [None],
         nargs=nargs,
         help="Scheduler, instead of the pipeline's. -guided: as its authors advise for guided sampling; -Karras: with the noise"

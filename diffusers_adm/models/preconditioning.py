@@ -1,0 +1,60 @@
+"""Preconditioning of a network that is told the noise level: Karras et al. 2022 (arXiv 2206.00364, Table 1)."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+PRECONDITIONINGS = ("edm", "consistency")
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """
+    Scales of a network F in D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), which predicts x_0 from x = x_0 + sigma epsilon.
+
+    Args:
+        kind: `"edm"` (Karras et al. 2022, Table 1), or `"consistency"`, whose D returns x at `sigma_min` (Song et al. 2023,
+            arXiv 2303.01469, appendix C).
+        sigma_data: Standard deviation of the clean images.
+        sigma_min: Lowest noise level.
+        sigma_max: Highest noise level.
+
+    Raises:
+        ValueError: If the kind is unknown, or the numbers are not positive and in order.
+    """
+
+    kind: str
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self):
+        if self.kind not in PRECONDITIONINGS:
+            raise ValueError(f"preconditioning={self.kind!r} is not one of {PRECONDITIONINGS}.")
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"sigma_data must be positive and finite, but got {self.sigma_data}.")
+        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
+            raise ValueError(
+                "sigma_min and sigma_max must be positive and finite, the smaller first, but got"
+                f" {self.sigma_min} and {self.sigma_max}."
+            )
+
+    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the scale of the network's input, of the shape of sigma."""
+        return (sigma**2 + self.sigma_data**2).rsqrt()
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the noise level as the network is told it, of the shape of sigma."""
+        return sigma.log() / 4
+
+    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the share of x in the predicted x_0, of the shape of sigma."""
+        return self.sigma_data**2 / (self._above_lowest(sigma) ** 2 + self.sigma_data**2)
+
+    def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Returns the scale of the network's output in the predicted x_0, of the shape of sigma."""
+        return self._above_lowest(sigma) * self.sigma_data * self.c_in(sigma)
+
+    def _above_lowest(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma - self.sigma_min if self.kind == "consistency" else sigma

@@ -1,0 +1,340 @@
+"""Sampling with a UNet that is told the noise level: Karras et al. 2022 (arXiv 2206.00364) and Song et al. 2023 (arXiv 2303.01469).
+
+The scheduler says which method it is, and never takes a step itself, because the stock ones fix the noise levels by betas, or add
+noise after the UNet has been evaluated.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_adm.checks import is_integer
+from diffusers_adm.diffusion import NoiseSchedule
+from diffusers_adm.solvers.algorithms import EpsilonSolver
+
+
+SIGMA_SCHEDULERS = (
+    HeunDiscreteScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    CMStochasticIterativeScheduler,
+)
+
+
+@dataclass(frozen=True)
+class Churn:
+    """
+    Noise that is added before each step of Euler's and Heun's method and DPM-Solver-2 (Karras et al. 2022, Algorithm 2).
+
+    Args:
+        s_churn: Amount of noise of the whole run, at least 0. A step raises its noise level by `s_churn` divided by the number
+            of steps, and at most by sqrt(2) - 1.
+        s_tmin: Lowest noise level at which noise is added.
+        s_tmax: Highest noise level at which noise is added.
+        s_noise: Factor on the standard deviation of the added noise.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self):
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            finite = name == "s_tmax" or (isinstance(value, Real) and math.isfinite(value))
+            if not (isinstance(value, Real) and value >= 0 and finite):
+                raise ValueError(f"`{name}` of churn must be a number of at least 0, but got {value!r}.")
+
+    @classmethod
+    def parse(cls, given: "Churn | dict | None") -> "Churn":
+        """
+        Returns the churn that a caller has given as an object, as a dict, or not at all.
+
+        Raises:
+            ValueError: If the dict has a name that is not an option.
+        """
+        if isinstance(given, cls):
+            return given
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"`churn` must be a Churn or a dict of its options, but got {given!r}.")
+        unknown = sorted(set(given or {}) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"`churn` takes the options {tuple(cls.__dataclass_fields__)}, but got {unknown}.")
+        return cls(**(given or {}))
+
+    def raised(self, sigma: float, steps: int) -> float:
+        """
+        Returns the noise level from which a step goes down, once noise has been added.
+
+        Args:
+            sigma: Noise level that the step begins at.
+            steps: Number of steps of the run.
+        """
+        acts = self.s_tmin <= sigma <= self.s_tmax
+        return sigma * (1 + min(self.s_churn / steps, math.sqrt(2) - 1)) if acts else sigma
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    One evaluation of the UNet, and the way that leads on from it.
+
+    Args:
+        sigma: Noise level at which the UNet is evaluated.
+        target: Noise level to which the slope leads.
+        noise: Standard deviation of the noise that is added before the evaluation. `None` draws none; 0 draws noise without
+            effect, as the original code does, so that a seed stays an image.
+        origin: Noise level that the step began at, if this is its second evaluation. `None` for the first one.
+        weight: Weight of the slope of the second evaluation. That of the first one has the rest.
+    """
+
+    sigma: float
+    target: float
+    noise: float | None = None
+    origin: float | None = None
+    weight: float = 1.0
+
+
+class KarrasSolver(EpsilonSolver):
+    """
+    One run over the noise levels of Karras et al. 2022. The images are x_0 + sigma * epsilon, which are divided by
+    sqrt(1 + sigma^2) between steps, so that guidance, functions of the caller and classifiers see the x_t that they know.
+
+    Args:
+        scheduler: Scheduler that the run belongs to.
+        evaluations: Evaluations of the UNet, in the order of the run.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, evaluations: list[Evaluation]):
+        self.evaluations = list(reversed(evaluations))  # of each step of the schedule, the last one first
+        sigmas = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float64)
+        schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), sigmas.float())
+        super().__init__(scheduler, schedule, scheduler, schedule.timesteps)
+        self.prediction_type = "sample"  # whatever the scheduler says of other models
+
+    def begin(
+        self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Returns the images at the first noise level, from noise of standard deviation 1; arguments as in `Solver.begin`."""
+        first = self.evaluations[-1]
+        before = math.sqrt(first.sigma**2 - (first.noise or 0) ** 2)
+        return self.raise_noise(before * x_T, first, generator)
+
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
+        """Returns the images at the target of an evaluation, from the guided x_0."""
+        evaluation = self.evaluations[index]
+        x, origin = x_t * math.sqrt(1 + evaluation.sigma**2), evaluation.sigma
+        slope = (x - x_0) / evaluation.sigma  # dx / dsigma [Karras et al. 2022, Algorithm 1]
+        if evaluation.origin is None:
+            self.first = x, slope
+        else:
+            x, first_slope = self.first
+            slope = evaluation.weight * slope + (1 - evaluation.weight) * first_slope
+            origin = evaluation.origin
+        return (x + (evaluation.target - origin) * slope) / math.sqrt(1 + evaluation.target**2)
+
+    def renoise(
+        self, x: torch.Tensor, step: int, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Adds the noise of the next evaluation; arguments as in `Solver.renoise`."""
+        if step + 1 == len(self.visits):
+            return x
+        before = self.evaluations[self.visits[step]].target
+        return self.raise_noise(x * math.sqrt(1 + before**2), self.evaluations[self.visits[step + 1]], generator)
+
+    def raise_noise(
+        self,
+        x: torch.Tensor,
+        evaluation: Evaluation,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Returns the x_t at which the UNet is evaluated.
+
+        Args:
+            x: Images x_0 + sigma * epsilon before noise is added, `(batch, channels, height, width)`.
+            evaluation: Evaluation that the noise is added for.
+            generator: Generator of the noise, one for all images or one per image.
+        """
+        if evaluation.noise is not None:
+            x = x + evaluation.noise * randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return x / math.sqrt(1 + evaluation.sigma**2)
+
+
+class ConsistencySolver(KarrasSolver):
+    """One run of a consistency model: each predicted x_0 is the result, or noised again (Song et al. 2023, Algorithm 1)."""
+
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
+        """Returns x_0, as images at the lowest noise level unless it is the result."""
+        return x_0 / math.sqrt(1 + self.evaluations[index].target ** 2)
+
+
+def build_sigma_solver(
+    scheduler: SchedulerMixin,
+    sigma_range: tuple[float, float],
+    num_inference_steps: int | None,
+    timestep_respacing: str | None = None,
+    timesteps: list[int] | None = None,
+    eta: float = 0.0,
+    churn: Churn | dict | None = None,
+) -> KarrasSolver:
+    """
+    Prepares one run of a UNet that is told the noise level.
+
+    Args:
+        scheduler: One of `SIGMA_SCHEDULERS`. It is left as it is.
+        sigma_range: Lowest and highest noise level of the UNet. `EDMEulerScheduler` and `CMStochasticIterativeScheduler` have
+            levels of their own.
+        num_inference_steps: Number of steps.
+        timestep_respacing: Steps of `CMStochasticIterativeScheduler` as the original code takes them (`--ts`), such as
+            `"0,22,39"`. The last one is without effect. It wins over `num_inference_steps`.
+        timesteps: Steps of `CMStochasticIterativeScheduler` as the scheduler takes them, such as `[22, 0]`. They win over both.
+        eta: Noise of DDIM, which must be 0.
+        churn: Noise that is added before each step of the other schedulers but the ancestral one.
+
+    Raises:
+        ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
+    """
+    check_sigma_scheduler(scheduler)
+    name, churn = type(scheduler).__name__, Churn.parse(churn)
+    if eta:
+        raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        if churn.s_churn:
+            raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
+        return consistency_solver(scheduler, num_inference_steps, timestep_respacing, timesteps)
+    for argument, given in (("timesteps", timesteps), ("timestep_respacing", timestep_respacing)):
+        if given is not None:
+            raise ValueError(f"`{argument}` requires CMStochasticIterativeScheduler, but got {given!r} with {name}.")
+    _check_number(num_inference_steps, scheduler.config.num_train_timesteps)
+    levels = karras_levels(scheduler, sigma_range, num_inference_steps)
+    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
+        if churn.s_churn:
+            raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
+        return KarrasSolver(scheduler, ancestral_evaluations(levels))
+    return KarrasSolver(scheduler, churned_evaluations(levels, churn, _second_evaluation(scheduler)))
+
+
+def karras_levels(
+    scheduler: SchedulerMixin, sigma_range: tuple[float, float], num_inference_steps: int
+) -> list[float]:
+    """Returns the noise levels of a run and its end, `num_inference_steps + 1` of them [Karras et al. 2022, eq. 5]."""
+    if isinstance(scheduler, EDMEulerScheduler):
+        prepared = EDMEulerScheduler.from_config(scheduler.config)
+    else:
+        prepared = EDMEulerScheduler(sigma_min=sigma_range[0], sigma_max=sigma_range[1])
+    prepared.set_timesteps(num_inference_steps)
+    return prepared.sigmas.double().tolist()
+
+
+def _second_evaluation(scheduler: SchedulerMixin) -> str | None:
+    if isinstance(scheduler, HeunDiscreteScheduler):
+        return "end"
+    return "middle" if isinstance(scheduler, KDPM2DiscreteScheduler) else None
+
+
+def churned_evaluations(levels: list[float], churn: Churn, second: str | None) -> list[Evaluation]:
+    """
+    Returns the evaluations of a run of first or second order [Karras et al. 2022, Algorithm 2].
+
+    Args:
+        levels: Noise levels of the run and its end.
+        churn: Noise that is added before each step.
+        second: Place of each step's second evaluation: at its `"end"` (Heun's method), in its `"middle"` (DPM-Solver-2, with
+            the middle of a schedule of rho = 3), or `None` (Euler's method).
+    """
+    evaluations = []
+    for sigma, target in zip(levels, levels[1:]):
+        raised = churn.raised(sigma, len(levels) - 1)
+        noise = churn.s_noise * math.sqrt(raised**2 - sigma**2) if churn.s_churn else None
+        if second is None or (second == "end" and target == 0):
+            evaluations.append(Evaluation(raised, target, noise))
+        elif second == "end":
+            evaluations.append(Evaluation(raised, target, noise))
+            evaluations.append(Evaluation(target, target, origin=raised, weight=0.5))
+        else:
+            middle = ((raised ** (1 / 3) + target ** (1 / 3)) / 2) ** 3
+            evaluations.append(Evaluation(raised, middle, noise))
+            evaluations.append(Evaluation(middle, target, origin=raised))
+    return evaluations
+
+
+def ancestral_evaluations(levels: list[float]) -> list[Evaluation]:
+    """Returns the evaluations of a run that steps below each noise level by Euler's method, and adds noise up to it."""
+    evaluations, noise = [], None
+    for sigma, target in zip(levels, levels[1:]):
+        below = target**2 / sigma
+        evaluations.append(Evaluation(sigma, below, noise))
+        noise = math.sqrt(target**2 - below**2)
+    return evaluations
+
+
+def consistency_solver(
+    scheduler: CMStochasticIterativeScheduler,
+    num_inference_steps: int | None,
+    timestep_respacing: str | None,
+    timesteps: list[int] | None,
+) -> ConsistencySolver:
+    """
+    Returns a run of a consistency model; arguments as in `build_sigma_solver`.
+
+    Raises:
+        ValueError: If the steps do not begin at the highest noise level and go down.
+    """
+    config = scheduler.config
+    if timesteps is None and timestep_respacing is not None:
+        given = f"timestep_respacing={timestep_respacing!r}"
+        parts = [part.strip() for part in timestep_respacing.split(",")]
+        places = [int(part) if part.isdecimal() else -1 for part in parts][: max(len(parts) - 1, 1)]
+    elif timesteps is not None:
+        given = f"timesteps={timesteps!r}"
+        is_list = isinstance(timesteps, (list, tuple)) and all(map(is_integer, timesteps))
+        places = list(reversed(timesteps)) if is_list else []
+    if timesteps is None and timestep_respacing is None:
+        _check_number(num_inference_steps, config.num_train_timesteps)
+        stride = config.num_train_timesteps // num_inference_steps
+        places = [step * stride for step in range(num_inference_steps)]
+    elif not places or places[0] != 0 or places != sorted(set(places)) or places[-1] >= config.num_train_timesteps:
+        raise ValueError(
+            f"{given} must be steps of {type(scheduler).__name__}: different integers below {config.num_train_timesteps},"
+            " such as [22, 0] or '0,22,39', of which 0 is the highest noise level and must be among them."
+        )
+    prepared = CMStochasticIterativeScheduler.from_config(config)
+    prepared.set_timesteps(timesteps=places[::-1])
+    levels, lowest = prepared.sigmas[: len(places)].double().tolist(), config.sigma_min
+    noises = [None, *(math.sqrt(max(sigma**2 - lowest**2, 0)) for sigma in levels[1:])]
+    targets = [lowest] * (len(places) - 1) + [0.0]
+    return ConsistencySolver(scheduler, [Evaluation(*one) for one in zip(levels, targets, noises)])
+
+
+def check_sigma_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError unless a UNet that is told the noise level can be sampled with the scheduler."""
+    if not isinstance(scheduler, SIGMA_SCHEDULERS):
+        names = ", ".join(supported.__name__ for supported in SIGMA_SCHEDULERS)
+        raise ValueError(
+            f"{type(scheduler).__name__} is not supported for a UNet with preconditioning, which is told the noise level; these"
+            f" schedulers are: {names}."
+        )
+
+
+def _check_number(num_inference_steps: int | None, most: int) -> None:
+    if not (is_integer(num_inference_steps) and 1 <= num_inference_steps <= most):
+        raise ValueError(f"`num_inference_steps` must be an integer in [1, {most}], but got {num_inference_steps!r}.")
