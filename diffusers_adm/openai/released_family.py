@@ -119,12 +119,12 @@ _CONSISTENCY_64_LAYOUT = TensorLayout("b07ff3cdbda93a89", 295_899_267)
 _CONSISTENCY_256_LAYOUT = TensorLayout("2dc6cdf89c58275a", 526_304_771)
 
 
-def _consistency(name: str, file: str, trained_on: str, note: str, **columns) -> ReleasedCheckpoint:
+def _consistency(name: str, file: str, trained_on: str, note: str, sampling: str, **columns) -> ReleasedCheckpoint:
     is_imagenet = trained_on == "ImageNet"
     return ReleasedCheckpoint(
         file,
         "unet",
-        f"{_CONSISTENCY_64 if is_imagenet else _CONSISTENCY_256} --dropout {0.1 if file.startswith('edm') else 0.0}",
+        f"{_CONSISTENCY_64 if is_imagenet else _CONSISTENCY_256} {sampling}",
         imagenet_labels=is_imagenet,
         name=name,
         trained_on=trained_on,
@@ -133,9 +133,17 @@ def _consistency(name: str, file: str, trained_on: str, note: str, **columns) ->
         license="MIT (code)",
         code="openai/consistency_models",
         note=f"{note}; for research, says its model card",
-        unsupported="it is told noise levels instead of timesteps",
         **columns,
     )
+
+
+# How each was trained, and its sampler in the original code's list of commands.
+_HEUN = "--training_mode edm --dropout 0.1 --sampler heun --steps 40"
+_ONE_STEP = "--training_mode consistency_distillation --sampler onestep"
+
+
+def _multistep(training_mode: str, steps: int, ts: str) -> str:
+    return f"--training_mode consistency_{training_mode} --sampler multistep --steps {steps} --ts {ts}"
 
 
 _EDM = "diffusion model of Karras et al. 2022"
@@ -144,22 +152,39 @@ _CD_LPIPS = "consistency model in one step or few, distilled by LPIPS"
 _CT = "consistency model in one step or few, trained without a teacher"
 
 CONSISTENCY_MODELS = (
-    _consistency("edm-imagenet-64", "edm_imagenet64_ema.pt", "ImageNet", _EDM),
-    _consistency("cd-imagenet-64-l2", "cd_imagenet64_l2.pt", "ImageNet", _CD_L2),
-    _consistency("cd-imagenet-64-lpips", "cd_imagenet64_lpips.pt", "ImageNet", _CD_LPIPS),
-    _consistency("ct-imagenet-64", "ct_imagenet64.pt", "ImageNet", _CT),
+    _consistency("edm-imagenet-64", "edm_imagenet64_ema.pt", "ImageNet", _EDM, _HEUN),
+    _consistency(
+        "cd-imagenet-64-l2", "cd_imagenet64_l2.pt", "ImageNet", _CD_L2, _multistep("distillation", 40, "0,22,39")
+    ),
+    _consistency(
+        "cd-imagenet-64-lpips",
+        "cd_imagenet64_lpips.pt",
+        "ImageNet",
+        _CD_LPIPS,
+        _multistep("distillation", 40, "0,22,39"),
+    ),
+    _consistency("ct-imagenet-64", "ct_imagenet64.pt", "ImageNet", _CT, _multistep("training", 201, "0,106,200")),
     _consistency(
         "edm-lsun-bedroom",
         "edm_bedroom256_ema.pt",
         "LSUN bedroom",
         _EDM,
+        _HEUN,
         sha256="5947bb5ae7b664feef1796ebe0a531efcf689d76e81d03ba88159dd8019b674f",
     ),
-    _consistency("cd-lsun-bedroom-l2", "cd_bedroom256_l2.pt", "LSUN bedroom", _CD_L2),
-    _consistency("cd-lsun-bedroom-lpips", "cd_bedroom256_lpips.pt", "LSUN bedroom", _CD_LPIPS),
-    _consistency("ct-lsun-bedroom", "ct_bedroom256.pt", "LSUN bedroom", _CT),
-    _consistency("edm-lsun-cat", "edm_cat256_ema.pt", "LSUN cat", _EDM),
-    _consistency("cd-lsun-cat-l2", "cd_cat256_l2.pt", "LSUN cat", _CD_L2),
-    _consistency("cd-lsun-cat-lpips", "cd_cat256_lpips.pt", "LSUN cat", _CD_LPIPS),
-    _consistency("ct-lsun-cat", "ct_cat256.pt", "LSUN cat", _CT),
+    _consistency(
+        "cd-lsun-bedroom-l2", "cd_bedroom256_l2.pt", "LSUN bedroom", _CD_L2, _multistep("distillation", 40, "0,18,39")
+    ),
+    _consistency(
+        "cd-lsun-bedroom-lpips",
+        "cd_bedroom256_lpips.pt",
+        "LSUN bedroom",
+        _CD_LPIPS,
+        _multistep("distillation", 40, "0,17,39"),
+    ),
+    _consistency("ct-lsun-bedroom", "ct_bedroom256.pt", "LSUN bedroom", _CT, _multistep("training", 151, "0,67,150")),
+    _consistency("edm-lsun-cat", "edm_cat256_ema.pt", "LSUN cat", _EDM, _HEUN),
+    _consistency("cd-lsun-cat-l2", "cd_cat256_l2.pt", "LSUN cat", _CD_L2, _ONE_STEP),
+    _consistency("cd-lsun-cat-lpips", "cd_cat256_lpips.pt", "LSUN cat", _CD_LPIPS, _ONE_STEP),
+    _consistency("ct-lsun-cat", "ct_cat256.pt", "LSUN cat", _CT, _multistep("training", 151, "0,62,150")),
 )

@@ -1,11 +1,19 @@
 """What consistency_models computes: networks, denoisers and whole runs of its samplers."""
 
+import gzip
+import json
+
 import pytest
 import torch
-from golden_cases import draw_weights, load_case, published_flags
+from diffusers import CMStochasticIterativeScheduler, HeunDiscreteScheduler
+from golden_cases import GOLDEN, draw_weights, load_case, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.openai.released import RELEASED_BY_NAME
 
+
+FAMILY = json.loads(gzip.decompress((GOLDEN / "family.json.gz").read_bytes()))
 
 TRAINING_MODES = {"edm": "edm", "cd": "consistency_distillation"}
 RUNS = (
@@ -69,6 +77,20 @@ def test_seed_gives_the_recorded_images(name):
     ).images
     torch.testing.assert_close(torch.stack(visited), io["evaluations_sigma"], rtol=1e-5, atol=0)
     torch.testing.assert_close(x_0, io["final"], rtol=0, atol=2e-4)
+
+
+def test_released_files_sample_as_in_the_original_list_of_commands():
+    for name, scheduler, steps, ts in (
+        ("edm-imagenet-64", HeunDiscreteScheduler, 40, None),
+        ("ct-lsun-bedroom", CMStochasticIterativeScheduler, 151, "0,67,150"),
+        ("cd-lsun-cat-lpips", CMStochasticIterativeScheduler, 1, None),
+    ):
+        released = RELEASED_BY_NAME[name]
+        parameters = FAMILY[released.file]["parameters"]
+        weights = {tensor: torch.empty(shape, device="meta") for tensor, shape in parameters}
+        checkpoint = PublishedCheckpoint(weights, released.flags)
+        assert isinstance(checkpoint.scheduler(), scheduler)
+        assert (checkpoint.num_inference_steps, checkpoint.timestep_respacing) == (steps, ts)
 
 
 def test_weights_go_back_to_their_published_layout():
