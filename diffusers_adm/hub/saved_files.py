@@ -46,12 +46,11 @@ def save_card(model, folder: str | os.PathLike) -> None:
 def copy_card(model, folder: Path) -> bool:
     """Copies the card of the folder that a pipeline or model was loaded from, with its pictures. Returns whether there is one."""
     source = Path(model.config.get("_name_or_path") or "")
-    if not all(
-        (source / file).is_file() for file in (CARD_FILE, model.config_name)
-    ):  # of a pipeline's part it is another's
+    # A part of a pipeline is loaded from the pipeline's folder too, whose card is not the part's.
+    if not all((source / file).is_file() for file in (CARD_FILE, model.config_name)):
         return False
     for file in [*card_pictures(source), CARD_FILE]:
-        if (source / file).is_file():
+        if (source / file).is_file() and not (folder / file).exists():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / file) as partial:
                 shutil.copyfile(source / file, partial)
