@@ -1,6 +1,7 @@
 """Guidance over one run: when, where and how strongly, and for which images."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,9 @@ from diffusers_adm.guidance.gradient import (
 )
 from diffusers_adm.guidance.options import GuidanceOptions
 from diffusers_adm.solvers import Solver
+
+
+HIGH_NOISE_LEVEL = 200  # above the last timestep of the linear schedule, 157
 
 
 class Guider:
@@ -51,11 +55,19 @@ class Guider:
         self.through_half = through_half
         self.check_scales = check_scales
         self.factors = factors
+        self.max_sizes = self._largest_sizes()
         self.step_counts = options.gradient_steps(factors)
         self.scales: list[float] | None = None  # of each image
         self.rows: list[int] = []  # of the images that are guided
         self.last_gradient: torch.Tensor | None = None  # before scale and factor
         self.finite = FiniteCheck("The gradient that guides")
+
+    def _largest_sizes(self) -> list[float] | None:
+        """Returns the largest size of the scaled gradient at each step, or `None` without a limit."""
+        max_shift = self.options.max_x_0_shift
+        if max_shift == "auto":
+            max_shift = self.solver.max_x_0_shift
+        return None if max_shift is None else [max_shift / shift for shift in self.solver.x_0_shifts]
 
     def begin_step(self, step: int, scales: list[float], x_t: torch.Tensor) -> None:
         """
@@ -80,10 +92,22 @@ class Guider:
         if not set(rows) <= set(self.rows):
             self.last_gradient = None  # images that were not guided have none to use again
         self.rows = rows
+        if rows and self.options.max_x_0_shift == "auto":
+            self._warn_of_high_noise()
         self.scale = x_t.new_tensor(scales)[:, None, None, None]  # (batch, 1, 1, 1)
         # Rows that the function is asked about: a classifier looks at the guided images alone.
         whole = not self.independent_rows or len(rows) == len(scales)
         self.asked_rows = None if whole else torch.tensor(rows, dtype=torch.long, device=x_t.device)
+
+    def _warn_of_high_noise(self) -> None:
+        highest = max(sigma for sigma, factor in zip(self.solver.sigmas, self.factors) if factor)
+        if self.solver.shifts_epsilon and self.max_sizes is None and highest > HIGH_NOISE_LEVEL:
+            warnings.warn(
+                f"Guidance begins at noise level {highest:.0f}, where small errors of the gradient move the predicted x_0 far"
+                " out of the range of images, as in the original code. Pass guidance_options={'max_x_0_shift': 0.5} if colours"
+                " are burnt.",
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def tracking(self, x_t: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -115,6 +139,8 @@ class Guider:
         gradient = self.last_gradient * self.scale * (self.factors[self.step] * count)
         if self.options.max_size is not None:
             gradient = shortened(gradient, self.options.max_size)
+        if self.max_sizes is not None:
+            gradient = shortened(gradient, self.max_sizes[self.step])
         self.finite.see(gradient, self.step)
         return gradient
 

@@ -28,6 +28,9 @@ class GuidanceOptions:
             function of the fraction of the run.
         normalize: Whether each image's gradient is scaled to a root mean square of 1.
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
+        max_x_0_shift: Largest root mean square by which guidance moves the predicted x_0 of each image, which it moves by
+            sigma * sqrt(1 - alpha_bar) times the scaled gradient. Larger gradients are shortened. `"auto"` takes the solver's
+            default: 0.5, about the deviation of images in [-1, 1], and no limit for DDPM and DDIM, as in the original code. `None` means no limit.
         entropy_scaling: Whether the scale is divided by the entropy of the classifier's prediction (Li et al. 2022, arXiv
             2206.11474).
         max_entropy_scale: Largest factor of the entropy scaling.
@@ -46,6 +49,7 @@ class GuidanceOptions:
     schedule: str | Callable[[float], float] = "constant"
     normalize: bool = False
     max_size: float | None = None
+    max_x_0_shift: float | str | None = "auto"
     entropy_scaling: bool = False
     max_entropy_scale: float = 1000.0
     every: int = 1
@@ -70,10 +74,11 @@ class GuidanceOptions:
         for name in ("normalize", "entropy_scaling"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not True or False.")
-        for name in ("max_entropy_scale", "max_size"):
+        for name, others in (("max_entropy_scale", ()), ("max_size", (None,)), ("max_x_0_shift", (None, "auto"))):
             value = getattr(self, name)
-            if not (isinstance(value, Real) and value > 0) and not (name == "max_size" and value is None):
-                raise ValueError(f"{name}={value!r} must be a number above 0.")
+            if not (isinstance(value, Real) and value > 0) and value not in others:
+                allowed = "".join(f", or {other!r}" for other in others)
+                raise ValueError(f"{name}={value!r} must be a number above 0{allowed}.")
 
     @classmethod
     def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":

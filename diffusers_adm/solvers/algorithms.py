@@ -63,13 +63,21 @@ class Solver:
 
     Attributes:
         sigmas: Noise level of each step of the run, in the order of `visits`.
+        x_0_shifts: Factor by which a gradient moves the predicted x_0 at each step of the run when it shifts epsilon:
+            sigma * sqrt(1 - alpha_bar).
+        max_x_0_shift: Default limit of that move, a root mean square per image. `None` means no limit.
+        shifts_epsilon: Whether guidance shifts epsilon (Algorithm 2), not the mean of a step (Algorithm 1).
     """
+
+    shifts_epsilon = True
+    max_x_0_shift: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule, visits: list[int] | None = None):
         config = scheduler.config
         self.schedule = schedule
         self.visits = list(reversed(range(len(schedule)))) if visits is None else visits
         self.sigmas = schedule.sigma[self.visits].tolist()
+        self.x_0_shifts = (schedule.sigma * schedule.noise_scale)[self.visits].tolist()
         self.prediction_type = config.get("prediction_type")
         # A config keeps the options of other classes that it came from: not every scheduler that says so can threshold.
         can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
@@ -164,6 +172,8 @@ class DDPMSolver(Solver):
         ValueError: If the scheduler's `variance_type` is not supported.
     """
 
+    shifts_epsilon = False
+
     def __init__(self, scheduler: DDPMScheduler, schedule: NoiseSchedule, visits: list[int] | None = None):
         super().__init__(scheduler, schedule, visits)
         self.scheduler = scheduler
@@ -211,12 +221,17 @@ class EpsilonSolver(Solver):
     """
     One run of any other scheduler. Guidance shifts epsilon (Algorithm 2).
 
+    The guided x_0 should be the mean of the clean images of one class that x_t may come from, so an exact gradient moves it
+    within the range of images. A trained classifier's gradient does not vanish as the noise grows, and sigma multiplies it:
+    up to 20291 with the cosine schedule. The move is therefore limited.
+
     Args:
         scheduler: Scheduler that the run belongs to.
         schedule: Timesteps of the run, least noisy first.
         prepared: Local copy of the scheduler that takes the steps. It is given x_0 and does not clip it.
         timesteps: Name of each of the schedule's timesteps in that copy, in the same order.
         visits: Indices into the schedule in the order in which the run takes them.
+        max_x_0_shift: Default limit of the move of x_0 by guidance.
         **step_kwargs: Arguments of the copy's `step`.
     """
 
@@ -227,10 +242,12 @@ class EpsilonSolver(Solver):
         prepared: SchedulerMixin,
         timesteps: list[int] | torch.Tensor,
         visits: list[int] | None = None,
+        max_x_0_shift: float | None = 0.5,
         **step_kwargs,
     ):
         super().__init__(scheduler, schedule, visits)
         self.scheduler = prepared
+        self.max_x_0_shift = max_x_0_shift
         self.timesteps = timesteps
         self.step_kwargs = step_kwargs
         self.takes_generator = "generator" in inspect.signature(prepared.step).parameters

@@ -1,6 +1,7 @@
 """diffusers' schedulers, prepared so that one run of each samples as the original code does."""
 
 import copy
+import warnings
 from numbers import Real
 
 import torch
@@ -160,6 +161,7 @@ def ddim_solver(
         prepared,
         timesteps=list(range(len(schedule))),
         visits=visits,
+        max_x_0_shift=None,  # as in the original code
         eta=eta,
         use_clipped_model_output=scheduler.config.thresholding,  # epsilon is what a thresholded x_0 implies
     )
@@ -192,6 +194,12 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
         raise ValueError(
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
+        )
+    if isinstance(scheduler, (HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler)) and steps[0] > 1000 * steps[1]:
+        warnings.warn(
+            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.0f} in one step, which burns colours."
+            f" Take more steps than num_inference_steps={num_inference_steps}, or another scheduler.",
+            stacklevel=2,
         )
     timesteps = prepared.timesteps.flip(0)
     timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps  # MPS has no float64
