@@ -195,9 +195,12 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
         )
-    if isinstance(scheduler, (HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler)) and steps[0] > 1000 * steps[1]:
+    if (
+        isinstance(scheduler, (HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler))
+        and steps[0] > 1000 * steps[1] > 0
+    ):
         warnings.warn(
-            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.0f} in one step, which burns colours."
+            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which burns colours."
             f" Take more steps than num_inference_steps={num_inference_steps}, or another scheduler.",
             stacklevel=2,
         )

@@ -68,7 +68,7 @@ def test_fast_solvers_do_not_burn_images_of_the_cosine_schedule(scheduler_class)
 
 @pytest.mark.parametrize("scheduler_class", NEED_STEPS, ids=lambda scheduler: scheduler.__name__)
 def test_too_few_steps_of_the_cosine_schedule_are_said(scheduler_class):
-    with pytest.warns(UserWarning, match="from noise level 20291 to .* in one step.*num_inference_steps=10"):
+    with pytest.raises(UserWarning, match="from noise level 20291 to .* in one step.*num_inference_steps=10"):
         draw(cosine_pipeline(scheduler_class), num_inference_steps=10)
 
 
