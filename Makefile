@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
+.PHONY: install demo demo-cascade test test-lowest test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,13 @@ demo-cascade: install
 # Side by side: most of the time is that of processes that tests start and wait for.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# In an environment of its own; `make install` in a new clone takes the newest versions.
+LOWEST := .venv-lowest
+test-lowest: install
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -e ".[train,eval,test]" $$($(BIN)/python tests/helpers/lowest_versions.py)
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -60,9 +67,14 @@ docs: $(VENV)/.docs-installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "Wrote build/docs/index.html"
 
+# pyright reads the package as it is installed, with `pipelines/` and `training/` inside it.
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/diffusers_adm
+	ln -s $(CURDIR)/diffusers_adm/* $(CURDIR)/pipelines $(CURDIR)/training $(CURDIR)/model_cards build/types/diffusers_adm
+	cp tests/typing/* build/types
+	$(BIN)/pyright --project build/types --pythonpath $(BIN)/python
 
 style: install
 	$(BIN)/ruff check --fix .

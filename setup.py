@@ -4,18 +4,52 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 
 ROOT = Path(__file__).parent
+# What a source distribution holds beside the package.
+SOURCES = ("docs", "tests", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile")
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_adm" / "__init__.py").read_text(), re.MULTILINE)[1]
 
+
+class SourceDistribution(sdist):
+    """Source distribution with tests and documentation."""
+
+    def make_distribution(self) -> None:
+        for source in SOURCES:
+            paths = [ROOT / source, *(ROOT / source).rglob("*")]
+            files = [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+            self.filelist.extend(str(path.relative_to(ROOT)) for path in files)
+        super().make_distribution()
+
+
 setup(
+    cmdclass={"sdist": SourceDistribution},
     name="diffusers-adm",
     version=VERSION,
     description="ADM and classifier guidance (Dhariwal & Nichol 2021) for diffusers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The diffusers_adm authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["diffusion models", "classifier guidance", "diffusers", "image generation", "guided-diffusion"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2105.05233",
+        "Original code": "https://github.com/openai/guided-diffusion",
+        "diffusers": "https://github.com/huggingface/diffusers",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["diffusers_adm*"]),
@@ -29,20 +63,24 @@ setup(
         "diffusers_adm.training": "training",
         "diffusers_adm.model_cards": "model_cards",
     },
-    package_data={"diffusers_adm.model_cards": ["*/*", "*/*/*"], "diffusers_adm.training": ["presets/*.yaml"]},
+    package_data={
+        "diffusers_adm": ["py.typed"],
+        "diffusers_adm.model_cards": ["*/*", "*/*/*"],
+        "diffusers_adm.training": ["presets/*.yaml"],
+    },
     install_requires=[
         "accelerate>=1.0",
         "diffusers>=0.42.1",
-        "huggingface_hub>=1.0",
-        "numpy",
+        "huggingface_hub>=1.32",
+        "numpy>=1.26",
         "Pillow>=10.1",
-        "safetensors",
+        "safetensors>=0.8",
         "torch>=2.6",
-        "torchvision",
+        "torchvision>=0.21",
     ],
     extras_require={
-        "train": ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"],
-        "eval": ["datasets>=4.0", "matplotlib", "torch-fidelity>=0.4", "tqdm"],
+        "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
+        "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
         "transformers": ["transformers>=5"],
         "docs": [
             "myst-parser>=5",
@@ -51,7 +89,14 @@ setup(
             "sphinx-argparse-cli>=1.20",
             "sphinx-copybutton>=0.5.2",
         ],
-        "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "setuptools>=77", "transformers>=5"],
+        "test": [
+            "pyright[nodejs]==1.1.414",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff==0.17.6",
+            "setuptools>=77.0.1",
+            "transformers>=5",
+        ],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
 )

@@ -7,6 +7,14 @@ from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
 
 
 __version__ = "0.1.0"
+__all__ = [
+    "ADMUNet2DModel",
+    "ADMUpsamplePipeline",
+    "ClassifierGuidedPipeline",
+    "NoisyClassifier",
+    "default_cascade",
+    "default_model",
+]
 
 
 def default_model() -> str:

@@ -4,15 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import run
 from diffusers import DDIMScheduler
 from digit_classifier import load_digit_classifier
 from PIL import Image
 
+import diffusers_adm
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
 from diffusers_adm.pipelines.cascade import draw_cascade
 
@@ -33,15 +36,25 @@ def run_python(code: str, **environment: str) -> str:
     return finished.stdout
 
 
-def test_wheel_draws_with_the_default_model_outside_the_checkout(tmp_path):
+def test_wheel_of_the_source_distribution_draws_outside_the_checkout(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    for path in ("tests/test_golden.py", "tests/golden/losses/io.npz", "docs/index.md", "Makefile", "CITATION.cff"):
+        assert (unpacked / path).is_file(), path
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, archive]
     subprocess.run([*pip, *build], check=True)
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, *tmp_path.glob("*.whl")], check=True)
+    assert (target / "diffusers_adm" / "py.typed").is_file()
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/openai/test_flags.py"]
+    subprocess.run(tests, cwd=unpacked, env={**os.environ, "PYTHONPATH": str(target)}, check=True, capture_output=True)
     printed = run_python(
         "import diffusers_adm\n"
         "pipe = diffusers_adm.ClassifierGuidedPipeline.from_pretrained(diffusers_adm.default_model())\n"
@@ -60,6 +73,12 @@ def test_wheel_draws_with_the_default_model_outside_the_checkout(tmp_path):
 def test_import_needs_neither_training_nor_evaluation_packages():
     printed = run_python("import sys, diffusers_adm; print(*sys.modules)")
     assert not {"datasets", "torch_fidelity", "tensorboard", "matplotlib"} & set(printed.split())
+
+
+def test_version_is_that_of_the_distribution():
+    assert version("diffusers-adm") == diffusers_adm.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == diffusers_adm.__version__
 
 
 def test_command_line_says_what_it_can_do():

@@ -21,3 +21,24 @@ from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance
 from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
 from .guider import FiniteCheck, Guider
 from .options import GuidanceOptions
+
+
+__all__ = [
+    "CLIPGuidance",
+    "ClassifierGuidance",
+    "CleanClassifierGuidance",
+    "Denoiser",
+    "FiniteCheck",
+    "GuidanceFunction",
+    "GuidanceOptions",
+    "Guider",
+    "classifier_gradient",
+    "combine_predictions",
+    "differentiable",
+    "guidance_gradient",
+    "leaf",
+    "normalized",
+    "shift_epsilon",
+    "shift_mean",
+    "shortened",
+]

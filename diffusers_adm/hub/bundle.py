@@ -171,7 +171,7 @@ class Module:
                 self.definitions[node.name] = node
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                self.definitions.update({target.id: node for target in targets})
+                self.definitions.update({target.id: node for target in targets if target.id != "__all__"})
             elif not isinstance(node, ast.Expr):  # a docstring
                 raise ValueError(f"{name} does more than define and import: line {node.lineno}.")
 

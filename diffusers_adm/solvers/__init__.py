@@ -10,3 +10,22 @@ from .schedulers import (
     takes_respacing,
     visited_steps,
 )
+
+
+__all__ = [
+    "Churn",
+    "DDPMSolver",
+    "Denoised",
+    "EpsilonSolver",
+    "GUIDED_SETTINGS",
+    "KarrasSolver",
+    "SIGMA_SCHEDULERS",
+    "SUPPORTED_SCHEDULERS",
+    "Solver",
+    "build_sigma_solver",
+    "build_solver",
+    "check_scheduler",
+    "check_sigma_scheduler",
+    "takes_respacing",
+    "visited_steps",
+]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = ("README.md", "docs/**/*.md", "training/*.md", "model_cards/*/README.md")
+PATTERNS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "training/*.md", "model_cards/*/README.md")
 DOCUMENTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 
 # A comment before a block says why it is not run.
