@@ -93,7 +93,11 @@ def folder(tmp_path_factory) -> Path:
         ((*SAMPLE, "--labels", "large.txt"), r"--labels large.txt has labels \[1000000000000\]"),
         ((*SAMPLE, "--labels", "digits.txt"), "--labels digits.txt: "),
         ((*SAMPLE, "--labels", "binary.txt"), "--labels binary.txt is neither a text nor an .npz file"),
-        ((*SAMPLE, "--low_res", "drawn.npz"), "saved ClassifierGuidedPipeline"),
+        (
+            (*SAMPLE, "--low_res", "drawn.npz"),
+            "saved ClassifierGuidedPipeline, .* --low_res is for upsamplers: leave it out",
+        ),
+        ((*SAMPLE, "--model", default_cascade()[1]), "saved ADMUpsamplePipeline, .* An upsampler needs --low_res"),
         (
             (*SAMPLE, "--model", default_cascade()[1], "--low_res", "large.npz"),
             "--low_res large.npz: images must be .*16",
@@ -146,6 +150,8 @@ def folder(tmp_path_factory) -> Path:
         (("demo", "--output", "new.png", "--steps", 0), "--steps 0 must be at least 1"),
         (("convert", "--output", "new", "--unet", ""), "--unet: a value is required"),
         (("inspect-data", "--train_data_dir", "empty", "--seed", -1), "--seed -1 must be at least 0"),
+        (("inspect-data", "--train_data_dir", "empty", "--dataloader_num_workers", -1), "--dataloader_num_workers -1"),
+        (("inspect-data", "--train_data_dir", "empty", "--dataset_config_name", "x"), "goes with --dataset_name"),
     ],
 )
 def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):

@@ -106,6 +106,14 @@ def test_full_memory_ends_in_one_line(fails, capsys):
     assert capsys.readouterr().err == "diffusers-adm sample: error: the memory is full: choose a smaller batch size\n"
 
 
+def test_an_interruption_ends_in_one_line(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert run_command("diffusers-adm sample", interrupt) == 130
+    assert capsys.readouterr().err == "diffusers-adm sample: interrupted\n"
+
+
 def test_errors_of_the_program_are_not_hidden():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         run_command("diffusers-adm sample", lambda: torch.ones(2, 3) @ torch.ones(2, 3))

@@ -156,6 +156,8 @@ def check_selection(source: ImageSource, selection: ImageSelection) -> None:
     """Raises a ValueError if options contradict one another or are out of range."""
     if (source.dataset_name is None) == (source.train_data_dir is None):
         raise ValueError("Give either --dataset_name or --train_data_dir.")
+    if source.dataset_name is None and source.dataset_config_name is not None:
+        raise ValueError(f"--dataset_config_name {source.dataset_config_name} goes with --dataset_name.")
     if selection.validation_split is not None and selection.validation_fraction is not None:
         raise ValueError("Give either --validation_split or --validation_fraction.")
     if selection.num_classes is not None and not (1 <= selection.num_classes <= MAX_CLASSES and selection.streaming):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from diffusers_adm.data.images import UNREADABLE
-from diffusers_adm.options import option
+from diffusers_adm.options import at_least, in_range, option
 
 
 LABEL_SOURCES = ("column", "filename_prefix")
@@ -54,12 +54,17 @@ class ImageSelection:
     streaming: bool = option(
         False, help="Fetch images during training, instead of all before. For datasets of many files."
     )
-    shuffle_buffer: int = option(10_000, help="Number of images of a stream that the next one is drawn from.")
+    shuffle_buffer: int = option(
+        10_000, help="Number of images of a stream that the next one is drawn from.", check=at_least(1)
+    )
     num_classes: int | None = option(
         None, help="Number of classes of a stream whose labels are numbers without names."
     )
     on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.", resumable=True)
     random_flip: bool = option(True, help="Mirror every second image, at random.")
     dataloader_num_workers: int = option(
-        0, help="Number of processes that load images.", resumable=workers_read_the_same_images
+        0,
+        help="Number of processes that load images.",
+        check=in_range(0, 1024),
+        resumable=workers_read_the_same_images,
     )

@@ -16,6 +16,7 @@ from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_s
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
 from diffusers_adm.guidance import GuidanceOptions
+from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
 from diffusers_adm.pipelines.options import SamplingOptions
@@ -54,11 +55,17 @@ def load_pipeline(
     try:
         pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[-1]
         raise OSError(
             f"There is no folder {str(model)!r}, and no pipeline with this id, which looks like 'owner/name', came from the Hub:"
-            f" {reason}"
+            f" {error}"
         ) from error
+    except OtherPipelineError as error:
+        advice = (
+            "--low_res is for upsamplers: leave it out, or"
+            if upsampler
+            else "An upsampler needs --low_res: give it, or"
+        )
+        raise ValueError(f"{error} {advice} choose another --model.") from error
     pipeline.to(device).set_progress_bar_config(disable=True)
     return pipeline
 

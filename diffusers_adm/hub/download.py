@@ -13,6 +13,10 @@ from diffusers_adm.hub.saved_files import CARD_FILE, SAVED_CLASSES, card_picture
 from diffusers_adm.openai.files import check_is_saved_model
 
 
+class OtherPipelineError(ValueError):
+    """Saved pipeline of another class than the one that loads it."""
+
+
 def as_installed(config: dict, pipeline_class: type) -> None:
     """
     Rewrites a pipeline's index so that the classes of the installed package are loaded.
@@ -23,14 +27,14 @@ def as_installed(config: dict, pipeline_class: type) -> None:
         pipeline_class: Class that loads the pipeline.
 
     Raises:
-        ValueError: If the index is that of another pipeline.
+        OtherPipelineError: If the index is that of another pipeline.
     """
     name = config.get("_class_name")
     name = name[1] if isinstance(name, (list, tuple)) else name
     if name is not None:
         known = [base.__name__ for base in pipeline_class.__mro__ if issubclass(base, DiffusionPipeline)]
         if name not in known:
-            raise ValueError(f"This is a saved {name}, not a {pipeline_class.__name__}.")
+            raise OtherPipelineError(f"This is a saved {name}, not a saved {pipeline_class.__name__}.")
         config["_class_name"] = name
     models = importlib.import_module("diffusers_adm.models")
     for component, entry in config.items():
