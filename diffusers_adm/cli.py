@@ -35,7 +35,7 @@ DEMO_EXAMPLES = """examples:
 """
 
 # Commands that are imported when they are run: module, function that adds their options, function that runs them.
-EXTRA_COMMANDS = {
+LAZY_COMMANDS = {
     "inspect-data": (
         "training.inspection",
         "add_inspection_arguments",
@@ -213,7 +213,7 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     add_demo_arguments(
         add_command(commands, "demo", "draw digits with the default model, guided and unguided", DEMO_EXAMPLES)
     )
-    for name, (module, add_arguments, function, purpose) in EXTRA_COMMANDS.items():
+    for name, (module, add_arguments, function, purpose) in LAZY_COMMANDS.items():
         command = add_command(commands, name, purpose)
         if name == command_name:
             implementation = importlib.import_module(f"diffusers_adm.{module}")
