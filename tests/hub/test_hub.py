@@ -211,7 +211,7 @@ def test_two_repositories_of_different_code_live_side_by_side(saved, hub):
         # Another version of the code: a network that says the opposite.
         text = data.decode() if name.endswith((".py", "model_index.json")) else None
         if name.startswith("unet/") and text:
-            text = text.replace("ADMUNet2DOutput(sample=sample)", "ADMUNet2DOutput(sample=-sample)")
+            text = text.replace("ADMUNet2DOutput(sample=output)", "ADMUNet2DOutput(sample=-output)")
         stem = next(
             name for name in repository.commits[repository.branches["main"]] if name.startswith("unet/unet_adm")
         )
