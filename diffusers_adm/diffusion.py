@@ -147,6 +147,21 @@ def betas_from_config(config: dict) -> torch.Tensor:
     )
 
 
+def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the timestep at which a schedule has a noise level, as a float, of the shape of sigma. It is interpolated in
+    log(sigma) between the steps of the schedule, and is the nearest one beyond them.
+
+    Args:
+        schedule: All training timesteps.
+        sigma: Noise level sqrt((1 - alpha_bar) / alpha_bar) of each image, `(batch,)`.
+    """
+    levels, level = schedule.sigma.log().float().to(sigma.device), sigma.log()
+    above = torch.searchsorted(levels, level).clamp(1, len(levels) - 1)
+    fraction = (level - levels[above - 1]) / (levels[above] - levels[above - 1])
+    return above - 1 + fraction.clamp(0, 1)
+
+
 def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
     """The table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
     if isinstance(index, int):

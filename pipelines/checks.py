@@ -117,7 +117,15 @@ def check_classifier(pipeline: DiffusionPipeline) -> None:
         if unet[name] != classifier[name]:
             raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
     noise = ["num_train_timesteps"]
-    if scheduler.trained_betas is None:  # otherwise they take the place of the schedule
+    if unet.get("preconditioning") is not None:
+        unknown = [name for name in (*noise, "beta_schedule") if classifier.get(name) is None]
+        if unknown:
+            raise ValueError(
+                f"The classifier's config lacks {' and '.join(unknown)}, from which a UNet with preconditioning tells at which"
+                f" timesteps it has seen which noise level: register_to_config({unknown[0]}=...) adds what it was trained with."
+            )
+        noise = []
+    elif scheduler.trained_betas is None:  # otherwise they take the place of the schedule
         noise.append("beta_schedule")
     for name in noise:
         trained_with = classifier.get(name)

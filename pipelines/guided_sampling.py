@@ -9,7 +9,7 @@ from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
-from diffusers_adm.guidance.functions import RunClassifierGuidance
+from diffusers_adm.guidance.functions import RunClassifierGuidance, training_schedule
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.pipelines.checks import (
@@ -172,7 +172,10 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
         if guidance_fn is None and self.classifier is not None:
             max_entropy_scale = guidance_options.max_entropy_scale if guidance_options.entropy_scaling else None
-            guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale)
+            schedule, config = None, self.classifier.config
+            if self.unet.config.get("preconditioning") is not None:
+                schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
+            guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale, schedule)
 
         def check_scales(scales: list[float]) -> None:
             self._check_scales(scales, options, guidance_fn is not None, labels)

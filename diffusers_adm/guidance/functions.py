@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusers_adm.diffusion import NoiseSchedule, timestep_at
 from diffusers_adm.guidance.gradient import guidance_gradient, moves_weights
 
 
@@ -56,6 +57,12 @@ class RunClassifierGuidance(ClassifierGuidance):
     """
     Guidance of one run by the pipeline's classifier. It reads once what takes a walk over all modules.
 
+    Args:
+        classifier: Classifier of the pipeline.
+        max_entropy_scale: Largest factor of the entropy scaling, see [`ClassifierGuidance`].
+        schedule: Schedule that the classifier was trained with, for a run whose timesteps are noise levels. The classifier is
+            told the timestep at which it has seen as much noise. `None` means that it is told the timesteps of the run.
+
     Attributes:
         dtype: Data type of the classifier's weights; `None` where the classifier does not say.
         weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
@@ -65,10 +72,37 @@ class RunClassifierGuidance(ClassifierGuidance):
     dtype: torch.dtype | None = None
     independent_rows = True
 
-    def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        max_entropy_scale: float | None = None,
+        schedule: NoiseSchedule | None = None,
+    ):
         super().__init__(classifier, max_entropy_scale)
+        self.schedule = schedule
         self.dtype = getattr(classifier, "dtype", None)
         self.weights_may_move = moves_weights(classifier)
+
+    def __call__(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the log-probability of each image's class, `(batch,)`."""
+        if self.schedule is not None:
+            timestep = timestep_at(self.schedule, timestep)
+        return super().__call__(x_t, timestep, x_0, class_labels)
+
+
+def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSchedule:
+    """
+    Returns the schedule that a classifier was trained with.
+
+    Args:
+        num_train_timesteps: Number of its timesteps.
+        beta_schedule: Its name, as schedulers have it. Betas of the linear one are those of 1000 timesteps, stretched.
+    """
+    start, end = 0.1 / num_train_timesteps, 20 / num_train_timesteps
+    config = {"num_train_timesteps": num_train_timesteps, "beta_schedule": beta_schedule}
+    return NoiseSchedule.from_config({**config, "beta_start": start, "beta_end": end})
 
 
 def classifier_gradient(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_adm.openai.flags import Flags, check_timestep_scale, preconditioning_config
+from diffusers_adm.openai.flags import BETA_SCHEDULES, Flags, check_timestep_scale, preconditioning_config
 
 
 PUBLISHED_NORM_GROUPS = 32  # fixed in the original code
@@ -309,4 +309,5 @@ def classifier_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
         "num_attention_heads": None,
         "dropout": 0.0,
         "num_train_timesteps": flags["diffusion_steps"],
+        "beta_schedule": BETA_SCHEDULES.get(flags["noise_schedule"]) if "noise_schedule" in flags else None,
     }

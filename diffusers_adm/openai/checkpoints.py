@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
 from diffusers_adm.openai.flags import (
+    BETA_SCHEDULES,
     Flags,
     build_scheduler,
     build_sigma_scheduler,
@@ -126,8 +127,9 @@ class PublishedCheckpoint:
         if self.shapes.network == "UNet":
             return unet_config(self.shapes, flags)
         config = classifier_config(self.shapes, flags)
-        if self.released is not None:  # trained with 1000 timesteps, whatever is to be sampled with
+        if self.released is not None:  # trained with 1000 timesteps and its own noise, whatever is to be sampled with
             config["num_train_timesteps"] = round(1000 / flags.timestep_scale)
+            config["beta_schedule"] = BETA_SCHEDULES[parse_flags(self.released.flags)["noise_schedule"]]
         names = self.id2label
         if names is not None and len(names) == config["num_classes"]:
             config["id2label"] = names

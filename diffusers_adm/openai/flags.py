@@ -121,7 +121,7 @@ class Flags(dict):
 
     def of_classifier(self) -> "Flags":
         """Returns the flags that describe the classifier, of a command line for UNet and classifier."""
-        shared = ("image_size", "diffusion_steps", "rescale_timesteps")
+        shared = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps")
         return Flags({name: self[name] for name in self if name in shared or name.startswith("classifier_")})
 
     @property

@@ -163,7 +163,7 @@ GUIDED_DIFFUSION = (
     ReleasedCheckpoint(
         "64x64_classifier.pt",
         "classifier",
-        f"--image_size 64 --classifier_depth 4 {_CLASSIFIER}",
+        f"--image_size 64 --noise_schedule cosine --classifier_depth 4 {_CLASSIFIER}",
         imagenet_labels=True,
         name="imagenet-64-classifier",
         trained_on="ImageNet",
@@ -172,7 +172,7 @@ GUIDED_DIFFUSION = (
     ReleasedCheckpoint(
         "128x128_classifier.pt",
         "classifier",
-        f"--image_size 128 --classifier_depth 2 {_CLASSIFIER}",
+        f"--image_size 128 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",
         imagenet_labels=True,
         name="imagenet-128-classifier",
         trained_on="ImageNet",
@@ -181,7 +181,7 @@ GUIDED_DIFFUSION = (
     ReleasedCheckpoint(
         "256x256_classifier.pt",
         "classifier",
-        f"--image_size 256 --classifier_depth 2 {_CLASSIFIER}",
+        f"--image_size 256 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",
         imagenet_labels=True,
         name="imagenet-256-classifier",
         trained_on="ImageNet",
@@ -190,7 +190,7 @@ GUIDED_DIFFUSION = (
     ReleasedCheckpoint(
         "512x512_classifier.pt",
         "classifier",
-        f"--image_size 512 --classifier_depth 2 {_CLASSIFIER}",
+        f"--image_size 512 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",
         imagenet_labels=True,
         name="imagenet-512-classifier",
         trained_on="ImageNet",

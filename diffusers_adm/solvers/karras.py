@@ -300,23 +300,24 @@ def consistency_solver(
         ValueError: If the steps do not begin at the highest noise level and go down.
     """
     config = scheduler.config
-    if timesteps is None and timestep_respacing is not None:
-        given = f"timestep_respacing={timestep_respacing!r}"
-        parts = [part.strip() for part in timestep_respacing.split(",")]
-        places = [int(part) if part.isdecimal() else -1 for part in parts][: max(len(parts) - 1, 1)]
-    elif timesteps is not None:
-        given = f"timesteps={timesteps!r}"
+    if timesteps is not None:
         is_list = isinstance(timesteps, (list, tuple)) and all(map(is_integer, timesteps))
-        places = list(reversed(timesteps)) if is_list else []
-    if timesteps is None and timestep_respacing is None:
+        given, steps = f"timesteps={timesteps!r}", list(reversed(timesteps)) if is_list else []
+    elif timestep_respacing is not None:
+        parts = [part.strip() for part in timestep_respacing.split(",")]
+        given = f"timestep_respacing={timestep_respacing!r}"
+        steps = [int(part) if part.isdecimal() else -1 for part in parts]
+    else:
         _check_number(num_inference_steps, config.num_train_timesteps)
-        stride = config.num_train_timesteps // num_inference_steps
-        places = [step * stride for step in range(num_inference_steps)]
-    elif not places or places[0] != 0 or places != sorted(set(places)) or places[-1] >= config.num_train_timesteps:
+        given, stride = f"num_inference_steps={num_inference_steps}", config.num_train_timesteps // num_inference_steps
+        steps = [step * stride for step in range(num_inference_steps)]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)) or steps[-1] >= config.num_train_timesteps:
         raise ValueError(
             f"{given} must be steps of {type(scheduler).__name__}: different integers below {config.num_train_timesteps},"
             " such as [22, 0] or '0,22,39', of which 0 is the highest noise level and must be among them."
         )
+    ends_without_effect = timesteps is None and timestep_respacing is not None
+    places = steps[:-1] or steps if ends_without_effect else steps
     prepared = CMStochasticIterativeScheduler.from_config(config)
     prepared.set_timesteps(timesteps=places[::-1])
     levels, lowest = prepared.sigmas[: len(places)].double().tolist(), config.sigma_min

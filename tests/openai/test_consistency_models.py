@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, HeunDiscreteScheduler
-from golden_cases import GOLDEN, draw_weights, load_case, published_flags
+from golden_cases import GOLDEN, RELEASED, draw_weights, load_case, published_flags
 
-from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline
+from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.released import RELEASED_BY_NAME
 
@@ -91,6 +91,15 @@ def test_released_files_sample_as_in_the_original_list_of_commands():
         checkpoint = PublishedCheckpoint(weights, released.flags)
         assert isinstance(checkpoint.scheduler(), scheduler)
         assert (checkpoint.num_inference_steps, checkpoint.timestep_respacing) == (steps, ts)
+
+
+def test_released_classifiers_know_the_noise_that_they_were_trained_with():
+    for name, beta_schedule in (("imagenet-64", "squaredcos_cap_v2"), ("imagenet-256", "linear")):
+        classifier = RELEASED_BY_NAME[f"{name}-classifier"]
+        parameters = RELEASED[classifier.file]["parameters"]
+        weights = {tensor: torch.empty(shape, device="meta") for tensor, shape in parameters}
+        config = NoisyClassifier.from_openai(weights, classifier.flags).config
+        assert (config.num_train_timesteps, config.beta_schedule) == (1000, beta_schedule)
 
 
 def test_weights_go_back_to_their_published_layout():

@@ -75,7 +75,7 @@ def test_released_classifier_guides_four_thousand_steps_only_if_they_are_rescale
     def assemble(rescaled):
         published = PublishedCheckpoint(draw_weights(unet), f"{flags} {rescaled}")
         released = published.classifier(draw_weights(classifier))
-        released.released = PublishedCheckpoint("64x64_classifier.pt").released
+        released.released = PublishedCheckpoint("256x256_classifier.pt").released
         return ClassifierGuidedPipeline.from_openai(published, released)
 
     assert assemble(True).classifier.config.timestep_scale == 0.25

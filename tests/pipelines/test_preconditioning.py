@@ -1,0 +1,278 @@
+"""Sampling with UNets that are told the noise level and predict x_0."""
+
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
+from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
+
+from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.diffusion import NoiseSchedule, timestep_at
+from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.models.unet_adm import ADMUNet2DOutput
+
+
+COSINE = NoiseSchedule.from_config(DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+SIGMA = COSINE.sigma[700].item()
+
+
+def edm_unet(**changes):
+    return tiny_unet(**{"out_channels": 3, "preconditioning": "edm", "timestep_scale": 1000.0, **changes})
+
+
+def edm_pipeline(scheduler=None, classifier=None, **changes):
+    scheduler = HeunDiscreteScheduler() if scheduler is None else scheduler
+    unet = edm_unet(**changes)
+    return tiny_pipeline(unet, scheduler, classifier, with_classifier=False, num_inference_steps=4)
+
+
+def draw(pipeline, **call):
+    call = {"class_labels": [1, 2], "generator": torch.Generator().manual_seed(0), "output_type": "latent", **call}
+    return pipeline(**call).images
+
+
+def noised_classifier():
+    return tiny_classifier(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+
+
+# --- Steps ---
+
+
+def predict_with(pipeline, function):
+    """Puts a function of the noised images and their noise level in the place of the UNet's layers."""
+
+    def forward(sample, sigma, class_labels=None, low_res=None):
+        return ADMUNet2DOutput(sample=function(sample, sigma[:, None, None, None]))
+
+    pipeline.unet.forward = forward
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [
+        HeunDiscreteScheduler,
+        EDMEulerScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        CMStochasticIterativeScheduler,
+    ],
+)
+def test_every_method_ends_at_the_only_image_there_is(scheduler_class):
+    pipeline = edm_pipeline(scheduler_class())
+    x_0 = images(1).clamp(-1, 1)
+    predict_with(pipeline, lambda x, sigma: x_0.expand_as(x))
+    levels = []
+
+    def look(pipeline, step, timestep, tensors):
+        x = tensors["latents"] * (1 + timestep**2).sqrt()
+        levels.append((timestep.item(), ((x - x_0).std() / timestep).item()))
+        return {}
+
+    drawn = draw(pipeline, callback_on_step_start=look, num_inference_steps=6)
+    torch.testing.assert_close(drawn, x_0.expand(2, -1, -1, -1), rtol=0, atol=2e-5)
+    # Images that are noised by sigma are what the network is asked about, at every step.
+    assert levels[0][0] == pytest.approx(80)
+    assert all(0.8 < ratio < 1.2 for _, ratio in levels)
+
+
+@pytest.mark.parametrize("scheduler_class", [HeunDiscreteScheduler, EDMEulerScheduler, KDPM2DiscreteScheduler])
+def test_churn_raises_the_noise_level_within_its_window(scheduler_class):
+    pipeline = edm_pipeline(scheduler_class())
+    visited = []
+
+    def look(pipeline, step, timestep, tensors):
+        visited.append(timestep.item())
+        return {}
+
+    plain = draw(pipeline, callback_on_step_start=look)
+    untouched, visited = visited, []
+    assert torch.equal(draw(pipeline, churn={"s_churn": 8, "s_tmin": 100}), plain)
+    churned = draw(pipeline, callback_on_step_start=look, churn={"s_churn": 8, "s_tmax": 50})
+    assert not torch.equal(churned, plain)
+    assert visited[0] == untouched[0]  # above the window
+    raised = [now / before for now, before in zip(visited, untouched) if now != before]
+    assert raised and max(raised) == pytest.approx(2**0.5)  # the most of a step
+
+
+def test_order_of_heun_and_dpm_is_the_second():
+    # For the normal distribution of deviation 1 the path is known: x / sqrt(1 + sigma^2) is constant.
+    errors = {}
+    for scheduler_class in (EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler):
+        scheduler = scheduler_class.from_config(scheduler_class().config | {"clip_sample": False})
+        for steps in (40, 80):
+            pipeline = edm_pipeline(scheduler)
+            predict_with(pipeline, lambda x, sigma: x / (1 + sigma**2))
+            small = 0.01 * images()  # so that nothing is clipped
+            drawn = draw(pipeline, latents=small, num_inference_steps=steps)
+            exact = small * 80 / (1 + 80**2) ** 0.5
+            errors[scheduler_class, steps] = ((drawn - exact).norm() / exact.norm()).item()
+    euler, heun, dpm = (
+        errors[one, 40] / errors[one, 80] for one in (EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler)
+    )
+    assert 1.7 < euler < 2.3
+    assert 3.4 < heun < 4.6 and 3.4 < dpm < 4.6
+
+
+def test_image_is_the_same_in_any_batch():
+    for scheduler, call in (
+        (HeunDiscreteScheduler(), {"churn": {"s_churn": 8}}),
+        (EulerAncestralDiscreteScheduler(), {}),
+        (CMStochasticIterativeScheduler(), {"timestep_respacing": "0,22,39"}),
+    ):
+        pipeline = edm_pipeline(scheduler)
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        both = draw(pipeline, generator=generators, **call)
+        one = draw(pipeline, class_labels=[2], generator=[torch.Generator().manual_seed(4)], **call)
+        torch.testing.assert_close(both[1:], one, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_a_consistency_model_are_given_in_either_way():
+    pipeline = edm_pipeline(CMStochasticIterativeScheduler(), preconditioning="consistency")
+    published = draw(pipeline, timestep_respacing="0,22,39")
+    assert torch.equal(published, draw(pipeline, timesteps=[22, 0]))
+    assert not torch.equal(published, draw(pipeline, num_inference_steps=1))
+    assert torch.equal(draw(pipeline, num_inference_steps=2), draw(pipeline, timesteps=[20, 0]))
+
+
+# --- Guidance ---
+
+
+def one_step(pipeline, **call):
+    """x_0 after one step of Euler's method from SIGMA to 0, and the x that it started from."""
+    x_T = images()
+    drawn = draw(pipeline, latents=x_T, num_inference_steps=1, **call)
+    return drawn, SIGMA * x_T
+
+
+def euler():
+    return EDMEulerScheduler(sigma_min=0.002, sigma_max=SIGMA)
+
+
+def test_classifier_guides_at_the_timestep_of_the_noise_level():
+    classifier, labels = noised_classifier(), torch.tensor([1, 2])
+    pipeline = edm_pipeline(euler(), classifier)
+    guided, x = one_step(pipeline, guidance_scale=0.5)
+    x_t = x / (1 + SIGMA**2) ** 0.5
+    gradient = classifier_gradient(classifier, x_t, torch.tensor([700, 700]), labels) / (1 + SIGMA**2) ** 0.5
+    with torch.no_grad():
+        x_0 = pipeline.unet(x, SIGMA, labels).sample.clamp(-1, 1)
+    expected = x_0 + 0.5 * SIGMA**2 * gradient  # with respect to x = x_0 + sigma * epsilon
+    assert (expected - x_0).abs().max() > 1e-3
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timestep_of_a_noise_level_lies_between_those_of_the_schedule():
+    sigma = torch.stack(
+        [COSINE.sigma[10], COSINE.sigma[10:12].log().mean().exp(), torch.tensor(1e-5), torch.tensor(1e6)]
+    )
+    torch.testing.assert_close(timestep_at(COSINE, sigma.float()), torch.tensor([10, 10.5, 0, 999]), rtol=0, atol=1e-2)
+
+
+def test_prediction_without_a_class_and_of_another_unet_guide():
+    labels = torch.tensor([1, 2])
+    pipeline = edm_pipeline(euler(), use_null_class=True)
+    weaker = edm_unet(seed=5, use_null_class=True)
+    for call, unet, other_labels in (
+        ({}, pipeline.unet, torch.tensor([5, 5])),
+        ({"guiding_unet": weaker}, weaker, labels),
+    ):
+        drawn, x = one_step(pipeline, cfg_weight=0.5, **call)
+        with torch.no_grad():
+            x_0 = 1.5 * pipeline.unet(x, SIGMA, labels).sample - 0.5 * unet(x, SIGMA, other_labels).sample
+        torch.testing.assert_close(drawn, x_0.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+# --- Precision, files, bad input ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_noise_survives_weights_in_half_precision(dtype):
+    unet, x = edm_unet(), images().clamp(-1, 1)
+    sigma = 0.002
+    noisy = x + sigma * images(seed=3)
+    with torch.no_grad():
+        exact = unet(noisy, sigma, torch.tensor([1, 2])).sample
+        half = unet.to(dtype)(noisy, sigma, torch.tensor([1, 2])).sample
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().max() < 0.1 * sigma  # images themselves round to 0.004 in bfloat16
+
+
+def test_saved_pipeline_draws_the_same(tmp_path):
+    pipeline = edm_pipeline(CMStochasticIterativeScheduler(), noised_classifier(), preconditioning="consistency")
+    pipeline.save_pretrained(tmp_path)
+    drawn = draw(pipeline, num_inference_steps=2)
+    loaded = (
+        ClassifierGuidedPipeline.from_pretrained(tmp_path),
+        DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True),
+    )
+    for one in loaded:
+        one.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(one, num_inference_steps=2), drawn)
+
+
+@pytest.mark.parametrize(
+    "scheduler, call, message",
+    [
+        (HeunDiscreteScheduler(), {"num_inference_steps": 0}, "`num_inference_steps` must be an integer in"),
+        (HeunDiscreteScheduler(), {"timesteps": [22, 0]}, "`timesteps` requires CMStochasticIterativeScheduler"),
+        (HeunDiscreteScheduler(), {"timestep_respacing": "4"}, "`timestep_respacing` requires CMStoch"),
+        (HeunDiscreteScheduler(), {"eta": 0.5}, "`eta` requires DDIMScheduler"),
+        (HeunDiscreteScheduler(), {"churn": {"s_chrun": 8}}, "`churn` takes the options .* but got"),
+        (HeunDiscreteScheduler(), {"churn": {"s_churn": -1}}, "`s_churn` of churn must be a number of at least 0"),
+        (HeunDiscreteScheduler(), {"churn": 8}, "`churn` must be a Churn or a dict"),
+        (
+            EulerAncestralDiscreteScheduler(),
+            {"churn": {"s_churn": 8}},
+            "`churn` must not be given with EulerAncestral",
+        ),
+        (CMStochasticIterativeScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with CMStoch"),
+        (CMStochasticIterativeScheduler(), {"timesteps": [0, 22]}, "timesteps=.0, 22. must be steps of"),
+        (CMStochasticIterativeScheduler(), {"timesteps": [22]}, "0 is the highest noise level and must be among"),
+        (CMStochasticIterativeScheduler(), {"timesteps": 3}, "timesteps=3 must be steps of"),
+        (CMStochasticIterativeScheduler(), {"timestep_respacing": "0,x"}, "timestep_respacing='0,x' must be steps"),
+        (CMStochasticIterativeScheduler(), {"timestep_respacing": "0,40,50"}, "different integers below 40"),
+    ],
+)
+def test_calls_that_cannot_be_sampled_are_refused(scheduler, call, message):
+    with pytest.raises(ValueError, match=message):
+        draw(edm_pipeline(scheduler), **call)
+
+
+def test_parts_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match="DDIMScheduler is not supported for a UNet with preconditioning"):
+        edm_pipeline(DDIMScheduler())
+    with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
+        tiny_pipeline(scheduler=EDMEulerScheduler())
+    with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
+        edm_pipeline(classifier=tiny_classifier())
+    with pytest.raises(ValueError, match="guiding_unet differs from the UNet in preconditioning"):
+        draw(edm_pipeline(), cfg_weight=1.0, guiding_unet=tiny_unet())
+    with pytest.raises(ValueError, match="`churn` requires a UNet with preconditioning"):
+        draw(tiny_pipeline(), num_inference_steps=2, churn={"s_churn": 8})
+    for method, call in (("predict", (images(), 3, [1, 2])), ("invert", (images(), [1, 2]))):
+        with pytest.raises(ValueError, match=f"`{method}` requires a UNet that is told timesteps"):
+            getattr(edm_pipeline(), method)(*call)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"preconditioning": "vp"}, "preconditioning='vp' is not one of"),
+        ({"out_channels": 6}, "requires out_channels=3"),
+        ({"sigma_data": 0.0}, "sigma_data must be positive"),
+        ({"sigma_min": 80.0}, "sigma_min and sigma_max must be positive and finite, the smaller first"),
+    ],
+)
+def test_preconditioning_that_is_none_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        edm_unet(**config)
