@@ -1,4 +1,4 @@
-"""What all command lines share: errors in one line, an exit code, and parsers that show no usage beside an error."""
+"""Shared parts of all command lines: errors in one line, exit codes, and parsers that show no usage beside an error."""
 
 import argparse
 import contextlib
