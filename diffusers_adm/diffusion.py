@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from diffusers_adm.betas import betas_from_config, checked_betas
+from diffusers_adm.checks import as_numbers, check_images, is_integer
 from diffusers_adm.respacing import respaced_timesteps
 
 
@@ -60,8 +62,17 @@ class NoiseSchedule:
             beta: Betas of all training timesteps, `(num_train_timesteps,)`, float64.
             timesteps: The training timesteps that are visited, ascending; all if `None`. The betas of the shorter
                 process are those that leave alpha_bar as it is [Nichol & Dhariwal 2021, eq. 19].
+
+        Raises:
+            ValueError: If betas are not in (0, 1), or timesteps are not ascending integers below their number.
         """
-        timesteps = torch.arange(len(beta)) if timesteps is None else torch.tensor(timesteps)
+        beta = checked_betas(beta)
+        timesteps = torch.arange(len(beta)) if timesteps is None else as_numbers("timesteps", timesteps)
+        integers = not timesteps.is_floating_point() and timesteps.ndim == 1 and len(timesteps)
+        if not integers or timesteps[0] < 0 or timesteps[-1] >= len(beta) or (timesteps.diff() <= 0).any():
+            raise ValueError(
+                f"timesteps must be ascending integers in [0, {len(beta) - 1}], but got {timesteps.tolist()}."
+            )
         return cls.from_alpha_bar(torch.cumprod(1 - beta, dim=0)[timesteps], timesteps)
 
     @classmethod
@@ -118,35 +129,6 @@ class NoiseSchedule:
         return NoiseSchedule(**{name: table.to(device) for name, table in tables.items()})
 
 
-def betas_from_config(config: dict) -> torch.Tensor:
-    """
-    The betas that a diffusers scheduler's config describes, in float64.
-
-    Returns:
-        `(num_train_timesteps,)`, each in (0, 1).
-
-    Raises:
-        ValueError: If `beta_schedule` is unknown, or the config rescales betas to a zero terminal SNR.
-    """
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")
-    if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
-    start, end = config["beta_start"], config["beta_end"]
-    if schedule == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    if schedule == "squaredcos_cap_v2":  # the paper's "cosine" [Nichol & Dhariwal 2021, eq. 17]
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
-        alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(
-        f"beta_schedule={schedule!r} is not supported: 'linear', 'scaled_linear' and 'squaredcos_cap_v2' are."
-    )
-
-
 def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
     """
     Returns the timestep at which a schedule has a noise level, as a float, of the shape of sigma. It is interpolated in
@@ -164,8 +146,11 @@ def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
 
 def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
     """The table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
-    if isinstance(index, int):
+    if is_integer(index):
+        if not 0 <= index < len(table):
+            raise ValueError(f"The index of a step must be in [0, {len(table) - 1}], but got {index}.")
         return table[index].float().item()
+    index = as_numbers("index", index)
     values = table.float().to(index.device)[index]
     return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
 
@@ -187,8 +172,14 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
         noise: Standard normal noise, of the shape of `x`.
 
     Raises:
-        ValueError: If `to_index` is not noisier.
+        ValueError: If `to_index` is not noisier, or `x` and `noise` are not images of one shape.
     """
+    check_images("x", x)
+    check_images("noise", noise)
+    if x.shape != noise.shape:
+        raise ValueError(f"noise must be of the shape of x, {tuple(x.shape)}, but got {tuple(noise.shape)}.")
+    if not (is_integer(index) and is_integer(to_index)):
+        raise ValueError(f"index and to_index must be integers, but got {index!r} and {to_index!r}.")
     if not -1 <= index < to_index < len(schedule):
         raise ValueError(f"Noise cannot be added from step {index} to step {to_index} of {len(schedule)}.")
     before = schedule.alpha_bar[index].item() if index >= 0 else 1.0

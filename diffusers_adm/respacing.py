@@ -4,6 +4,9 @@ Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4 for strides over se
 (arXiv 2010.02502), section 4.2 for the integer stride of DDIM.
 """
 
+from diffusers_adm.checks import is_integer
+
+
 RESPACING_FORMS = "a string of the form '', '250', '90,60,60,20,20' or 'ddim25'"
 
 
@@ -72,10 +75,9 @@ def evenly_spaced_timesteps(count: int, num_train_timesteps: int) -> list[int]:
     `count` timesteps from 0 for DDIM: at an integer stride where one gives that number, else round(i * T / count).
 
     Raises:
-        ValueError: If `count` is not in [1, num_train_timesteps].
+        ValueError: If `count` is not an integer in [1, num_train_timesteps].
     """
-    if not 1 <= count <= num_train_timesteps:
-        raise ValueError(f"{count} steps cannot be taken: the model has {num_train_timesteps} timesteps.")
+    _check_count(count, num_train_timesteps)
     stride = integer_stride(count, num_train_timesteps)
     if stride is not None:
         return list(range(0, num_train_timesteps, stride))
@@ -92,10 +94,9 @@ def trailing_timesteps(count: int, num_train_timesteps: int) -> list[int]:
         num_train_timesteps: Number of timesteps that the model was trained with.
 
     Raises:
-        ValueError: If `count` is not in [1, num_train_timesteps].
+        ValueError: If `count` is not an integer in [1, num_train_timesteps].
     """
-    if not 1 <= count <= num_train_timesteps:
-        raise ValueError(f"{count} steps cannot be taken: the model has {num_train_timesteps} timesteps.")
+    _check_count(count, num_train_timesteps)
     return [round((i + 1) * num_train_timesteps / count) - 1 for i in range(count)]
 
 
@@ -103,3 +104,8 @@ def _parse_count(text: str, timestep_respacing: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")
     return int(text)
+
+
+def _check_count(count: int, num_train_timesteps: int) -> None:
+    if not (is_integer(count) and is_integer(num_train_timesteps) and 1 <= count <= num_train_timesteps):
+        raise ValueError(f"{count!r} steps cannot be taken: the model has {num_train_timesteps!r} timesteps.")

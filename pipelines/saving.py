@@ -8,9 +8,10 @@ from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
 from diffusers_adm.hub.cards import save_card
-from diffusers_adm.hub.download import as_installed, download
+from diffusers_adm.hub.download import as_installed, check_index, download
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.hub.upload import push
+from diffusers_adm.saved_folders import loading
 
 
 class SavingMixin:
@@ -26,11 +27,14 @@ class SavingMixin:
             kwargs: Arguments of every pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
 
         Raises:
-            ValueError: If the pipeline or a component has another class.
+            ValueError: If the pipeline or a component has another class, or their configs describe no pipeline.
+            OSError: If a file is missing or damaged.
         """
         kwargs.pop("trust_remote_code", None)  # ignored, because no code of the folder is run
         folder = download(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(folder, **kwargs)
+        check_index(Path(folder), cls, kwargs)
+        with loading(cls.__name__, folder):
+            return super().from_pretrained(folder, **kwargs)
 
     @classmethod
     def load_config(cls, *args, **kwargs):

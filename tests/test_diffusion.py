@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from golden_cases import load_case
 
+from diffusers_adm.betas import betas_from_config
 from diffusers_adm.diffusion import (
     NoiseSchedule,
     add_noise,
-    betas_from_config,
     discretized_log_likelihood,
     epsilon_from_x_0,
     fixed_log_variance,

@@ -47,7 +47,7 @@ COMMAND_LINE = {
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
 LAYERS = (
     {"checks"},
-    {"atomic_files", "command_line", "launch", "options", "progress", "quiet", "respacing"},
+    {"atomic_files", "betas", "command_line", "launch", "options", "progress", "quiet", "respacing", "saved_folders"},
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},
     {"guidance"},

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusers_adm.checks import check_images, check_types, one_per_image
 from diffusers_adm.diffusion import NoiseSchedule, timestep_at
 from diffusers_adm.guidance.gradient import guidance_gradient, moves_weights
 
@@ -116,8 +117,18 @@ def classifier_gradient(
         x_t: Noised images, `(batch, channels, height, width)`.
         timestep: Training timestep of each image, `(batch,)`.
         class_labels: Class of each image, `(batch,)`.
+
+    Raises:
+        ValueError: If an argument is of another type or shape.
     """
-    x_t = x_t.detach()
+    if not callable(classifier):
+        raise ValueError(f"`classifier` must be a module, but got {type(classifier).__name__}.")
+    check_images("x_t", x_t)
+    timestep = one_per_image("timestep", timestep, x_t).expand(len(x_t))
+    class_labels = one_per_image("class_labels", class_labels, x_t).expand(len(x_t))
+    if class_labels.is_floating_point():
+        raise ValueError(f"class_labels must be integers, but got {class_labels.dtype}.")
+    x_t, class_labels = x_t.detach(), class_labels.long()
     return guidance_gradient(ClassifierGuidance(classifier), x_t, timestep, x_t, class_labels)
 
 
@@ -138,7 +149,8 @@ class CleanClassifierGuidance:
             smooth; the authors take 3.
 
     Raises:
-        ValueError: If `softplus_beta` is not above 0, or the classifier has no `torch.nn.ReLU` modules.
+        ValueError: If `softplus_beta` is not above 0, the classifier has no `torch.nn.ReLU` modules, or an argument is of
+            another type.
     """
 
     def __init__(
@@ -150,6 +162,11 @@ class CleanClassifierGuidance:
         conditional_temperature: float = 1.0,
         softplus_beta: float | None = None,
     ):
+        for name, function in (("classifier", classifier), ("image_processor", image_processor)):
+            if not callable(function) and not (name == "image_processor" and function is None):
+                raise ValueError(f"`{name}` must be a module or a function, but got {type(function).__name__}.")
+        temperatures = {"joint_temperature": joint_temperature, "conditional_temperature": conditional_temperature}
+        check_types(type(self).__init__, {"through_unet": through_unet, **temperatures})
         if softplus_beta is not None:
             classifier = smoothed(classifier, softplus_beta)
         self.classifier = classifier.eval() if isinstance(classifier, nn.Module) else classifier

@@ -1,11 +1,19 @@
 """Weights of a model: their completeness when they are loaded, and their data type."""
 
+import inspect
 import os
+from pathlib import Path
 from typing import Self
 
 import torch
 
+from diffusers_adm.checks import check_types
 from diffusers_adm.openai.files import check_is_saved_model
+from diffusers_adm.saved_folders import check_weights, loading, read_config
+
+
+# Options that models saved by earlier versions of this package lack.
+ADDED_OPTIONS = ("timestep_scale", "num_train_timesteps", "beta_schedule", "id2label")
 
 
 class CompleteWeightsMixin:
@@ -21,12 +29,18 @@ class CompleteWeightsMixin:
             kwargs: Arguments of `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: If a file is given in the place of a folder, or weights are missing. diffusers itself leaves them
-                without values.
+            ValueError: If a file is given in the place of a folder, the folder holds another model, or weights are missing or
+                have other shapes. diffusers itself leaves missing weights without values.
+            OSError: If a file is missing or damaged.
         """
         check_is_saved_model(pretrained_model_name_or_path)
+        if os.path.isdir(pretrained_model_name_or_path):
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_config_file(folder / "config.json", cls)
+            check_weights(folder, kwargs.get("variant"))
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with loading(cls.__name__, str(pretrained_model_name_or_path)):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
@@ -34,6 +48,33 @@ class CompleteWeightsMixin:
                 f" {len(model.state_dict())} tensors are missing, such as {', '.join(missing[:3])}. Save or download them again."
             )
         return (model, info) if with_info else model
+
+
+def check_config_file(path: Path, model_class: type) -> None:
+    """
+    Checks that a config file describes a model of a class.
+
+    Args:
+        path: File that `save_pretrained` wrote.
+        model_class: Class of the model.
+
+    Raises:
+        OSError: If the file is missing or damaged.
+        ValueError: If it describes a model of another class, or an entry is of a wrong type.
+    """
+    config = read_config(path)
+    name, known = config.get("_class_name"), [base.__name__ for base in model_class.__mro__]
+    required = inspect.signature(model_class.__init__).parameters.keys() - {"self", *ADDED_OPTIONS}
+    # Derived classes have names of their own, and all options of the class.
+    if name not in known and not required <= config.keys():
+        described = "no class" if name is None else repr(name)
+        raise ValueError(
+            f"The file {str(path)!r} must describe {model_class.__name__}, but it is that of {described}."
+        )
+    try:
+        check_types(model_class.__init__, config)
+    except ValueError as error:
+        raise ValueError(f"The file {str(path)!r} is wrong: {error}") from error
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

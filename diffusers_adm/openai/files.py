@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from diffusers_adm.openai.released import find_released
 
@@ -48,8 +50,10 @@ def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
     Checks that what `from_pretrained` is given may be a saved model.
 
     Raises:
-        ValueError: If it is a file, such as a checkpoint of the original code.
+        ValueError: If it is a file, such as a checkpoint of the original code, or neither a folder nor a possible id.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
+        raise ValueError(f"A saved model is a folder or an id on the Hub, but got {name_or_path!r}.")
     path = Path(name_or_path)
     if path.is_file() and path.suffix != ".json":
         raise ValueError(
@@ -57,6 +61,13 @@ def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
             f" code first, by `diffusers-adm convert --unet {path} --output DIR` for a UNet, which is then in DIR/unet, or by"
             f" `diffusers-adm convert --classifier {path} --output DIR` for a classifier."
         )
+    if not path.exists():
+        try:
+            validate_repo_id(os.fspath(name_or_path))
+        except HFValidationError as error:
+            raise ValueError(
+                f"There is no folder {str(name_or_path)!r}, and it cannot be an id on the Hub, which looks like 'owner/name'."
+            ) from error
 
 
 def _models_in(content: Mapping, place: str) -> dict[str, Mapping]:

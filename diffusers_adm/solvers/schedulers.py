@@ -3,6 +3,7 @@
 import copy
 import warnings
 from numbers import Real
+from typing import TypedDict
 
 import torch
 from diffusers import (
@@ -23,7 +24,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_adm.checks import is_integer
+from diffusers_adm.betas import betas_from_config
+from diffusers_adm.checks import check_types, is_integer
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
 from diffusers_adm.solvers.algorithms import (
@@ -57,6 +59,18 @@ GUIDED_SETTINGS = {
     # Strong guidance and the corrector do not go together in the first step.
     UniPCMultistepScheduler: {"solver_type": "bh2", "solver_order": 2, "disable_corrector": [0], **_THRESHOLDING},
 }
+
+
+class SamplingConfig(TypedDict):
+    """Entries of schedulers' configs that say how to sample. Each scheduler has some of them."""
+
+    prediction_type: str
+    timestep_spacing: str
+    clip_sample: bool
+    clip_sample_range: float
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
 
 
 def build_solver(
@@ -317,6 +331,8 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         names = ", ".join(supported.__name__ for supported in SUPPORTED_SCHEDULERS)
         raise ValueError(f"{type(scheduler).__name__} is not supported; these schedulers are: {names}.")
     config = scheduler.config
+    check_types(SamplingConfig, config)
+    betas_from_config(config)
     if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type={config.prediction_type!r} is not one of {PREDICTION_TYPES}.")
     if config.get("use_flow_sigmas"):
@@ -326,5 +342,3 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             "skip_prk_steps=False is not supported: the Runge-Kutta steps of PNDMScheduler mistake the noise level where their"
             " stride is odd. skip_prk_steps=True is."
         )
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")

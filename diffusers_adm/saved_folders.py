@@ -1,0 +1,95 @@
+"""Files of saved models and pipelines, checked before diffusers reads them, so that an error names the damaged file."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def read_config(path: Path) -> dict:
+    """
+    Reads a config file of a saved model or pipeline.
+
+    Raises:
+        OSError: If the file is missing, or does not hold a JSON object.
+    """
+    if not path.is_file():
+        reason = "save or download it again"
+        if (path.parent / "model_index.json").is_file():
+            reason = "it holds a pipeline, of which `subfolder`, such as 'unet', names one model"
+        elif path.name == "model_index.json" and (path.parent / "config.json").is_file():
+            reason = "it holds a model, not a pipeline"
+        raise OSError(f"The folder {str(path.parent)!r} has no {path.name}: {reason}.")
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"The file {str(path)!r} is damaged (no JSON object): save or download it again.") from error
+    return config
+
+
+def weight_files(variant: str | None) -> list[str]:
+    """Returns patterns of the files that `save_pretrained` writes weights to, in one part or several."""
+    suffix = "" if variant is None else f".{variant}"
+    return [
+        f"{WEIGHTS}{suffix}.safetensors",
+        f"{WEIGHTS}{suffix}-*-of-*.safetensors",
+        f"{WEIGHTS}.safetensors.index{suffix}.json",
+    ]
+
+
+def check_weights(folder: Path, variant: str | None) -> None:
+    """
+    Checks that the weights of a saved model can be read. Their values are not read.
+
+    Args:
+        folder: Folder of the model.
+        variant: Part of the weight files' names, such as `"fp16"`.
+
+    Raises:
+        OSError: If there are none, or a file is damaged.
+    """
+    files = [path for pattern in weight_files(variant) for path in sorted(folder.glob(pattern)) if path.is_file()]
+    if not files and (variant is not None or not any(path.is_file() for path in folder.glob(f"{WEIGHTS}*"))):
+        raise OSError(f"The folder {str(folder)!r} has no {weight_files(variant)[0]}: save or download it again.")
+    for path in files:
+        if path.suffix == ".json":
+            read_config(path)
+            continue
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:  # a damaged file raises errors of several types
+            raise OSError(
+                f"The file {str(path)!r} is damaged or incomplete, or a mere pointer of Git LFS: save or download it again."
+            ) from error
+
+
+@contextlib.contextmanager
+def loading(class_name: str, place: str) -> Iterator[None]:
+    """
+    Turns errors of loading into a `ValueError` that says in one line what cannot be loaded. Errors of files, of the Hub and
+    of memory stay as they are.
+
+    Args:
+        class_name: Name of the class of the model or pipeline.
+        place: Folder or id on the Hub.
+
+    Raises:
+        ValueError: If something else is wrong, such as a config that describes no model.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # diffusers' advice on weights of other shapes, to leave them uninitialised, is none for these models.
+        cause = " ".join(str(error).split()).split(" If you want to instead")[0]
+        raise ValueError(f"{class_name} cannot be loaded from {place!r}: {cause}") from error
