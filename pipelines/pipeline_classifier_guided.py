@@ -146,7 +146,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             batch_size: Number of images, where neither `class_labels` nor `latents` says it.
             height: Height in pixels; the UNet's `sample_size` by default.
             width: Width in pixels; the UNet's `sample_size` by default.
-            generator: Generator for all images, or a list of one per image. With a list, an image is the same in any batch.
+            generator: Generator for all images, or a list of one per image. With a list, an image is the same in any batch up
+                to rounding: x_0 has differed by up to 4.5e-4, because torch sums in another order in another batch size.
             latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
             output_type: `"pil"`; `"np"`, `(batch, height, width, channels)` in [0, 1]; `"pt"`, `(batch, channels,
                 height, width)` in [0, 1]; or `"latent"`, x_0 as it is.
