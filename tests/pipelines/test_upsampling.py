@@ -248,5 +248,5 @@ def test_saved_upsampler_loads_as_what_it_is(tmp_path):
     image = small_images()
     assert torch.equal(draw(loaded, image, ["dog", "eel"]), draw(pipeline, image))
     assert isinstance(loaded.unet, ADMUNet2DModel)
-    with pytest.raises(ValueError, match="saved ADMUpsamplePipeline, not a ClassifierGuidedPipeline"):
+    with pytest.raises(ValueError, match="saved ADMUpsamplePipeline, not a saved ClassifierGuidedPipeline"):
         ClassifierGuidedPipeline.from_pretrained(tmp_path)
