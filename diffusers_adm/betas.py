@@ -14,7 +14,7 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
     Returns betas in float64, `(num_train_timesteps,)`.
 
     Raises:
-        ValueError: If they are not one number in (0, 1) per timestep.
+        ValueError: Betas are not one number in (0, 1) per timestep.
     """
     try:
         numbers = torch.as_tensor(beta)
@@ -54,7 +54,7 @@ def betas_from_config(config: dict) -> torch.Tensor:
         `(num_train_timesteps,)`, each in (0, 1).
 
     Raises:
-        ValueError: If `beta_schedule` is unknown, the config rescales betas to a zero terminal SNR, an entry is missing or of
+        ValueError: `beta_schedule` is unknown, the config rescales betas to a zero terminal SNR, an entry is missing or of
             a wrong type, or a beta is not in (0, 1).
     """
     if not isinstance(config, Mapping):

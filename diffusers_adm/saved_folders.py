@@ -17,7 +17,7 @@ def read_config(path: Path) -> dict:
     Reads a config file of a saved model or pipeline.
 
     Raises:
-        OSError: If the file is missing, or does not hold a JSON object.
+        OSError: The file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
         reason = "save or download it again"
@@ -54,7 +54,7 @@ def check_weights(folder: Path, variant: str | None) -> None:
         variant: Part of the weight files' names, such as `"fp16"`.
 
     Raises:
-        OSError: If there are none, or a file is damaged.
+        OSError: There are no weights, or a file is damaged.
     """
     files = [path for pattern in weight_files(variant) for path in sorted(folder.glob(pattern)) if path.is_file()]
     if not files and (variant is not None or not any(path.is_file() for path in folder.glob(f"{WEIGHTS}*"))):
@@ -83,7 +83,7 @@ def loading(class_name: str, place: str) -> Iterator[None]:
         place: Folder or id on the Hub.
 
     Raises:
-        ValueError: If something else is wrong, such as a config that describes no model.
+        ValueError: Something else is wrong, such as a config that describes no model.
     """
     try:
         yield
