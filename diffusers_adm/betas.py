@@ -14,7 +14,7 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
     Returns betas in float64, `(num_train_timesteps,)`.
 
     Raises:
-        ValueError: Betas are not one number in (0, 1) per timestep.
+        ValueError: Betas are no list of numbers in (0, 1).
     """
     try:
         numbers = torch.as_tensor(beta)
