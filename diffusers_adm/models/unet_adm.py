@@ -341,8 +341,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
         sigma = one_per_image("timestep", sigma, sample).expand(sample.shape[0]).to(precise)  # (batch,)
         level, scales = sigma[:, None, None, None], self.preconditioner  # (batch, 1, 1, 1)
         x = sample.to(precise)  # (batch, in_channels, height, width)
-        # The dtype of the weights in use: norms keep it where layerwise casting stores other weights in eight bits.
-        model_input = (scales.c_in(level) * x).to(self.norm_out.weight.dtype)  # (batch, in_channels, height, width)
+        model_input = (scales.c_in(level) * x).to(self.dtype)  # (batch, in_channels, height, width)
         model_output = self._network(model_input, scales.c_noise(sigma), class_labels, low_res)  # F
         return (scales.c_skip(level) * x + scales.c_out(level) * model_output.to(precise)).to(sample.dtype)
 
