@@ -27,7 +27,10 @@ class SamplingOptions:
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Number of steps."})
     timestep_respacing: str | None = field(
-        default=None, metadata={"help": "Steps of DDPM or DDIM as a respacing string, such as ddim25."}
+        default=None,
+        metadata={
+            "help": "Steps of DDPM or DDIM as a respacing string, such as ddim25, or of a consistency model, such as 0,22,39."
+        },
     )
     condition_unet: bool = field(default=True, metadata={"help": "Whether the UNet is told the class."})
     eta: float = field(default=0.0, metadata={"help": "Noise of DDIM, in [0, 1]."})
@@ -40,7 +43,8 @@ class SamplingOptions:
         default=None, metadata={"help": "When guidance acts, and how strongly, as JSON."}
     )
     timesteps: list[int] | None = field(
-        default=None, metadata={"help": "Training timesteps that DDPM or DDIM visits, as JSON."}
+        default=None,
+        metadata={"help": "Training timesteps that DDPM or DDIM visits, or steps of CMStochasticIterative, as JSON."},
     )
     churn: Churn | dict | None = field(
         default=None, metadata={"help": "Noise added before each step, for a UNet with preconditioning, as JSON."}

@@ -27,7 +27,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         unet: [`ADMUNet2DModel`], class-conditional or not.
         scheduler: Of diffusers: one of `diffusers_adm.solvers.SUPPORTED_SCHEDULERS`, such as `DDPMScheduler`,
             `DDIMScheduler` or `DPMSolverMultistepScheduler`. Its `clip_sample` and `clip_sample_range` clip the predicted
-            x_0 before guidance, never after.
+            x_0 before guidance, never after. A UNet with preconditioning, which is told the noise level, takes one of
+            `diffusers_adm.solvers.SIGMA_SCHEDULERS` instead, such as `HeunDiscreteScheduler` or
+            `CMStochasticIterativeScheduler`.
         classifier: [`NoisyClassifier`]; without one nothing is guided.
         id2label: Name of each class by its number; synonyms are separated by commas.
         guidance_scale: Scale of guidance where a call gives none.
@@ -137,9 +139,11 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM spaces them evenly, both ends included;
                 DDIM takes an integer stride from 0 where one gives that number. With a `timestep_spacing` of `"trailing"` both
                 end at the last timestep; its other values are without effect on them. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
-                UNet twice in each step but the last, PNDM twice in the first. `None` means the pipeline's default.
+                UNet twice in each step but the last, PNDM twice in the first. A UNet with preconditioning is evaluated at the noise
+                levels of Karras et al. 2022 (arXiv 2206.00364, eq. 5). `None` means the pipeline's default.
             timestep_respacing: Steps of DDPM or DDIM as a respacing string of the original code, such as `"250"`, `"ddim25"`
-                or `"90,60,60,20,20"` (`""` is all steps). It wins over `num_inference_steps`.
+                or `"90,60,60,20,20"` (`""` is all steps). For `CMStochasticIterativeScheduler`, steps of a consistency model as
+                the original code takes them, such as `"0,22,39"`. It wins over `num_inference_steps`.
             condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,
                 so that the classifier alone carries the label.
             eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
@@ -171,7 +175,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
             timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step leads to the next lower of all
                 of them. Where the next in the list is not that one, noise is added up to it, as RePaint does (Lugmayr et al.
-                2022, arXiv 2201.09865, Algorithm 1).
+                2022, arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0. It sees x_0 clipped, if the scheduler
                 clips. Then come guidance and, in the scheduler's step, dynamic thresholding.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.

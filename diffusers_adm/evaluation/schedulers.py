@@ -42,6 +42,8 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
         return
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
-    if name in PRECONDITIONED_SCHEDULERS:
-        settings = {"sigma_min": pipeline.unet.config.sigma_min, "sigma_max": pipeline.unet.config.sigma_max}
+    if name in PRECONDITIONED_SCHEDULERS:  # they share no noise schedule with the others
+        unet = pipeline.unet.config
+        pipeline.scheduler = scheduler_class(sigma_min=unet.sigma_min, sigma_max=unet.sigma_max)
+        return
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)

@@ -263,7 +263,15 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfig
 
         Args:
             class_labels: Class of each image, for callers that pass no labels.
+
+        Raises:
+            ValueError: If the model has preconditioning.
         """
+        if self.preconditioner is not None:
+            raise ValueError(
+                "epsilon_view() requires a model that predicts the noise, but this one predicts x_0 itself"
+                f" (preconditioning={self.config.preconditioning!r})."
+            )
         return EpsilonView(self, class_labels)
 
     def _check_inputs(

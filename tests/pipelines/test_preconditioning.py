@@ -249,6 +249,8 @@ def test_calls_that_cannot_be_sampled_are_refused(scheduler, call, message):
 
 
 def test_parts_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match="requires a model that predicts the noise"):
+        edm_unet().epsilon_view()
     with pytest.raises(ValueError, match="DDIMScheduler is not supported for a UNet with preconditioning"):
         edm_pipeline(DDIMScheduler())
     with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
