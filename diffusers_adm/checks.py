@@ -78,7 +78,7 @@ def check_images(name: str, images: torch.Tensor, channels: int | str = "channel
     """
     is_tensor = isinstance(images, torch.Tensor)
     if is_tensor and images.is_floating_point() and images.layout == torch.strided and images.ndim == 4:
-        if images.shape[2:].numel() and (isinstance(channels, str) or images.shape[1] == channels):
+        if 0 not in images.shape[2:] and (isinstance(channels, str) or images.shape[1] == channels):
             return
     got = f"{images.layout}, {images.dtype}, {tuple(images.shape)}" if is_tensor else type(images).__name__
     raise ValueError(
