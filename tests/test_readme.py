@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from command_line import command_parsers, parser_of_module
-from diffusers import DDPMScheduler
 from documents import DOCUMENTS, ROOT, blocks_with_reasons, code_blocks
 from PIL import Image
-from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
+from tiny_models import tiny_classifier, tiny_pipeline
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.hub.cards import card_name
@@ -43,20 +41,11 @@ def small_picture() -> dict:
     return {}
 
 
-def training_loop() -> dict:
-    """One batch of a training loop."""
-    scheduler, x_0 = DDPMScheduler(), images(seed=5)
-    model = lambda x_t, timestep: tiny_unet(num_class_embeds=None)(x_t, timestep)  # noqa: E731
-    timestep, noise = torch.tensor([3, 900]), images()
-    return {"scheduler": scheduler, "x_0": x_0, "model": model, "timestep": timestep, "noise": noise, "device": "cpu"}
-
-
 # Preparation of a block, which is known by some of its text.
 SETUPS: dict[str, Callable[[], dict]] = {
     '"runs/unet/pipeline"': files_of_training,
     '"adm-256"': converted_folder,
     '"small.png"': small_picture,
-    "hybrid_loss(": training_loop,
 }
 
 
