@@ -6,7 +6,6 @@ noise after the UNet has been evaluated.
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from diffusers import (
@@ -20,7 +19,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_adm.checks import is_integer
+from diffusers_adm.checks import is_integer, is_number
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.solvers.algorithms import EpsilonSolver
 
@@ -59,8 +58,7 @@ class Churn:
     def __post_init__(self):
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            finite = name == "s_tmax" or (isinstance(value, Real) and math.isfinite(value))
-            if not (isinstance(value, Real) and value >= 0 and finite):
+            if not (is_number(value) and 0 <= value and (value < math.inf or name == "s_tmax")):
                 raise ValueError(f"`{name}` of churn must be a number of at least 0, but got {value!r}.")
 
     @classmethod
@@ -75,7 +73,7 @@ class Churn:
             return given
         if given is not None and not isinstance(given, dict):
             raise ValueError(f"`churn` must be a Churn or a dict of its options, but got {given!r}.")
-        unknown = sorted(set(given or {}) - set(cls.__dataclass_fields__))
+        unknown = [name for name in given or {} if name not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(f"`churn` takes the options {tuple(cls.__dataclass_fields__)}, but got {unknown}.")
         return cls(**(given or {}))
@@ -121,9 +119,11 @@ class KarrasSolver(EpsilonSolver):
     Args:
         scheduler: Scheduler that the run belongs to.
         evaluations: Evaluations of the UNet, in the order of the run.
+        start: Noise level that the run begins at, before noise is added.
     """
 
-    def __init__(self, scheduler: SchedulerMixin, evaluations: list[Evaluation]):
+    def __init__(self, scheduler: SchedulerMixin, evaluations: list[Evaluation], start: float):
+        self.start = start
         self.evaluations = list(reversed(evaluations))  # of each step of the schedule, the last one first
         sigmas = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float64)
         schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), sigmas.float())
@@ -134,9 +134,7 @@ class KarrasSolver(EpsilonSolver):
         self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """Returns the images at the first noise level, from noise of standard deviation 1; arguments as in `Solver.begin`."""
-        first = self.evaluations[-1]
-        before = math.sqrt(first.sigma**2 - (first.noise or 0) ** 2)
-        return self.raise_noise(before * x_T, first, generator)
+        return self.raise_noise(self.start * x_T, self.evaluations[-1], generator)
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns the images at the target of an evaluation, from the guided x_0."""
@@ -217,20 +215,21 @@ def build_sigma_solver(
     name, churn = type(scheduler).__name__, Churn.parse(churn)
     if eta:
         raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")
+    is_stochastic = isinstance(scheduler, (CMStochasticIterativeScheduler, EulerAncestralDiscreteScheduler))
+    if is_stochastic and churn.s_churn:
+        raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
     if isinstance(scheduler, CMStochasticIterativeScheduler):
-        if churn.s_churn:
-            raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
         return consistency_solver(scheduler, num_inference_steps, timestep_respacing, timesteps)
     for argument, given in (("timesteps", timesteps), ("timestep_respacing", timestep_respacing)):
         if given is not None:
             raise ValueError(f"`{argument}` requires CMStochasticIterativeScheduler, but got {given!r} with {name}.")
     _check_number(num_inference_steps, scheduler.config.num_train_timesteps)
     levels = karras_levels(scheduler, sigma_range, num_inference_steps)
-    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
-        if churn.s_churn:
-            raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
-        return KarrasSolver(scheduler, ancestral_evaluations(levels))
-    return KarrasSolver(scheduler, churned_evaluations(levels, churn, _second_evaluation(scheduler)))
+    if is_stochastic:
+        evaluations = ancestral_evaluations(levels)
+    else:
+        evaluations = churned_evaluations(levels, churn, _second_evaluation(scheduler))
+    return KarrasSolver(scheduler, evaluations, levels[0])
 
 
 def karras_levels(
@@ -304,7 +303,7 @@ def consistency_solver(
         is_list = isinstance(timesteps, (list, tuple)) and all(map(is_integer, timesteps))
         given, steps = f"timesteps={timesteps!r}", list(reversed(timesteps)) if is_list else []
     elif timestep_respacing is not None:
-        parts = [part.strip() for part in timestep_respacing.split(",")]
+        parts = [part.strip() for part in str(timestep_respacing).split(",")]
         given = f"timestep_respacing={timestep_respacing!r}"
         steps = [int(part) if part.isdecimal() else -1 for part in parts]
     else:
@@ -323,7 +322,7 @@ def consistency_solver(
     levels, lowest = prepared.sigmas[: len(places)].double().tolist(), config.sigma_min
     noises = [None, *(math.sqrt(max(sigma**2 - lowest**2, 0)) for sigma in levels[1:])]
     targets = [lowest] * (len(places) - 1) + [0.0]
-    return ConsistencySolver(scheduler, [Evaluation(*one) for one in zip(levels, targets, noises)])
+    return ConsistencySolver(scheduler, [Evaluation(*one) for one in zip(levels, targets, noises)], levels[0])
 
 
 def check_sigma_scheduler(scheduler: SchedulerMixin) -> None:

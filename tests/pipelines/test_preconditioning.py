@@ -104,6 +104,20 @@ def test_churn_raises_the_noise_level_within_its_window(scheduler_class):
     assert raised and max(raised) == pytest.approx(2**0.5)  # the most of a step
 
 
+def test_noise_of_the_first_step_is_added_to_the_noise_of_the_start():
+    pipeline, first, x_T = edm_pipeline(), [], images()
+
+    def look(pipeline, step, timestep, tensors):
+        first.append((tensors["latents"], timestep))
+        return {}
+
+    draw(pipeline, latents=x_T, callback_on_step_start=look, churn={"s_churn": 4, "s_noise": 2.0})
+    x_t, sigma = first[0]
+    assert sigma.item() == pytest.approx(80 * 2**0.5)
+    noise = torch.randn(x_T.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x_t * (1 + sigma**2).sqrt(), 80 * x_T + 2 * 80 * noise, rtol=1e-5, atol=1e-3)
+
+
 def test_order_of_heun_and_dpm_is_the_second():
     # For the normal distribution of deviation 1 the path is known: x / sqrt(1 + sigma^2) is constant.
     errors = {}
