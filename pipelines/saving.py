@@ -4,13 +4,17 @@ import os
 from pathlib import Path
 from typing import Self
 
+import torch
 from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
-from diffusers_adm.hub.cards import save_card
+from diffusers_adm.hub.cards import CLASS_NAMES, save_card
 from diffusers_adm.hub.download import as_installed, check_index, download
-from diffusers_adm.hub.saved_files import check_variant
+from diffusers_adm.hub.released_files import converted_folder
+from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
 from diffusers_adm.hub.upload import push
+from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
 from diffusers_adm.saved_folders import loading
 
 
@@ -35,6 +39,51 @@ class SavingMixin:
         check_index(Path(folder), cls, kwargs)
         with loading(cls.__name__, folder):
             return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def from_released(
+        cls,
+        name: str,
+        classifier: bool = True,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        accept_license: bool = False,
+    ) -> Self:
+        """
+        Loads a released checkpoint. At first it is downloaded, checked and converted, and later it comes from the cache.
+
+        Args:
+            name: Short name or name of the file, such as `"imagenet-256"`. `diffusers-adm released` lists all.
+            classifier: Whether to load the classifier that guides the published samples, where there is one.
+            cache_dir: Folder of the cache. The default is the folder `diffusers_adm` of the Hugging Face cache.
+            local_files_only: Whether nothing must be downloaded.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
+            accept_license: Whether the restrictions of the checkpoint's license are accepted. A few checkpoints need it for
+                their download.
+
+        Raises:
+            ValueError: If there is no such checkpoint, another class loads it, it cannot be converted, its license is not
+                accepted, or its file is another one.
+            OSError: If it cannot be downloaded or written.
+        """
+        released = released_checkpoint(name)
+        own = next(base for base in cls.__mro__ if base.__name__ in SAVED_CLASSES)
+        needed = CLASS_NAMES[released.kind]
+        if own.__name__ != needed:
+            raise ValueError(f"{released.name} is loaded by {needed}, not by {own.__name__}.")
+        cache = {
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "accept_license": accept_license,
+        }
+        folder = converted_folder(released, own.from_openai, **cache)
+        guiding = guiding_classifier(released) if classifier else None
+        if guiding is None:
+            return cls.from_pretrained(folder, dtype=dtype)
+        guiding_folder = converted_folder(guiding, NoisyClassifier.from_openai, **cache)
+        network = NoisyClassifier.from_pretrained(guiding_folder, dtype=dtype)
+        return cls.from_pretrained(folder, classifier=network, dtype=dtype)
 
     @classmethod
     def load_config(cls, *args, **kwargs):

@@ -32,7 +32,7 @@ from diffusers_adm.hub.saved_files import SAVED_CLASSES, add_code, add_file
 PACKAGE = __package__.partition(".")[0]
 # Methods that are in no file: they convert checkpoints of the original code or load with this package's classes, or diffusers
 # has its own form of them.
-LEFT_OUT = {"from_openai", "to_openai_state_dict", "from_pretrained", "load_config", "push_to_hub"}
+LEFT_OUT = {"from_openai", "from_released", "to_openai_state_dict", "from_pretrained", "load_config", "push_to_hub"}
 # A module that takes the place of another in files: a class that was loaded from a file saves the same file again.
 REPLACED = {f"{PACKAGE}.hub.{name}": f"{PACKAGE}.hub.saved_files" for name in ("bundle", "cards")}
 
