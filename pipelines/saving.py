@@ -58,7 +58,7 @@ class SavingMixin:
             classifier: Whether to load the classifier that guides the published samples, where there is one.
             cache_dir: Folder of the cache. The default is the folder `diffusers_adm` of the Hugging Face cache.
             local_files_only: Whether nothing must be downloaded.
-            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
+            dtype: Data type of the weights. `None` means float32, as in `from_pretrained`.
             accept_license: Whether the restrictions of the checkpoint's license are accepted. A few checkpoints need it for
                 their download.
 

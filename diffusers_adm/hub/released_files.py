@@ -206,7 +206,9 @@ def _check_layout(tensors: Mapping[str, torch.Tensor], released: ReleasedCheckpo
     layout = tensor_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if released.layout not in (None, layout):
         like = [other.name for other in RELEASED_BY_NAME.values() if other.layout == layout]
-        holds = f"the tensors of {' or '.join(like[:3])}" if like else f"{layout.parameters:,} parameters of other tensors"
+        holds = (
+            f"the tensors of {' or '.join(like[:3])}" if like else f"{layout.parameters:,} parameters of other tensors"
+        )
         raise ValueError(
             f"{source} is not {released.name}, which has {released.layout.parameters:,} parameters: it holds {holds}."
         )

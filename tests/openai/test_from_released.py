@@ -1,0 +1,271 @@
+"""Released checkpoints by name: downloads that break, files that are others, the cache, and the license."""
+
+import hashlib
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from file_server import FileServer
+from golden_cases import draw_weights, load_case, published_flags
+
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm.hub import released_files
+from diffusers_adm.openai.released import RELEASED_BY_NAME, register_released
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout, tensor_layout
+
+
+def file_of(case: str, **others: object) -> bytes:
+    """The published file of a small model."""
+    buffer = io.BytesIO()
+    torch.save({**draw_weights(load_case(case)[0]), **others}, buffer)
+    return buffer.getvalue()
+
+
+UNET, CLASSIFIER = file_of("unet_class_conditional"), file_of("classifier_attention")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Server of a small UNet and its classifier, which are in the table as `tiny` and `tiny-classifier`."""
+    server = FileServer({"unet.pt": UNET, "classifier.pt": CLASSIFIER})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    names = list(RELEASED_BY_NAME)
+    add("tiny", server, guided_by="tiny-classifier", guidance_scale=2.0)
+    add("tiny-classifier", server, case="classifier_attention", file="classifier.pt", kind="classifier")
+    yield server
+    server.shutdown()
+    for name in RELEASED_BY_NAME.keys() - names:
+        del RELEASED_BY_NAME[name]
+
+
+def add(name: str, server: FileServer, case="unet_class_conditional", file="unet.pt", kind="unet", **columns):
+    """Adds a small model to the table."""
+    description = load_case(case)[0]
+    shapes = {name: tuple(shape) for name, shape in description["parameters"]}
+    known = {
+        "flags": published_flags(description),
+        "trained_on": "noise",
+        "layout": tensor_layout(shapes),
+        "address": f"{server.url}/{file}",
+    }
+    register_released(ReleasedCheckpoint(file=file, kind=kind, name=name, **{**known, **columns}))
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of the files of a cache, without its locks."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def check_refused(message: str, cache: Path, name: str = "tiny", error: type = ValueError, **options) -> None:
+    """Checks that nothing is loaded, in one line, and that neither file nor folder is left in the cache."""
+    with pytest.raises(error, match=message) as caught:
+        ClassifierGuidedPipeline.from_released(name, cache_dir=cache, **options)
+    assert "\n" not in str(caught.value)
+    assert not files_in(cache)
+
+
+# --- Loading ---
+
+
+def test_pipeline_equals_its_files_and_comes_from_the_cache_the_second_time(server, tmp_path):
+    for file, content in server.files.items():
+        (tmp_path / file).write_bytes(content)
+    flags = f"{RELEASED_BY_NAME['tiny'].flags} {RELEASED_BY_NAME['tiny-classifier'].flags}"
+    direct = ClassifierGuidedPipeline.from_openai(tmp_path / "unet.pt", tmp_path / "classifier.pt", flags)
+    first = ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path / "cache")
+    assert len(server.ranges) == 2
+    server.files.clear()
+    second = ClassifierGuidedPipeline.from_released("Tiny", cache_dir=tmp_path / "cache", local_files_only=True)
+    for pipeline in (first, second):
+        assert pipeline.config.guidance_scale == 2.0
+        assert not pipeline.unet.training
+        for network in ("unet", "classifier"):
+            expected = getattr(direct, network).state_dict()
+            loaded = getattr(pipeline, network).state_dict()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    (folder,) = (tmp_path / "cache" / "converted").glob("tiny-????????")
+    assert ClassifierGuidedPipeline.from_pretrained(folder).classifier is None
+
+
+def test_classifier_is_left_out_and_weights_are_cast(server, tmp_path):
+    pipeline = ClassifierGuidedPipeline.from_released("tiny", False, tmp_path, dtype=torch.bfloat16)
+    assert pipeline.classifier is None
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert len(server.ranges) == 1
+    assert ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet.dtype == torch.float32
+
+
+def test_cache_is_below_that_of_hugging_face(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False)
+    assert (tmp_path / "diffusers_adm" / "files" / "tiny.pt").read_bytes() == UNET
+
+
+def test_upsampler_is_loaded_by_its_own_class(server, tmp_path):
+    server.files["up.pt"] = file_of("upsampler")
+    flags = f"{published_flags(load_case('upsampler')[0])} --small_size 8"
+    add("tiny-up", server, "upsampler", "up.pt", "upsampler", flags=flags)
+    with pytest.raises(ValueError, match="tiny-up is loaded by ADMUpsamplePipeline"):
+        ClassifierGuidedPipeline.from_released("tiny-up", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="tiny-classifier is loaded by NoisyClassifier"):
+        ClassifierGuidedPipeline.from_released("tiny-classifier", cache_dir=tmp_path)
+    assert ADMUpsamplePipeline.from_released("tiny-up", cache_dir=tmp_path).unet.config.low_res_conditioning
+
+
+def test_subclass_is_loaded_from_the_folder_of_its_base(server, tmp_path):
+    class Own(ClassifierGuidedPipeline):
+        pass
+
+    assert type(Own.from_released("tiny", cache_dir=tmp_path)) is Own
+    assert type(ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path)) is ClassifierGuidedPipeline
+
+
+def test_two_that_ask_at_once_download_once(server, tmp_path):
+    def folder(_) -> Path:
+        # Not the loading, which diffusers does not do in threads.
+        convert = ClassifierGuidedPipeline.from_openai
+        return released_files.converted_folder(RELEASED_BY_NAME["tiny"], convert, cache_dir=tmp_path)
+
+    with ThreadPoolExecutor() as pool:
+        assert len(set(pool.map(folder, range(2)))) == 1
+    assert len(server.ranges) == 1
+
+
+def test_mirror_takes_the_place_of_the_address(server, tmp_path, monkeypatch):
+    add("far", server, address="http://far.invalid/unet.pt")
+    monkeypatch.setenv(released_files.MIRROR_VARIABLE, f"{server.url}/")
+    ClassifierGuidedPipeline.from_released("far", classifier=False, cache_dir=tmp_path)
+
+
+# --- Connections that break ---
+
+
+def test_download_goes_on_where_connections_were_cut(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a cut may cost
+    server.cut_after, server.cuts = len(UNET) // 4000 * 1000, 3
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
+    assert server.ranges == [None, *(f"bytes={number * server.cut_after}-" for number in (1, 2, 3))]
+    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+
+
+def test_next_call_resumes_what_a_call_has_left(server, tmp_path):
+    part = UNET[: len(UNET) // 2]
+    address = hashlib.sha256(f"{server.url}/unet.pt".encode()).hexdigest()[:8]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / f"tiny.pt.{address}.part").write_bytes(part)
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
+    assert server.ranges == [f"bytes={len(part)}-"]
+    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+    assert not list((tmp_path / "files").glob("*.part"))
+
+
+def test_complete_part_is_not_asked_for_again(server, tmp_path):
+    address = hashlib.sha256(f"{server.url}/unet.pt".encode()).hexdigest()[:8]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / f"tiny.pt.{address}.part").write_bytes(UNET)
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
+    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+
+
+def test_server_without_ranges_begins_anew(server, tmp_path):
+    server.knows_ranges = False
+    server.cut_after, server.cuts = len(UNET) // 2, 1
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
+    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+
+
+def test_file_that_is_not_there_and_a_server_that_is_not(server, tmp_path):
+    add("gone", server, file="gone.pt")
+    with pytest.raises(
+        OSError, match="gone cannot be downloaded from http://127.0.0.1.*404.*Try again.*save the file"
+    ):
+        ClassifierGuidedPipeline.from_released("gone", cache_dir=tmp_path)
+    add("far", server, address="http://127.0.0.1:1/a.pt")
+    with pytest.raises(OSError, match="far cannot be downloaded from http://127.0.0.1:1/a.pt") as caught:
+        ClassifierGuidedPipeline.from_released("far", cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# --- Files that are others ---
+
+
+def test_truncated_file_of_unknown_length_is_refused(server, tmp_path):
+    server.says_length = False
+    server.files["unet.pt"] = UNET[: len(UNET) // 2]
+    check_refused("unet.pt is no checkpoint of tensors by name: it is damaged or incomplete", tmp_path)
+    server.files["unet.pt"] = UNET
+    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
+
+
+def test_file_of_another_kind_is_refused(server, tmp_path):
+    server.files["unet.pt"] = CLASSIFIER
+    check_refused("is not tiny, which has .* parameters: it holds the tensors of tiny-classifier", tmp_path)
+    server.files["unet.pt"] = file_of("unet_unconditional_plain")
+    check_refused("is not tiny, which has .* parameters: it holds .* parameters of other tensors", tmp_path)
+
+
+def test_file_with_code_is_not_run(server, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    server.files["unet.pt"] = file_of("unet_class_conditional", trap=Trap())
+    check_refused("damaged or incomplete, or holds code", tmp_path / "cache")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_web_page_is_refused(server, tmp_path):
+    server.files["unet.pt"] = b"<!DOCTYPE html><html>Too many users have viewed or downloaded this file</html>"
+    check_refused("unet.pt is a web page, not a checkpoint: download tiny in a browser", tmp_path)
+
+
+def test_other_hash_is_refused(server, tmp_path):
+    add("hashed", server, sha256=hashlib.sha256(UNET).hexdigest())
+    ClassifierGuidedPipeline.from_released("hashed", cache_dir=tmp_path / "right")
+    server.files["unet.pt"] = file_of("unet_class_conditional", **{"out.2.bias": torch.zeros(6)})
+    check_refused("is not hashed: its SHA-256 is", tmp_path / "wrong", "hashed")
+
+
+def test_file_that_a_user_has_put_there_is_checked_and_kept(server, tmp_path):
+    (tmp_path / "files").mkdir()
+    file = tmp_path / "files" / "tiny.pt"
+    file.write_bytes(CLASSIFIER)
+    with pytest.raises(ValueError, match="files/tiny.pt is not tiny"):
+        ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path)
+    assert files_in(tmp_path) == {"files/tiny.pt"}
+    file.write_bytes(UNET)
+    ClassifierGuidedPipeline.from_released("tiny", False, cache_dir=tmp_path, local_files_only=True)
+    assert not server.ranges
+
+
+# --- What is refused before a download ---
+
+
+def test_nothing_is_downloaded_offline(server, tmp_path, monkeypatch):
+    check_refused("tiny is not in the cache .* local_files_only", tmp_path, error=OSError, local_files_only=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    check_refused("tiny is not in the cache .* HF_HUB_OFFLINE", tmp_path, error=OSError)
+    assert not server.ranges
+
+
+def test_license_that_needs_it_is_accepted_once(server, tmp_path):
+    add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
+    message = "bound is for non-commercial use, by its license CC BY-NC-SA 4.0: accept it by accept_license=True"
+    check_refused(message, tmp_path, "bound")
+    assert not server.ranges
+    ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path, accept_license=True)
+    ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path)
+
+
+def test_disk_without_room_is_named_before_the_download(server, tmp_path):
+    add("huge", server, layout=TensorLayout("", 10**15))
+    check_refused("huge needs 8000000.0 GB in .*, but .* GB are free", tmp_path, "huge", OSError)
+    assert not server.ranges
+
+
+def test_checkpoint_that_cannot_be_converted_says_why(tmp_path):
+    check_refused("difface-ffhq-512 cannot be converted, because its levels have", tmp_path, "difface-ffhq-512")
