@@ -14,18 +14,20 @@ from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyCl
 from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
-from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
+from diffusers_adm.hub.released_files import save_converted
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.models.weights import cast_weights
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
-from diffusers_adm.openai.released import find_released, guiding_classifier
+from diffusers_adm.openai.released import RELEASED_BY_NAME, find_released, guiding_classifier, released_checkpoint
 from diffusers_adm.options import add_options, at_least, build_options, in_range, option
+from diffusers_adm.pipelines.released import load_released
 
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 CONVERT_EXAMPLES = """examples:
+  diffusers-adm convert --released imagenet-64 --output adm-64x64
   diffusers-adm convert --unet 64x64_diffusion.pt --classifier 64x64_classifier.pt --output adm-64x64
   diffusers-adm convert --unet my_unet.pt --flags="--image_size 64 --num_channels 128" --dtype float16 --output my-model
 """
@@ -80,6 +82,14 @@ class ConvertOptions:
     """Checkpoints to convert, and the folder to write."""
 
     output: Path = option(metavar="DIR", help="Folder to write. It must be new or empty.")
+    released: str | None = option(
+        None,
+        metavar="NAME",
+        help="Released checkpoint to download and convert, with the classifier that guides it, instead of files.",
+    )
+    accept_license: bool = option(
+        False, help="Accept the restrictions of the released checkpoint's license, where they must be accepted."
+    )
     unet: Path | None = option(None, metavar="FILE", help="Checkpoint of a UNet or an upsampler.")
     classifier: Path | None = option(None, metavar="FILE", help="Checkpoint of a classifier.")
     flags: str | None = option(
@@ -102,6 +112,8 @@ def load_checkpoints(options: ConvertOptions) -> DiffusionPipeline | NoisyClassi
     Raises:
         ValueError: If the checkpoints cannot be converted.
     """
+    if options.released is not None:
+        return load_released(options.released, accept_license=options.accept_license)
     if options.unet is None:
         return NoisyClassifier.from_openai(options.classifier, options.flags)
     unet = PublishedCheckpoint(options.unet, options.flags)
@@ -113,6 +125,8 @@ def load_checkpoints(options: ConvertOptions) -> DiffusionPipeline | NoisyClassi
 def find_card(options: ConvertOptions) -> ModelCard | None:
     """Returns the card of released checkpoints. `None` for others, and for a conversion that changes or renames weights."""
     changed = options.flags is not None or options.dtype is not None or options.variant is not None
+    if options.released is not None and not changed:
+        return released_card(released_checkpoint(options.released))
     released = find_released(options.unet or options.classifier)
     classifier = find_released(options.classifier) if options.unet else None
     if changed or released is None or classifier is not guiding_classifier(released):
@@ -130,23 +144,23 @@ def convert(args: argparse.Namespace) -> None:
     """
     options = build_options(ConvertOptions, args)
     check_variant(options.variant)
-    if options.unet is None and options.classifier is None:
-        raise ValueError("Nothing to convert: give --unet, --classifier or both.")
+    if options.released is None and options.unet is None and options.classifier is None:
+        raise ValueError("Nothing to convert: give --released, or --unet, --classifier or both.")
+    given = [f"--{name}" for name in ("unet", "classifier", "flags") if getattr(options, name) is not None]
+    if options.released is not None and given:
+        raise ValueError(f"--released has files and flags of its own: leave out {', '.join(given)}.")
     output = options.output.resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {options.output} exists already and is not an empty folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         converted = load_checkpoints(options)
-        is_pipeline = isinstance(converted, DiffusionPipeline)
         if options.dtype is not None:
-            for model in converted.components.values() if is_pipeline else [converted]:
+            models = converted.components.values() if isinstance(converted, DiffusionPipeline) else [converted]
+            for model in models:
                 if isinstance(model, torch.nn.Module):
                     cast_weights(model, getattr(torch, options.dtype))
-        if is_pipeline:
-            converted.save_pretrained(unfinished, variant=options.variant)
-        else:
-            save_model(converted, unfinished, variant=options.variant)
+        save_converted(converted, unfinished, variant=options.variant)
         if (card := find_card(options)) is not None:
             card.save(unfinished / "README.md")
     print(f"Wrote {type(converted).__name__} to {output}")
@@ -156,6 +170,23 @@ def add_convert_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `convert`."""
     add_options(command, ConvertOptions)
     command.set_defaults(run=convert)
+
+
+def list_released(args: argparse.Namespace) -> None:
+    """Prints a table of the released checkpoints."""
+    rows = [("name", "model", "pixels", "classes", "size", "license", "what it is")]
+    for released in RELEASED_BY_NAME.values():
+        remarks = [f"trained on {released.trained_on}"]
+        remarks += [f"guided by {released.guided_by}"] if released.guided_by else []
+        remarks += [released.note] if released.note else []
+        remarks += [f"cannot be converted, because {released.unsupported}"] if released.unsupported else []
+        license = released.license if released.terms is None else f"{released.license}, {released.terms}"
+        classes = "1000" if released.imagenet_labels else "none"
+        size = "?" if released.size is None else f"{released.size / 1e9:.1f} GB"
+        rows.append((released.name, released.kind, released.resolution, classes, size, license, "; ".join(remarks)))
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]) - 1)]
+    for *cells, last in rows:
+        print(*(str(cell).ljust(width) for cell, width in zip(cells, widths)), last, sep="  ")
 
 
 @dataclass(frozen=True)
@@ -210,6 +241,9 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
             CONVERT_EXAMPLES,
         )
     )
+    add_command(
+        commands, "released", "list the released checkpoints, for --released and --model released:NAME"
+    ).set_defaults(run=list_released)
     add_demo_arguments(
         add_command(commands, "demo", "draw digits with the default model, guided and unguided", DEMO_EXAMPLES)
     )

@@ -15,7 +15,9 @@ class ModelOptions:
     """Pipeline to load."""
 
     model: str | None = option(
-        None, help="Folder or Hub id of a pipeline. By default the one of digits that ships with this package."
+        None,
+        help="Folder or Hub id of a pipeline, or released:NAME of a released checkpoint. By default the one of digits that ships"
+        " with this package.",
     )
     revision: str | None = option(None, help="Branch, tag or commit on the Hub.")
     variant: str | None = option(None, help="Variant of the weight files, such as fp16.")

@@ -23,6 +23,10 @@ from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.progress import with_progress
 
 
+# Prefix of the name of a released checkpoint, where a folder or a Hub id could stand too.
+RELEASED_PREFIX = "released:"
+
+
 def load_pipeline(
     model: str | Path | None,
     *,
@@ -36,7 +40,7 @@ def load_pipeline(
     Loads a pipeline without a progress bar.
 
     Args:
-        model: Folder or Hub id of the pipeline, or `None` for the default model.
+        model: Folder or Hub id of the pipeline, `released:NAME` of a released checkpoint, or `None` for the default model.
         revision: Branch, tag or commit on the Hub.
         variant: Variant of the weight files, such as `"fp16"`.
         dtype: Data type of the weights.
@@ -45,15 +49,21 @@ def load_pipeline(
 
     Raises:
         ValueError: If the pipeline is of another class, or the variant or the id cannot be one.
-        OSError: If there is no such folder, and no such pipeline on the Hub.
+        OSError: If there is no such folder, and no such pipeline on the Hub, or a released checkpoint cannot be downloaded.
     """
     check_variant(variant)
     model = default_model() if model is None else model
     if revision is not None and Path(model).is_dir():
         raise ValueError(f"--revision {revision} is for pipelines on the Hub, but {model} is a folder.")
+    is_released = str(model).startswith(RELEASED_PREFIX)
+    if is_released and (revision is not None or variant is not None):
+        raise ValueError(f"--revision and --variant are for saved pipelines, but got --model {model}.")
     cls = ADMUpsamplePipeline if upsampler else ClassifierGuidedPipeline
     try:
-        pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
+        if is_released:
+            pipeline = cls.from_released(str(model).removeprefix(RELEASED_PREFIX), dtype=getattr(torch, dtype))
+        else:
+            pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise OSError(
             f"There is no folder {str(model)!r}, and no pipeline with this id, which looks like 'owner/name', came from the Hub:"

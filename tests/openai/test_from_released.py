@@ -2,16 +2,18 @@
 
 import hashlib
 import io
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from command_line import run
 from file_server import FileServer
 from golden_cases import draw_weights, load_case, published_flags
 
-from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.hub import released_files
 from diffusers_adm.openai.released import RELEASED_BY_NAME, register_released
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout, tensor_layout
@@ -269,3 +271,85 @@ def test_disk_without_room_is_named_before_the_download(server, tmp_path):
 
 def test_checkpoint_that_cannot_be_converted_says_why(tmp_path):
     check_refused("difface-ffhq-512 cannot be converted, because its levels have", tmp_path, "difface-ffhq-512")
+
+
+# --- Commands ---
+
+
+@pytest.fixture
+def cache(server, tmp_path, monkeypatch) -> Path:
+    """The cache of the commands."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "diffusers_adm"
+
+
+def test_convert_writes_a_released_checkpoint_with_its_classifier_and_its_card(cache, server, tmp_path, capsys):
+    assert run("convert", "--released", "tiny", "--output", tmp_path / "out") == 0
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.classifier is not None
+    assert "# tiny" in (tmp_path / "out" / "README.md").read_text()
+    words = ("convert", "--released", "tiny-classifier", "--dtype", "float16", "--output", tmp_path / "classifier")
+    assert run(*words) == 0
+    network = NoisyClassifier.from_pretrained(tmp_path / "classifier", dtype=torch.float16)
+    expected = pipeline.classifier.half().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+    assert len(server.ranges) == 2
+
+
+def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys):
+    add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
+    output = ("--output", tmp_path / "out")
+    for words, message in (
+        (("convert", "--released", "tinny", *output), "No released checkpoint is called 'tinny'. Near it are tiny"),
+        (("convert", "--released", "bound", *output), "bound is for non-commercial use"),
+        (("convert", "--released", "tiny", "--unet", "a.pt", *output), "leave out --unet"),
+        (("sample", "--model", "released:bound", *output), "accept it by"),
+        (
+            ("sample", "--model", "released:tiny", "--variant", "fp16", *output),
+            "--revision and --variant are for saved",
+        ),
+    ):
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not files_in(cache)
+    assert run("convert", "--released", "bound", "--accept_license", *output) == 0
+
+
+def test_samples_are_drawn_with_a_released_checkpoint(cache, server, tmp_path, capsys):
+    words = ("--num_samples", 2, "--num_inference_steps", 2, "--batch_size", 2, "--output", tmp_path / "samples")
+    assert run("sample", "--model", "released:tiny", *words) == 0
+    assert (tmp_path / "samples" / "samples_2x32x32x3.npz").is_file()
+
+
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_disk_that_is_full_leaves_nothing_and_is_named(downloaded, cache, server, tmp_path, capsys):
+    if downloaded:
+        (cache / "files").mkdir(parents=True)
+        (cache / "files" / "tiny.pt").write_bytes(UNET)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(UNET) // 2, unlimited[1]))
+    try:
+        assert run("convert", "--released", "tiny", "--output", tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert ("converted/tiny-" if downloaded else "files/tiny.pt: File too large") in error
+    assert not (tmp_path / "out").exists()
+    assert files_in(cache) == ({"files/tiny.pt"} if downloaded else set())
+
+
+def test_listing_has_a_line_for_each_checkpoint(capsys):
+    assert run("released") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(RELEASED_BY_NAME)
+    listed = {line.split()[0]: line for line in lines}
+    for name, texts in {
+        "imagenet-256": ("256", "1000", "2.2 GB", "MIT", "trained on ImageNet", "guided by imagenet-256-classifier"),
+        "repaint-places": ("none", "CC BY-NC-SA 4.0, non-commercial", "Places2"),
+        "edm-imagenet-64": ("for research",),
+        "difface-ffhq-512": ("cannot be converted",),
+    }.items():
+        assert all(text in listed[name] for text in texts)

@@ -1,0 +1,42 @@
+"""Released checkpoints of any kind, by name."""
+
+import os
+
+import torch
+
+from diffusers_adm.hub.released_files import converted_folder
+from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.openai.released import released_checkpoint
+from diffusers_adm.pipelines.pipeline_adm_upsample import ADMUpsamplePipeline
+from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+def load_released(
+    name: str,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+    accept_license: bool = False,
+) -> ClassifierGuidedPipeline | ADMUpsamplePipeline | NoisyClassifier:
+    """
+    Loads a released checkpoint by the class of its kind. The arguments are those of a pipeline's `from_released`.
+
+    Args:
+        name: Short name or name of the file.
+        cache_dir: Folder of the cache.
+        local_files_only: Whether nothing must be downloaded.
+        dtype: Data type of the weights. `None` means float32.
+        accept_license: Whether the restrictions of the checkpoint's license are accepted.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, or its file is another
+            one.
+        OSError: If it cannot be downloaded or written.
+    """
+    released = released_checkpoint(name)
+    cache = {"cache_dir": cache_dir, "local_files_only": local_files_only, "accept_license": accept_license}
+    if released.kind == "classifier":
+        folder = converted_folder(released, NoisyClassifier.from_openai, **cache)
+        return NoisyClassifier.from_pretrained(folder, dtype=dtype)
+    cls = ADMUpsamplePipeline if released.kind == "upsampler" else ClassifierGuidedPipeline
+    return cls.from_released(name, dtype=dtype, **cache)
