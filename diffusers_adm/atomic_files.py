@@ -17,7 +17,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # others have a message of their own
             error.filename = str(path)
         raise
     except SafetensorError as error:

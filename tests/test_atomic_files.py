@@ -34,6 +34,11 @@ def test_folder_is_replaced_once_the_new_one_is_whole(tmp_path):
     assert (folder / "inner" / "file").read_text() == "second" and names(tmp_path) == ["model"]
 
 
+def test_error_with_a_message_of_its_own_keeps_it(tmp_path):
+    with pytest.raises(OSError, match="^no network$"), atomic_folder(tmp_path / "model"):
+        raise OSError("no network")
+
+
 def test_numbers_that_json_lacks_are_refused(tmp_path):
     for number in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="not JSON compliant"):
