@@ -9,7 +9,14 @@ from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
 from diffusers_adm.hub.cards import CLASS_NAMES, save_card
-from diffusers_adm.hub.download import as_installed, check_index, download
+from diffusers_adm.hub.cards import CLASS_NAMES, save_card
+from diffusers_adm.hub.download import OtherPipelineError, as_installed, check_index, download
+from diffusers_adm.hub.released_files import converted_folder
+from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
+from diffusers_adm.hub.upload import push
+from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
+from diffusers_adm.saved_folders import loading
 from diffusers_adm.hub.released_files import converted_folder
 from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
 from diffusers_adm.hub.upload import push
@@ -71,7 +78,7 @@ class SavingMixin:
         own = next(base for base in cls.__mro__ if base.__name__ in SAVED_CLASSES)
         needed = CLASS_NAMES[released.kind]
         if own.__name__ != needed:
-            raise ValueError(f"{released.name} is loaded by {needed}, not by {own.__name__}.")
+            raise OtherPipelineError(f"{released.name} is loaded by {needed}, not by {own.__name__}.")
         cache = {
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
