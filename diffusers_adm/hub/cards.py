@@ -168,6 +168,12 @@ def released_usage(released: ReleasedCheckpoint) -> str:
 def conversion_commands(released: ReleasedCheckpoint) -> str:
     """Returns the commands that download, convert and upload a released checkpoint."""
     name, classifier = card_name(released), guiding_classifier(released)
+    if released.file not in RELEASED_CHECKPOINTS:
+        terms = "" if released.terms is None else " --accept_license"
+        return f"""```sh
+diffusers-adm convert --released {released.name}{terms} --output {name}
+hf upload me/{name} {name}
+```"""
     files = f"--classifier {released.file}" if released.kind == "classifier" else f"--unet {released.file}"
     files += f" --classifier {classifier.file}" if classifier is not None else ""
     downloads = " ".join(f"-O {source.url}" for source in (released, classifier) if source is not None)

@@ -134,6 +134,8 @@ def download_file(released: ReleasedCheckpoint, file: Path) -> None:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk
             partial.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(file)) from error
+        if not os.path.getsize(partial):
+            partial.unlink()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise OSError(
             f"{released.name} cannot be downloaded from {address}: {reason}. Try again, which resumes the download, or save"
@@ -185,8 +187,8 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> None:
     with file.open("rb") as stream:
         if stream.read(100).lstrip().lower().startswith((b"<!doctype", b"<html")):
             raise ValueError(
-                f"{source} is a web page, not a checkpoint: download {released.name} in a browser, and give the file to"
-                " `diffusers-adm convert --unet FILE`."
+                f"{source} is a web page, not a checkpoint: download the file in a browser, and save it as {released.name}.pt,"
+                " which `diffusers-adm convert` and `from_openai` recognise."
             )
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
