@@ -9,14 +9,7 @@ from huggingface_hub import CommitInfo
 
 from diffusers_adm.hub.bundle import write_code
 from diffusers_adm.hub.cards import CLASS_NAMES, save_card
-from diffusers_adm.hub.cards import CLASS_NAMES, save_card
 from diffusers_adm.hub.download import OtherPipelineError, as_installed, check_index, download
-from diffusers_adm.hub.released_files import converted_folder
-from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
-from diffusers_adm.hub.upload import push
-from diffusers_adm.models import NoisyClassifier
-from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
-from diffusers_adm.saved_folders import loading
 from diffusers_adm.hub.released_files import converted_folder
 from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
 from diffusers_adm.hub.upload import push
