@@ -1,7 +1,8 @@
 """Guidance: gradients that steer the steps of a run (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4).
 
 A guidance function takes four arguments, `(x_t, timestep, x_0, class_labels)`: the noised images and the predicted clean ones,
-`(batch, channels, height, width)`, float32; the training timestep of each image, `(batch,)`; the class of each image, `(batch,)`, or
+`(batch, channels, height, width)`, float32; the training timestep of each image, `(batch,)`, or its noise level sigma if the UNet has
+preconditioning; the class of each image, `(batch,)`, or
 `None`. It returns a log-probability per image, `(batch,)`, up to a constant, whose gradient guides; or that gradient itself, of the
 shape of x_t. The gradient is the sum of those with respect to x_t and to x_0, where x_0 is taken as independent of x_t. A function whose
 attribute `through_unet` is true gets an x_0 that depends on x_t through the UNet. For example, this draws brighter images:

@@ -38,7 +38,7 @@ class ADMUNet2DOutput(BaseOutput):
 
     Args:
         sample: Prediction, `(batch, out_channels, height, width)`. The first `in_channels` channels predict the noise, or
-            x_0 if the scheduler's `prediction_type` says so. With learned variance, as many channels follow. They
+            x_0 if the scheduler's `prediction_type` says so, or if the model has preconditioning. With learned variance, as many channels follow. They
             interpolate the log-variance between its bounds: -1 is the lower bound, 1 the upper.
     """
 
