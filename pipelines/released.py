@@ -1,6 +1,7 @@
 """Released checkpoints of any kind, by name."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,28 @@ from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.openai.released import released_checkpoint
 from diffusers_adm.pipelines.pipeline_adm_upsample import ADMUpsamplePipeline
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+# Prefix of the name of a released checkpoint, where a folder or a Hub id could stand too.
+RELEASED_PREFIX = "released:"
+LOADERS = {"unet": ClassifierGuidedPipeline, "upsampler": ADMUpsamplePipeline, "classifier": NoisyClassifier}
+
+
+def released_folder(name: str) -> tuple[Path, str | None]:
+    """
+    Returns the folder of a converted checkpoint, and the folder of its network in it. It is downloaded if it is not in the cache.
+
+    Args:
+        name: Short name or name of the file.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, or its file is another
+            one.
+        OSError: If it cannot be downloaded or written.
+    """
+    released = released_checkpoint(name)
+    folder = converted_folder(released, LOADERS[released.kind].from_openai)
+    return folder, None if released.kind == "classifier" else "unet"
 
 
 def load_released(
@@ -38,5 +61,4 @@ def load_released(
     if released.kind == "classifier":
         folder = converted_folder(released, NoisyClassifier.from_openai, **cache)
         return NoisyClassifier.from_pretrained(folder, dtype=dtype)
-    cls = ADMUpsamplePipeline if released.kind == "upsampler" else ClassifierGuidedPipeline
-    return cls.from_released(name, dtype=dtype, **cache)
+    return LOADERS[released.kind].from_released(name, dtype=dtype, **cache)

@@ -91,7 +91,8 @@ class ArchitectureOptions:
     )
     pretrained_model_name_or_path: str | None = option(
         None,
-        help="Model to start from. Its architecture must be the same, but its classes may differ.",
+        help="Model to start from, a folder, a Hub id or released:NAME. Its architecture must be the same, but its classes may"
+        " differ.",
         metavar="NAME_OR_PATH",
         resumable=True,
     )

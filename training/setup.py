@@ -16,6 +16,7 @@ from diffusers_adm.data.datasets import LabelledImages, load_images
 from diffusers_adm.data.images import ImageFormat
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.launch import join_processes
+from diffusers_adm.pipelines.released import RELEASED_PREFIX, released_folder
 from diffusers_adm.quiet import without_warning
 from diffusers_adm.training.options import (
     ArchitectureOptions,
@@ -168,13 +169,16 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None) -> None
 
     Args:
         model: Model to train.
-        name: Name or path of the saved model.
-        subfolder: Folder inside a pipeline.
+        name: Name or path of the saved model, or `released:NAME` of a released checkpoint.
+        subfolder: Folder inside a pipeline. That of a released checkpoint is known.
 
     Raises:
         ValueError: If the models differ in anything else.
     """
-    pretrained = type(model).from_pretrained(name, subfolder=subfolder)
+    place = name
+    if name.startswith(RELEASED_PREFIX):
+        place, subfolder = released_folder(name.removeprefix(RELEASED_PREFIX))
+    pretrained = type(model).from_pretrained(place, subfolder=subfolder)
     # Through JSON, as the saved one's has come: it knows no tuples.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
     differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}

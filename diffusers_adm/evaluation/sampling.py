@@ -20,11 +20,8 @@ from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
 from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.pipelines.released import RELEASED_PREFIX
 from diffusers_adm.progress import with_progress
-
-
-# Prefix of the name of a released checkpoint, where a folder or a Hub id could stand too.
-RELEASED_PREFIX = "released:"
 
 
 def load_pipeline(

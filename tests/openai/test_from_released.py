@@ -17,6 +17,7 @@ from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyCl
 from diffusers_adm.hub import released_files
 from diffusers_adm.openai.released import RELEASED_BY_NAME, register_released
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout, tensor_layout
+from diffusers_adm.training.setup import load_pretrained
 
 
 def file_of(case: str, **others: object) -> bytes:
@@ -320,6 +321,15 @@ def test_samples_are_drawn_with_a_released_checkpoint(cache, server, tmp_path, c
     words = ("--num_samples", 2, "--num_inference_steps", 2, "--batch_size", 2, "--output", tmp_path / "samples")
     assert run("sample", "--model", "released:tiny", *words) == 0
     assert (tmp_path / "samples" / "samples_2x32x32x3.npz").is_file()
+
+
+def test_training_starts_from_a_released_checkpoint(cache, server):
+    for name, networks in (("tiny", "unet"), ("tiny-classifier", "classifier")):
+        released = getattr(ClassifierGuidedPipeline.from_released("tiny"), networks)
+        model = type(released).from_config(released.config)
+        load_pretrained(model, f"released:{name}", None)
+        expected = released.state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("downloaded", [False, True])
