@@ -16,9 +16,7 @@ from diffusers_adm.guidance.gradient import (
 )
 from diffusers_adm.guidance.options import GuidanceOptions
 from diffusers_adm.solvers import Solver
-
-
-HIGH_NOISE_LEVEL = 200  # above the last timestep of the linear schedule, 157
+from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL
 
 
 class Guider:
@@ -54,13 +52,21 @@ class Guider:
         self.independent_rows = getattr(guidance_fn, "independent_rows", False)
         self.through_half = through_half
         self.check_scales = check_scales
-        self.factors = factors
+        self.factors = self._limited_factors(factors)
         self.max_sizes = self._largest_sizes()
-        self.step_counts = options.gradient_steps(factors)
+        self.step_counts = options.gradient_steps(self.factors)
         self.scales: list[float] | None = None  # of each image
         self.rows: list[int] = []  # of the images that are guided
         self.last_gradient: torch.Tensor | None = None  # before scale and factor
         self.finite = FiniteCheck("The gradient that guides")
+
+    def _limited_factors(self, factors: list[float]) -> list[float]:
+        """Returns the factors without those of noise levels at which the solver cannot be guided by default."""
+        if self.options.max_x_0_shift != "auto" or self.options.interval is not None:
+            return factors
+        limit = self.solver.max_guidance_sigma
+        limited = [factor if sigma <= limit else 0.0 for sigma, factor in zip(self.solver.sigmas, factors)]
+        return limited if any(limited) else factors
 
     def _largest_sizes(self) -> list[float] | None:
         """Returns the largest size of the scaled gradient at each step, or `None` without a limit."""

@@ -29,8 +29,9 @@ class GuidanceOptions:
         normalize: Whether each image's gradient is scaled to a root mean square of 1.
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
         max_x_0_shift: Largest root mean square by which guidance moves the predicted x_0 of each image, which it moves by
-            sigma * sqrt(1 - alpha_bar) times the scaled gradient. Larger gradients are shortened. `"auto"` takes the solver's
-            default: 0.5, about the deviation of images in [-1, 1], and no limit for DDPM and DDIM, as in the original code. `None` means no limit.
+            sigma * sqrt(1 - alpha_bar) times the scaled gradient. Larger gradients are shortened. `None` means no limit.
+            `"auto"` means 0.5, about the deviation of images in [-1, 1], but no limit for DDPM and DDIM, as in the original
+            code. SA-Solver is then not guided above the noise level 200, unless `interval` is given.
         entropy_scaling: Whether the scale is divided by the entropy of the classifier's prediction (Li et al. 2022, arXiv
             2206.11474).
         max_entropy_scale: Largest factor of the entropy scaling.

@@ -27,6 +27,7 @@ from diffusers_adm.diffusion import (
 )
 
 
+HIGH_NOISE_LEVEL = 200.0  # above the last timestep of the linear schedule, 157
 VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_log")
 
 
@@ -66,11 +67,13 @@ class Solver:
         x_0_shifts: Factor by which a gradient moves the predicted x_0 at each step of the run when it shifts epsilon:
             sigma * sqrt(1 - alpha_bar).
         max_x_0_shift: Default limit of that move, a root mean square per image. `None` means no limit.
+        max_guidance_sigma: Highest noise level at which guidance acts by default.
         shifts_epsilon: Whether guidance shifts epsilon (Algorithm 2), not the mean of a step (Algorithm 1).
     """
 
     shifts_epsilon = True
     max_x_0_shift: float | None = None
+    max_guidance_sigma = math.inf
 
     def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule, visits: list[int] | None = None):
         config = scheduler.config

@@ -29,6 +29,7 @@ from diffusers_adm.checks import check_types, is_integer
 from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
 from diffusers_adm.solvers.algorithms import (
+    HIGH_NOISE_LEVEL,
     DDPMSolver,
     EpsilonSolver,
     PNDMSolver,
@@ -209,10 +210,7 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
         )
-    if (
-        isinstance(scheduler, (HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler))
-        and steps[0] > 1000 * steps[1] > 0
-    ):
+    if isinstance(scheduler, TWO_STAGE) and steps[0] > 1000 * steps[1] > 0:
         warnings.warn(
             f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which burns colours."
             f" Take more steps than num_inference_steps={num_inference_steps}, or another scheduler.",
@@ -224,7 +222,10 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
     sigmas = levels[:-1].double().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
     solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
-    return solver_class(scheduler, schedule, prepared, timesteps)
+    solver = solver_class(scheduler, schedule, prepared, timesteps)
+    if isinstance(scheduler, SASolverScheduler):
+        solver.max_guidance_sigma = HIGH_NOISE_LEVEL  # its next steps extrapolate an error of the first
+    return solver
 
 
 def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:

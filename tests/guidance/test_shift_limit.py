@@ -10,6 +10,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    SASolverScheduler,
 )
 from guided_calls import draw, pipeline_of
 
@@ -20,7 +22,7 @@ from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
 DEVIATION = 0.4  # of the clean images, which are Gaussian
 FAST = [scheduler for scheduler in SUPPORTED_SCHEDULERS if scheduler not in (DDIMScheduler, DDPMScheduler)]
 
-NEED_STEPS = (HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler)
+NEED_STEPS = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
 
 
 def wrong_direction(x_t, timestep, x_0, class_labels):
@@ -103,3 +105,18 @@ def test_the_limit_shortens_gradients_and_keeps_their_direction():
     size, free_size = (gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() for gradient in (limited, free))
     torch.testing.assert_close(20291 * size.flatten(), torch.full((2,), 0.5), rtol=1e-3, atol=0)
     torch.testing.assert_close(limited * (free_size / size), free)
+
+
+def test_sa_solver_is_not_guided_at_the_highest_noise_level():
+    """Its later steps extrapolate what guidance did there."""
+    pipeline, guided = cosine_pipeline(SASolverScheduler), []
+
+    def remember(_, step, timestep, tensors):
+        guided.append(tensors["gradient"] is not None)
+        return {}
+
+    call = {"guidance_scale": 1.0, "num_inference_steps": 5, "callback_on_step_end": remember}
+    draw(pipeline, **call, callback_on_step_end_tensor_inputs=["gradient"])
+    draw(pipeline, **call, guidance_options={"interval": (0, 1e5)}, callback_on_step_end_tensor_inputs=["gradient"])
+    draw(pipeline, **call, guidance_options={"max_x_0_shift": 0.5}, callback_on_step_end_tensor_inputs=["gradient"])
+    assert guided == [False] + 14 * [True]
