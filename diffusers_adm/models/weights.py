@@ -13,7 +13,16 @@ from diffusers_adm.saved_folders import check_weights, loading, read_config
 
 
 # Options that models saved by earlier versions of this package lack.
-ADDED_OPTIONS = ("timestep_scale", "num_train_timesteps", "beta_schedule", "id2label")
+ADDED_OPTIONS = (
+    "timestep_scale",
+    "preconditioning",
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+    "num_train_timesteps",
+    "beta_schedule",
+    "id2label",
+)
 
 
 class CompleteWeightsMixin:
