@@ -19,6 +19,8 @@ from huggingface_hub.utils import WeakFileLock
 
 from diffusers_adm.atomic_files import atomic_folder, naming_write_errors
 from diffusers_adm.hub.bundle import save_model
+from diffusers_adm.hub.cards import released_card
+from diffusers_adm.hub.saved_files import CARD_FILE
 from diffusers_adm.openai.files import read_state_dict
 from diffusers_adm.openai.released import RELEASED_BY_NAME
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, tensor_layout
@@ -72,6 +74,7 @@ def converted_folder(
                 download_file(released, file)
             with atomic_folder(folder) as unfinished:
                 save_converted(convert(file), unfinished)
+                released_card(released).save(unfinished / CARD_FILE)
     return folder
 
 

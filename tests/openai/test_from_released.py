@@ -259,7 +259,8 @@ def test_license_that_needs_it_is_accepted_once(server, tmp_path):
     check_refused(message, tmp_path, "bound")
     assert not server.ranges
     ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path, accept_license=True)
-    ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path)
+    ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path).save_pretrained(tmp_path / "saved")
+    assert "License: CC BY-NC-SA 4.0, for non-commercial use." in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_disk_without_room_is_named_before_the_download(server, tmp_path):
