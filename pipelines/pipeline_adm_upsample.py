@@ -19,6 +19,7 @@ from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.step_hooks import StepHooks
+from diffusers_adm.solvers import Churn
 
 
 LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
@@ -123,6 +124,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
+        churn: Churn | dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one large image for each small one.
@@ -158,6 +160,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
+            churn: Noise that is added before each step, for a UNet with preconditioning, see
+                [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -184,6 +188,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_fn=guidance_fn,
             guidance_options=guidance_options,
             timesteps=timesteps,
+            churn=churn,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
