@@ -108,6 +108,7 @@ THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample
 def test_first_order_multistep_solver_without_clipping_is_ddim(guidance_scale, options):
     # DPM-Solver++ of first order takes DDIM's steps (Lu et al. 2022, section 4), on the same timesteps.
     unet, call = tiny_unet(), {"latents": images(2), "guidance_scale": guidance_scale}
+    call["guidance_options"] = {"max_x_0_shift": None}  # the default of DDIM alone
     scheduler = tiny_scheduler(DPMSolverMultistepScheduler, solver_order=1, timestep_spacing="leading", **options)
     scheduler.register_to_config(clip_sample=False)
     multistep = tiny_pipeline(unet, scheduler)
