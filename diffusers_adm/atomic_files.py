@@ -120,6 +120,14 @@ def replace_folder(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder under another name: if it is killed on the way, no half of it remains under the name of the whole."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    os.replace(folder, partial)
+    shutil.rmtree(partial)
+
+
 def _flush_path(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
-from diffusers_adm.atomic_files import flush_folder, partial_folder, replace_folder
+from diffusers_adm.atomic_files import flush_folder, partial_folder, remove_folder, replace_folder
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.training.averages import MovingAverages
@@ -30,6 +31,9 @@ from diffusers_adm.training.stopping import StopRequest
 
 logger = get_logger(__name__)
 
+MODELS = ("pipeline", "classifier")
+VALIDATED = "validated"  # empty file of a checkpoint whose step is validated
+
 
 @dataclass
 class TrainingState:
@@ -41,6 +45,7 @@ class TrainingState:
         averages: Moving averages of the weights.
         sampler: Module that draws timesteps and learns from their losses.
         global_step: Number of optimizer steps, skipped ones included.
+        validated_step: Number of steps at the last validation that was completed.
         skipped_steps: Number of steps that changed nothing, because fp16 overflowed.
         epoch: Number of complete passes over the images.
         images_into_epoch: Number of images of the current pass.
@@ -50,6 +55,7 @@ class TrainingState:
     averages: MovingAverages
     sampler: torch.nn.Module | None = None
     global_step: int = 0
+    validated_step: int = 0
     skipped_steps: int = 0
     epoch: int = 0
     images_into_epoch: int = 0
@@ -77,14 +83,15 @@ class Checkpointer:
         Returns the checkpoint to resume from, or `None` if the run begins.
 
         Raises:
-            ValueError: If there is no such checkpoint, or the output folder has checkpoints of another run.
+            ValueError: If there is no such checkpoint, or the output folder has checkpoints or models of another run.
         """
         name = self.options.output.resume_from_checkpoint
         if name is None:
-            if list_checkpoints(self.output_dir):
+            models = [self.output_dir / model for model in MODELS if (self.output_dir / model).exists()]
+            for found in (*list_checkpoints(self.output_dir), *models):
                 raise ValueError(
-                    f"--output_dir {self.output_dir} holds checkpoints: pass --resume_from_checkpoint latest, or another"
-                    " folder."
+                    f"--output_dir {self.output_dir} holds {found.name} of an earlier run: pass --resume_from_checkpoint"
+                    " latest, or another folder."
                 )
             return None
         if name == "latest":
@@ -139,6 +146,7 @@ class Checkpointer:
         load_sampler(state.sampler, folder)
         state.averages.load(folder, saved["averaged_steps"])
         state.global_step = saved["global_step"]
+        state.validated_step = state.global_step if (folder / VALIDATED).exists() else 0
         state.skipped_steps = saved["global_step"] - saved["averaged_steps"]
         state.epoch = saved["epoch"]
         state.images_into_epoch = saved["images_into_epoch"]
@@ -173,11 +181,16 @@ class Checkpointer:
             self._on_all(lambda: flush_folder(partial))
             self._on_all(lambda: self._put_in_place(partial, folder))
         except Exception as error:  # of safetensors, torch or the system, as it happens
+            # torch does not tell that a disk is full.
+            free = shutil.disk_usage(self.output_dir).free / 2**20
+            failure = f"Cannot write {folder} while {free:.1f} MiB are free: {error}. {self.describe_last()}"
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
+            if must_succeed and isinstance(error, (OSError, RuntimeError, SafetensorError)):
+                raise OSError(failure) from error
             if must_succeed:
                 raise
-            logger.error("Cannot write %s: %s. %s", folder, error, self.describe_last())
+            logger.error(failure)
             return
         self.saved_step = state.global_step
 
@@ -217,6 +230,12 @@ class Checkpointer:
             output = self.options.output
             remove_old_checkpoints(self.output_dir, output.checkpoints_total_limit, output.keep_every)
 
+    def mark_validated(self, state: TrainingState) -> None:
+        """Notes that the step is validated, so that a run that resumes after it does not validate it again."""
+        state.validated_step = state.global_step
+        if self.accelerator.is_main_process and self.saved_step == state.global_step:
+            (self.output_dir / f"checkpoint-{state.global_step}" / VALIDATED).touch()
+
     def _positions_file(self, folder: Path) -> Path:
         """Returns the file with this process's position in its stream."""
         return folder / f"stream_{self.accelerator.process_index}.json"
@@ -252,10 +271,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> None:
-    """Removes all but the latest `limit` checkpoints and multiples of `keep_every`, and folders that were never finished."""
+    """Removes all but the latest `limit` checkpoints and multiples of `keep_every`."""
     temporary = [
         path for path in list_checkpoints(folder) if keep_every is None or checkpoint_step(path) % keep_every != 0
     ]
-    unfinished = (*folder.glob("partial-checkpoint-*"), *folder.glob("old-checkpoint-*"))
-    for path in (*temporary[:-limit], *unfinished):
-        shutil.rmtree(path)
+    for path in temporary[:-limit]:
+        remove_folder(path)

@@ -1,6 +1,7 @@
 """Where options come from and go to: the command line, configuration files, presets, checkpoints and model cards."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -11,6 +12,7 @@ import yaml
 
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.training.stopping import RunFailed
 
 
 Options = TypeVar("Options", bound=TrainingOptions)
@@ -195,8 +197,11 @@ def _may_differ(option: OptionInfo, values: dict[str, Any]) -> bool:
 
 
 def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options]) -> None:
-    """Runs a training script. Invalid input is reported in one line instead of a traceback."""
+    """Runs a training script. What ends it, such as invalid input or a full disk, is reported in one line."""
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFailed) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("error: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -62,6 +62,8 @@ def train_pipeline(
 
     trainer.train(objective, validations)
     if accelerator.is_main_process and trainer.finished:
+        if not folder.exists():  # the run was finished before, and its pipeline was removed
+            saved(trainer)
         add_card()
         if options.hub.push_to_hub:
             push.finish()

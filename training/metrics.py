@@ -91,8 +91,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return entries
 
 
-def drop_metrics_after(path: Path, step: int) -> None:
-    """Removes entries of steps that will be taken again, and lines that were cut off."""
-    entries = [entry for entry in read_metrics(path) if entry["step"] <= step]
+def drop_metrics_after(path: Path, step: int, validated: bool) -> None:
+    """
+    Removes entries that a resumed run will write again, and lines that were cut off.
+
+    Args:
+        path: A `metrics.jsonl`.
+        step: Number of steps after which the run resumes.
+        validated: Whether the validation of that step is complete.
+    """
+
+    def is_final(entry: dict[str, float]) -> bool:
+        is_validation = any(name.startswith("validation_") for name in entry)
+        return entry["step"] < step or (entry["step"] == step and (validated or not is_validation))
+
+    entries = [entry for entry in read_metrics(path) if is_final(entry)]
     with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -116,10 +116,21 @@ class ClassifierObjective:
         self.entropy_weight = entropy_weight
 
     def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the loss, and whether the label is the likeliest class and among the five likeliest."""
+        """Computes the terms of the loss at timesteps that are drawn uniformly."""
         logits, timestep = self.noised_logits(model, batch["image"])
-        loss = classifier_loss(logits, batch["label"], self.entropy_weight)
-        return LossTerms(loss, correct_predictions(logits, batch["label"]), timestep)
+        return self.terms(logits, batch["label"], timestep)
+
+    def terms(self, logits: torch.Tensor, labels: torch.Tensor, timestep: torch.Tensor) -> LossTerms:
+        """
+        Computes the loss, and whether the label is the likeliest class and among the five likeliest.
+
+        Args:
+            logits: Logits of noised images, `(batch, num_classes)`.
+            labels: Labels of the images, `(batch,)`.
+            timestep: Timesteps of the images, `(batch,)`.
+        """
+        loss = classifier_loss(logits, labels, self.entropy_weight)
+        return LossTerms(loss, correct_predictions(logits, labels), timestep)
 
     def noised_logits(
         self, model: nn.Module, x_0: torch.Tensor, generator: torch.Generator | None = None

@@ -184,8 +184,11 @@ class OutputOptions:
     """Folder of a run, and how often it is written to."""
 
     output_dir: Path = option(help="Folder of the run.", resumable=True)
-    checkpointing_steps: int = option(
-        5000, help="Number of steps between checkpoints.", check=at_least(1), resumable=True
+    checkpointing_steps: int | None = option(
+        None,
+        help="Number of steps between checkpoints. It is a tenth of the run by default, at most 5000, with a further one early.",
+        check=at_least(1),
+        resumable=True,
     )
     checkpoints_total_limit: int = option(
         2, help="Number of latest checkpoints to keep.", check=at_least(1), resumable=True
@@ -196,9 +199,17 @@ class OutputOptions:
     resume_from_checkpoint: str | None = option(
         None, help='Folder of a checkpoint to resume from, or "latest".', metavar="PATH", resumable=True
     )
-    logging_steps: int = option(50, help="Number of steps between log entries.", check=at_least(1), resumable=True)
-    validation_steps: int = option(
-        5000, help="Number of steps between validations.", check=at_least(1), resumable=True
+    logging_steps: int | None = option(
+        None,
+        help="Number of steps between log entries. It is a tenth of the run by default, at most 50.",
+        check=at_least(1),
+        resumable=True,
+    )
+    validation_steps: int | None = option(
+        None,
+        help="Number of steps between validations. It is a tenth of the run by default, at most 5000, with a further one early.",
+        check=at_least(1),
+        resumable=True,
     )
     report_to: str | None = option(
         None, help="Tracker of accelerate, such as tensorboard or wandb.", metavar="TRACKER", resumable=True
@@ -250,6 +261,11 @@ class TrainingOptions:
     optimisation: OptimisationOptions = option_group(OptimisationOptions, "optimisation")
     output: OutputOptions = option_group(OutputOptions, "output")
     hub: HubOptions = option_group(HubOptions, "Hub")
+
+    @property
+    def push_every(self) -> int | None:
+        """Number of steps between uploads during training."""
+        return None
 
 
 @dataclass
@@ -341,16 +357,21 @@ class UNetTrainingOptions(TrainingOptions):
     validation: ValidationOptions = option_group(ValidationOptions, "validation")
 
     def __post_init__(self):
-        push_every, validation_steps = self.validation.push_every, self.output.validation_steps
+        push_every, validation_steps = self.push_every, self.output.validation_steps
         if push_every is not None and not self.hub.push_to_hub:
             raise ValueError("--push_every needs --push_to_hub.")
-        if push_every is not None and push_every % validation_steps:
+        if push_every is not None and validation_steps is not None and push_every % validation_steps:
             raise ValueError(
                 f"--push_every {push_every} is not a multiple of --validation_steps {validation_steps}, when pipelines are"
                 " saved."
             )
         if self.classes.label_dropout and not self.classes.class_conditional:
             raise ValueError("--label_dropout needs a class-conditional model.")
+
+    @property
+    def push_every(self) -> int | None:
+        """Number of steps between uploads during training."""
+        return self.validation.push_every
 
 
 @dataclass

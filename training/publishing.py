@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
+from diffusers_adm.atomic_files import atomic_write
 from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, TAGS, example_call, usage
 from diffusers_adm.hub.saved_files import CODE_PATTERNS
 from diffusers_adm.training.configuration import as_command_line
-from diffusers_adm.training.metrics import read_metrics
+from diffusers_adm.training.metrics import NUM_QUARTERS, read_metrics
 from diffusers_adm.training.options import HubOptions, TrainingOptions
 
 
@@ -34,9 +35,14 @@ PUBLISHED = [
 ATTEMPTS = 3
 
 
-def check_hub(hub: HubOptions, accelerator: Accelerator) -> None:
+def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
     """
     Creates the repository and checks that it can be written to, before the first step.
+
+    Args:
+        hub: Repository and token.
+        accelerator: Accelerator of the run.
+        dry_run: Whether nothing is created, and only the token is checked.
 
     Raises:
         ValueError: If there is no id, no token, or the Hub refuses it.
@@ -47,6 +53,9 @@ def check_hub(hub: HubOptions, accelerator: Accelerator) -> None:
         raise ValueError("--push_to_hub needs --hub_model_id, such as me/my-model.")
     try:
         api = HfApi(token=hub.hub_token)
+        if dry_run:
+            api.whoami()
+            return
         repo_id = api.create_repo(hub.hub_model_id, private=hub.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         if hub.hub_revision is not None:
@@ -183,21 +192,27 @@ The model knows its training images alone: it repeats their biases and mistakes,
 research on generative models; nobody has examined whether it is fit for anything else, and it should not be used to depict people or
 to deceive.
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+    with atomic_write(folder / "README.md") as partial:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(partial)
 
 
 def _held_out_results(metrics: dict[str, float], dataset: str) -> list[EvalResult]:
+    prefix = "validation_accuracy"
+    names = {prefix: "accuracy on held-out images, all timesteps"}
+    for quarter in range(NUM_QUARTERS):
+        name = f"accuracy on held-out images, quarter {quarter} of the timesteps (0: least noise)"
+        names[f"{prefix}_quarter_{quarter}"] = name
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type="accuracy",
-            metric_name=f"accuracy on held-out images, quarter {metric[-1]} of the timesteps (0: least noise)",
-            metric_value=value,
+            metric_name=name,
+            metric_value=metrics[metric],
         )
-        for metric, value in metrics.items()
-        if metric.startswith("validation_accuracy_quarter_")
+        for metric, name in names.items()
+        if metric in metrics
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, set_seed
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
@@ -40,10 +41,15 @@ def set_up_accelerator(options: TrainingOptions) -> Accelerator:
     Joins the processes, divides the batch among them, and seeds them. It comes before everything that is random.
 
     Raises:
-        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, or they would divide the
-            weights.
+        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, they would divide the
+            weights, or the tracker is not installed.
     """
-    optimisation = options.optimisation
+    optimisation, tracker = options.optimisation, options.output.report_to
+    trackers = [str(available) for available in get_available_trackers()]
+    if tracker is not None and tracker not in (*trackers, "all"):
+        raise ValueError(
+            f"--report_to {tracker} is not installed. These trackers are: {', '.join(trackers) or 'none'}."
+        )
     divide_batch(optimisation, join_processes().num_processes)
     if optimisation.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True

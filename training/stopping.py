@@ -1,6 +1,7 @@
 """Requests to stop a run before its end, and agreement of its processes."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,15 +10,20 @@ import torch
 from accelerate import Accelerator
 
 
+class RunFailed(RuntimeError):
+    """End of a run that cannot go on, for a reason that its message tells."""
+
+
 class StopRequest:
     """
-    Notices signals that ask the processes to stop (SIGTERM, or SIGUSR1 as batch systems send it), which would end them.
+    Notices signals that ask the processes to stop (SIGTERM, SIGUSR1 as batch systems send it, or Ctrl-C), which would end them.
+    A second Ctrl-C ends them.
 
     Args:
         accelerator: Accelerator of the script.
     """
 
-    SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
+    SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT)
 
     def __init__(self, accelerator: Accelerator):
         self.received = False
@@ -37,8 +43,12 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _receive(self, *_) -> None:
+    def _receive(self, number: int, _) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Not by `print`, which a signal may have interrupted.
+            os.write(2, b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C again to end at once.\n")
 
     def agreed(self) -> bool:
         """Returns whether any process was asked to stop. All processes must call it equally often."""

@@ -1,4 +1,4 @@
-"""Trains the noise-aware classifier that guides sampling: `accelerate launch training/train_classifier.py --help`.
+"""Trains the noise-aware classifier that guides sampling: `python -m diffusers_adm.training.train_classifier --help`.
 
 Cross-entropy on noised images at uniformly drawn timesteps, AdamW with weight decay, learning rate annealed linearly
 (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
@@ -14,6 +14,7 @@ from diffusers_adm.training.objective import ClassifierObjective, build_noise_sc
 from diffusers_adm.training.options import ClassifierTrainingOptions
 from diffusers_adm.training.plan import print_plan
 from diffusers_adm.training.publishing import check_hub, publish, write_card
+from diffusers_adm.training.run_folder import reserved_folder
 from diffusers_adm.training.setup import (
     build_validation_loader,
     load_training_images,
@@ -26,8 +27,8 @@ from diffusers_adm.training.validation import HeldOutAccuracy
 
 
 EXAMPLES = (
-    "accelerate launch -m diffusers_adm.training.train_classifier --preset classifier-small-64 --train_data_dir my_images --output_dir runs/classifier",
-    "accelerate launch -m diffusers_adm.training.train_classifier --dataset_name ylecun/mnist --in_channels 1 --resolution 32 --num_epochs 10 --output_dir runs/mnist",
+    "python -m diffusers_adm.training.train_classifier --preset classifier-small-64 --train_data_dir my_images --output_dir runs/classifier",
+    "python -m diffusers_adm.training.train_classifier --dataset_name ylecun/mnist --in_channels 1 --resolution 32 --num_epochs 10 --output_dir runs/mnist",
 )
 
 
@@ -44,42 +45,42 @@ def main(options: ClassifierTrainingOptions) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
-    with accelerator.main_process_first():
-        images, held_out = load_training_images(options)
-    optimisation = options.optimisation
-    resolve_steps(optimisation, images.num_images, accelerator.num_processes)
-    names = required_class_names(images)
-    noise = build_noise_scheduler(options.diffusion).config
-    classifier = NoisyClassifier(
-        num_classes=len(names),
-        pool=options.classifier.pool,
-        num_train_timesteps=noise.num_train_timesteps,
-        beta_schedule=noise.beta_schedule,
-        id2label=dict(enumerate(names)),
-        **model_config(options.architecture, options.format),
-    )
-    if options.dry_run:
-        print_plan(options, accelerator, classifier, images.num_images)
-        return
-    check_hub(options.hub, accelerator)
+    with reserved_folder(options, accelerator):
+        with accelerator.main_process_first():
+            images, held_out = load_training_images(options)
+        optimisation = options.optimisation
+        resolve_steps(optimisation, images.num_images, accelerator.num_processes)
+        names = required_class_names(images)
+        noise = build_noise_scheduler(options.diffusion).config
+        classifier = NoisyClassifier(
+            num_classes=len(names),
+            pool=options.classifier.pool,
+            num_train_timesteps=noise.num_train_timesteps,
+            beta_schedule=noise.beta_schedule,
+            id2label=dict(enumerate(names)),
+            **model_config(options.architecture, options.format),
+        )
+        if options.dry_run:
+            print_plan(options, accelerator, classifier, images.num_images)
+        check_hub(options.hub, accelerator, options.dry_run)
 
-    schedule = NoiseSchedule.from_config(noise).to(accelerator.device)
-    objective = ClassifierObjective(schedule, options.classifier.entropy_weight)
-    trainer = Trainer(options, accelerator, classifier, images)
-    validations = []
-    if held_out is not None:
-        loader = build_validation_loader(held_out, optimisation.train_batch_size, accelerator)
-        validations.append(HeldOutAccuracy(objective, loader, optimisation.seed))
-    trainer.train(objective, validations)
+        schedule = NoiseSchedule.from_config(noise).to(accelerator.device)
+        objective = ClassifierObjective(schedule, options.classifier.entropy_weight)
+        trainer = Trainer(options, accelerator, classifier, images)
+        validations = []
+        if held_out is not None:
+            loader = build_validation_loader(held_out, optimisation.train_batch_size, accelerator)
+            validations.append(HeldOutAccuracy(objective, loader, optimisation.seed))
+        trainer.train(objective, validations)
 
-    if accelerator.is_main_process and trainer.finished:
-        folder = options.output.output_dir / "classifier"
-        with atomic_folder(folder) as partial:
-            save_model(classifier, partial)
-        facts = (type(classifier).__name__, images.num_images, names, trainer.global_step)
-        write_card(options, accelerator, folder, *facts)
-        if options.hub.push_to_hub:
-            publish(options.hub, folder, options.output.output_dir)
+        if accelerator.is_main_process and trainer.finished:
+            folder = options.output.output_dir / "classifier"
+            with atomic_folder(folder) as partial:
+                save_model(classifier, partial)
+            facts = (type(classifier).__name__, images.num_images, names, trainer.global_step)
+            write_card(options, accelerator, folder, *facts)
+            if options.hub.push_to_hub:
+                publish(options.hub, folder, options.output.output_dir)
 
 
 if __name__ == "__main__":

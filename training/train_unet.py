@@ -1,4 +1,4 @@
-"""Trains an ADM UNet on labelled images: `accelerate launch training/train_unet.py --help`.
+"""Trains an ADM UNet on labelled images: `python -m diffusers_adm.training.train_unet --help`.
 
 The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of constant rate, and, with
 `--label_dropout`, a null class, so that one network is both the conditional and the unconditional model.
@@ -12,14 +12,15 @@ from diffusers_adm.training.objective import DenoisingObjective, build_noise_sch
 from diffusers_adm.training.options import UNetTrainingOptions
 from diffusers_adm.training.plan import print_plan
 from diffusers_adm.training.publishing import check_hub
+from diffusers_adm.training.run_folder import reserved_folder
 from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
 from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import SampleGrid
 
 
 EXAMPLES = (
-    "accelerate launch -m diffusers_adm.training.train_unet --preset small-64 --train_data_dir my_images --output_dir runs/unet",
-    "accelerate launch -m diffusers_adm.training.train_unet --config runs/unet/checkpoint-5000/options.yaml --resume_from_checkpoint latest",
+    "python -m diffusers_adm.training.train_unet --preset small-64 --train_data_dir my_images --output_dir runs/unet",
+    "python -m diffusers_adm.training.train_unet --config runs/unet/checkpoint-5000/options.yaml --resume_from_checkpoint latest",
 )
 
 
@@ -36,31 +37,33 @@ def main(options: UNetTrainingOptions) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
-    class_conditional = options.classes.class_conditional
-    with accelerator.main_process_first():
-        images, held_out = load_training_images(options, class_conditional)
-    resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
-    names = required_class_names(images) if class_conditional else None
-    unet = build_unet(options, len(names) if names else None)
-    if options.dry_run:
-        print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
-        return
-    check_hub(options.hub, accelerator)
+    with reserved_folder(options, accelerator):
+        class_conditional = options.classes.class_conditional
+        with accelerator.main_process_first():
+            images, held_out = load_training_images(options, class_conditional)
+        resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
+        names = required_class_names(images) if class_conditional else None
+        unet = build_unet(options, len(names) if names else None)
+        if options.dry_run:
+            print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
+        check_hub(options.hub, accelerator, options.dry_run)
 
-    scheduler = build_noise_scheduler(options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0)
-    objective = DenoisingObjective(
-        options.objective, scheduler, accelerator, lambda batch: label_conditions(options.classes, unet, batch)
-    )
-    trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
-    id2label = dict(enumerate(names)) if names else None
-    pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
+        scheduler = build_noise_scheduler(
+            options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0
+        )
+        objective = DenoisingObjective(
+            options.objective, scheduler, accelerator, lambda batch: label_conditions(options.classes, unet, batch)
+        )
+        trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
+        id2label = dict(enumerate(names)) if names else None
+        pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
 
-    def inputs(numbers: list[int]) -> dict:
-        return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
+        def inputs(numbers: list[int]) -> dict:
+            return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
-    num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
-    grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size)
-    train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
+        num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
+        grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size)
+        train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains an ADM upsampler on labelled images: `accelerate launch training/train_upsampler.py --help`.
+"""Trains an ADM upsampler on labelled images: `python -m diffusers_adm.training.train_upsampler --help`.
 
 The UNet sees, beside the noised image, the image itself shrunk by averages and enlarged again (Dhariwal & Nichol 2021, arXiv
 2105.05233, appendix A). Losses, averages and classes are those of `train_unet.py`.
@@ -15,14 +15,15 @@ from diffusers_adm.training.objective import DenoisingObjective, build_noise_sch
 from diffusers_adm.training.options import UpsamplerTrainingOptions
 from diffusers_adm.training.plan import print_plan
 from diffusers_adm.training.publishing import check_hub
+from diffusers_adm.training.run_folder import reserved_folder
 from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
 from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import SampleGrid, as_grid
 
 
 EXAMPLES = (
-    "accelerate launch -m diffusers_adm.training.train_upsampler --preset upsampler-small-64 --train_data_dir my_images --output_dir runs/upsampler",
-    "accelerate launch -m diffusers_adm.training.train_upsampler --preset upsampler-256 --train_data_dir my_images --output_dir runs/upsampler --dry_run",
+    "python -m diffusers_adm.training.train_upsampler --preset upsampler-small-64 --train_data_dir my_images --output_dir runs/upsampler",
+    "python -m diffusers_adm.training.train_upsampler --preset upsampler-256 --train_data_dir my_images --output_dir runs/upsampler --dry_run",
 )
 
 
@@ -39,45 +40,49 @@ def main(options: UpsamplerTrainingOptions) -> None:
         ValueError: If the options do not fit each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
-    class_conditional = options.classes.class_conditional
-    with accelerator.main_process_first():
-        images, held_out = load_training_images(options, class_conditional)
-    resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
-    names = required_class_names(images) if class_conditional else None
-    unet = build_unet(options, len(names) if names else None, low_res_conditioning=True)
-    if options.dry_run:
-        print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
-        return
-    check_hub(options.hub, accelerator)
+    with reserved_folder(options, accelerator):
+        class_conditional = options.classes.class_conditional
+        with accelerator.main_process_first():
+            images, held_out = load_training_images(options, class_conditional)
+        resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
+        names = required_class_names(images) if class_conditional else None
+        unet = build_unet(options, len(names) if names else None, low_res_conditioning=True)
+        if options.dry_run:
+            print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
+        check_hub(options.hub, accelerator, options.dry_run)
 
-    low_resolution = options.upsampler.low_resolution
+        low_resolution = options.upsampler.low_resolution
 
-    def conditions(batch: dict) -> dict[str, torch.Tensor]:
-        low_res = shrink(batch["image"], low_resolution)  # (batch, channels, low_resolution, low_resolution)
-        if options.upsampler.low_res_noise:
-            deviation = options.upsampler.low_res_noise * torch.rand_like(low_res[:, :1, :1, :1])  # (batch, 1, 1, 1)
-            low_res = low_res + deviation * torch.randn_like(low_res)
-        return {**label_conditions(options.classes, unet, batch), "low_res": low_res}
+        def conditions(batch: dict) -> dict[str, torch.Tensor]:
+            low_res = shrink(batch["image"], low_resolution)  # (batch, channels, low_resolution, low_resolution)
+            if options.upsampler.low_res_noise:
+                deviation = options.upsampler.low_res_noise * torch.rand_like(
+                    low_res[:, :1, :1, :1]
+                )  # (batch, 1, 1, 1)
+                low_res = low_res + deviation * torch.randn_like(low_res)
+            return {**label_conditions(options.classes, unet, batch), "low_res": low_res}
 
-    scheduler = build_noise_scheduler(options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0)
-    objective = DenoisingObjective(options.objective, scheduler, accelerator, conditions)
-    trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
-    id2label = dict(enumerate(names)) if names else None
-    pipeline = ADMUpsamplePipeline(unet=unet, scheduler=scheduler, id2label=id2label, low_res_size=low_resolution)
+        scheduler = build_noise_scheduler(
+            options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0
+        )
+        objective = DenoisingObjective(options.objective, scheduler, accelerator, conditions)
+        trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
+        id2label = dict(enumerate(names)) if names else None
+        pipeline = ADMUpsamplePipeline(unet=unet, scheduler=scheduler, id2label=id2label, low_res_size=low_resolution)
 
-    num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
-    examples = (images if held_out is None else held_out).examples(num_images)
-    low_res = shrink(torch.stack([example["image"] for example in examples]), low_resolution)
-    low_res = ((low_res + 1) / 2).clamp(0, 1)  # (examples, channels, low_resolution, low_resolution)
+        num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
+        examples = (images if held_out is None else held_out).examples(num_images)
+        low_res = shrink(torch.stack([example["image"] for example in examples]), low_resolution)
+        low_res = ((low_res + 1) / 2).clamp(0, 1)  # (examples, channels, low_resolution, low_resolution)
 
-    def inputs(numbers: list[int]) -> dict:
-        rows = [i % len(examples) for i in numbers]
-        labels = {"class_labels": [examples[row]["label"] for row in rows]} if names else {}
-        return {"image": low_res[rows], **labels}
+        def inputs(numbers: list[int]) -> dict:
+            rows = [i % len(examples) for i in numbers]
+            labels = {"class_labels": [examples[row]["label"] for row in rows]} if names else {}
+            return {"image": low_res[rows], **labels}
 
-    enlarged = as_grid(pipeline, F.interpolate(low_res, options.format.resolution, mode="nearest"))
-    grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size, shown=enlarged)
-    train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
+        enlarged = as_grid(pipeline, F.interpolate(low_res, options.format.resolution, mode="nearest"))
+        grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size, shown=enlarged)
+        train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
 
 
 def shrink(image: torch.Tensor, size: int) -> torch.Tensor:

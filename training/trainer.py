@@ -4,7 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +11,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from diffusers_adm.atomic_files import naming_write_errors
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.options import option_values
@@ -23,6 +22,8 @@ from diffusers_adm.training.checkpointing import Checkpointer, TrainingState
 from diffusers_adm.training.metrics import LossMeans, append_metrics, drop_metrics_after
 from diffusers_adm.training.objective import Objective
 from diffusers_adm.training.options import AverageOptions, TrainingOptions
+from diffusers_adm.training.run_folder import set_aside_earlier_run
+from diffusers_adm.training.schedule import Schedule
 from diffusers_adm.training.setup import (
     build_loader,
     build_optimizer,
@@ -30,7 +31,7 @@ from diffusers_adm.training.setup import (
     load_pretrained,
     prepare_model,
 )
-from diffusers_adm.training.stopping import StopRequest
+from diffusers_adm.training.stopping import RunFailed, StopRequest
 
 
 logger = get_logger(__name__)
@@ -65,6 +66,8 @@ class Trainer:
         self.accelerator = accelerator
         optimisation = options.optimisation
         check_number_of_images(optimisation.train_batch_size, images.num_images, accelerator.num_processes)
+        self.schedule = Schedule(options)
+        self.metrics_file = options.output.output_dir / "metrics.jsonl"
         self.stop = StopRequest(accelerator)
         self.checkpointer = Checkpointer(options, accelerator, self.stop)
         checkpoint = self.checkpointer.find()
@@ -94,24 +97,10 @@ class Trainer:
         self.means = LossMeans(options.diffusion.num_train_timesteps)
         self.grad_norm = torch.tensor(0.0)
         self.skipped_in_a_row = 0
-        self._open_output()
+        self.logged_at, self.logged_step = time.monotonic(), 0
         if checkpoint is not None:
-            self._resume(checkpoint)
-
-    def _open_output(self) -> None:
-        output = self.options.output
-        self.metrics_file = output.output_dir / "metrics.jsonl"
-        if self.accelerator.is_main_process:
-            output.output_dir.mkdir(parents=True, exist_ok=True)
-        if output.report_to:
-            values = {name: str(value) for name, value in option_values(self.options).items() if name != "hub_token"}
-            self.accelerator.init_trackers("diffusers-adm", config=values)
-
-    def _resume(self, checkpoint: Path) -> None:
-        self.checkpointer.load(checkpoint, self.state)
-        self._set_learning_rate()
-        if self.accelerator.is_main_process:
-            drop_metrics_after(self.metrics_file, self.global_step)
+            self.checkpointer.load(checkpoint, self.state)
+            self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
         """Puts `--learning_rate`, which may be another than before the interruption, in the place of the loaded one."""
@@ -134,8 +123,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, and the run was not asked to stop before it was validated."""
-        return self.is_last_step and not self.stop.received
+        """Whether all steps were taken, and the last one was validated."""
+        return self.is_last_step and self.state.validated_step == self.global_step and not self.options.dry_run
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
@@ -144,29 +133,46 @@ class Trainer:
 
     def train(self, objective: Objective, validations: Sequence[Callable[["Trainer"], None]] = ()) -> None:
         """
-        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop. Both leave a checkpoint.
+        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop. Both leave a checkpoint. A dry run
+        takes none, but reads a batch.
 
         Args:
             objective: Loss of the model for a batch.
-            validations: Functions of this trainer that are called every `validation_steps` and at the end, on all processes,
+            validations: Functions of this trainer that are called at the steps of the schedule and at the end, on all processes,
                 with the model in eval mode. They draw nothing from the global random state, which a resumed run would miss,
-                and return early if `stop` was received.
+                and return early if `stop` was received. Their attribute `action`, if any, says what they do.
 
         Raises:
-            RuntimeError: If the loss, its gradient or a weight is not finite, or fp16 has overflowed `max_skipped_steps` times in a row.
-                The last checkpoint is from before.
+            RunFailed: If the loss, its gradient or a weight is not finite, or fp16 has overflowed `max_skipped_steps` times in a
+                row. The last checkpoint is from before.
         """
+        actions = [validation.action for validation in validations if hasattr(validation, "action")]
+        self.accelerator.print(self.schedule.describe(actions), flush=True)
+        if self.options.dry_run:
+            next(self.batches())  # fails if the images do not fit the options
+            return
+        self._open_output()
         self.model.train()
         with self.stop.listening(), self._progress_bar() as progress:
-            # Outside the steps: a run that was stopped in its last validation does it again when it resumes.
-            if self._take_steps(objective, validations, progress):
-                self._validate(validations)
-            self.stop.received = self.stop.agreed()  # `finished` is to be the same on all processes
+            self._take_steps(objective, validations, progress)
         self.accelerator.end_training()
 
-    def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> bool:
-        """Returns whether all steps were taken."""
+    def _open_output(self) -> None:
+        output = self.options.output
+        if self.accelerator.is_main_process:
+            output.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.global_step:
+                drop_metrics_after(self.metrics_file, self.global_step, validated=not self._validation_is_due())
+            else:
+                set_aside_earlier_run(output.output_dir)
+        if output.report_to:
+            values = {name: str(value) for name, value in option_values(self.options).items() if name != "hub_token"}
+            self.accelerator.init_trackers("diffusers-adm", config=values)
+
+    def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> None:
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
+        if self._validation_is_due():  # the run was stopped or killed before
+            self._validate(validations)
         for batch in self.batches():
             with self.accelerator.accumulate(self.model):
                 terms = objective(self.model, batch)
@@ -183,8 +189,7 @@ class Trainer:
             progress.update()
             if self._stops_after_step(validations):
                 self.accelerator.print(f"Asked to stop: saved checkpoint-{self.global_step}.", flush=True)
-                return False
-        return True
+                return
 
     def batches(self) -> Iterator[dict]:
         """Yields the batches from the current position to the end of the run, pass after pass."""
@@ -232,7 +237,7 @@ class Trainer:
             self.skipped_in_a_row += 1
             self.means.drop_step()
             if self.skipped_in_a_row >= self.options.optimisation.max_skipped_steps:
-                raise RuntimeError(
+                raise RunFailed(
                     f"{self.skipped_in_a_row} steps in a row overflowed fp16 before step {self.global_step}: try"
                     f" --mixed_precision bf16. {self.checkpointer.describe_last()}"
                 )
@@ -244,40 +249,58 @@ class Trainer:
         self.state.global_step += 1
 
     def _stops_after_step(self, validations: Sequence[Callable]) -> bool:
-        """Logs, saves and validates if it is due. Returns whether the run was asked to stop before its last step."""
-        output, last = self.options.output, self.is_last_step
-        stopping = self.stop.agreed()
-        if self.global_step % output.logging_steps == 0:
+        """
+        Logs, saves and validates if it is due. A run that resumes from what was saved validates if this one did not come to it.
+        Returns whether the run was asked to stop.
+        """
+        last, stopping = self.is_last_step, self.stop.agreed()
+        if self.schedule.logging.is_due(self.global_step):
             self._log_training()
-        if last or stopping or self.global_step % output.checkpointing_steps == 0:
+        if last or stopping or self.schedule.saving.is_due(self.global_step):
             self.save_checkpoint(must_succeed=last or stopping)
-        if self.global_step % output.validation_steps == 0 and not (last or stopping):
+        if not stopping and self._validation_is_due():
             self._validate(validations)
             stopping = self.stop.agreed()
             if stopping and self.checkpointer.saved_step != self.global_step:
                 self.save_checkpoint(must_succeed=True)
-        return stopping and not last
+        return stopping
+
+    def _validation_is_due(self) -> bool:
+        due = self.is_last_step or self.schedule.validating.is_due(self.global_step)
+        return due and self.state.validated_step != self.global_step
 
     def _validate(self, validations: Sequence[Callable]) -> None:
         self._check_state()  # validations save pipelines
-        self.model.eval()
-        for validation in validations:
-            validation(self)
-        self.model.train()
-        self.accelerator.wait_for_everyone()
+        with self._uncounted():
+            self.model.eval()
+            for validation in validations:
+                validation(self)
+            self.model.train()
+            self.accelerator.wait_for_everyone()
+        if not self.stop.agreed():
+            with self.reporting_write_errors(f"checkpoint-{self.global_step}"):
+                self.checkpointer.mark_validated(self.state)
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Keeps the time that the context takes out of `images_per_second`."""
+        began = time.monotonic()
+        yield
+        self.logged_at += time.monotonic() - began
 
     def save_checkpoint(self, must_succeed: bool = False) -> None:
         """
         Writes a checkpoint, see [`Checkpointer.save`].
 
         Raises:
-            RuntimeError: If the loss, its gradient or a weight is not finite.
+            RunFailed: If the loss, its gradient or a weight is not finite.
         """
         self._check_state()
-        self.checkpointer.save(self.state, must_succeed)
+        with self._uncounted():
+            self.checkpointer.save(self.state, must_succeed)
 
     def _check_state(self) -> None:
-        """Raises a RuntimeError on all processes if there is anything on any that is not worth saving."""
+        """Raises a RunFailed on all processes if there is anything on any that is not worth saving."""
         weights = [*self.unwrapped_model.state_dict().values(), *self.averages.tensors()]
         largest = torch.nn.utils.get_total_norm([weight.detach() for weight in weights], math.inf)
         finite = self.means.finite().item() and self.grad_norm.isfinite().item() and largest.isfinite().item()
@@ -285,7 +308,7 @@ class Trainer:
 
     def _check_finite(self, finite: bool) -> None:
         if not finite:
-            raise RuntimeError(
+            raise RunFailed(
                 f"The loss, its gradient or a weight is not finite before step {self.global_step}: try a lower"
                 f" --learning_rate, or --max_grad_norm 1. {self.checkpointer.describe_last()}"
             )
@@ -307,21 +330,22 @@ class Trainer:
 
     def log(self, values: dict[str, float]) -> None:
         """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
-        self.accelerator.log(values, step=self.global_step)
-        if self.accelerator.is_main_process:
-            with self.reporting_write_errors(self.metrics_file.name):
+        with self.reporting_write_errors(self.metrics_file.name):
+            self.accelerator.log(values, step=self.global_step)
+            if self.accelerator.is_main_process:
                 append_metrics(self.metrics_file, self.global_step, values)
-            brief = {name: value for name, value in values.items() if "_quarter_" not in name} or values
-            tqdm.write(
-                f"step {self.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
-            )
+                brief = {name: value for name, value in values.items() if "_quarter_" not in name} or values
+                tqdm.write(
+                    f"step {self.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
+                )
 
     @contextlib.contextmanager
     def reporting_write_errors(self, name: str) -> Iterator[None]:
         """Logs that a file cannot be written and goes on, because the disk may have room later. At the end it raises."""
         try:
-            yield
-        except (OSError, SafetensorError) as error:
+            with naming_write_errors(self.options.output.output_dir / name):
+                yield
+        except OSError as error:
             if self.is_last_step:
                 raise
             logger.error("Cannot write %s: %s", name, error)

@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_adm.atomic_files import atomic_folder
+from diffusers_adm.atomic_files import atomic_folder, atomic_write
 from diffusers_adm.data.grids import grid_of
 from diffusers_adm.training.calibration import expected_calibration_error
 from diffusers_adm.training.metrics import NUM_QUARTERS, LossMeans, quarter_of
-from diffusers_adm.training.objective import ClassifierObjective, DenoisingObjective, LossTerms, correct_predictions
+from diffusers_adm.training.objective import ClassifierObjective, DenoisingObjective, LossTerms
 from diffusers_adm.training.publishing import BackgroundPush
 from diffusers_adm.training.trainer import Trainer
 
@@ -43,6 +43,8 @@ class HeldOutLoss:
         seed: Seed of the run.
     """
 
+    action = "measures losses on held-out images"
+
     def __init__(self, objective: DenoisingObjective, loader: DataLoader, seed: int):
         self.objective = objective
         self.loader = loader
@@ -67,14 +69,16 @@ class HeldOutLoss:
 
 class HeldOutAccuracy:
     """
-    Logs accuracy and calibration of a classifier on held-out images by quarter of the timesteps, at timesteps and with noise
-    that are the same each time.
+    Logs loss, accuracy and calibration of a classifier on held-out images, in all and by quarter of the timesteps, at timesteps
+    and with noise that are the same each time.
 
     Args:
         objective: Objective of the training.
         loader: Loader of the held-out images, prepared by `accelerator`.
         seed: Seed of the run.
     """
+
+    action = "measures loss and accuracy on held-out images"
 
     def __init__(self, objective: ClassifierObjective, loader: DataLoader, seed: int):
         self.objective = objective
@@ -89,21 +93,22 @@ class HeldOutAccuracy:
         gathered = []
         for batch in self.loader:
             logits, timestep = self.objective.noised_logits(trainer.model, batch["image"], generator)
-            correct = correct_predictions(logits, batch["label"])
+            terms = self.objective.terms(logits, batch["label"], timestep)
             confidence = logits.softmax(dim=1).amax(dim=1)  # (batch,)
-            columns = [quarter_of(timestep, num_timesteps), confidence, correct["accuracy"], correct["accuracy_top5"]]
+            columns = [quarter_of(timestep, num_timesteps), confidence, terms.loss, *terms.logged.values()]
             gathered.append(accelerator.gather_for_metrics(torch.stack([c.float() for c in columns], dim=1)))
             if trainer.stop.agreed():
                 return
-        quarter, confidence, accuracy, accuracy_top5 = torch.cat(gathered).unbind(dim=1)
+        quarter, confidence, *columns = torch.cat(gathered).unbind(dim=1)
+        columns = dict(zip(("loss", *terms.logged), columns))
         values = {}
-        for q in range(NUM_QUARTERS):
-            inside = quarter == q
+        for suffix in ("", *(f"_quarter_{q}" for q in range(NUM_QUARTERS))):
+            inside = quarter == int(suffix[-1]) if suffix else torch.ones_like(quarter, dtype=torch.bool)
             if inside.any():
-                values[f"validation_accuracy_quarter_{q}"] = accuracy[inside].mean().item()
-                values[f"validation_accuracy_top5_quarter_{q}"] = accuracy_top5[inside].mean().item()
-                error = expected_calibration_error(confidence[inside], accuracy[inside])
-                values[f"validation_calibration_error_quarter_{q}"] = error
+                for name, column in columns.items():
+                    values[f"validation_{name}{suffix}"] = column[inside].mean().item()
+                error = expected_calibration_error(confidence[inside], columns["accuracy"][inside])
+                values[f"validation_calibration_error{suffix}"] = error
         trainer.log(values)
 
 
@@ -137,6 +142,7 @@ class SampleGrid:
         self.num_images = num_images
         self.batch_size = batch_size
         self.shown = shown
+        self.action = f"draws {num_images} image{'s' * (num_images != 1)}"
 
     def __call__(self, trainer: Trainer) -> None:
         """Writes `samples/step-N.png`. All processes draw, each its share."""
@@ -154,7 +160,8 @@ class SampleGrid:
         path = trainer.options.output.output_dir / "samples" / f"step-{trainer.global_step}.png"
         with trainer.reporting_write_errors(path.name):
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            with atomic_write(path) as partial:
+                picture.save(partial)
 
     def draw(self, trainer: Trainer) -> Image.Image:
         """Draws the images, each from its own seed."""
@@ -195,6 +202,8 @@ class SavedPipelines:
         pipeline: Pipeline of the model.
     """
 
+    action = "saves the pipeline"
+
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self.complete = False  # whether this process has written all of them the last time
@@ -234,6 +243,6 @@ class RegularPush:
     def __call__(self, trainer: Trainer) -> None:
         due = trainer.global_step % self.push_every == 0 and not trainer.is_last_step
         if due and self.saved.complete and not trainer.stop.received:
-            with trainer.reporting_write_errors("what is to be pushed"):
+            with trainer.reporting_write_errors("partial-push"):
                 self.write_card()
                 self.push.start(trainer.options.output.output_dir / "pipeline")

@@ -120,7 +120,7 @@ def run_loop(loop: str, configuration: str, folder: Path, steps: int, mixed_prec
     output = folder / "output"
     words = f"--dataset_name {folder / 'images'} --cache_dir {folder / 'cache'} --output_dir {output} --ema_decay 0.9"
     words += f" {CONFIGURATIONS[configuration]} --mixed_precision {mixed_precision} --num_validation_images 1"
-    words += f" --max_train_steps {2 * steps} --logging_steps {steps}"
+    words += f" --max_train_steps {2 * steps} --logging_steps {steps} --validation_steps {2 * steps}"
     options = train_unet.parse_args(words.split())
     if loop == "suite":
         train_unet.main(options)

@@ -30,6 +30,7 @@ def first_gradients(trainer):
     trainer.accelerator.backward(loss)
     gradients = {name: parameter.grad for name, parameter in trainer.unwrapped_model.named_parameters()}
     if trainer.accelerator.is_main_process:
+        trainer.options.output.output_dir.mkdir()
         save_file(gradients, trainer.options.output.output_dir / "gradients.safetensors")
 
 

@@ -13,7 +13,8 @@ from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 ARCHITECTURE = (
     "--resolution 16 --in_channels 1 --crop pad --no-random_flip --model_channels 8 --channel_mult 1,2"
     " --layers_per_block 1 --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4"
-    " --noise_schedule cosine --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3 --learning_rate 1e-3"
+    " --noise_schedule cosine --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3 --validation_steps 100"
+    " --learning_rate 1e-3"
 ).split()
 
 

@@ -8,6 +8,7 @@ from training_runs import classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.checkpointing import checkpoint_step, list_checkpoints, remove_old_checkpoints
+from diffusers_adm.training.metrics import read_metrics
 
 
 def test_used_output_folder_is_not_written_over(dataset, tmp_path):
@@ -49,15 +50,41 @@ def test_incomplete_checkpoint_is_refused(dataset, tmp_path):
         train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
 
 
-def test_what_a_killed_run_left_half_replaced_is_no_hindrance(dataset, tmp_path):
-    for name in ("old-pipeline", "old-checkpoint-3", "partial-checkpoint-9"):
+def test_what_a_killed_run_left_half_written_is_removed(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    for name in ("old-pipeline", "old-checkpoint-3", "partial-checkpoint-9", "partial-pipeline-ema-0.9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    (tmp_path / "checkpoint-3-copy").mkdir()
-    train_unet.main(unet_args(dataset, tmp_path, 3))
+    (tmp_path / "partial-7-metrics.jsonl").write_text("")
+    (tmp_path / "samples" / "partial-7-step-3.png").write_text("")
+    kept = [tmp_path / "checkpoint-3-copy", tmp_path / "old-pictures"]
+    for folder in kept:
+        folder.mkdir()
     train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
-    assert not list(tmp_path.glob("old-*")) and not list(tmp_path.glob("partial-*"))
-    assert (tmp_path / "checkpoint-3-copy").exists()
+    assert {*tmp_path.rglob("old-*"), *tmp_path.rglob("partial-*")} == {tmp_path / "old-pictures"}
+    assert all(folder.exists() for folder in kept)
+
+
+def test_folder_that_a_killed_run_was_replacing_gets_its_name_back(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    (tmp_path / "pipeline").rename(tmp_path / "old-pipeline")
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run"):
+        train_unet.main(unet_args(dataset, tmp_path, 3))
+    assert (tmp_path / "pipeline" / "model_index.json").exists() and not (tmp_path / "old-pipeline").exists()
+
+
+def test_new_run_does_not_mix_with_an_earlier_one_or_replace_its_model(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path, 3))
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds pipeline of an earlier run"):
+        train_unet.main(unet_args(dataset, tmp_path, 1))
+    shutil.rmtree(tmp_path / "pipeline")
+    earlier = (tmp_path / "metrics.jsonl").read_bytes()
+    train_unet.main(unet_args(dataset, tmp_path, 1))
+    assert (tmp_path / "metrics-1.jsonl").read_bytes() == earlier
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert sorted(path.name for path in tmp_path.glob("samples*/*")) == ["step-1.png", "step-3.png"]
+    assert (tmp_path / "samples-1" / "step-3.png").exists()
 
 
 def test_multiples_of_keep_every_are_kept_for_good(tmp_path):

@@ -17,12 +17,14 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training.metrics import read_metrics
 
 
 ARCHITECTURE = (
     "--resolution 16 --in_channels 1 --crop random --model_channels 8 --channel_mult 1,2 --layers_per_block 1"
     " --attention_resolutions 8 --attention_head_dim 8 --norm_num_groups 4 --noise_schedule cosine"
     " --train_batch_size 2 --logging_steps 1 --learning_rate 1e-3 --lr_scheduler constant --adam_weight_decay 0"
+    " --checkpointing_steps 100000 --validation_steps 100000"
 ).split()
 DENOISING = [*ARCHITECTURE, *"--ema_decay 0.5,0.9 --schedule_sampler loss-second-moment --label_dropout 0.3".split()]
 OPTIONS = {
@@ -54,11 +56,15 @@ def launched(words, processes=1, **popen):
     return subprocess.Popen([*launcher, *map(str, words)], env=env, **popen)
 
 
+def words_of(script, dataset, output_dir, steps, *more):
+    """Options of a training."""
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}".split()
+    return [*options, *OPTIONS[script], "--resume_from_checkpoint", "latest", *more]
+
+
 def start(script, dataset, output_dir, steps, *more, processes=1, **popen):
     """A training process."""
-    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}".split()
-    options += [*OPTIONS[script], "--resume_from_checkpoint", "latest", *more]
-    return launched([script.__file__, *options], processes, **popen)
+    return launched([script.__file__, *words_of(script, dataset, output_dir, steps, *more)], processes, **popen)
 
 
 def run(*args, **kwargs):
@@ -94,12 +100,14 @@ def assert_same(checkpoint, other):
 )
 def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
     # Workers, random crops and flips, and 7 batches an epoch, so that the second epoch is reached.
-    more = ["--checkpointing_steps", "2", "--dataloader_num_workers", "2", "--validation_steps", "100"]
+    more = "--checkpointing_steps 2 --dataloader_num_workers 2 --validation_steps 4 --validation_split train".split()
+    more += ["--num_validation_images", "3"] * (script is not train_classifier)
     run(script, dataset, tmp_path / "whole", 12, *more)
     output = tmp_path / "killed"
     moments = [
         lambda: list(output.glob("*checkpoint-4")),  # in the middle of a save
-        lambda: (output / "checkpoint-8").exists(),  # just after one, while the oldest is removed
+        lambda: (output / "checkpoint-4").exists(),  # between saving and validating
+        lambda: (output / "checkpoint-8" / "validated").exists(),  # just after validating
     ]
     for moment in moments:
         process = start(script, dataset, output, 12, *more)
@@ -110,6 +118,27 @@ def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
     run(script, dataset, output, 12, *more)
     assert_same(output / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
     assert not list(output.glob("partial-*"))
+    killed, whole = (read_metrics(folder / "metrics.jsonl") for folder in (output, tmp_path / "whole"))
+    for entry in (*killed, *whole):
+        entry.pop("images_per_second", None)
+    assert killed == whole
+    assert names(output / "samples") == names(tmp_path / "whole" / "samples")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def test_second_run_in_a_folder_is_refused_until_the_first_ends(dataset, tmp_path):
+    first = start(train_classifier, dataset, tmp_path, 100_000, "--dataloader_num_workers", "2")
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), first)
+    second = words_of(train_classifier, dataset, tmp_path, 1)
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=rf"is used by another run \(process {first.pid} on "):
+            train_classifier.main(train_classifier.parse_args([*second, *more]))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    train_classifier.main(train_classifier.parse_args(second))  # workers of the killed run may still be there
 
 
 def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
@@ -137,6 +166,7 @@ def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
         "training",
         "sampling",
         "training with workers",
+        "training, by Ctrl-C",
         pytest.param("training on two processes", marks=pytest.mark.slow),
     ],
 )
@@ -150,7 +180,8 @@ def test_asked_to_stop_it_saves_and_leaves_quietly(moment, dataset, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     # The pipeline is saved before the pictures are drawn, which takes minutes.
     wait_for(lambda: (tmp_path / "pipeline").exists() if sampling else metrics.exists(), process)
-    os.killpg(process.pid, signal.SIGTERM)  # batch systems signal all processes of a job
+    # Batch systems and terminals signal all processes of a job.
+    os.killpg(process.pid, signal.SIGINT if "Ctrl-C" in moment else signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 or processes == 2  # torch's launcher has a code of its own for it
     (checkpoint,) = tmp_path.glob("checkpoint-*")

@@ -1,5 +1,7 @@
 """Means of loss terms, and the file of metrics."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -37,12 +39,16 @@ def test_steps_that_are_dropped_do_not_count():
     assert means.finite() and means.take(Accelerator(cpu=True))["loss"] == 1.0
 
 
-def test_entries_after_a_step_are_dropped_and_so_are_cut_lines(tmp_path):
+def test_entries_that_will_be_written_again_are_dropped_and_so_are_cut_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
     for step in (1, 2, 3):
         append_metrics(path, step, {"loss": 0.5})
+        append_metrics(path, step, {"validation_loss": 0.5})
     with open(path, "a") as file:
         file.write('{"step": 4, "lo')
-    drop_metrics_after(path, 2)
-    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+    drop_metrics_after(path, 2, validated=True)
+    whole = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == [1, 1, 2, 2]
+    drop_metrics_after(path, 2, validated=False)
+    assert path.read_text().splitlines() == whole[:3]

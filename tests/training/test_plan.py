@@ -26,10 +26,11 @@ def folder(tmp_path):
 def test_dry_run_prints_the_plan_and_leaves_nothing(folder, tmp_path, capsys):
     options = f"--output_dir {tmp_path / 'out'} --train_data_dir {folder} --preset small-32 --dry_run".split()
     train_unet.main(
-        train_unet.parse_args([*options, *"--train_batch_size 32 --total_batch_size 64 --mixed_precision no".split()])
+        train_unet.parse_args([*options, *"--train_batch_size 3 --total_batch_size 6 --mixed_precision no".split()])
     )
     out = capsys.readouterr().out
-    assert "64 = 32 images x 2 accumulated x 1 processes" in out
+    assert "6 = 3 images x 2 accumulated x 1 processes" in out
+    assert "saves a checkpoint every 5000 steps, first at step 500" in out
     assert "GFLOPs" in out and "GiB" in out and "million" in out
     assert not (tmp_path / "out").exists()
 

@@ -98,7 +98,7 @@ def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
         (["--label_column", "colour"], "colour"),
         (["--image_column", "picture"], "picture"),
         (["--push_every", "5000"], "--push_every needs --push_to_hub"),
-        (["--push_to_hub", "--push_every", "7"], "7 is not a multiple of --validation_steps 5000"),
+        (["--push_to_hub", "--push_every", "7"], "7 is not a multiple of --validation_steps 100"),
         (["--train_batch_size", "15"], "15"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--no-class_conditional"], "label_dropout"),
@@ -106,11 +106,27 @@ def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
         (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
         (["--resolution", "8"], "12, 12"),
+        (["--use_8bit_adam"], "pip install bitsandbytes"),
+        (["--report_to", "comet_ml"], "comet_ml is not installed.*tensorboard"),
     ],
 )
-def test_bad_options_are_refused(more, message, dataset, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train_unet.main(unet_args(dataset, tmp_path, 3, *more))
+def test_bad_options_are_refused_and_by_a_dry_run_too(more, message, dataset, tmp_path):
+    for dry_run in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=message):
+            train_unet.main(unet_args(dataset, tmp_path, 3, *more, *dry_run))
+
+
+def test_bad_folders_are_refused_and_by_a_dry_run_too(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    train_classifier.main(classifier_args(dataset, tmp_path / "used", 1))
+    for dry_run in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match="file is not a folder"):
+            train_classifier.main(classifier_args(dataset, tmp_path / "file" / "run", 1, *dry_run))
+        with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run"):
+            train_classifier.main(classifier_args(dataset, tmp_path / "used", 1, *dry_run))
+        with pytest.raises(ValueError, match="trained with other options: --seed 1"):
+            resumed = ["--resume_from_checkpoint", str(tmp_path / "used" / "checkpoint-1"), "--seed", "1"]
+            train_classifier.main(classifier_args(dataset, tmp_path / "other", 1, *resumed, *dry_run))
 
 
 @pytest.mark.parametrize("distributed_type", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import time
 
 import datasets
 import pytest
@@ -13,6 +17,8 @@ from training_runs import checkpoint_tensors, classifier_args, unet_args, upsamp
 from diffusers_adm import NoisyClassifier
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training.configuration import run_script
+from diffusers_adm.training.metrics import read_metrics
 from diffusers_adm.training.objective import LossTerms
 from diffusers_adm.training.options import AverageOptions
 from diffusers_adm.training.setup import load_training_images, model_config, set_up_accelerator
@@ -49,6 +55,13 @@ def test_classifier_learns_and_reports_accuracy_by_noise(dataset, tmp_path):
     train_classifier.main(classifier_args(dataset, tmp_path, 60, "--lr_scheduler", "constant"))
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["validation_accuracy_quarter_0"] == 1.0
+    assert 0.5 < metrics[-1]["validation_accuracy"] <= 1.0 and metrics[-1]["validation_accuracy_top5"] == 1.0
+    assert 0 < metrics[-1]["validation_loss"] < 0.7
+    quarters = [value for name, value in metrics[-1].items() if name.startswith("validation_loss_quarter_")]
+    assert min(quarters) < metrics[-1]["validation_loss"] < max(quarters)
+    assert 0 <= metrics[-1]["validation_calibration_error"] <= 1
+    card = (tmp_path / "classifier" / "README.md").read_text()
+    assert "accuracy on held-out images, all timesteps" in card and "| validation_loss |" in card
     assert metrics[0]["loss"] > metrics[-2]["loss"]
 
 
@@ -93,6 +106,66 @@ def test_weights_that_are_not_finite_are_not_saved(steps, dataset, tmp_path):
     assert not list(tmp_path.glob("*checkpoint-*")) and not list(tmp_path.glob("*pipeline*"))
 
 
+def test_speed_counts_neither_validating_nor_saving(small_run):
+    trainer = small_run(4, "--logging_steps", "4", "--validation_steps", "1", "--checkpointing_steps", "1")
+    began = time.monotonic()
+    trainer.train(label_loss, [lambda trainer: time.sleep(0.5)])
+    (entry,) = [entry for entry in read_metrics(trainer.metrics_file) if "images_per_second" in entry]
+    assert 16 / entry["images_per_second"] < time.monotonic() - began - 2
+
+
+def test_second_ctrl_c_ends_at_once(small_run, capfd):
+    trainer, seen = small_run(9), []
+
+    def objective(model, batch):
+        for _ in range(2):
+            seen.append(trainer.stop.received)
+            os.kill(os.getpid(), signal.SIGINT)
+        return label_loss(model, batch)
+
+    with pytest.raises(SystemExit, match="130"):
+        run_script(lambda _: trainer.train(objective), lambda: None)
+    assert seen == [False, True] and trainer.global_step == 0
+    error = capfd.readouterr().err
+    assert "Press Ctrl-C again to end at once" in error and "error: interrupted" in error
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("lost", [[], ["validated"], ["validated", "metrics.jsonl"]], ids=len)
+def test_end_that_was_reached_before_adds_only_what_is_lost(lost, dataset, tmp_path):
+    options = classifier_args(dataset, tmp_path, 3, "--resume_from_checkpoint", "latest")
+    train_classifier.main(options)
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [list(entry)[1] for entry in entries] == ["loss", "loss", "loss", "validation_loss"]
+    if "validated" in lost:  # killed between validating and noting it
+        (tmp_path / "checkpoint-3" / "validated").unlink()
+    if "metrics.jsonl" in lost:  # or before its line was written
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries[:-1]))
+    shutil.rmtree(tmp_path / "classifier")
+    train_classifier.main(options)
+    assert read_metrics(tmp_path / "metrics.jsonl") == entries and (tmp_path / "classifier").exists()
+
+
+@pytest.fixture
+def small_run(dataset, tmp_path):
+    """Makes the trainer of a classifier."""
+
+    def build(steps, *more):
+        options = classifier_args(dataset, tmp_path, steps, *more)
+        accelerator = set_up_accelerator(options)
+        images, _ = load_training_images(options)
+        config = model_config(options.architecture, options.format)
+        return Trainer(options, accelerator, draw_parameters(NoisyClassifier(num_classes=2, **config)).train(), images)
+
+    return build
+
+
+def label_loss(model, batch):
+    """Objective of a classifier at a timestep of little noise."""
+    timestep = torch.full_like(batch["label"], 10)
+    return LossTerms(classifier_loss(model(batch["image"], timestep).logits, batch["label"]), {}, timestep)
+
+
 @pytest.fixture
 def overflowing_run(dataset, tmp_path, monkeypatch):
     """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
@@ -106,21 +179,14 @@ def overflowing_run(dataset, tmp_path, monkeypatch):
         model = draw_parameters(
             NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
         ).train()
-        trainer = Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)))
-
-        def objective(model, batch):
-            timestep = torch.full_like(batch["label"], 10)
-            logits = model(batch["image"], timestep).logits
-            return LossTerms(classifier_loss(logits, batch["label"]), {}, timestep)
-
-        return trainer, objective
+        return Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)))
 
     return build
 
 
 def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
     # Gradients overflow at the first scales, and each overflow halves the scale.
-    trainer, objective = overflowing_run(2.0**22)
+    trainer = overflowing_run(2.0**22)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     seen = []
 
@@ -128,7 +194,7 @@ def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
         unchanged = all(map(torch.equal, before, model.parameters()))
         average = all(map(torch.equal, before, trainer.averages[0.5].shadow_params))
         seen.append((unchanged, average, trainer.lr_scheduler.get_last_lr()[0]))
-        return objective(model, batch)
+        return label_loss(model, batch)
 
     trainer.train(watch)
     skipped = sum(unchanged for unchanged, *_ in seen) - 1
@@ -141,6 +207,6 @@ def test_step_that_overflows_changes_nothing(overflowing_run, tmp_path):
 
 
 def test_overflow_that_does_not_end_stops_the_run(overflowing_run):
-    trainer, objective = overflowing_run(2.0**60, "--max_skipped_steps", "2")
+    trainer = overflowing_run(2.0**60, "--max_skipped_steps", "2")
     with pytest.raises(RuntimeError, match="2 steps in a row overflowed fp16.*bf16.*no checkpoint yet"):
-        trainer.train(objective)
+        trainer.train(label_loss)

@@ -1,0 +1,56 @@
+"""Steps at which a run logs, saves and validates."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from diffusers_adm.training.options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """
+    Steps at which something is due.
+
+    Args:
+        periods: Numbers of steps. Multiples of any of them are due.
+        first: Further step before the others.
+    """
+
+    periods: tuple[int, ...]
+    first: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether a step is one of them."""
+        return step == self.first or any(step % period == 0 for period in self.periods)
+
+    def __str__(self) -> str:
+        every = " and ".join("every step" if period == 1 else f"every {period} steps" for period in self.periods)
+        return every if self.first in (None, min(self.periods)) else f"{every}, first at step {self.first}"
+
+
+class Schedule:
+    """
+    Steps at which a run logs, saves and validates. What the options leave open follows the length of the run.
+
+    Args:
+        options: Options of the run, whose number of steps is known.
+    """
+
+    def __init__(self, options: TrainingOptions):
+        output = options.output
+        tenth = max(1, options.optimisation.max_train_steps // 10)
+        self.logging = Rhythm((output.logging_steps or min(50, tenth),))
+        by_default = Rhythm((min(5000, tenth),), first=max(1, min(5000, tenth) // 10))
+        self.saving = Rhythm((output.checkpointing_steps,)) if output.checkpointing_steps else by_default
+        self.validating = Rhythm((output.validation_steps,)) if output.validation_steps else by_default
+        push_every = options.push_every
+        if push_every is not None and push_every % self.validating.periods[0]:
+            self.validating = Rhythm((*self.validating.periods, push_every), self.validating.first)
+
+    def describe(self, actions: Iterable[str]) -> str:
+        """Returns a sentence of what is done when. `actions` are those of the validations, such as "draws 20 images"."""
+        parts = [f"logs {self.logging}", f"saves a checkpoint {self.saving}"]
+        actions = list(actions)
+        if actions:
+            parts.append(f"{', '.join(actions)} {self.validating}")
+        return f"The run {'; '.join(parts)}. It saves{' and validates' if actions else ''} at the end too."
