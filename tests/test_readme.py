@@ -159,7 +159,7 @@ def test_commands_are_accepted(document):
 
 # Options of torchrun and accelerate, and of `tests/helpers/judge_digits.py`.
 OTHER_OPTIONS = {
-    "--nproc_per_node", "--cpu", "--standalone", "--num_machines", "--machine_rank", "--main_process_ip", "--help",
+    "--nproc_per_node", "--multi_gpu", "--cpu", "--standalone", "--num_machines", "--machine_rank", "--main_process_ip", "--help",
     "--rows", "--solvers", "--upsampler",
 }  # fmt: skip
 
