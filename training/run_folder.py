@@ -38,7 +38,7 @@ def reserved_folder(options: TrainingOptions, accelerator: Accelerator) -> Itera
         accelerator: Accelerator of the run, whose main process reserves the folder for all.
 
     Raises:
-        ValueError: If the folder cannot be written to, or another run uses it.
+        ValueError: The folder cannot be written to, or another run uses it.
     """
     folder = options.output.output_dir
     if not accelerator.is_main_process:
@@ -74,7 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
     Locks a folder for this process, for as long as the context lasts.
 
     Raises:
-        ValueError: If another process has locked it.
+        ValueError: Another process has locked it.
     """
     with open(folder / LOCK, "a+") as file:  # "a": what the owner wrote stays until the lock is gained
         with naming_write_errors(folder / LOCK):
