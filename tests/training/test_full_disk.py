@@ -32,7 +32,7 @@ def fill(disk, leaving):
 )
 def test_end_of_a_run_on_a_full_disk(script, arguments, dataset, small_disk):
     folder = small_disk / "run"
-    more = "--resume_from_checkpoint latest --num_train_timesteps 4".split()
+    more = "--resume_from_checkpoint latest --num_train_timesteps 25".split()
 
     def end_of_run():
         run_script(script.main, lambda: arguments(dataset, folder, 1, *more))

@@ -38,7 +38,7 @@ def test_pipeline_is_saved_before_it_is_pushed():
 
 def test_short_run_saves_draws_and_says_when(dataset, tmp_path, capsys):
     run = unet_args(
-        dataset, tmp_path, 20, *"--validation_fraction 0.2 --num_validation_images 1 --num_train_timesteps 4".split()
+        dataset, tmp_path, 20, *"--validation_fraction 0.2 --num_validation_images 1 --num_train_timesteps 25".split()
     )
     run.output.logging_steps = run.output.checkpointing_steps = run.output.validation_steps = None
     train_unet.main(run)
