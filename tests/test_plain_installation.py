@@ -9,7 +9,7 @@ from documents import ROOT
 
 
 # Import names of what the extras add to a plain installation.
-EXTRAS = {"datasets", "matplotlib", "pytest", "tensorboard", "torch_fidelity", "transformers", "xdist"}
+EXTRAS = {"datasets", "matplotlib", "peft", "pytest", "tensorboard", "torch_fidelity", "transformers", "xdist"}
 SAMPLE = "sample --output run --num_samples 3 --batch_size 2 --num_inference_steps 2 --scheduler DDIM"
 OTHERS = (
     "evaluate a.npz b.npz",
