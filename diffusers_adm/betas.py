@@ -73,7 +73,7 @@ def betas_from_config(config: dict) -> torch.Tensor:
     start, end = config["beta_start"], config["beta_end"]
     if steps < 1:
         raise ValueError(f"num_train_timesteps must be at least 1, but got {steps}.")
-    if not (0 < start < 1 and 0 < end < 1):
+    if schedule != "squaredcos_cap_v2" and not (0 < start < 1 and 0 < end < 1):
         raise ValueError(f"beta_start and beta_end must be in (0, 1), but got {start} and {end}.")
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)

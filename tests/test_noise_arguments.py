@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from tiny_models import images, tiny_pipeline, tiny_scheduler
 
+from diffusers_adm.betas import betas_from_config
 from diffusers_adm.diffusion import NoiseSchedule, add_noise, renoise
 from diffusers_adm.respacing import evenly_spaced_timesteps, trailing_timesteps
 
@@ -104,3 +105,10 @@ def test_renoise_refuses_arguments_of_another_kind(changes):
 def test_number_of_steps_of_another_kind_is_refused(function, count, total):
     with pytest.raises(ValueError, match="steps cannot be taken"):
         function(count, total)
+
+
+def test_the_cosine_schedule_has_no_use_for_the_ends_of_betas():
+    config = {"num_train_timesteps": 4, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.025, "beta_end": 5.0}
+    assert len(betas_from_config(config)) == 4
+    with pytest.raises(ValueError, match="beta_start and beta_end"):
+        betas_from_config({**config, "beta_schedule": "linear"})

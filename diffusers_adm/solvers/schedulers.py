@@ -210,7 +210,7 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
             f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
             " fewer."
         )
-    if isinstance(scheduler, TWO_STAGE) and steps[0] > 1000 * steps[1] > 0:
+    if isinstance(scheduler, TWO_STAGE) and steps[0] > max(HIGH_NOISE_LEVEL, 1000 * steps[1]) and steps[1] > 0:
         warnings.warn(
             f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which burns colours."
             f" Take more steps than num_inference_steps={num_inference_steps}, or another scheduler.",
