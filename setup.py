@@ -81,7 +81,7 @@ setup(
     extras_require={
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
         "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
-        "transformers": ["transformers>=5"],
+        "transformers": ["transformers>=5.6"],
         "docs": [
             "myst-parser>=5",
             "pydata-sphinx-theme>=0.17",
@@ -95,7 +95,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff==0.17.6",
             "setuptools>=77.0.1",
-            "transformers>=5",
+            "transformers>=5.6",
         ],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},

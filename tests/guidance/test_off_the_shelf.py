@@ -148,6 +148,7 @@ def test_distance_on_the_sphere_is_half_the_squared_angle():
     )
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # of tokenizers, in old transformers
 def test_clip_draws_what_is_nearer_to_the_text(clip):
     model, processor = clip
     pipeline = tiny_pipeline()
