@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
@@ -21,6 +22,14 @@ MAX_CHARACTERS = 1000  # of a message: some quote a whole file
 
 class CommandParser(argparse.ArgumentParser):
     """Parser that reports an error in one line, because the usage of many options would hide it."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses as `argparse` does, but reports unknown options, with the nearest known one. Subparsers report theirs."""
+        parsed, others = super().parse_known_args(args, namespace)
+        for name in (word.partition("=")[0] for word in others if word.startswith("--")):
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"there is no option {name}{suggest_nearest(name, known)}")
+        return parsed, others
 
     def error(self, message: str) -> None:
         """Reports an error of the words, and exits with code 2."""
@@ -45,13 +54,7 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
-            raise
-        print(
-            f"{name}: error: the package {error.name} is not installed: run {INSTALL_COMMAND} in a checkout of the"
-            " repository of diffusers-adm",
-            file=sys.stderr,
-        )
+        print(f"{name}: error: {describe_missing_package(error)}", file=sys.stderr)
         return 2
     except USER_ERRORS as error:
         print(f"{name}: error: {textwrap.shorten(describe_error(error), MAX_CHARACTERS)}", file=sys.stderr)
@@ -62,6 +65,35 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         print(f"{name}: error: the memory is full: choose a smaller batch size", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def reporting_missing_packages(module: str) -> Iterator[None]:
+    """
+    Ends a program in one line if a package that it imports inside the context is not installed.
+
+    Args:
+        module: `__name__` of the importing module. If it is not run as a program, its importer gets the error itself.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if module != "__main__":
+            raise
+        sys.exit(f"error: {describe_missing_package(error)}")
+
+
+def describe_missing_package(error: ModuleNotFoundError) -> str:
+    """Returns the message on a package that is not installed. Modules of this package are never missing, so it raises then."""
+    if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
+        raise error
+    return f"the package {error.name} is not installed: run {INSTALL_COMMAND} in a checkout of the repository of diffusers-adm"
+
+
+def suggest_nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message on an unknown name: a question that offers the nearest known one, or nothing."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {nearest[0]}?" if nearest else ""
 
 
 def describe_error(error: Exception) -> str:

@@ -205,11 +205,13 @@ def _first_type(hint: Any) -> Any:
 
 
 def _shown_default(default: Any) -> str:
-    if default is None or default is False or default is argparse.SUPPRESS:
+    if default is None or default is argparse.SUPPRESS:
         return ""
-    if isinstance(default, (tuple, list)):
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, (tuple, list)):
         default = ",".join(map(str, default))
-    return f"Default: {'on' if default is True else default}."
+    return f"Default: {default}."
 
 
 def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from documents import ROOT
 
 
@@ -40,11 +41,27 @@ def plain_installation(folder: Path) -> Path:
     return folder
 
 
-def test_a_plain_installation_draws_and_says_what_the_rest_needs(tmp_path):
-    (tmp_path / "plain").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(plain_installation(tmp_path / "plain")), "TQDM_DISABLE": "1"}
-    without_site = [sys.executable, "-S", "-c", SCRIPT]
-    run = subprocess.run(without_site, cwd=tmp_path, env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return plain_installation(tmp_path_factory.mktemp("plain"))
+
+
+def run_python(plain: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(plain), "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-S", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", ["train_unet", "train_classifier", "train_upsampler"])
+def test_training_scripts_say_what_they_need_in_one_line(script, plain, tmp_path):
+    run = run_python(plain, tmp_path, "-m", f"diffusers_adm.training.{script}", "--help")
+    assert run.returncode != 0 and not run.stdout
+    assert run.stderr.startswith("error: the package datasets is not installed: run pip install -e"), run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_plain_installation_draws_and_says_what_the_rest_needs(plain, tmp_path):
+    run = run_python(plain, tmp_path, "-c", SCRIPT)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run" / "samples_3x32x32x1.npz").is_file()
     errors = [line for line in run.stderr.splitlines() if "error" in line]

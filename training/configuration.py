@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from diffusers_adm.command_line import CommandParser, suggest_nearest
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.training.options import TrainingOptions
 from diffusers_adm.training.stopping import RunFailed
@@ -34,7 +35,7 @@ def parse(
     Raises:
         ValueError: If a configuration file is not a table of options, or the options contradict one another.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = CommandParser(description=description, allow_abbrev=False)
     add_options(parser, options)
     add_examples(parser, *examples)
     argv = sys.argv[1:] if argv is None else argv
@@ -89,7 +90,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
     known, words = options_of(options), []
     for name, value in table.items():
         if name not in known:
-            raise ValueError(f"{source}: this script has no option {name!r}.")
+            raise ValueError(f"{source}: there is no option {name}{suggest_nearest(str(name), known)}")
         if isinstance(value, bool):
             if not known[name].is_switch:
                 raise ValueError(f"{source}: {name} takes a value; put quotes round yes, no, on and off.")

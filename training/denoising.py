@@ -8,7 +8,7 @@ from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.losses import drop_labels
 from diffusers_adm.training.objective import DenoisingObjective
 from diffusers_adm.training.options import ClassOptions, UNetTrainingOptions
-from diffusers_adm.training.publishing import BackgroundPush, publish, write_card
+from diffusers_adm.training.publishing import BackgroundPush, print_results, publish, write_card
 from diffusers_adm.training.setup import build_validation_loader
 from diffusers_adm.training.trainer import Trainer
 from diffusers_adm.training.validation import HeldOutLoss, RegularPush, SampleGrid, SavedPipelines
@@ -65,6 +65,7 @@ def train_pipeline(
         if not folder.exists():  # the run was finished before, and its pipeline was removed
             saved(trainer)
         add_card()
+        print_results(options.output.output_dir, folder, type(pipeline).__name__)
         if options.hub.push_to_hub:
             push.finish()
             publish(options.hub, folder, options.output.output_dir)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -75,9 +76,10 @@ class LossMeans:
 
 
 def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:
-    """Appends an entry to a `metrics.jsonl`."""
+    """Appends an entry to a `metrics.jsonl`. Its `time` is in seconds since 1970."""
+    entry = {"step": step, **values, "time": round(time.time(), 3)}
     with open(path, "a") as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -5,7 +5,38 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.data.datasets import LabelledImages
+from diffusers_adm.data.streams import StreamedImages
+from diffusers_adm.training.options import OptimisationOptions, TrainingOptions
+
+
+def describe_run(
+    options: TrainingOptions, accelerator: Accelerator, model: torch.nn.Module, images: LabelledImages | StreamedImages
+) -> str:
+    """Returns a sentence about a run that begins: its model, images, device and length."""
+    optimisation = options.optimisation
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    classes = "no classes" if images.class_names is None else f"{len(images.class_names)} classes"
+    number = "a stream of images" if images.num_images is None else f"{images.num_images} images"
+    batch = images_per_step(optimisation, accelerator)
+    length = f"{optimisation.max_train_steps} steps of {batch} images"
+    if images.num_images is not None:
+        length += f", {optimisation.max_train_steps * batch / images.num_images:.1f} passes over the data"
+    return (
+        f"Training {type(model).__name__} ({parameters / 1e6:.2f} million parameters) on {number} of {classes}: {length}, on"
+        f" {accelerator.num_processes} x {device_name(accelerator)}, precision {accelerator.mixed_precision}."
+    )
+
+
+def images_per_step(optimisation: OptimisationOptions, accelerator: Accelerator) -> int:
+    """Returns the number of images per optimizer step of all processes."""
+    return optimisation.train_batch_size * optimisation.gradient_accumulation_steps * accelerator.num_processes
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """Returns the name of the device that a process trains on."""
+    is_cuda = accelerator.device.type == "cuda"
+    return torch.cuda.get_device_name() if is_cuda else accelerator.device.type.upper()
 
 
 def print_plan(
@@ -29,7 +60,7 @@ def print_plan(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops, activations = forward_cost(model)
     batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
-    batch = batch_size * accumulated * accelerator.num_processes
+    batch = images_per_step(optimisation, accelerator)
     # Weights, gradients and Adam's two moments (of one byte each if 8 bit), in float32, and each moving average.
     state = parameters * (4 + 4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")

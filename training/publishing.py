@@ -5,7 +5,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -16,6 +15,7 @@ from diffusers_adm.hub.saved_files import CODE_PATTERNS
 from diffusers_adm.training.configuration import as_command_line
 from diffusers_adm.training.metrics import NUM_QUARTERS, read_metrics
 from diffusers_adm.training.options import HubOptions, TrainingOptions
+from diffusers_adm.training.plan import device_name, images_per_step
 
 
 logger = get_logger(__name__)
@@ -33,6 +33,13 @@ PUBLISHED = [
     "samples/*",
 ]
 ATTEMPTS = 3
+# Next steps after a training, by the class that was saved.
+NEXT_STEPS = {
+    "ClassifierGuidedPipeline": "diffusers-adm sample --model {folder} --num_samples 16 --output {run}/drawn",
+    "ADMUpsamplePipeline": "diffusers-adm sample --model {folder} --low_res SMALL.npz --num_samples 16 --output {run}/drawn",
+    "NoisyClassifier": 'ClassifierGuidedPipeline.from_pretrained("UNET/pipeline",'
+    ' classifier=NoisyClassifier.from_pretrained("{folder}"))',
+}
 
 
 def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
@@ -137,6 +144,27 @@ class BackgroundPush:
             self.thread.join()
 
 
+def print_results(run: Path, folder: Path, class_name: str) -> None:
+    """
+    Prints where the results of a run lie, and what to do next.
+
+    Args:
+        run: Folder of the run.
+        folder: Folder of the trained model.
+        class_name: Class that was saved, see [`write_card`].
+    """
+    results = {
+        "model": folder,
+        "model card": folder / "README.md",
+        "metrics": run / "metrics.jsonl",
+        "pictures": run / "samples",
+    }
+    for name, path in results.items():
+        if path.exists():
+            print(f"{name + ':':<13}{path}")
+    print(f"{'next:':<13}{NEXT_STEPS[class_name].format(folder=folder, run=run)}", flush=True)
+
+
 def write_card(
     options: TrainingOptions,
     accelerator: Accelerator,
@@ -161,7 +189,8 @@ def write_card(
     metrics: dict[str, float] = {}
     for entry in read_metrics(options.output.output_dir / "metrics.jsonl"):
         metrics.update(entry)
-    metrics.pop("step", None)
+    for name in ("step", "time"):
+        metrics.pop(name, None)
     hub = options.hub
     name = (hub.hub_model_id or options.output.output_dir.name).split("/")[-1]
     dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
@@ -237,9 +266,7 @@ def _describe_training(
     """Returns the part of the card that tells data, length, options and metrics of a run."""
     images = "A stream of images" if num_images is None else f"{num_images} images"
     dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     optimisation, resolution = options.optimisation, options.format.resolution
-    batch = optimisation.train_batch_size * optimisation.gradient_accumulation_steps * accelerator.num_processes
     rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
     classes_line = (
         "No classes."
@@ -249,7 +276,7 @@ def _describe_training(
     return f"""## Training
 
 {images} of {resolution}x{resolution} pixels from `{dataset}`. {classes_line}
-{steps} steps of {batch} images, on {accelerator.num_processes} x {device}, precision
+{steps} steps of {images_per_step(optimisation, accelerator)} images, on {accelerator.num_processes} x {device_name(accelerator)}, precision
 `{accelerator.mixed_precision}`, with these options:
 
 ```

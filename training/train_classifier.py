@@ -4,26 +4,30 @@ Cross-entropy on noised images at uniformly drawn timesteps, AdamW with weight d
 (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
 """
 
-from diffusers_adm.atomic_files import atomic_folder
-from diffusers_adm.data.datasets import required_class_names
-from diffusers_adm.diffusion import NoiseSchedule
-from diffusers_adm.hub.bundle import save_model
-from diffusers_adm.models import NoisyClassifier
-from diffusers_adm.training.configuration import parse, run_script
-from diffusers_adm.training.objective import ClassifierObjective, build_noise_scheduler
-from diffusers_adm.training.options import ClassifierTrainingOptions
-from diffusers_adm.training.plan import print_plan
-from diffusers_adm.training.publishing import check_hub, publish, write_card
-from diffusers_adm.training.run_folder import reserved_folder
-from diffusers_adm.training.setup import (
-    build_validation_loader,
-    load_training_images,
-    model_config,
-    resolve_steps,
-    set_up_accelerator,
-)
-from diffusers_adm.training.trainer import Trainer
-from diffusers_adm.training.validation import HeldOutAccuracy
+from diffusers_adm.command_line import reporting_missing_packages
+
+
+with reporting_missing_packages(__name__):
+    from diffusers_adm.atomic_files import atomic_folder
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.diffusion import NoiseSchedule
+    from diffusers_adm.hub.bundle import save_model
+    from diffusers_adm.models import NoisyClassifier
+    from diffusers_adm.training.configuration import parse, run_script
+    from diffusers_adm.training.objective import ClassifierObjective, build_noise_scheduler
+    from diffusers_adm.training.options import ClassifierTrainingOptions
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub, print_results, publish, write_card
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import (
+        build_validation_loader,
+        load_training_images,
+        model_config,
+        resolve_steps,
+        set_up_accelerator,
+    )
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import HeldOutAccuracy
 
 
 EXAMPLES = (
@@ -79,6 +83,7 @@ def main(options: ClassifierTrainingOptions) -> None:
                 save_model(classifier, partial)
             facts = (type(classifier).__name__, images.num_images, names, trainer.global_step)
             write_card(options, accelerator, folder, *facts)
+            print_results(options.output.output_dir, folder, type(classifier).__name__)
             if options.hub.push_to_hub:
                 publish(options.hub, folder, options.output.output_dir)
 

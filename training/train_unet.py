@@ -4,18 +4,22 @@ The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of
 `--label_dropout`, a null class, so that one network is both the conditional and the unconditional model.
 """
 
-from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.data.datasets import required_class_names
-from diffusers_adm.training.configuration import parse, run_script
-from diffusers_adm.training.denoising import label_conditions, train_pipeline
-from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
-from diffusers_adm.training.options import UNetTrainingOptions
-from diffusers_adm.training.plan import print_plan
-from diffusers_adm.training.publishing import check_hub
-from diffusers_adm.training.run_folder import reserved_folder
-from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
-from diffusers_adm.training.trainer import Trainer
-from diffusers_adm.training.validation import SampleGrid
+from diffusers_adm.command_line import reporting_missing_packages
+
+
+with reporting_missing_packages(__name__):
+    from diffusers_adm import ClassifierGuidedPipeline
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.training.configuration import parse, run_script
+    from diffusers_adm.training.denoising import label_conditions, train_pipeline
+    from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
+    from diffusers_adm.training.options import UNetTrainingOptions
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import SampleGrid
 
 
 EXAMPLES = (

@@ -4,21 +4,25 @@ The UNet sees, beside the noised image, the image itself shrunk by averages and 
 2105.05233, appendix A). Losses, averages and classes are those of `train_unet.py`.
 """
 
-import torch
-import torch.nn.functional as F
+from diffusers_adm.command_line import reporting_missing_packages
 
-from diffusers_adm import ADMUpsamplePipeline
-from diffusers_adm.data.datasets import required_class_names
-from diffusers_adm.training.configuration import parse, run_script
-from diffusers_adm.training.denoising import label_conditions, train_pipeline
-from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
-from diffusers_adm.training.options import UpsamplerTrainingOptions
-from diffusers_adm.training.plan import print_plan
-from diffusers_adm.training.publishing import check_hub
-from diffusers_adm.training.run_folder import reserved_folder
-from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
-from diffusers_adm.training.trainer import Trainer
-from diffusers_adm.training.validation import SampleGrid, as_grid
+
+with reporting_missing_packages(__name__):
+    import torch
+    import torch.nn.functional as F
+
+    from diffusers_adm import ADMUpsamplePipeline
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.training.configuration import parse, run_script
+    from diffusers_adm.training.denoising import label_conditions, train_pipeline
+    from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
+    from diffusers_adm.training.options import UpsamplerTrainingOptions
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import SampleGrid, as_grid
 
 
 EXAMPLES = (

@@ -1,16 +1,19 @@
 """The loop over optimizer steps that the training scripts share."""
 
 import contextlib
+import datetime
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_adm.atomic_files import naming_write_errors
@@ -22,6 +25,7 @@ from diffusers_adm.training.checkpointing import Checkpointer, TrainingState
 from diffusers_adm.training.metrics import LossMeans, append_metrics, drop_metrics_after
 from diffusers_adm.training.objective import Objective
 from diffusers_adm.training.options import AverageOptions, TrainingOptions
+from diffusers_adm.training.plan import describe_run
 from diffusers_adm.training.run_folder import set_aside_earlier_run
 from diffusers_adm.training.schedule import Schedule
 from diffusers_adm.training.setup import (
@@ -98,6 +102,7 @@ class Trainer:
         self.grad_norm = torch.tensor(0.0)
         self.skipped_in_a_row = 0
         self.logged_at, self.logged_step = time.monotonic(), 0
+        self.began_at, self.began_step = self.logged_at, self.logged_step
         if checkpoint is not None:
             self.checkpointer.load(checkpoint, self.state)
             self._set_learning_rate()
@@ -147,6 +152,9 @@ class Trainer:
                 row. The last checkpoint is from before.
         """
         actions = [validation.action for validation in validations if hasattr(validation, "action")]
+        if not self.options.dry_run:  # its plan says so already
+            described = describe_run(self.options, self.accelerator, self.unwrapped_model, self.state.images)
+            self.accelerator.print(described)
         self.accelerator.print(self.schedule.describe(actions), flush=True)
         if self.options.dry_run:
             next(self.batches())  # fails if the images do not fit the options
@@ -171,6 +179,7 @@ class Trainer:
 
     def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> None:
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
+        self.began_at, self.began_step = self.logged_at, self.logged_step
         if self._validation_is_due():  # the run was stopped or killed before
             self._validate(validations)
         for batch in self.batches():
@@ -335,9 +344,27 @@ class Trainer:
             if self.accelerator.is_main_process:
                 append_metrics(self.metrics_file, self.global_step, values)
                 brief = {name: value for name, value in values.items() if "_quarter_" not in name} or values
-                tqdm.write(
-                    f"step {self.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
-                )
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in brief.items())
+                tqdm.write(f"{self._describe_progress()}: {shown}")
+
+    def _describe_progress(self) -> str:
+        """Returns the step, and the time that this process has taken and will take for the rest."""
+        last, done = self.options.optimisation.max_train_steps, self.global_step - self.began_step
+        elapsed = time.monotonic() - self.began_at
+        words = f"step {self.global_step} of {last}, {datetime.timedelta(seconds=round(elapsed))} elapsed"
+        if not done:
+            return words
+        remaining = elapsed / done * (last - self.global_step)
+        return f"{words}, {datetime.timedelta(seconds=round(remaining))} left"
+
+    def log_picture(self, name: str, picture: Image.Image) -> None:
+        """Passes a picture on to the trackers that take pictures."""
+        pixels = np.asarray(picture.convert("RGB"))[None]  # (1, height, width, 3)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                # TensorBoard takes channels first, and the others last.
+                values = pixels.transpose(0, 3, 1, 2) if tracker.name == "tensorboard" else pixels
+                tracker.log_images({name: values}, step=self.global_step)
 
     @contextlib.contextmanager
     def reporting_write_errors(self, name: str) -> Iterator[None]:

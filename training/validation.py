@@ -162,6 +162,7 @@ class SampleGrid:
             path.parent.mkdir(exist_ok=True)
             with atomic_write(path) as partial:
                 picture.save(partial)
+            trainer.log_picture("samples", picture)
 
     def draw(self, trainer: Trainer) -> Image.Image:
         """Draws the images, each from its own seed."""
@@ -190,8 +191,8 @@ class SampleGrid:
 
 
 def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
-    """Lays out images, `(images, channels, height, width)` in [0, 1], in rows of ten."""
-    return grid_of(pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images)))
+    """Lays out images, `(images, channels, height, width)` in [0, 1], in rows of ten with gaps."""
+    return grid_of(pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(images)), gap=2)
 
 
 class SavedPipelines:

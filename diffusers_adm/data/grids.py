@@ -1,15 +1,18 @@
 """Grids of pictures."""
 
-from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 
 
-def grid_of(pictures: list[Image.Image], columns: int = 10) -> Image.Image:
-    """Joins equally large pictures in rows of `columns`."""
+def grid_of(pictures: list[Image.Image], columns: int = 10, gap: int = 0) -> Image.Image:
+    """Joins equally large pictures in rows of `columns`. Gaps of `gap` pixels between them are grey."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    blank = Image.new(pictures[0].mode, pictures[0].size)
-    return make_image_grid([*pictures, *[blank] * (rows * columns - len(pictures))], rows, columns)
+    width, height = (side + gap for side in pictures[0].size)
+    size = (columns * width - gap, rows * height - gap)
+    grid = Image.new(pictures[0].mode, size, "grey" if gap else "black")
+    for number, picture in enumerate(pictures):
+        grid.paste(picture, (number % columns * width, number // columns * height))
+    return grid
 
 
 def labelled_grid(

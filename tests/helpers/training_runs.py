@@ -55,3 +55,8 @@ def classifier_args(dataset, output_dir, steps, *more):
 
 def checkpoint_tensors(folder):
     return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    """Returns the entries of a `metrics.jsonl` without values that differ between equal runs."""
+    return [{k: v for k, v in entry.items() if k not in ("time", "images_per_second")} for entry in entries]

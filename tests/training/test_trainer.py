@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny_models import draw_parameters
-from training_runs import checkpoint_tensors, classifier_args, unet_args, upsampler_args
+from training_runs import checkpoint_tensors, classifier_args, unet_args, upsampler_args, without_times
 
 from diffusers_adm import NoisyClassifier
 from diffusers_adm.losses import classifier_loss
@@ -143,7 +143,8 @@ def test_end_that_was_reached_before_adds_only_what_is_lost(lost, dataset, tmp_p
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries[:-1]))
     shutil.rmtree(tmp_path / "classifier")
     train_classifier.main(options)
-    assert read_metrics(tmp_path / "metrics.jsonl") == entries and (tmp_path / "classifier").exists()
+    assert without_times(read_metrics(tmp_path / "metrics.jsonl")) == without_times(entries)
+    assert (tmp_path / "classifier").exists()
 
 
 @pytest.fixture
