@@ -37,10 +37,10 @@ class MovingAverages:
         options = self.options
         if not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
             logger.warning(
-                "An average of rate %g remembers the initial weights for %d steps; this run takes %d.",
+                "The moving average with --ema_decay %g remembers the initial weights for %d steps, but this run takes %d steps.",
                 decay, round(5 / (1 - decay)), max_train_steps,
             )  # fmt: skip
-        # A least rate and no step before the first make the rate constant, as ADM's is; EMAModel by itself ramps it up.
+        # ADM's rate is constant. `min_decay` and `update_after_step` make it so, because `EMAModel` raises it from 0 otherwise.
         average = EMAModel(
             self.model.parameters(),
             decay=decay,
@@ -58,11 +58,11 @@ class MovingAverages:
         return self.averages[decay]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Returns the tensors of all averages."""
+        """Returns the tensors of all moving averages."""
         return [shadow for average in self.averages.values() for shadow in average.shadow_params]
 
     def update(self) -> None:
-        """Moves all averages towards the weights."""
+        """Moves all averages towards the current weights."""
         if not self.averages:
             return
         parameters = list(self.model.parameters())
@@ -73,7 +73,7 @@ class MovingAverages:
 
     @contextlib.contextmanager
     def applied(self, decay: float) -> Iterator[None]:
-        """Puts a moving average in the place of the weights, for as long as the context lasts."""
+        """Replaces the weights by a moving average inside the context."""
         parameters = list(self.model.parameters())
         average = self.averages[decay]
         average.store(parameters)
@@ -84,7 +84,7 @@ class MovingAverages:
             average.restore(parameters)
 
     def save(self, folder: Path) -> None:
-        """Writes each average to a file of a checkpoint."""
+        """Writes each moving average to a file of its own in a checkpoint."""
         names = [name for name, _ in self.model.named_parameters()]
         for decay, average in self.averages.items():
             tensors = {name: shadow.contiguous() for name, shadow in zip(names, average.shadow_params)}
@@ -92,14 +92,14 @@ class MovingAverages:
 
     def load(self, folder: Path, num_updates: int) -> None:
         """
-        Reads the averages of a checkpoint.
+        Reads the moving averages of a checkpoint.
 
         Args:
-            folder: The checkpoint.
+            folder: Folder of the checkpoint.
             num_updates: Number of updates that the averages have had.
 
         Raises:
-            ValueError: If a file is missing or damaged, or of another run.
+            ValueError: If a file is missing, damaged or from another run.
         """
         for decay, average in self.averages.items():
             names = (name for name, _ in self.model.named_parameters())

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint: which ones there must be, and reading them without running anything that they hold."""
+"""Files of a checkpoint: the list of required files, and readers that run no code from a file."""
 
 import json
 import operator
@@ -21,8 +21,7 @@ from diffusers_adm.training.configuration import read_table
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
 COUNTS = ("global_step", "averaged_steps", "epoch", "images_into_epoch", "num_processes")
 SAMPLER_FILE = "timestep_sampler.safetensors"
-OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # as earlier versions wrote it
-OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # as earlier versions wrote it
+OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # name in earlier versions
 PICKLES = (".bin", ".pkl", ".pt")
 KEYS = {
     "optimizer.bin": ("state", "param_groups"),
@@ -35,42 +34,44 @@ OTHER_CHECKPOINT = "Remove this checkpoint to resume from an earlier one, or nam
 
 def check_parts(folder: Path, scaled: bool) -> None:
     """
-    Checks that all parts of a checkpoint are there and can be read. None is put to use, and no code of theirs runs.
+    Checks that all files of a checkpoint exist and can be read. It changes no state, and runs no code from a file.
 
     Args:
-        folder: The checkpoint.
-        scaled: Whether the loss is scaled, as fp16 needs.
+        folder: Folder of the checkpoint.
+        scaled: Whether the loss is scaled, which fp16 needs.
 
     Raises:
-        ValueError: If a part is missing or damaged, or holds what might run code.
+        ValueError: If a file is missing or damaged, or holds objects that might run code.
     """
     require(folder, CHECKPOINT_FILES)
     progress = read_progress(folder)
     names = [f"random_states_{process}.pkl" for process in range(progress["num_processes"])]
-    if progress["num_images"] is None:  # of a stream
+    if progress["num_images"] is None:  # the images are a stream
         names += [f"stream_{process}.json" for process in range(progress["num_processes"])]
     require(folder, names)
     if scaled:
         names.append("scaler.pt")
         if not (folder / "scaler.pt").is_file():
             raise ValueError(
-                f"{folder} has no scaler.pt, from which --mixed_precision fp16 resumes: give the --mixed_precision that it was"
-                f" written with. {OTHER_CHECKPOINT}"
+                f"{folder} has no scaler.pt, which --mixed_precision fp16 needs. Pass the --mixed_precision of the interrupted"
+                f" run. {OTHER_CHECKPOINT}"
             )
     for name in (*CHECKPOINT_FILES, *names):
         read_part(folder / name)
 
 
 def require(folder: Path, names: Collection[str]) -> None:
-    """Raises a ValueError that names the parts that a checkpoint lacks."""
+    """Raises a `ValueError` if a checkpoint lacks any of the named files. The message names all that are missing."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not complete: {', '.join(missing)} missing. {OTHER_CHECKPOINT}")
+        raise ValueError(
+            f"{folder} is not complete, because these files are missing: {', '.join(missing)}. {OTHER_CHECKPOINT}"
+        )
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """
-    Reads how far a run had come.
+    Reads how many steps, passes and images a run had completed.
 
     Raises:
         ValueError: If the file is missing or damaged.
@@ -84,15 +85,15 @@ def read_part(path: Path) -> Any:
     Reads a file of a checkpoint.
 
     Returns:
-        Content of the file; of safetensors the names of the tensors.
+        Content of the file. For safetensors, it is the list of the names of the tensors.
 
     Raises:
-        ValueError: If the file is damaged, or a pickle that holds more than tensors, arrays and numbers.
+        ValueError: If the file is damaged, or is a pickle that holds more than tensors, arrays and numbers.
     """
     try:
         content = READERS[path.suffix](path)
         _check_content(path.name, content)
-    except Exception as error:  # of pickle, torch, safetensors, json or yaml, as it happens
+    except Exception as error:  # pickle, torch, safetensors, json and yaml raise errors of many types
         fault = "damaged, or holds code instead of tensors and numbers" if path.suffix in PICKLES else "damaged"
         raise ValueError(f"{path} is {fault}. {OTHER_CHECKPOINT}") from error
     return content
@@ -103,8 +104,8 @@ def read_tensors(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.T
     Reads the tensors of a file of a checkpoint.
 
     Args:
-        path: The file.
-        like: Tensors of the run, whose names and shapes the file must have.
+        path: Path of the file.
+        like: Tensors of the run. Those of the file must have the same names and shapes.
 
     Raises:
         ValueError: If the file is missing or damaged, or its tensors have other names or shapes.
@@ -114,16 +115,20 @@ def read_tensors(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.T
     tensors = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
     shapes = {name: tensor.shape for name, tensor in like.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ValueError(f"{path} holds other tensors than those of this run. {OTHER_CHECKPOINT}")
+        raise ValueError(
+            f"{path} holds tensors whose names or shapes differ from those of this run. {OTHER_CHECKPOINT}"
+        )
     return tensors
 
 
 def load_prepared(accelerator: Accelerator, folder: Path) -> None:
     """
-    Restores the model, optimizer, schedule and random states. `Accelerator.load_state` would also run pickles of its own.
+    Restores the model, optimizer, learning rate schedule and random states.
+
+    `Accelerator.load_state` is not used, because it also loads pickles that can run code.
 
     Raises:
-        ValueError: If they are of another run.
+        ValueError: If the checkpoint is from another run.
     """
     try:
         load_accelerator_state(
@@ -131,7 +136,7 @@ def load_prepared(accelerator: Accelerator, folder: Path) -> None:
             accelerator._models,
             accelerator._optimizers,
             accelerator._schedulers,
-            [],  # loaders, whose position the trainer restores
+            [],  # no loaders: the trainer restores the position in the data
             accelerator.process_index,
             accelerator.scaler,
         )
@@ -140,7 +145,7 @@ def load_prepared(accelerator: Accelerator, folder: Path) -> None:
 
 
 def save_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
-    """Writes the state of what draws timesteps, where it has one."""
+    """Writes the state of the module that draws timesteps, if it has any."""
     tensors = {} if sampler is None else sampler.state_dict()
     if tensors:
         save_file(tensors, folder / SAMPLER_FILE)
@@ -148,10 +153,10 @@ def save_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
 
 def load_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
     """
-    Restores what draws timesteps.
+    Restores the state of the module that draws timesteps.
 
     Raises:
-        ValueError: If its file is missing or damaged, or of another run.
+        ValueError: If the file is missing, damaged or from another run.
     """
     tensors = {} if sampler is None else sampler.state_dict()
     if tensors:
@@ -177,18 +182,18 @@ READERS = {
 
 
 def _check_content(name: str, content: Any) -> None:
-    """Raises an error of any kind if a part lacks what a resumed run takes from it."""
+    """Raises an error of any type if a file lacks a value that a resumed run reads."""
     for key in KEYS.get(name, ()):
         content[key]
     if name == "trainer_state.json":
         for key in COUNTS:
             operator.index(content[key])
     if name.startswith("stream_"):
-        content[0]  # of the first worker, which every stream has
+        content[0]  # position of the first worker, which every stream has
         for epoch, batch in content:
             operator.index(epoch)
             operator.index(batch)
-    if name.startswith("random_states_"):  # which accelerate would leave out without a word
+    if name.startswith("random_states_"):  # accelerate ignores damaged states silently
         random.Random().setstate(content["random_state"])
         np.random.RandomState().set_state(content["numpy_random_seed"])
         torch.Generator().set_state(content["torch_manual_seed"])

@@ -90,7 +90,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
     known, words = options_of(options), []
     for name, value in table.items():
         if name not in known:
-            raise ValueError(f"{source}: there is no option {name}{suggest_nearest(str(name), known)}")
+            raise ValueError(f"{source}: there is no option {name!r}{suggest_nearest(str(name), known)}")
         if isinstance(value, bool):
             if not known[name].is_switch:
                 raise ValueError(f"{source}: {name} takes a value; put quotes round yes, no, on and off.")

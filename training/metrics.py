@@ -1,4 +1,4 @@
-"""Metrics of a run: means of the losses, and the file that they are written to."""
+"""Metrics of a run: means of the losses, and the file `metrics.jsonl`."""
 
 import contextlib
 import json
@@ -16,25 +16,25 @@ NUM_QUARTERS = 4
 
 
 def quarter_of(timestep: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-    """Returns the quarter of the timesteps that each lies in, `(batch,)`, in 0 ... 3, where 0 has the least noise."""
+    """Returns the quarter of each timestep, `(batch,)`, in 0 ... 3. Quarter 0 has the least noise."""
     return NUM_QUARTERS * timestep // num_timesteps
 
 
 class LossMeans:
     """
-    Means of an objective's terms over the steps between two log entries, in all and by quarter of the timesteps.
+    Means of an objective's terms over the steps between two log entries, over all timesteps and per quarter.
 
-    Terms are added batch by batch, and count once the optimizer step that they belong to is kept.
+    Terms are added per batch. They count after `keep_step`, so that skipped optimizer steps do not enter the means.
 
     Args:
-        num_timesteps: Number of timesteps of the training.
+        num_timesteps: Number of training timesteps.
     """
 
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row counts images
-        self.pending: torch.Tensor | None = None  # the same for the current step
+        self.pending: torch.Tensor | None = None  # the same sums for the current step
 
     def add(self, terms: LossTerms) -> None:
         """Adds the terms of one batch of the current step."""
@@ -47,21 +47,21 @@ class LossMeans:
         self.pending = sums if self.pending is None else self.pending + sums
 
     def keep_step(self) -> None:
-        """Counts the terms of the current step, and begins the next."""
+        """Counts the terms of the current step, and begins the next step."""
         if self.pending is not None:
             self.sums = self.pending if self.sums is None else self.sums + self.pending
         self.pending = None
 
     def drop_step(self) -> None:
-        """Forgets the terms of the current step, and begins the next."""
+        """Drops the terms of the current step, and begins the next step."""
         self.pending = None
 
     def finite(self) -> torch.Tensor:
-        """Returns whether all terms that count are finite."""
+        """Returns whether all counted terms are finite."""
         return torch.tensor(True) if self.sums is None else self.sums.isfinite().all()
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns the means over all processes by name, and begins anew."""
+        """Returns the means over all processes by name, and resets them."""
         if self.sums is None:
             return {}
         counts, *sums = accelerator.reduce(self.sums, "sum").tolist()
@@ -83,10 +83,10 @@ def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the entries of a `metrics.jsonl`, without lines that a full disk or a kill has cut off."""
+    """Returns the entries of a `metrics.jsonl`. Lines that a full disk or a killed run left incomplete are skipped."""
     entries: list[dict[str, float]] = []
     if not path.is_file():
-        return entries  # a run of fewer steps than are between two entries
+        return entries  # runs shorter than --logging_steps write none
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
@@ -95,12 +95,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def drop_metrics_after(path: Path, step: int, validated: bool) -> None:
     """
-    Removes entries that a resumed run will write again, and lines that were cut off.
+    Removes entries that a resumed run will write again, and incomplete lines.
 
     Args:
-        path: A `metrics.jsonl`.
-        step: Number of steps after which the run resumes.
-        validated: Whether the validation of that step is complete.
+        path: Path of a `metrics.jsonl`.
+        step: Number of steps that the resumed run has taken already.
+        validated: Whether the validation after these steps is complete.
     """
 
     def is_final(entry: dict[str, float]) -> bool:

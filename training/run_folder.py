@@ -1,4 +1,4 @@
-"""Folder of a run: one run at a time may use it, and nothing of earlier runs is mixed with its files."""
+"""Folder of a run. Only one run at a time can use it, and files of earlier runs are kept apart."""
 
 import contextlib
 import os
@@ -30,15 +30,15 @@ UNFINISHED = re.compile(r"(partial|old)-(checkpoint-\d+|pipeline|pipeline-ema-.+
 @contextlib.contextmanager
 def reserved_folder(options: TrainingOptions, accelerator: Accelerator) -> Iterator[None]:
     """
-    Reserves `--output_dir` for this run, for as long as the context lasts, and removes what killed runs left half written. A
-    dry run only checks whether the folder is free.
+    Reserves `--output_dir` for this run inside the context, and removes unfinished files of killed runs. A dry run only checks
+    whether the folder is free.
 
     Args:
         options: Options of the run.
-        accelerator: Accelerator of the run, whose main process reserves the folder for all.
+        accelerator: Accelerator of the run. Its main process reserves the folder for all processes.
 
     Raises:
-        ValueError: The folder cannot be written to, or another run uses it.
+        ValueError: If the folder cannot be written to, or another run uses it.
     """
     folder = options.output.output_dir
     if not accelerator.is_main_process:
@@ -58,25 +58,25 @@ def reserved_folder(options: TrainingOptions, accelerator: Accelerator) -> Itera
 
 
 def check_writable(folder: Path) -> None:
-    """Raises a ValueError if a folder is none, or neither it nor the folder that it would be made in can be written to."""
+    """Raises a `ValueError` if a folder cannot be written to, or cannot be created."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(
-            f"--output_dir {folder} cannot be made, because {existing} is not a folder: give another one."
+            f"--output_dir {folder} cannot be created, because {existing} is not a folder. Pass another folder."
         )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written to: give another one.")
+        raise ValueError(f"--output_dir {folder} cannot be written to. Pass another folder.")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    Locks a folder for this process, for as long as the context lasts.
+    Locks a folder for this process inside the context.
 
     Raises:
-        ValueError: Another process has locked it.
+        ValueError: If another process has locked the folder.
     """
-    with open(folder / LOCK, "a+") as file:  # "a": what the owner wrote stays until the lock is gained
+    with open(folder / LOCK, "a+") as file:  # "a+" keeps the text of the current owner
         with naming_write_errors(folder / LOCK):
             _lock(file, folder)
             file.truncate(0)
@@ -89,21 +89,21 @@ def _lock(file: TextIO, folder: Path) -> None:
     if fcntl is None:
         return
     try:
-        # A lock of the process, which the system frees when it ends. That of `flock`, which `filelock` takes, passes to
-        # forked workers, which outlive a killed run.
+        # The system frees this lock when the process ends. `filelock` uses `flock`, whose lock passes to forked workers, and
+        # these outlive a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise ValueError(
-            f"--output_dir {folder} is used by another run ({file.read() or 'unknown'}): wait until it ends, or give another"
+            f"--output_dir {folder} is used by another run ({file.read() or 'unknown'}). Wait until it ends, or pass another"
             " folder."
         ) from error
     except OSError as error:
-        logger.warning("Cannot lock %s: %s. Start no other run in it.", folder, error)
+        logger.warning("Cannot lock %s: %s. Do not start another run in this folder.", folder, error)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed runs left half written or half removed. A folder that was about to be replaced gets its name back."""
+    """Removes files that killed runs left unfinished. A folder that was about to be replaced gets its name back."""
     for path in folder.iterdir():
         if not (match := UNFINISHED.fullmatch(path.name)):
             continue
@@ -119,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def set_aside_earlier_run(folder: Path) -> None:
-    """Renames metrics and pictures of an earlier run that left no checkpoint, so that those of a new run do not mix with them."""
+    """Renames metrics and pictures of an earlier run without checkpoints, so that a new run does not mix with them."""
     found = [path for path in (folder / "metrics.jsonl", folder / "samples") if path.exists()]
     if not found:
         return
@@ -129,4 +129,4 @@ def set_aside_earlier_run(folder: Path) -> None:
     for path in found:
         kept = path.with_name(f"{path.stem}-{number}{path.suffix}")
         os.replace(path, kept)
-        logger.warning("%s is of an earlier run: it is kept as %s.", path, kept.name)
+        logger.warning("%s is from an earlier run. It is kept as %s.", path, kept.name)

@@ -1,4 +1,4 @@
-"""Steps at which a run logs, saves and validates."""
+"""Steps at which a run logs, saves checkpoints and validates."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from diffusers_adm.training.options import TrainingOptions
 @dataclass(frozen=True)
 class Rhythm:
     """
-    Steps at which something is due.
+    Steps at which an action is due.
 
     Args:
-        periods: Numbers of steps. Multiples of any of them are due.
-        first: Further step before the others.
+        periods: Numbers of steps. The action is due at multiples of each.
+        first: Additional step, before the others.
     """
 
     periods: tuple[int, ...]
     first: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Returns whether a step is one of them."""
+        """Returns whether the action is due at a step."""
         return step == self.first or any(step % period == 0 for period in self.periods)
 
     def __str__(self) -> str:
@@ -30,10 +30,10 @@ class Rhythm:
 
 class Schedule:
     """
-    Steps at which a run logs, saves and validates. What the options leave open follows the length of the run.
+    Steps at which a run logs, saves checkpoints and validates. Options that are not given default to parts of the run's length.
 
     Args:
-        options: Options of the run, whose number of steps is known.
+        options: Options of the run. `max_train_steps` must be set.
     """
 
     def __init__(self, options: TrainingOptions):
@@ -48,7 +48,7 @@ class Schedule:
             self.validating = Rhythm((*self.validating.periods, push_every), self.validating.first)
 
     def describe(self, actions: Iterable[str]) -> str:
-        """Returns a sentence of what is done when. `actions` are those of the validations, such as "draws 20 images"."""
+        """Returns a sentence about the schedule. `actions` name the validations, such as "draws 20 images"."""
         parts = [f"logs {self.logging}", f"saves a checkpoint {self.saving}"]
         actions = list(actions)
         if actions:

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 
 
 class RunFailed(RuntimeError):
-    """End of a run that cannot go on, for a reason that its message tells."""
+    """Failure that ends a run, such as a loss that is not finite. The message gives the reason."""
 
 
 class StopRequest:
     """
-    Notices signals that ask the processes to stop (SIGTERM, SIGUSR1 as batch systems send it, or Ctrl-C), which would end them.
-    A second Ctrl-C ends them.
+    Catches the signals that ask a run to stop: SIGTERM, SIGUSR1 (which batch systems send) and Ctrl-C. They would otherwise end
+    the process without a checkpoint. A second Ctrl-C ends it at once.
 
     Args:
         accelerator: Accelerator of the script.
@@ -27,14 +27,14 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator):
         self.received = False
-        # A group of its own on the CPU: a question to the other processes must not wait for an accelerator.
+        # A separate group on the CPU, so that asking the other processes does not wait for the GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catches the signals for as long as the context lasts."""
+        """Catches the signals inside the context."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets no other thread set handlers
+            yield  # Python allows signal handlers in the main thread only
             return
         previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         try:
@@ -47,15 +47,15 @@ class StopRequest:
         self.received = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not by `print`, which a signal may have interrupted.
+            # `print` is not safe here, because the signal may have interrupted another `print`.
             os.write(2, b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C again to end at once.\n")
 
     def agreed(self) -> bool:
-        """Returns whether any process was asked to stop. All processes must call it equally often."""
+        """Returns whether any process was asked to stop. All processes must call it the same number of times."""
         return self.on_any_process(self.received)
 
     def on_any_process(self, flag: bool) -> bool:
-        """Returns whether a flag is set on any process. All processes must call it equally often."""
+        """Returns whether a flag is set on any process. All processes must call it the same number of times."""
         if self.group is None:
             return flag
         flags = torch.tensor(int(flag))
@@ -64,6 +64,6 @@ class StopRequest:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Makes a loader's worker ignore the signals that ask to stop, which go to whole groups of processes."""
+    """Makes a worker of a loader ignore the signals that ask to stop, because they are sent to all processes of a group."""
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

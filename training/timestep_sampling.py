@@ -28,7 +28,7 @@ class UniformSampler(nn.Module):
         Draws a timestep per image.
 
         Returns:
-            The timesteps, `(batch_size,)`, and the weights of the images' losses, `(batch_size,)`.
+            Timesteps, `(batch_size,)`, and weights of the losses of the images, `(batch_size,)`.
         """
         timestep = torch.randint(self.num_timesteps, (batch_size,), device=device, generator=generator)
         return timestep, torch.ones(batch_size, device=device)
@@ -36,17 +36,18 @@ class UniformSampler(nn.Module):
 
 class LossSecondMomentSampler(nn.Module):
     """
-    Draws each timestep in proportion to the root of the mean square of its latest losses, and weights losses so that
-    their expectation is the same as under uniform drawing [Nichol & Dhariwal 2021, eq. 18]. It makes the variational
-    bound, whose terms differ by orders of magnitude, less noisy. The hybrid loss does not need it.
+    Draws each timestep in proportion to the root mean square of its latest losses [Nichol & Dhariwal 2021, eq. 18].
 
-    It draws uniformly until each timestep has a full history. All processes must give it the same losses, because their
-    weights drift apart otherwise. Its state is in buffers, which `state_dict` holds.
+    Weights of the losses keep their expectation the same as with uniform sampling. This makes the variational bound less noisy,
+    because its terms differ by orders of magnitude. The hybrid loss does not need it.
+
+    Timesteps are drawn uniformly until each has a full history. All processes must pass the same losses to `update`, because
+    their weights would drift apart otherwise. The state is in buffers, which `state_dict` contains.
 
     Args:
         num_timesteps: Number of timesteps to draw from.
-        history_size: Number of losses per timestep that count.
-        uniform_probability: Share of the draws that stays uniform, so that no timestep is forgotten.
+        history_size: Number of latest losses that are kept per timestep.
+        uniform_probability: Share of the draws that stays uniform, so that every timestep is still drawn.
     """
 
     needs_losses = True
@@ -63,7 +64,7 @@ class LossSecondMomentSampler(nn.Module):
         uniform = torch.full_like(self.history[:, 0], 1 / num_timesteps)
         moments = self.history.square().mean(dim=1).sqrt()
         by_moment = moments / moments.sum() * (1 - self.uniform_probability) + uniform * self.uniform_probability
-        # Chosen on the device: asking whether the histories are full would wait for it at every step.
+        # Chosen on the device, because an `if` would wait for the device at every step.
         return torch.where((self.counts >= history_size).all(), by_moment, uniform)
 
     def sample(
@@ -78,23 +79,23 @@ class LossSecondMomentSampler(nn.Module):
     @torch.no_grad()
     def update(self, timestep: torch.Tensor, loss: torch.Tensor) -> None:
         """
-        Adds losses to the history, each in the place of the oldest one of its timestep.
+        Adds losses to the history. Each replaces the oldest loss of its timestep.
 
         Args:
-            timestep: Timestep of each image of all processes, `(batch,)`.
-            loss: Loss of each image without the weight, `(batch,)`. Losses that are not finite, which half precision may
-                give, are left out.
+            timestep: Timesteps of the images of all processes, `(batch,)`.
+            loss: Unweighted losses of the images, `(batch,)`. Losses that are not finite are left out; half precision can
+                produce them.
         """
         finite = loss.isfinite()
         timestep, loss = timestep[finite], loss[finite]
         timestep, order = timestep.to(self.counts.device).sort(stable=True)
         loss = loss.to(self.history.device, self.history.dtype)[order]
-        # A timestep that was drawn several times takes as many places, one after the other.
+        # A timestep that was drawn several times takes that many consecutive places.
         first = torch.searchsorted(timestep, timestep)
         occurrence = torch.arange(len(timestep), device=timestep.device) - first
         drawn = torch.bincount(timestep, minlength=len(self.counts))
         history_size = self.history.shape[1]
-        latest = occurrence >= drawn[timestep] - history_size  # more than fit: the last ones
+        latest = occurrence >= drawn[timestep] - history_size  # if more were drawn than fit, the last ones are kept
         place = (self.counts[timestep] + occurrence) % history_size
         self.history[timestep[latest], place[latest]] = loss[latest]
         self.counts += drawn

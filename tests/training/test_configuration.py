@@ -12,6 +12,7 @@ from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.configuration import as_command_line, as_yaml, contradictions
+from diffusers_adm.training.objective import build_noise_scheduler
 from diffusers_adm.training.options import preset_names
 from diffusers_adm.training.setup import build_unet, model_config
 
@@ -52,6 +53,7 @@ def test_presets_of_released_models_build_those_models(preset):
                 num_classes=1000,
                 pool=options.classifier.pool,
                 num_train_timesteps=options.diffusion.num_train_timesteps,
+                beta_schedule=build_noise_scheduler(options.diffusion).config.beta_schedule,
                 **model_config(options.architecture, options.format),
             )
         else:

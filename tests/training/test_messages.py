@@ -49,5 +49,5 @@ def test_misspelt_option_names_the_nearest(capsys, tmp_path):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--lerning_rate=1"])
     assert "there is no option --lerning_rate: did you mean --learning_rate?" in capsys.readouterr().err
     (tmp_path / "options.yaml").write_text("lerning_rate: 1")
-    with pytest.raises(ValueError, match="no option lerning_rate: did you mean learning_rate?"):
+    with pytest.raises(ValueError, match="no option 'lerning_rate': did you mean learning_rate"):
         train_unet.parse_args([*REQUIRED, "--config", str(tmp_path / "options.yaml")])
