@@ -32,5 +32,5 @@ def test_bins_are_averaged_by_their_number_of_images():
 
 
 def test_no_images_are_refused():
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="at least one image"):
         expected_calibration_error(torch.empty(0), torch.empty(0))

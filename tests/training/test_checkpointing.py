@@ -46,7 +46,7 @@ def test_steps_that_are_taken_again_are_logged_once(dataset, tmp_path):
 def test_incomplete_checkpoint_is_refused(dataset, tmp_path):
     train_unet.main(unet_args(dataset, tmp_path, 3))
     (tmp_path / "checkpoint-3" / "optimizer.bin").unlink()
-    with pytest.raises(ValueError, match="optimizer.bin missing"):
+    with pytest.raises(ValueError, match="files are missing: optimizer.bin"):
         train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
 
 
