@@ -1,4 +1,4 @@
-"""Where options come from and go to: the command line, configuration files, presets, checkpoints and model cards."""
+"""Conversion of options between the command line, configuration files, presets, checkpoints and model cards."""
 
 import argparse
 import signal
@@ -23,17 +23,16 @@ def parse(
     options: type[Options], description: str, examples: tuple[str, ...], argv: list[str] | None = None
 ) -> Options:
     """
-    Parses the command line of a script. Options of `--config` are its defaults, and options of `--preset` are the defaults of
-    those.
+    Parses the command line of a script. The command line takes precedence over `--config`, which takes precedence over `--preset`.
 
     Args:
         options: Options of the script.
         description: Description for the help.
         examples: Command lines for the help.
-        argv: Words of the command line; `None` means the process's own.
+        argv: Words of the command line. `None` means those of the process.
 
     Raises:
-        ValueError: If a configuration file is not a table of options, or the options contradict one another.
+        ValueError: If a configuration file is not a table of options, or the options contradict each other.
     """
     parser = CommandParser(description=description, allow_abbrev=False)
     add_options(parser, options)
@@ -42,18 +41,18 @@ def parse(
     words = [*configured_words(options, argv), *argv]
     args = parser.parse_args(words)
     lengths = [name for word in words if (name := word.partition("=")[0]) in ("--num_epochs", "--max_train_steps")]
-    if lengths and lengths[-1] == "--max_train_steps":  # the later of the two wins, as of all options
+    if lengths and lengths[-1] == "--max_train_steps":  # the later of the two wins, like a repeated option
         args.num_epochs = None
     if args.max_train_steps is None and args.num_epochs is None:
         parser.error(
-            "--max_train_steps or --num_epochs must be given: on the command line, by --config or by --preset."
+            "one of --max_train_steps and --num_epochs is required, on the command line, in --config or in --preset"
         )
     return build_options(options, args)
 
 
 def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
     """
-    Returns the options of the preset and of the configuration file that a command line names, as words before its own.
+    Returns the options of the preset and of the configuration file that a command line names, as words of a command line.
 
     Raises:
         ValueError: If a file is not a table of the script's options.
@@ -65,7 +64,7 @@ def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[st
     config, preset = [], sources.preset
     if sources.config is not None:
         if not sources.config.is_file():
-            raise ValueError(f"--config {sources.config}: there is no such file.")
+            raise ValueError(f"--config must be a file, but there is no such file: {sources.config}")
         config = as_words(options, sources.config.read_text(), f"--config {sources.config}")
         preset = preset or parser.parse_known_args(config)[0].preset
     if preset is None:
@@ -76,15 +75,15 @@ def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[st
 
 def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str]:
     """
-    Converts a YAML table to words of a command line, so that both are checked alike.
+    Converts a YAML table to words of a command line, so that both are checked in the same way.
 
     Args:
         options: Options of the script.
-        text: The table.
-        source: Its origin, for messages.
+        text: Table in YAML.
+        source: Origin of the table, for error messages.
 
     Raises:
-        ValueError: If it is not a table of the script's options.
+        ValueError: If the text is not a table of options of the script.
     """
     table = read_table(text, source)
     known, words = options_of(options), []
@@ -93,7 +92,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
             raise ValueError(f"{source}: there is no option {name!r}{suggest_nearest(str(name), known)}")
         if isinstance(value, bool):
             if not known[name].is_switch:
-                raise ValueError(f"{source}: {name} takes a value; put quotes round yes, no, on and off.")
+                raise ValueError(f"{source}: {name} takes a value. Put quotes around yes, no, on and off.")
             if value or known[name].negatable:
                 words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
@@ -106,7 +105,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
 
 
 class _LoaderWithoutAliases(yaml.SafeLoader):
-    """Loader that refuses aliases, by which a few lines can stand for more values than fit the memory."""
+    """Loader that refuses aliases, because a few lines with aliases can expand to more values than fit in memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -121,11 +120,11 @@ def read_table(text: str, source: str) -> dict[str, Any]:
     Reads a YAML table of options.
 
     Args:
-        text: The table.
-        source: Its origin, for messages.
+        text: Table in YAML.
+        source: Origin of the table, for error messages.
 
     Raises:
-        ValueError: If it is not one table in YAML without aliases.
+        ValueError: If the text is not a single YAML table without aliases.
     """
     try:
         table = yaml.load(text, _LoaderWithoutAliases)
@@ -140,12 +139,12 @@ def read_table(text: str, source: str) -> dict[str, Any]:
 
 
 def joined(values: list) -> str:
-    """Joins values by commas, as tuples are given on a command line."""
+    """Joins values by commas, which is the form of tuples on a command line."""
     return ",".join(map(str, values))
 
 
 def as_yaml(options: TrainingOptions) -> str:
-    """Returns all options as a file that `--config` takes, without the token."""
+    """Returns all options but the token of the Hub, as text of a file for `--config`."""
     known = options_of(type(options))
     values = {name: value for name, value in option_values(options).items() if known[name].notes.get("saved", True)}
     return yaml.safe_dump({name: _plain(value) for name, value in values.items()}, sort_keys=False)
@@ -156,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_command_line(options: TrainingOptions) -> list[str]:
-    """Returns the parts of a command line for all options that decide what is trained and how."""
+    """Returns parts of a command line for all options that model cards show."""
     known, parts = options_of(type(options)), []
     for name, value in yaml.safe_load(as_yaml(options)).items():
         notes = known[name].notes
@@ -167,18 +166,18 @@ def as_command_line(options: TrainingOptions) -> list[str]:
                 parts.append(f"--{name}" if value else f"--no-{name}")
         else:
             text = joined(value) if isinstance(value, list) else str(value)
-            # argparse takes -1024,3071 for an option.
+            # Without "=", argparse would take -1024,3071 for an option.
             parts.append(f"--{name}={text}" if text.startswith("-") else f"--{name} {text}")
     return parts
 
 
 def contradictions(options: TrainingOptions, text: str) -> list[str]:
     """
-    Returns the options that differ from those of an interrupted run although they must not.
+    Returns the options that differ from those of an interrupted run but must be the same.
 
     Args:
         options: Options of the resumed run.
-        text: `options.yaml` of the interrupted run. Options that it lacks may have any value.
+        text: Content of `options.yaml` of the interrupted run. Options that it lacks are not compared.
 
     Raises:
         ValueError: If the text is not a table of options.
@@ -198,11 +197,14 @@ def _may_differ(option: OptionInfo, values: dict[str, Any]) -> bool:
 
 
 def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options]) -> None:
-    """Runs a training script. What ends it, such as invalid input or a full disk, is reported in one line."""
+    """Entry point of a training script. Reports invalid input, a full disk and a failed run in one line instead of a traceback."""
     try:
         main(parse_args())
     except (ValueError, OSError, RunFailed) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("error: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            "error: interrupted. Pass --resume_from_checkpoint latest to continue from the last checkpoint.",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Training of a pipeline's UNet, as the scripts for UNets and upsamplers share it."""
+"""Training of the UNet of a pipeline, shared by the scripts for UNets and upsamplers."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +15,7 @@ from diffusers_adm.training.validation import HeldOutLoss, RegularPush, SampleGr
 
 
 def label_conditions(options: ClassOptions, unet: ADMUNet2DModel, batch: dict) -> dict[str, torch.Tensor]:
-    """Returns the labels of a batch as the UNet's argument, some of them dropped."""
+    """Returns the labels of a batch as argument of the UNet. Dropped labels are replaced by the null class."""
     if not options.class_conditional:
         return {}
     if not options.label_dropout:
@@ -33,16 +33,16 @@ def train_pipeline(
     held_out: LabelledImages | None,
 ) -> None:
     """
-    Trains a pipeline's UNet, and saves the pipeline with each moving average, its card, and pictures on the way.
+    Trains the UNet of a pipeline. Saves the pipeline with each moving average, a model card, and sample grids.
 
     Args:
         options: Options of the run.
         trainer: Trainer of the UNet.
         objective: Objective of the training.
         pipeline: Pipeline of the UNet.
-        grid: Pictures of the pipeline.
-        class_names: Names of the classes for the card.
-        held_out: Images to compute losses on.
+        grid: Validation that draws sample grids.
+        class_names: Names of the classes, for the model card.
+        held_out: Held-out images, on which losses are computed.
     """
     accelerator, folder = trainer.accelerator, options.output.output_dir / "pipeline"
     push = BackgroundPush(options.hub, options.output.output_dir)
@@ -62,7 +62,7 @@ def train_pipeline(
 
     trainer.train(objective, validations)
     if accelerator.is_main_process and trainer.finished:
-        if not folder.exists():  # the run was finished before, and its pipeline was removed
+        if not folder.exists():  # an earlier process finished the run, and the pipeline was removed since
             saved(trainer)
         add_card()
         print_results(options.output.output_dir, folder, type(pipeline).__name__)

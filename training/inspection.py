@@ -1,4 +1,4 @@
-"""Summary of a dataset, as a training run would see it."""
+"""Summary of a dataset with the options of a training run."""
 
 import argparse
 from collections import Counter
@@ -20,11 +20,13 @@ class InspectionOptions:
     source: ImageSource = option_group(ImageSource, "dataset")
     format: ImageFormat = option_group(ImageFormat, "image format")
     selection: ImageSelection = option_group(ImageSelection, "training data")
-    seed: int = option(0, help="Seed of held-out and chosen images.", check=at_least(0))
+    seed: int = option(
+        0, help="Seed that chooses held-out images and those of --max_train_samples.", check=at_least(0)
+    )
 
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `inspect_data`."""
+    """Adds the options of `inspect_data` to a parser."""
     add_options(parser, InspectionOptions)
     add_examples(
         parser,
@@ -35,17 +37,17 @@ def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inspect_data(args: argparse.Namespace) -> None:
     """
-    Prints classes and their counts, sizes, modes and unreadable files of the images to train on, and of those held out.
+    Prints the classes and their counts, sizes, modes and unreadable files of training images and of held-out images.
 
     Args:
-        args: Parsed `add_inspection_arguments`.
+        args: Parsed arguments of `add_inspection_arguments`.
 
     Raises:
-        ValueError: If the dataset cannot be used at all.
+        ValueError: If the dataset cannot be used.
     """
     options = build_options(InspectionOptions, args)
     if options.selection.streaming:
-        raise ValueError("inspect-data reads all images: leave --streaming out.")
+        raise ValueError("inspect-data reads all images, so --streaming is not supported. Leave it out.")
     images, held_out = load_images(options.source, options.format, options.selection, seed=options.seed)
     print_summary("Training", images)
     if held_out is not None:
@@ -58,9 +60,9 @@ class Reading:
     Facts of one image.
 
     Args:
-        size: Width and height, or `None` if it is unreadable.
-        mode: Mode of PIL.
-        extremes: Lowest and highest value of an image of more than 8 bits.
+        size: Width and height in pixels, or `None` for an unreadable image.
+        mode: Mode of the image in PIL, such as `"RGB"`.
+        extremes: Lowest and highest value, for images of more than 8 bits.
         problem: Reason why training would not use the image.
     """
 
@@ -71,7 +73,7 @@ class Reading:
 
 
 def read_image(images: LabelledImages, index: int) -> Reading:
-    """Reads one image."""
+    """Reads one image and returns its facts."""
     value, format = images.rows[index][images.reader.columns.image], images.reader.format
     extremes = problem = None
     try:
@@ -87,7 +89,7 @@ def read_image(images: LabelledImages, index: int) -> Reading:
 
 
 def print_summary(title: str, images: LabelledImages) -> None:
-    """Reads every image, and prints the summary of all."""
+    """Reads all images, and prints their summary."""
     columns, format = images.reader.columns, images.reader.format
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda index: read_image(images, index), range(len(images)))

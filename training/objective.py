@@ -1,4 +1,4 @@
-"""Objectives: what a model is trained to do with a batch."""
+"""Training objectives: losses of a UNet and of a classifier for a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class LossTerms:
     Result of an objective for one batch.
 
     Args:
-        loss: Loss that is minimised, `(batch,)`.
-        logged: Further values to log, `(batch,)` each.
+        loss: Loss to minimise, `(batch,)`.
+        logged: Additional values to log by name, `(batch,)` each.
         timestep: Timestep of each image, `(batch,)`.
     """
 
@@ -38,10 +38,10 @@ def build_noise_scheduler(
     diffusion: DiffusionOptions, learn_sigma: bool = True, predict_xstart: bool = False
 ) -> DDPMScheduler:
     """
-    Builds the scheduler that is trained with, and saved beside the UNet.
+    Builds the scheduler of the training, which is also saved with the UNet.
 
     Raises:
-        ValueError: If there are too few timesteps for the schedule.
+        ValueError: If the noise schedule needs more timesteps.
     """
     flags = Flags(
         diffusion_steps=diffusion.num_train_timesteps,
@@ -56,10 +56,10 @@ class DenoisingObjective:
     Noises images at random timesteps and computes the loss of a UNet's prediction.
 
     Args:
-        options: Loss and distribution of the timesteps.
-        scheduler: Scheduler that is trained with.
+        options: Settings of the loss and distribution of the timesteps.
+        scheduler: Scheduler of the training.
         accelerator: Accelerator of the script.
-        conditions: Function from a batch to the UNet's arguments beside the noised images and their timesteps.
+        conditions: Function that returns the UNet's arguments for a batch, without the noised images and their timesteps.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DenoisingObjective:
         self.sampler = SAMPLERS[options.schedule_sampler](len(self.schedule)).to(accelerator.device)
 
     def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the terms of the loss at timesteps that the sampler draws."""
+        """Computes the terms of the loss at timesteps that the timestep sampler draws."""
         timestep, weight = self.sampler.sample(len(batch["image"]), batch["image"].device)  # (batch,) each
         terms = self.terms(model, batch, timestep)
         if self.sampler.needs_losses:
@@ -107,8 +107,8 @@ class ClassifierObjective:
     Noises images at uniformly drawn timesteps and computes the loss of a classifier's prediction.
 
     Args:
-        schedule: Noise of all timesteps, on the device of the training.
-        entropy_weight: Weight of the penalty on confidence.
+        schedule: Noise schedule, on the device of the training.
+        entropy_weight: Weight of the entropy of the prediction, which penalises confidence.
     """
 
     def __init__(self, schedule: NoiseSchedule, entropy_weight: float = 0.0):
@@ -116,13 +116,13 @@ class ClassifierObjective:
         self.entropy_weight = entropy_weight
 
     def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the terms of the loss at timesteps that are drawn uniformly."""
+        """Computes the terms of the loss at uniformly drawn timesteps."""
         logits, timestep = self.noised_logits(model, batch["image"])
         return self.terms(logits, batch["label"], timestep)
 
     def terms(self, logits: torch.Tensor, labels: torch.Tensor, timestep: torch.Tensor) -> LossTerms:
         """
-        Computes the loss, and whether the label is the likeliest class and among the five likeliest.
+        Computes the loss and the top-1 and top-5 accuracy.
 
         Args:
             logits: Logits of noised images, `(batch, num_classes)`.
@@ -141,7 +141,7 @@ class ClassifierObjective:
         Args:
             model: Classifier.
             x_0: Clean images, `(batch, channels, height, width)`.
-            generator: Random numbers of the timesteps and of the noise.
+            generator: Generator of the timesteps and of the noise. The default is the global one.
         """
         timestep = torch.randint(len(self.schedule), x_0.shape[:1], generator=generator, device=x_0.device)  # (batch,)
         noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -150,6 +150,6 @@ class ClassifierObjective:
 
 
 def correct_predictions(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns whether the label is the likeliest class, and whether it is among the five likeliest, `(batch,)` each."""
+    """Returns whether the label is the most likely class, and whether it is among the top five, `(batch,)` each."""
     likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (batch, 5)
     return {"accuracy": likeliest[:, 0].float(), "accuracy_top5": likeliest.any(dim=1).float()}

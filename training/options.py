@@ -1,9 +1,11 @@
 """Options of the training scripts, in groups.
 
-Each field carries its help and its check (see `diffusers_adm.options`), and three further facts. `resumable` says whether a
-resumed run may have another value; a function decides it from all values. All other options decide what is trained, or the
-order of the images. `on_card` says whether model cards show the option, which is the default for those that are not resumable.
-`saved` is `False` for options that checkpoints do not store.
+Each field has a help text and a check (see `diffusers_adm.options`), and up to three notes:
+
+- `resumable` says whether a resumed run may change the option. It may be a function of all values. Options that are not resumable
+  decide what is trained, or the order of the images.
+- `on_card` says whether model cards show the option. By default, they show the options that are not resumable.
+- `saved` is `False` for options that checkpoints do not store.
 """
 
 from dataclasses import dataclass
@@ -19,12 +21,13 @@ from diffusers_adm.diffusion import PREDICTION_TYPES
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.openai.flags import BETA_SCHEDULES
 from diffusers_adm.options import Check, above, at_least, in_range, option, option_group
+from diffusers_adm.training.output_options import HubOptions, OutputOptions
 from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
 LOSSES = ("hybrid", "vlb")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
-# Those of diffusers but the piecewise constant one, which needs rules.
+# Schedules of diffusers. The piecewise constant one is left out, because it needs rules.
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 RATE = Check("in [0, 1)", lambda rate: 0 <= rate < 1)
 
@@ -34,10 +37,10 @@ PRESET_KINDS = ("classifier", "upsampler")
 
 def preset_names(kind: str | None = None) -> list[str]:
     """
-    Returns the names of the recipes that ship with this package.
+    Returns the names of the presets that ship with this package.
 
     Args:
-        kind: `"classifier"`, `"upsampler"`, or `"unet"` for all others. `None` means all recipes.
+        kind: `"classifier"`, `"upsampler"`, or `"unet"` for all others. `None` means all presets.
     """
     folder = resources.files("diffusers_adm.training") / "presets"
     names = sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
@@ -46,10 +49,10 @@ def preset_names(kind: str | None = None) -> list[str]:
 
 
 def preset_option(kind: str | None = None) -> Any:
-    """Makes the option of the recipes of one kind of model."""
+    """Makes the option `--preset` for one kind of model."""
     return option(
         None,
-        help=f"Recipe whose options are the defaults: {', '.join(preset_names(kind))}.",
+        help=f"Preset that sets the defaults of all options. Default: none. Choices: {', '.join(preset_names(kind))}.",
         choices=preset_names(kind),
         metavar="NAME",
         resumable=True,
@@ -57,7 +60,7 @@ def preset_option(kind: str | None = None) -> Any:
 
 
 def batch_is_divided_anew(values: dict) -> bool:
-    """Returns whether a resumed run may divide its batch among other processes."""
+    """Returns whether a resumed run may divide its batch among a different number of processes."""
     return values["total_batch_size"] is not None
 
 
@@ -68,22 +71,30 @@ class ArchitectureOptions:
     model_channels: int = option(128, help="Number of channels at the largest resolution.", check=at_least(1))
     channel_mult: tuple[float, ...] = option(
         (1, 2, 3, 4),
-        help="Factor of the channels per resolution.",
+        help="Factors of the number of channels, one per resolution.",
         check=Check("one or more factors above 0", lambda factors: factors and min(factors) > 0),
     )
     layers_per_block: int = option(2, help="Number of residual blocks per resolution.", check=at_least(1))
-    attention_resolutions: tuple[int, ...] = option((32, 16, 8), help="Resolutions with attention, in pixels.")
+    attention_resolutions: tuple[int, ...] = option((32, 16, 8), help="Resolutions with self-attention, in pixels.")
     attention_head_dim: int = option(64, help="Number of channels per attention head.", check=at_least(1))
     num_attention_heads: int | None = option(
-        None, help="Number of attention heads, instead of their channels.", check=at_least(1)
+        None,
+        help="Number of attention heads. Default: as --attention_head_dim implies.",
+        check=at_least(1),
     )
-    norm_num_groups: int = option(32, help="Number of groups per normalisation.", check=at_least(1))
+    norm_num_groups: int = option(32, help="Number of groups of each group normalisation.", check=at_least(1))
     resnet_time_scale_shift: str = option(
-        "scale_shift", help="Effect of the timestep on a residual block.", choices=("scale_shift", "default")
+        "scale_shift",
+        help="Use of the timestep in residual blocks: as scale and shift, or as an addend (default).",
+        choices=("scale_shift", "default"),
     )
-    resample_type: str = option("resnet", help="Layers between resolutions.", choices=("resnet", "conv"))
+    resample_type: str = option(
+        "resnet",
+        help="Layers that change the resolution: residual blocks or convolutions.",
+        choices=("resnet", "conv"),
+    )
     output_scale_factor: float = option(
-        1.0, help="Divisor of each residual sum. 1.4142 is the paper's ablation.", check=above(0)
+        1.0, help="Divisor of each residual sum. The ablation of the paper uses 1.4142.", check=above(0)
     )
     dropout: float = option(0.0, help="Dropout probability.", check=in_range(0, 1))
     gradient_checkpointing: bool = option(
@@ -103,10 +114,10 @@ class ArchitectureOptions:
 
 @dataclass
 class DiffusionOptions:
-    """Noise of the timesteps."""
+    """Noise schedule of the training timesteps."""
 
-    noise_schedule: str = option("linear", help="Schedule of the noise.", choices=BETA_SCHEDULES)
-    num_train_timesteps: int = option(1000, help="Number of timesteps.", check=at_least(1))
+    noise_schedule: str = option("linear", help="Noise schedule.", choices=BETA_SCHEDULES)
+    num_train_timesteps: int = option(1000, help="Number of training timesteps.", check=at_least(1))
 
 
 @dataclass
@@ -115,7 +126,7 @@ class OptimisationOptions:
 
     train_batch_size: int = option(
         64,
-        help="Number of images per forward pass of one process.",
+        help="Batch size of one process, in images.",
         check=at_least(1),
         resumable=batch_is_divided_anew,
         on_card=True,
@@ -129,14 +140,22 @@ class OptimisationOptions:
     )
     total_batch_size: int | None = option(
         None,
-        help="Number of images per optimizer step of all processes. It sets --gradient_accumulation_steps.",
+        help="Batch size of one optimizer step over all processes, in images. It sets --gradient_accumulation_steps. Default:"
+        " as the other options imply.",
         check=at_least(1),
     )
     max_train_steps: int | None = option(
-        None, help="Number of optimizer steps.", check=at_least(1), resumable=True, on_card=True
+        None,
+        help="Number of optimizer steps. Either this option or --num_epochs is required.",
+        check=at_least(1),
+        resumable=True,
+        on_card=True,
     )
     num_epochs: int | None = option(
-        None, help="Number of passes over the images, instead of steps.", check=at_least(1), resumable=True
+        None,
+        help="Number of passes over the images. Either this option or --max_train_steps is required.",
+        check=at_least(1),
+        resumable=True,
     )
     learning_rate: float = option(1e-4, help="Learning rate.", resumable=True, on_card=True, check=at_least(0))
     lr_scheduler: str = option(
@@ -144,7 +163,7 @@ class OptimisationOptions:
     )
     lr_warmup_steps: int = option(
         0,
-        help="Number of steps in which the learning rate rises from 0.",
+        help="Number of steps during which the learning rate rises from 0.",
         resumable=True,
         on_card=True,
         check=at_least(0),
@@ -152,91 +171,34 @@ class OptimisationOptions:
     adam_beta1: float = option(0.9, help="Decay rate of Adam's mean of gradients.", check=RATE)
     adam_beta2: float = option(0.999, help="Decay rate of Adam's mean of squared gradients.", check=RATE)
     adam_weight_decay: float = option(0.0, help="Weight decay of AdamW.", check=at_least(0))
-    adam_epsilon: float = option(1e-8, help="Addend in Adam's denominator.", check=at_least(0))
-    use_8bit_adam: bool = option(False, help="Use AdamW of bitsandbytes, with a state of 8 bits.")
+    adam_epsilon: float = option(1e-8, help="Constant added to Adam's denominator.", check=at_least(0))
+    use_8bit_adam: bool = option(False, help="Use AdamW of bitsandbytes, whose state takes 8 bits per value.")
     max_grad_norm: float | None = option(
         None,
-        help="Norm that gradients are clipped to. They are not clipped by default.",
+        help="Largest norm of the gradient. Larger gradients are scaled down to it. Default: no clipping.",
         resumable=True,
         on_card=True,
         check=above(0),
     )
     mixed_precision: str | None = option(
         None,
-        help="Precision of the forward pass. It is the launcher's by default.",
+        help="Precision of the forward pass. Default: that of the launcher, or no.",
         choices=MIXED_PRECISIONS,
         resumable=True,
         on_card=True,
     )
     max_skipped_steps: int = option(
-        50, help="Number of fp16 overflows in a row that stops the run.", check=at_least(1), resumable=True
+        50, help="Number of consecutive fp16 overflows after which the run stops.", check=at_least(1), resumable=True
     )
-    allow_tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", resumable=True)
-    compile: bool = option(False, help="Compile the model by torch.compile.", resumable=True)
+    allow_tf32: bool = option(False, help="Allow matrix products in TF32 on NVIDIA GPUs.", resumable=True)
+    compile: bool = option(False, help="Compile the model with torch.compile.", resumable=True)
     channels_last: bool = option(
-        False, help="Keep channels last in memory, which some devices prefer.", negatable=True, resumable=True
+        False,
+        help="Use the memory format channels_last, which is faster on some devices.",
+        negatable=True,
+        resumable=True,
     )
     seed: int = option(0, help="Seed of the run.", check=at_least(0))
-
-
-@dataclass
-class OutputOptions:
-    """Folder of a run, and how often it is written to."""
-
-    output_dir: Path = option(help="Folder of the run.", resumable=True)
-    checkpointing_steps: int | None = option(
-        None,
-        help="Number of steps between checkpoints. It is a tenth of the run by default, at most 5000, with a further one early.",
-        check=at_least(1),
-        resumable=True,
-    )
-    checkpoints_total_limit: int = option(
-        2, help="Number of latest checkpoints to keep.", check=at_least(1), resumable=True
-    )
-    keep_every: int | None = option(
-        None, help="Keep all checkpoints of multiples of this step.", check=at_least(1), resumable=True
-    )
-    resume_from_checkpoint: str | None = option(
-        None, help='Folder of a checkpoint to resume from, or "latest".', metavar="PATH", resumable=True
-    )
-    logging_steps: int | None = option(
-        None,
-        help="Number of steps between log entries. It is a tenth of the run by default, at most 50.",
-        check=at_least(1),
-        resumable=True,
-    )
-    validation_steps: int | None = option(
-        None,
-        help="Number of steps between validations. It is a tenth of the run by default, at most 5000, with a further one early.",
-        check=at_least(1),
-        resumable=True,
-    )
-    report_to: str | None = option(
-        None, help="Tracker of accelerate, such as tensorboard or wandb.", metavar="TRACKER", resumable=True
-    )
-
-
-@dataclass
-class HubOptions:
-    """Upload of a trained model."""
-
-    push_to_hub: bool = option(False, help="Upload the trained model at the end.", resumable=True)
-    hub_model_id: str | None = option(
-        None, help="Repository to upload to, such as me/my-model.", metavar="REPOSITORY", resumable=True
-    )
-    hub_token: str | None = option(
-        None, help="Token of the Hub. It is that of `hf auth login` by default.", resumable=True, saved=False
-    )
-    hub_revision: str | None = option(
-        None, help="Branch to upload to. It is created if it does not exist.", metavar="BRANCH", resumable=True
-    )
-    hub_private_repo: bool = option(False, help="Make a new repository private.", resumable=True)
-    hub_retry_seconds: float = option(
-        30.0,
-        help="Seconds before the second attempt of an upload. Each further wait is twice as long.",
-        resumable=True,
-        check=at_least(0),
-    )
 
 
 @dataclass(kw_only=True)
@@ -246,12 +208,12 @@ class TrainingOptions:
     preset: str | None = preset_option()
     config: Path | None = option(
         None,
-        help="YAML file of options. Options of the command line take precedence.",
+        help="YAML file of options. The command line takes precedence over it, and the file over --preset. Default: none.",
         resumable=True,
         saved=False,
     )
     dry_run: bool = option(
-        False, help="Print size, cost and memory of the run, and stop.", resumable=True, saved=False
+        False, help="Print size, cost and memory of the run without training.", resumable=True, saved=False
     )
     source: ImageSource = option_group(ImageSource, "dataset")
     format: ImageFormat = option_group(ImageFormat, "image format")
@@ -270,11 +232,15 @@ class TrainingOptions:
 
 @dataclass
 class ClassOptions:
-    """Labels that a UNet is given."""
+    """Class labels of a UNet."""
 
-    class_conditional: bool = option(True, help="Give the UNet the labels of the images.")
+    class_conditional: bool = option(
+        True, help="Train a class-conditional UNet, which is given the labels of the images."
+    )
     label_dropout: float = option(
-        0.0, help="Probability of training on the null class instead of the label.", check=in_range(0, 1)
+        0.0,
+        help="Probability that an image is trained with the null class instead of its label.",
+        check=in_range(0, 1),
     )
 
 
@@ -282,23 +248,27 @@ class ClassOptions:
 class ObjectiveOptions:
     """Prediction and loss of a UNet."""
 
-    learn_sigma: bool = option(True, help="Learn the variance of the reverse process.")
-    prediction_type: str = option("epsilon", help="Prediction of the UNet. sample: x_0.", choices=PREDICTION_TYPES)
+    learn_sigma: bool = option(True, help="Train a UNet with learned variance.")
+    prediction_type: str = option(
+        "epsilon", help="Prediction of the UNet. sample means x_0.", choices=PREDICTION_TYPES
+    )
     loss: str = option(
-        "hybrid", help="Loss. hybrid is the simple loss if the variance is not learned.", choices=LOSSES
+        "hybrid", help="Loss. Without learned variance, hybrid is the simple loss alone.", choices=LOSSES
     )
     vlb_weight: float | None = option(
         None,
-        help="Weight of the bound in the hybrid loss. It is --num_train_timesteps / 1000 by default.",
+        help="Weight of the variational bound in the hybrid loss. Default: --num_train_timesteps / 1000.",
         check=at_least(0),
     )
     noise_offset: float = option(
         0.0,
-        help="Standard deviation of noise that is the same at all pixels of a channel. It keeps samples of few steps from"
-        " grey backgrounds.",
+        help="Standard deviation of added noise that is the same at all pixels of a channel. It avoids grey backgrounds in"
+        " samples of few steps.",
         check=at_least(0),
     )
-    schedule_sampler: str = option("uniform", help="Distribution of the timesteps.", choices=tuple(SAMPLERS))
+    schedule_sampler: str = option(
+        "uniform", help="Distribution that timesteps are drawn from.", choices=tuple(SAMPLERS)
+    )
 
     @property
     def predicts_x_0(self) -> bool:
@@ -312,13 +282,13 @@ class AverageOptions:
 
     ema_decay: tuple[float, ...] = option(
         (0.9999,),
-        help="Rate of each moving average, such as 0.9999,0.999.",
+        help="Rates of the moving averages, such as 0.9999,0.999.",
         check=Check("one or more rates in [0, 1)", lambda rates: rates and all(0 <= rate < 1 for rate in rates)),
     )
-    use_ema_warmup: bool = option(False, help="Raise the rate to --ema_decay by 1 - (1 + step / gamma) ** -power.")
+    use_ema_warmup: bool = option(False, help="Raise the rates up to --ema_decay as 1 - (1 + step / gamma) ** -power.")
     ema_inv_gamma: float = option(1.0, help="Gamma of the warm-up.", check=above(0))
     ema_power: float = option(0.75, help="Power of the warm-up.", check=at_least(0))
-    offload_ema: bool = option(False, help="Keep the averages in the CPU's memory.", resumable=True)
+    offload_ema: bool = option(False, help="Keep the moving averages in the memory of the CPU.", resumable=True)
 
     @property
     def num_on_device(self) -> int:
@@ -331,11 +301,12 @@ class ValidationOptions:
     """Pictures and uploads during training."""
 
     num_validation_images: int = option(
-        20, help="Number of images drawn every --validation_steps.", check=at_least(1), resumable=True
+        20, help="Number of images drawn at each validation.", check=at_least(1), resumable=True
     )
     push_every: int | None = option(
         None,
-        help="Number of steps between uploads of the pipeline during training, a multiple of --validation_steps.",
+        help="Number of steps between uploads of the pipeline during training. It must be a multiple of --validation_steps, if"
+        " that is given. Default: one upload, at the end.",
         check=at_least(1),
         resumable=True,
     )
@@ -359,14 +330,14 @@ class UNetTrainingOptions(TrainingOptions):
     def __post_init__(self):
         push_every, validation_steps = self.push_every, self.output.validation_steps
         if push_every is not None and not self.hub.push_to_hub:
-            raise ValueError("--push_every needs --push_to_hub.")
+            raise ValueError("--push_every requires --push_to_hub.")
         if push_every is not None and validation_steps is not None and push_every % validation_steps:
             raise ValueError(
-                f"--push_every {push_every} is not a multiple of --validation_steps {validation_steps}, when pipelines are"
-                " saved."
+                f"--push_every must be a multiple of --validation_steps {validation_steps}, because pipelines are saved then,"
+                f" but got {push_every}."
             )
         if self.classes.label_dropout and not self.classes.class_conditional:
-            raise ValueError("--label_dropout needs a class-conditional model.")
+            raise ValueError("--label_dropout requires a class-conditional model. Leave out --no-class_conditional.")
 
     @property
     def push_every(self) -> int | None:
@@ -376,14 +347,17 @@ class UNetTrainingOptions(TrainingOptions):
 
 @dataclass
 class UpsamplerOptions:
-    """Small images that an upsampler is given."""
+    """Small images, which an upsampler enlarges."""
 
     low_resolution: int = option(
-        16, help="Height and width of the small images in pixels, a divisor of --resolution.", check=at_least(1)
+        16,
+        help="Height and width of the small images, in pixels. It must be a divisor of --resolution.",
+        check=at_least(1),
     )
     low_res_noise: float = option(
         0.0,
-        help="Largest standard deviation of noise on the small images, so that the upsampler forgives flaws of drawn ones.",
+        help="Largest standard deviation of noise added to the small images. It makes the upsampler robust to flaws of generated"
+        " small images.",
         check=at_least(0),
     )
 
@@ -404,16 +378,20 @@ class UpsamplerTrainingOptions(UNetTrainingOptions):
         super().__post_init__()
         small, large = self.upsampler.low_resolution, self.format.resolution
         if not 0 < small < large or large % small:
-            raise ValueError(f"--low_resolution {small} is not a divisor of --resolution {large}, and smaller.")
+            raise ValueError(
+                f"--low_resolution must be a divisor of --resolution {large} and smaller, but got {small}."
+            )
 
 
 @dataclass
 class ClassifierOptions:
     """Head and loss of a classifier."""
 
-    pool: str = option("attention", help="Layers after the encoder.", choices=POOLS)
+    pool: str = option("attention", help="Pooling layers after the encoder.", choices=POOLS)
     entropy_weight: float = option(
-        0.0, help="Weight of the penalty on confidence. Its paper uses 0.1.", check=at_least(0)
+        0.0,
+        help="Weight of the entropy of the prediction in the loss, which penalises confidence. Its paper uses 0.1.",
+        check=at_least(0),
     )
 
 

@@ -1,4 +1,4 @@
-"""Size, cost and memory of a run, before it begins."""
+"""Size, cost and memory of a run, estimated before it begins."""
 
 import torch
 from accelerate import Accelerator
@@ -54,14 +54,14 @@ def print_plan(
         accelerator: Accelerator of the run.
         model: Model to train.
         num_images: Number of training images, or `None` for a stream.
-        num_averages: Number of moving averages in the memory of the accelerator's device.
+        num_averages: Number of moving averages in the memory of the device.
     """
     optimisation = options.optimisation
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops, activations = forward_cost(model)
     batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
     batch = images_per_step(optimisation, accelerator)
-    # Weights, gradients and Adam's two moments (of one byte each if 8 bit), in float32, and each moving average.
+    # Weights, gradients, Adam's two moments and all moving averages in float32. 8-bit moments take one byte per value.
     state = parameters * (4 + 4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
     kept = activations * batch_size * (0.5 if half else 1.0)
@@ -73,10 +73,10 @@ def print_plan(
         "parameters": f"{parameters / 1e6:.2f} million",
         "effective batch": f"{batch} = {batch_size} images x {accumulated} accumulated x {accelerator.num_processes}"
         " processes",
-        "steps": f"{optimisation.max_train_steps}, of {seen} images{passes}",
-        "cost": f"{flops / 1e9:.2f} GFLOPs an image forward, about {3 * flops * batch / 1e9:.0f} GFLOPs a step",
-        "memory": f"about {state / 2**30:.2f} GiB of weights and optimizer, and {kept / 2**30:.2f} GiB of activations, a"
-        f" process{remark}",
+        "steps": f"{optimisation.max_train_steps}, {seen} images in total{passes}",
+        "cost": f"{flops / 1e9:.2f} GFLOPs per image forward, about {3 * flops * batch / 1e9:.0f} GFLOPs per step",
+        "memory": f"about {state / 2**30:.2f} GiB of weights and optimizer, and {kept / 2**30:.2f} GiB of activations,"
+        f" per process{remark}",
     }
     for name, line in lines.items():
         accelerator.print(f"{name + ':':<17}{line}")
@@ -84,11 +84,11 @@ def print_plan(
 
 def forward_cost(model: ModelMixin) -> tuple[int, int]:
     """
-    Returns the cost of one image's forward pass. Nothing is computed: the model is rebuilt on the meta device.
+    Returns the cost of the forward pass per image. The model is rebuilt on the meta device, so that nothing is computed.
 
     Returns:
-        Number of floating point operations (two for a multiplication and its addition), and number of bytes that the backward
-        pass needs kept, in float32.
+        Number of floating point operations, where a multiplication with its addition counts as two, and number of bytes of the
+        activations that the backward pass needs, in float32.
     """
     config = model.config
     with torch.device("meta"):

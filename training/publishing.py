@@ -14,7 +14,8 @@ from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, TAGS, example_call, us
 from diffusers_adm.hub.saved_files import CODE_PATTERNS
 from diffusers_adm.training.configuration import as_command_line
 from diffusers_adm.training.metrics import NUM_QUARTERS, read_metrics
-from diffusers_adm.training.options import HubOptions, TrainingOptions
+from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.training.output_options import HubOptions
 from diffusers_adm.training.plan import device_name, images_per_step
 
 

@@ -1,7 +1,7 @@
-"""Trains the noise-aware classifier that guides sampling: `python -m diffusers_adm.training.train_classifier --help`.
+"""Trains the noise-aware classifier that guides sampling.
 
-Cross-entropy on noised images at uniformly drawn timesteps, AdamW with weight decay, learning rate annealed linearly
-(Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
+The loss is the cross-entropy on noised images at uniformly drawn timesteps. AdamW decays the weights, and the learning rate falls
+linearly (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
 """
 
 from diffusers_adm.command_line import reporting_missing_packages
@@ -46,7 +46,7 @@ def main(options: ClassifierTrainingOptions) -> None:
     Trains a classifier, and saves it.
 
     Raises:
-        ValueError: If the options do not fit each other or the dataset.
+        ValueError: If the options contradict each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):

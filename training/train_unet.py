@@ -1,7 +1,7 @@
-"""Trains an ADM UNet on labelled images: `python -m diffusers_adm.training.train_unet --help`.
+"""Trains an ADM UNet on labelled images.
 
-The hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), moving averages of constant rate, and, with
-`--label_dropout`, a null class, so that one network is both the conditional and the unconditional model.
+The loss is the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), and the weights are averaged at constant rates. With
+`--label_dropout`, the UNet also learns a null class, so that one UNet is both the conditional and the unconditional model.
 """
 
 from diffusers_adm.command_line import reporting_missing_packages
@@ -38,7 +38,7 @@ def main(options: UNetTrainingOptions) -> None:
     Trains a UNet, and saves the pipeline of the averaged weights.
 
     Raises:
-        ValueError: If the options do not fit each other or the dataset.
+        ValueError: If the options contradict each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):

@@ -1,7 +1,7 @@
-"""Trains an ADM upsampler on labelled images: `python -m diffusers_adm.training.train_upsampler --help`.
+"""Trains an ADM upsampler on labelled images.
 
-The UNet sees, beside the noised image, the image itself shrunk by averages and enlarged again (Dhariwal & Nichol 2021, arXiv
-2105.05233, appendix A). Losses, averages and classes are those of `train_unet.py`.
+The UNet is given the noised image, and the image shrunk by averages and enlarged again (Dhariwal & Nichol 2021, arXiv 2105.05233,
+appendix A). Losses, moving averages and classes are the same as in the training of a UNet.
 """
 
 from diffusers_adm.command_line import reporting_missing_packages
@@ -41,7 +41,7 @@ def main(options: UpsamplerTrainingOptions) -> None:
     Trains an upsampler, and saves the pipeline of the averaged weights.
 
     Raises:
-        ValueError: If the options do not fit each other or the dataset.
+        ValueError: If the options contradict each other or the dataset.
     """
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):
@@ -90,7 +90,7 @@ def main(options: UpsamplerTrainingOptions) -> None:
 
 
 def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Shrinks images, `(batch, channels, height, width)`, to squares of `size` pixels by averages."""
+    """Shrinks images, `(batch, channels, height, width)`, to `size` x `size` pixels by averages."""
     return F.interpolate(image, (size, size), mode="area")
 
 

@@ -1,4 +1,4 @@
-"""Validations of a training: functions of the trainer, which calls them in turn (see `Trainer.train`)."""
+"""Validations: callables that the trainer calls in turn (see `Trainer.train`)."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from diffusers_adm.training.trainer import Trainer
 
 @contextlib.contextmanager
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Gives the CPU and a device another random state, for as long as the context lasts."""
+    """Seeds the random states of the CPU and of a device inside the context, and restores them at its end."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
     state = None if module is None else module.get_rng_state()
     try:
@@ -35,7 +35,7 @@ def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 class HeldOutLoss:
     """
-    Logs the losses of the averaged weights on held-out images, at timesteps and with noise that are the same each time.
+    Logs the losses of the averaged weights on held-out images. Timesteps and noise are the same each time.
 
     Args:
         objective: Objective of the training.
@@ -69,8 +69,8 @@ class HeldOutLoss:
 
 class HeldOutAccuracy:
     """
-    Logs loss, accuracy and calibration of a classifier on held-out images, in all and by quarter of the timesteps, at timesteps
-    and with noise that are the same each time.
+    Logs loss, accuracy and calibration error of a classifier on held-out images, over all timesteps and per quarter. Timesteps and
+    noise are the same each time.
 
     Args:
         objective: Objective of the training.
@@ -88,7 +88,7 @@ class HeldOutAccuracy:
     @torch.no_grad()
     def __call__(self, trainer: Trainer) -> None:
         accelerator, num_timesteps = trainer.accelerator, len(self.objective.schedule)
-        # Random numbers of its own: training draws from the global state.
+        # A separate generator, because training draws from the global random state.
         generator = torch.Generator(accelerator.device).manual_seed(self.seed + accelerator.process_index)
         gathered = []
         for batch in self.loader:
@@ -114,15 +114,16 @@ class HeldOutAccuracy:
 
 class SampleGrid:
     """
-    Draws the same seeds and labels each time, with the average of the weights on the left and the weights on the right.
+    Draws a sample grid with the same seeds and labels each time. Images of the averaged weights are on the left, and images of the
+    current weights are on the right.
 
     Args:
         accelerator: Accelerator of the script.
-        pipeline: Pipeline of the model. The pictures are drawn by DDIM.
-        inputs: Function from the numbers of some images, from 0, to the pipeline's arguments for them.
+        pipeline: Pipeline of the model. Images are drawn with DDIM.
+        inputs: Function that returns the arguments of the pipeline for images with given numbers, which begin at 0.
         num_images: Number of images.
-        batch_size: Number of images that fit beside the training.
-        shown: Picture on the left of both.
+        batch_size: Number of images drawn per batch. They must fit in memory with the training state.
+        shown: Picture that is shown left of both.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class SampleGrid:
         shown: Image.Image | None = None,
     ):
         self.accelerator = accelerator
-        self.pipeline = copy.copy(pipeline)  # the saved one keeps its scheduler
+        self.pipeline = copy.copy(pipeline)  # a copy, because the saved pipeline keeps its scheduler
         self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
         self.inputs = inputs
@@ -145,7 +146,7 @@ class SampleGrid:
         self.action = f"draws {num_images} image{'s' * (num_images != 1)}"
 
     def __call__(self, trainer: Trainer) -> None:
-        """Writes `samples/step-N.png`. All processes draw, each its share."""
+        """Writes `samples/step-N.png`. Each process draws a share of the images."""
         with trainer.averages.applied(trainer.averages.decays[0]):
             averaged = self.draw(trainer)
         raw = self.draw(trainer)
@@ -165,13 +166,13 @@ class SampleGrid:
             trainer.log_picture("samples", picture)
 
     def draw(self, trainer: Trainer) -> Image.Image:
-        """Draws the images, each from its own seed."""
+        """Draws the images. The number of an image is its seed."""
 
         def interrupt(pipeline: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
             pipeline._interrupt = trainer.stop.received
             return tensors
 
-        # All draw equally many images, and those beyond the number are dropped.
+        # Every process draws the same number of images, because they are gathered. Surplus images are dropped.
         share = -(-self.num_images // self.accelerator.num_processes)
         numbers = [self.accelerator.process_index * share + i for i in range(share)]
         drawn = []
@@ -197,7 +198,7 @@ def as_grid(pipeline: DiffusionPipeline, images: torch.Tensor) -> Image.Image:
 
 class SavedPipelines:
     """
-    Saves a pipeline with each moving average: with the first as `pipeline`, with the others as `pipeline-ema-RATE`.
+    Saves a pipeline with each moving average. The first is saved as `pipeline`, and all others as `pipeline-ema-RATE`.
 
     Args:
         pipeline: Pipeline of the model.
@@ -207,7 +208,7 @@ class SavedPipelines:
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
-        self.complete = False  # whether this process has written all of them the last time
+        self.complete = False  # whether the last call has written all pipelines
 
     def __call__(self, trainer: Trainer) -> None:
         self.complete = False
@@ -226,12 +227,12 @@ class SavedPipelines:
 
 class RegularPush:
     """
-    Uploads the saved pipeline every `push_every` steps, beside the training.
+    Uploads the saved pipeline every `push_every` steps while the training goes on.
 
     Args:
         push_every: Number of steps between uploads.
-        saved: Validation that saves the pipeline, called before.
-        push: Upload that goes on beside the training.
+        saved: Validation that saves the pipeline. It must be called before this one.
+        push: Upload in the background.
         write_card: Function that writes the model card of the saved pipeline.
     """
 

@@ -44,13 +44,14 @@ class ImageFormat:
     )
     source_resolution: int | None = option(
         None,
-        help="Crop to this multiple of --resolution and shrink by averages, as an upsampler's small images are made.",
+        help="Crop to this multiple of --resolution, in pixels, and shrink by averages, as the small images of an upsampler"
+        " are made. Default: none.",
         check=in_range(1, MAX_RESOLUTION),
     )
     image_range: tuple[float, float] | None = option(
         None,
-        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Required for"
-        " integers; 0,1 by default for floats.",
+        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Integers require it."
+        " Default for floats: 0,1.",
         metavar="BLACK,WHITE",
         check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
         resumable=True,

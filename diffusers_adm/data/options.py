@@ -19,21 +19,27 @@ class ImageSource:
     """Place of a dataset's images and labels."""
 
     dataset_name: str | None = option(
-        None, help="Hub id, local folder, or format (parquet, webdataset; with --data_files).", resumable=True
+        None,
+        help="Hub id, local folder, or format (parquet, webdataset; with --data_files) of a dataset. Default: none.",
+        resumable=True,
     )
     train_data_dir: str | None = option(
-        None, help="Folder of images in one subfolder per class, instead of a dataset name.", resumable=True
+        None,
+        help="Folder of images in one subfolder per class, instead of --dataset_name. Default: none.",
+        resumable=True,
     )
-    dataset_config_name: str | None = option(None, help="Name of the dataset's configuration.")
-    dataset_revision: str | None = option(None, help="Branch, tag or commit of the dataset on the Hub.")
+    dataset_config_name: str | None = option(
+        None, help="Name of the configuration of the dataset. Default: the only one."
+    )
+    dataset_revision: str | None = option(None, help="Branch, tag or commit of the dataset on the Hub. Default: main.")
     data_files: list[str] | dict[str, str] | None = option(
-        None, help="Files of the dataset, or patterns of them.", resumable=True
+        None, help="Files of the dataset, or patterns of them. Default: all files.", resumable=True
     )
-    cache_dir: str | None = option(None, help="Folder of downloads and prepared data.", resumable=True)
-    image_column: str | None = option(None, help="Name of the image column. Not needed if there is only one.")
-    label_column: str | None = option(
-        None, help="Name of the label column. Not needed if there is only one of type ClassLabel."
+    cache_dir: str | None = option(
+        None, help="Folder of downloads and prepared data. Default: the cache of datasets.", resumable=True
     )
+    image_column: str | None = option(None, help="Name of the image column. Default: the only one.")
+    label_column: str | None = option(None, help="Name of the label column. Default: the only one of type ClassLabel.")
     label_from: str = option(
         "column",
         choices=LABEL_SOURCES,
@@ -46,11 +52,11 @@ class ImageSelection:
     """Splits of a dataset to train and to validate on, and the order and state of their images."""
 
     train_split: str = option("train", help="Split to train on, such as train or train[:90%].")
-    validation_split: str | None = option(None, help="Split that is held out, to validate on.")
-    validation_fraction: float | None = option(None, help="Share of each class to hold out, instead of a split.")
-    max_train_samples: int | None = option(
-        None, help="Number of images to train on, chosen by --seed. All by default."
+    validation_split: str | None = option(None, help="Split of held-out images, to validate on. Default: none.")
+    validation_fraction: float | None = option(
+        None, help="Share of each class that is held out, in (0, 1), instead of --validation_split. Default: none."
     )
+    max_train_samples: int | None = option(None, help="Number of images to train on, chosen by --seed. Default: all.")
     streaming: bool = option(
         False, help="Fetch images during training, instead of all before. For datasets of many files."
     )
@@ -58,7 +64,8 @@ class ImageSelection:
         10_000, help="Number of images of a stream that the next one is drawn from.", check=at_least(1)
     )
     num_classes: int | None = option(
-        None, help="Number of classes of a stream whose labels are numbers without names."
+        None,
+        help="Number of classes of a stream whose labels are numbers without names. Default: the classes that the dataset names.",
     )
     on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.", resumable=True)
     random_flip: bool = option(True, help="Mirror every second image, at random.")

@@ -5,12 +5,15 @@ import re
 import time
 
 import pytest
+from command_line import parser_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import classifier_args, unet_args
 
-from diffusers_adm.training import train_classifier, train_unet
+from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 
 
+# Options of other tests.
+PRETRAINED = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretrained_flags", "lora_rank")
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
 
 
@@ -51,3 +54,19 @@ def test_misspelt_option_names_the_nearest(capsys, tmp_path):
     (tmp_path / "options.yaml").write_text("lerning_rate: 1")
     with pytest.raises(ValueError, match="no option 'lerning_rate': did you mean learning_rate"):
         train_unet.parse_args([*REQUIRED, "--config", str(tmp_path / "options.yaml")])
+
+
+@pytest.mark.parametrize("script", [train_unet, train_classifier, train_upsampler], ids=lambda script: script.__name__)
+def test_help_names_type_and_default_of_every_option(script):
+    parser = parser_of(script.parse_args, [])
+    actions = [action for action in parser._actions if action.dest not in ("help", *PRETRAINED)]
+    for action in actions:
+        assert "Default" in action.help or "required" in action.help.lower(), action.dest
+        assert action.nargs == 0 or action.metavar or action.choices, action.dest
+    assert parser.epilog.count("python -m diffusers_adm.training.") == 2
+
+
+def test_steps_or_passes_are_required(capsys):
+    with pytest.raises(SystemExit):
+        train_unet.parse_args(REQUIRED)
+    assert "one of --max_train_steps and --num_epochs is required" in capsys.readouterr().err
