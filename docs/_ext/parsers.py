@@ -24,6 +24,7 @@ evaluate = partial(command, "evaluate")
 inspect_data = partial(command, "inspect-data")
 make_reference = partial(command, "make-reference")
 nll = partial(command, "nll")
+released = partial(command, "released")
 sample = partial(command, "sample")
 sweep = partial(command, "sweep")
 
