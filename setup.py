@@ -81,6 +81,7 @@ setup(
     extras_require={
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
         "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
+        "lora": ["peft>=0.18"],
         "transformers": ["transformers>=5.6"],
         "docs": [
             "myst-parser>=5",
@@ -90,6 +91,7 @@ setup(
             "sphinx-copybutton>=0.5.2",
         ],
         "test": [
+            "peft>=0.18",
             "pyright[nodejs]==1.1.414",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -42,7 +42,7 @@ class MovingAverages:
             )  # fmt: skip
         # ADM's rate is constant. `min_decay` and `update_after_step` make it so, because `EMAModel` raises it from 0 otherwise.
         average = EMAModel(
-            self.model.parameters(),
+            self._parameters().values(),
             decay=decay,
             min_decay=0.0 if options.use_ema_warmup else decay,
             update_after_step=-1,
@@ -53,6 +53,10 @@ class MovingAverages:
         )
         average.to("cpu" if options.offload_ema else device)
         return average
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Returns the weights that are trained, by name."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def __getitem__(self, decay: float) -> EMAModel:
         return self.averages[decay]
@@ -65,7 +69,7 @@ class MovingAverages:
         """Moves all averages towards the current weights."""
         if not self.averages:
             return
-        parameters = list(self.model.parameters())
+        parameters = list(self._parameters().values())
         if self.options.offload_ema:
             parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
         for average in self.averages.values():
@@ -74,7 +78,7 @@ class MovingAverages:
     @contextlib.contextmanager
     def applied(self, decay: float) -> Iterator[None]:
         """Replaces the weights by a moving average inside the context."""
-        parameters = list(self.model.parameters())
+        parameters = list(self._parameters().values())
         average = self.averages[decay]
         average.store(parameters)
         average.copy_to(parameters)
@@ -85,9 +89,8 @@ class MovingAverages:
 
     def save(self, folder: Path) -> None:
         """Writes each moving average to a file of its own in a checkpoint."""
-        names = [name for name, _ in self.model.named_parameters()]
         for decay, average in self.averages.items():
-            tensors = {name: shadow.contiguous() for name, shadow in zip(names, average.shadow_params)}
+            tensors = {name: shadow.contiguous() for name, shadow in zip(self._parameters(), average.shadow_params)}
             save_file(tensors, folder / f"ema-{decay:g}.safetensors")
 
     def load(self, folder: Path, num_updates: int) -> None:
@@ -102,8 +105,7 @@ class MovingAverages:
             ValueError: If a file is missing, damaged or from another run.
         """
         for decay, average in self.averages.items():
-            names = (name for name, _ in self.model.named_parameters())
-            shadows = dict(zip(names, average.shadow_params))
+            shadows = dict(zip(self._parameters(), average.shadow_params))
             saved = read_tensors(folder / f"ema-{decay:g}.safetensors", like=shadows)
             for name, shadow in shadows.items():
                 shadow.copy_(saved[name])

@@ -100,15 +100,30 @@ class ArchitectureOptions:
     gradient_checkpointing: bool = option(
         False, help="Compute activations again in the backward pass, to save memory.", resumable=True
     )
+    timestep_scale: float = option(1.0, help="Factor on the timesteps that the model is told.", check=above(0))
     pretrained_model_name_or_path: str | None = option(
         None,
-        help="Model to start from, a folder, a Hub id or released:NAME. Its architecture must be the same, but its classes may"
-        " differ.",
+        help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, or a .pt file of the original code."
+        " Its architecture must be the same, but classes, channels and resolution may differ.",
         metavar="NAME_OR_PATH",
         resumable=True,
     )
     pretrained_subfolder: str | None = option(
-        None, help="Folder of the model inside a pipeline: unet or classifier.", metavar="FOLDER", resumable=True
+        None,
+        help="Folder of the model inside a pipeline. It is unet or classifier by default.",
+        metavar="FOLDER",
+        resumable=True,
+    )
+    pretrained_flags: str | None = option(
+        None,
+        help="Model flags of the original command line, for a .pt file that is not a released one.",
+        resumable=True,
+    )
+    lora_rank: int | None = option(
+        None,
+        help="Rank of adapters on attention and convolutions (LoRA), which are trained instead of the weights of the"
+        " pretrained model.",
+        check=at_least(1),
     )
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.training.options import OptimisationOptions, TrainingOptions
+from diffusers_adm.training.pretrained import add_adapter
 
 
 def describe_run(
@@ -57,12 +58,15 @@ def print_plan(
         num_averages: Number of moving averages in the memory of the device.
     """
     optimisation = options.optimisation
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     flops, activations = forward_cost(model)
+    add_adapter(model, options.architecture.lora_rank)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
     batch = images_per_step(optimisation, accelerator)
-    # Weights, gradients, Adam's two moments and all moving averages in float32. 8-bit moments take one byte per value.
-    state = parameters * (4 + 4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
+    # Weights in float32. Those that are trained have gradients, Adam's two moments and all moving averages too. 8-bit moments
+    # take one byte per value.
+    state = 4 * parameters + trained * (4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
     kept = activations * batch_size * (0.5 if half else 1.0)
     seen = optimisation.max_train_steps * batch
@@ -70,7 +74,8 @@ def print_plan(
     remark = " (before gradient checkpointing)" if options.architecture.gradient_checkpointing else ""
     lines = {
         "images": "a stream of them" if num_images is None else f"{num_images}",
-        "parameters": f"{parameters / 1e6:.2f} million",
+        "parameters": f"{parameters / 1e6:.2f} million"
+        + (f", of which {trained / 1e6:.2f} are trained" if trained < parameters else ""),
         "effective batch": f"{batch} = {batch_size} images x {accumulated} accumulated x {accelerator.num_processes}"
         " processes",
         "steps": f"{optimisation.max_train_steps}, {seen} images in total{passes}",

@@ -1,6 +1,5 @@
 """Setting up a run: processes, images, model, optimizer and loader, from the options."""
 
-import json
 import os
 from typing import Any
 
@@ -17,7 +16,6 @@ from diffusers_adm.data.datasets import LabelledImages, load_images
 from diffusers_adm.data.images import ImageFormat
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.launch import join_processes
-from diffusers_adm.pipelines.released import RELEASED_PREFIX, released_folder
 from diffusers_adm.quiet import without_warning
 from diffusers_adm.training.options import (
     ArchitectureOptions,
@@ -29,11 +27,6 @@ from diffusers_adm.training.stopping import leave_signals_to_the_trainer
 
 
 logger = get_logger(__name__)
-
-# Options of a model that may differ from those of the model that training starts from.
-CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
-# Options of a model that no weight depends on.
-FREE_OPTIONS = {"dropout", "num_train_timesteps", "beta_schedule", "id2label"}
 
 
 def set_up_accelerator(options: TrainingOptions) -> Accelerator:
@@ -151,6 +144,7 @@ def model_config(architecture: ArchitectureOptions, format: ImageFormat) -> dict
         "downsample_type": architecture.resample_type,
         "output_scale_factor": architecture.output_scale_factor,
         "dropout": architecture.dropout,
+        "timestep_scale": architecture.timestep_scale,
     }
 
 
@@ -166,44 +160,6 @@ def build_unet(
         upsample_type=options.architecture.resample_type,
         **model_config(options.architecture, options.format),
     )
-
-
-def load_pretrained(model: ModelMixin, name: str, subfolder: str | None) -> None:
-    """
-    Gives a model the weights of a saved one. If their classes differ, the weights that depend on the classes stay random, and a
-    message says so. A new null class joins the known classes.
-
-    Args:
-        model: Model to train.
-        name: Name or path of the saved model, or `released:NAME` of a released checkpoint.
-        subfolder: Folder inside a pipeline. That of a released checkpoint is known.
-
-    Raises:
-        ValueError: If the models differ in anything else.
-    """
-    place = name
-    if name.startswith(RELEASED_PREFIX):
-        place, subfolder = released_folder(name.removeprefix(RELEASED_PREFIX))
-    pretrained = type(model).from_pretrained(place, subfolder=subfolder)
-    # Through JSON, as the saved one's has come: it knows no tuples.
-    ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
-    differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
-    differing -= FREE_OPTIONS
-    if differing - CLASS_OPTIONS:
-        pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
-        raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")
-    known, random_keys = pretrained.state_dict(), []
-    for key, tensor in model.state_dict().items():
-        if key in known and known[key].shape == tensor.shape:
-            tensor.copy_(known[key])
-        elif key in known and differing == {"use_null_class"}:
-            rows = min(len(known[key]), len(tensor))
-            tensor[:rows].copy_(known[key][:rows])
-        else:
-            random_keys.append(key)
-    if random_keys:
-        pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
-        logger.warning("%s begin with random weights: %s.", ", ".join(random_keys), pairs)
 
 
 def prepare_model(model: ModelMixin, options: TrainingOptions, accelerator: Accelerator) -> None:
@@ -231,6 +187,7 @@ def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled
     Raises:
         ValueError: If `use_8bit_adam` is set and bitsandbytes is not installed.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -242,9 +199,9 @@ def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
-        return AdamW8bit(model.parameters(), **settings)
+        return AdamW8bit(parameters, **settings)
     # Under fp16's loss scaling the fused kernel skips a step by itself, and nobody learns of it.
-    return torch.optim.AdamW(model.parameters(), fused=not scaled, **settings)
+    return torch.optim.AdamW(parameters, fused=not scaled, **settings)
 
 
 def build_loader(

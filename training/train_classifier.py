@@ -17,6 +17,7 @@ with reporting_missing_packages(__name__):
     from diffusers_adm.training.objective import ClassifierObjective, build_noise_scheduler
     from diffusers_adm.training.options import ClassifierTrainingOptions
     from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.pretrained import save_adapter
     from diffusers_adm.training.publishing import check_hub, print_results, publish, write_card
     from diffusers_adm.training.run_folder import reserved_folder
     from diffusers_adm.training.setup import (
@@ -81,6 +82,7 @@ def main(options: ClassifierTrainingOptions) -> None:
             folder = options.output.output_dir / "classifier"
             with atomic_folder(folder) as partial:
                 save_model(classifier, partial)
+                save_adapter(classifier, partial)
             facts = (type(classifier).__name__, images.num_images, names, trainer.global_step)
             write_card(options, accelerator, folder, *facts)
             print_results(options.output.output_dir, folder, type(classifier).__name__)

@@ -26,13 +26,13 @@ from diffusers_adm.training.metrics import LossMeans, append_metrics, drop_metri
 from diffusers_adm.training.objective import Objective
 from diffusers_adm.training.options import AverageOptions, TrainingOptions
 from diffusers_adm.training.plan import describe_run
+from diffusers_adm.training.pretrained import add_adapter, start_from_pretrained
 from diffusers_adm.training.run_folder import set_aside_earlier_run
 from diffusers_adm.training.schedule import Schedule
 from diffusers_adm.training.setup import (
     build_loader,
     build_optimizer,
     check_number_of_images,
-    load_pretrained,
     prepare_model,
 )
 from diffusers_adm.training.stopping import RunFailed, StopRequest
@@ -77,10 +77,9 @@ class Trainer:
         checkpoint = self.checkpointer.find()
         if checkpoint is not None:
             self.checkpointer.check(checkpoint, images)
-        elif options.architecture.pretrained_model_name_or_path:
-            architecture = options.architecture
-            load_pretrained(model, architecture.pretrained_model_name_or_path, architecture.pretrained_subfolder)
-
+        else:
+            start_from_pretrained(model, options.architecture)
+        add_adapter(model, options.architecture.lora_rank)
         prepare_model(model, options, accelerator)
         optimizer = build_optimizer(model, optimisation, scaled=accelerator.scaler is not None)
         lr_scheduler = get_scheduler(

@@ -15,6 +15,7 @@ from diffusers_adm.data.grids import grid_of
 from diffusers_adm.training.calibration import expected_calibration_error
 from diffusers_adm.training.metrics import NUM_QUARTERS, LossMeans, quarter_of
 from diffusers_adm.training.objective import ClassifierObjective, DenoisingObjective, LossTerms
+from diffusers_adm.training.pretrained import save_adapter
 from diffusers_adm.training.publishing import BackgroundPush
 from diffusers_adm.training.trainer import Trainer
 
@@ -221,6 +222,7 @@ class SavedPipelines:
             with trainer.averages.applied(decay), trainer.reporting_write_errors(name):
                 with atomic_folder(folder) as partial:
                     self.pipeline.save_pretrained(partial)
+                    save_adapter(self.pipeline.unet, partial)
                 written += 1
         self.complete = written == len(trainer.averages.decays)
 

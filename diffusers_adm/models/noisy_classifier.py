@@ -9,6 +9,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from diffusers_adm.models.adapters import AdapterMixin
 from diffusers_adm.models.blocks import (
     ADMAttention,
     ADMBlockFactory,
@@ -91,7 +92,7 @@ class ADMSpatialPool(nn.Module):
         return self.fc2(self.act(self.norm(self.fc1(means))))  # (batch, num_classes)
 
 
-class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
+class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     Classifier of noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and
     t. It is the encoder of [`ADMUNet2DModel`] with a pooling head (arXiv 2105.05233, section 4.3). The defaults are the

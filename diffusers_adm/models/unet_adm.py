@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffusers_adm.checks import as_numbers, check_images, one_per_image
+from diffusers_adm.models.adapters import AdapterMixin
 from diffusers_adm.models.blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
@@ -72,7 +73,7 @@ def build_decoder(
     return up_blocks
 
 
-class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
+class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with adaptive
     group normalisation, multi-resolution attention, and BigGAN up- and downsampling. The defaults are the released

@@ -17,7 +17,7 @@ from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyCl
 from diffusers_adm.hub import released_files
 from diffusers_adm.openai.released import RELEASED_BY_NAME, register_released
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout, tensor_layout
-from diffusers_adm.training.setup import load_pretrained
+from diffusers_adm.training.pretrained import load_pretrained
 
 
 def file_of(case: str, **others: object) -> bytes:

@@ -8,7 +8,7 @@ from tiny_models import tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_une
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
-from diffusers_adm.training.setup import load_pretrained
+from diffusers_adm.training.pretrained import load_pretrained
 
 
 NAMES = dict(enumerate(("tench", "goldfish, carp", "great white shark", "hammerhead", "ray")))
