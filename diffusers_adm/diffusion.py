@@ -1,10 +1,10 @@
 """The maths of Gaussian diffusion: noise schedule, forward process, posterior, learned variance, likelihood.
 
-Functions on tensors. `index` counts the steps of a [`NoiseSchedule`], 0 being the least noisy; it is an int, or a tensor
-`(batch,)` of one index an image. Tables are float64; what is read from them enters the maths as float32.
+All functions work on tensors. `index` counts the steps of a [`NoiseSchedule`], and step 0 is the least noisy one. It is an int for
+all images, or a tensor `(batch,)` with one index per image. Tables are float64. Values that are read from them are cast to float32.
 
-Notation: alpha_bar, the cumulative product of (1 - beta) [Ho et al. 2020, eq. 4]; x_0, the clean image; x_t, the noised
-one; epsilon, the noise.
+Notation: alpha_bar is the cumulative product of (1 - beta) [Ho et al. 2020, eq. 4], x_0 the clean image, x_t the noised image, and
+epsilon the noise.
 """
 
 import math
@@ -23,22 +23,22 @@ PREDICTION_TYPES = ("epsilon", "sample")
 @dataclass(frozen=True)
 class NoiseSchedule:
     """
-    Tables of a noise schedule over the timesteps that are visited; all are `(steps,)`, least noisy step first.
+    Tables of a noise schedule over the visited timesteps. Each table is `(steps,)`, and the least noisy step comes first.
 
     Args:
-        timesteps: The training timestep of each step, which is what a network is given.
+        timesteps: Training timestep of each step, which the network is given.
         beta: Variance of the noise that a step adds.
-        log_beta: Its logarithm.
+        log_beta: Logarithm of `beta`.
         alpha_bar: Cumulative product of (1 - beta).
-        alpha_bar_prev: The same one step earlier; 1 before the first.
+        alpha_bar_prev: `alpha_bar` of the previous, less noisy step. It is 1 for the first step.
         signal_scale: sqrt(alpha_bar), the coefficient of x_0 in x_t [Ho et al. 2020, eq. 4].
         noise_scale: sqrt(1 - alpha_bar), the coefficient of epsilon in x_t.
         x_0_from_x_t: sqrt(1 / alpha_bar), the coefficient of x_t in x_0.
-        sigma: sqrt(1 / alpha_bar - 1), the noise level; the coefficient of -epsilon in x_0.
+        sigma: Noise level sqrt(1 / alpha_bar - 1), the coefficient of -epsilon in x_0.
         posterior_variance: Variance of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7].
-        posterior_log_variance: Its logarithm; the first, which would be -inf, repeats the second.
-        posterior_mean_x0: Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) [eq. 7].
-        posterior_mean_xt: Coefficient of x_t in it.
+        posterior_log_variance: Logarithm of `posterior_variance`. The first entry would be -inf and repeats the second one.
+        posterior_mean_x0: Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7].
+        posterior_mean_xt: Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0).
     """
 
     timesteps: torch.Tensor
@@ -58,34 +58,38 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, beta: torch.Tensor, timesteps: list[int] | None = None) -> "NoiseSchedule":
         """
+        Builds the tables from betas.
+
         Args:
             beta: Betas of all training timesteps, `(num_train_timesteps,)`, float64.
-            timesteps: The training timesteps that are visited, ascending; all if `None`. The betas of the shorter
-                process are those that leave alpha_bar as it is [Nichol & Dhariwal 2021, eq. 19].
+            timesteps: Training timesteps to visit, in ascending order. `None` means all. Visited timesteps keep their alpha_bar,
+                and the betas of the shorter process follow from it [Nichol & Dhariwal 2021, eq. 19].
 
         Raises:
-            ValueError: If betas are not in (0, 1), or timesteps are not ascending integers below their number.
+            ValueError: If a beta is not in (0, 1), or `timesteps` are not ascending integers in [0, num_train_timesteps).
         """
         beta = checked_betas(beta)
         timesteps = torch.arange(len(beta)) if timesteps is None else as_numbers("timesteps", timesteps)
         integers = not timesteps.is_floating_point() and timesteps.ndim == 1 and len(timesteps)
         if not integers or timesteps[0] < 0 or timesteps[-1] >= len(beta) or (timesteps.diff() <= 0).any():
             raise ValueError(
-                f"timesteps must be ascending integers in [0, {len(beta) - 1}], but got {timesteps.tolist()}."
+                f"`timesteps` must be ascending integers in [0, {len(beta) - 1}], but got {timesteps.tolist()}."
             )
         return cls.from_alpha_bar(torch.cumprod(1 - beta, dim=0)[timesteps], timesteps)
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: torch.Tensor, timesteps: torch.Tensor) -> "NoiseSchedule":
         """
+        Builds the tables from the cumulative product of (1 - beta).
+
         Args:
-            alpha_bar: `(steps,)`, float64, descending.
-            timesteps: The training timestep of each, `(steps,)`.
+            alpha_bar: alpha_bar of each step, `(steps,)`, float64, descending.
+            timesteps: Training timestep of each step, `(steps,)`.
         """
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         beta = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        # A process of a single step has no second one to repeat; its variance is then beta, the upper bound.
+        # A process of a single step has no second entry to repeat. Its variance is beta, the upper bound.
         first = posterior_variance[1:2] if len(beta) > 1 else beta
         return cls(
             timesteps=timesteps,
@@ -106,13 +110,15 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: dict, timesteps: str | list[int] = "") -> "NoiseSchedule":
         """
+        Builds the tables that the config of a diffusers scheduler describes. Betas are computed in float64, because the scheduler's
+        own betas are rounded to float32, which alone changes a loss by 1e-4.
+
         Args:
-            config: A diffusers scheduler's `config`. Its betas are computed here in float64: the scheduler's own are
-                rounded to float32, which alone moves a loss by 1e-4.
-            timesteps: Those that are visited: a published respacing string, or an ascending list.
+            config: Config of a diffusers scheduler.
+            timesteps: Training timesteps to visit: a respacing string of the original code, or an ascending list.
 
         Raises:
-            ValueError: If the config's `beta_schedule` is unknown, or the respacing impossible.
+            ValueError: If the config does not describe betas, or the timesteps do not fit it.
         """
         beta = betas_from_config(config)
         if isinstance(timesteps, str):
@@ -123,7 +129,7 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """A copy on a device, in float32 already, for loops that index by a tensor there."""
+        """Returns a float32 copy on a device, for loops that index the tables by a tensor on that device."""
         tables = {field.name: getattr(self, field.name) for field in fields(self)}
         tables = {name: table.float() if table.is_floating_point() else table for name, table in tables.items()}
         return NoiseSchedule(**{name: table.to(device) for name, table in tables.items()})
@@ -131,11 +137,11 @@ class NoiseSchedule:
 
 def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
     """
-    Returns the timestep at which a schedule has a noise level, as a float, of the shape of sigma. It is interpolated in
-    log(sigma) between the steps of the schedule, and is the nearest one beyond them.
+    Returns the timestep at which a schedule has a noise level, a float tensor of the shape of `sigma`. Between two steps of the
+    schedule, the timestep is interpolated in log(sigma). Outside the schedule, it is the nearest step.
 
     Args:
-        schedule: All training timesteps.
+        schedule: Noise schedule over all training timesteps.
         sigma: Noise level sqrt((1 - alpha_bar) / alpha_bar) of each image, `(batch,)`.
     """
     levels, level = schedule.sigma.log().float().to(sigma.device), sigma.log()
@@ -145,10 +151,10 @@ def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
-    """The table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
+    """Returns the table's value at an index, in float32: a number for an int, `(batch, 1, 1, 1)` for a tensor of indices."""
     if is_integer(index):
         if not 0 <= index < len(table):
-            raise ValueError(f"The index of a step must be in [0, {len(table) - 1}], but got {index}.")
+            raise ValueError(f"`index` of a step must be in [0, {len(table) - 1}], but got {index}.")
         return table[index].float().item()
     index = as_numbers("index", index)
     values = table.float().to(index.device)[index]
@@ -156,13 +162,21 @@ def read_table(table: torch.Tensor, index: int | torch.Tensor, like: torch.Tenso
 
 
 def add_noise(schedule: NoiseSchedule, x_0: torch.Tensor, index: int | torch.Tensor, noise: torch.Tensor):
-    """A draw from q(x_t | x_0) [Ho et al. 2020, eq. 4]; shapes `(batch, channels, height, width)`."""
+    """
+    Returns a sample of q(x_t | x_0) [Ho et al. 2020, eq. 4], `(batch, channels, height, width)`.
+
+    Args:
+        schedule: Steps of the process.
+        x_0: Clean images, `(batch, channels, height, width)`.
+        index: Step, one for all images or one per image.
+        noise: Standard normal noise, of the shape of `x_0`.
+    """
     return read_table(schedule.signal_scale, index, x_0) * x_0 + read_table(schedule.noise_scale, index, x_0) * noise
 
 
 def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int, noise: torch.Tensor) -> torch.Tensor:
     """
-    A draw from q(x_t | x_s) for a later t: the forward process from one step of a schedule to a noisier one.
+    Returns a sample of q(x_t | x_s) for t > s: the forward process from one step of a schedule to a noisier one.
 
     Args:
         schedule: Steps of the process.
@@ -172,28 +186,31 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
         noise: Standard normal noise, of the shape of `x`.
 
     Raises:
-        ValueError: If `to_index` is not noisier, or `x` and `noise` are not images of one shape.
+        ValueError: If `to_index` is not a noisier step of the schedule, or `x` and `noise` are not images of the same shape.
     """
     check_images("x", x)
     check_images("noise", noise)
     if x.shape != noise.shape:
-        raise ValueError(f"noise must be of the shape of x, {tuple(x.shape)}, but got {tuple(noise.shape)}.")
+        raise ValueError(f"`noise` must have the shape of `x`, {tuple(x.shape)}, but got {tuple(noise.shape)}.")
     if not (is_integer(index) and is_integer(to_index)):
-        raise ValueError(f"index and to_index must be integers, but got {index!r} and {to_index!r}.")
+        raise ValueError(f"`index` and `to_index` must be integers, but got {index!r} and {to_index!r}.")
     if not -1 <= index < to_index < len(schedule):
-        raise ValueError(f"Noise cannot be added from step {index} to step {to_index} of {len(schedule)}.")
+        raise ValueError(
+            f"`index` must be at least -1, and `to_index` must be above it and at most {len(schedule) - 1}, but got {index} and"
+            f" {to_index}."
+        )
     before = schedule.alpha_bar[index].item() if index >= 0 else 1.0
     kept = schedule.alpha_bar[to_index].item() / before
     return kept**0.5 * x + (1 - kept) ** 0.5 * noise
 
 
 def x_0_from_epsilon(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, epsilon: torch.Tensor):
-    """The clean image that x_t and its noise imply; shapes `(batch, channels, height, width)`."""
+    """Returns the clean image x_0 that x_t and its noise imply. Shapes are `(batch, channels, height, width)`."""
     return read_table(schedule.x_0_from_x_t, index, x_t) * x_t - read_table(schedule.sigma, index, x_t) * epsilon
 
 
 def epsilon_from_x_0(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
-    """The noise that x_t and its clean image imply; shapes `(batch, channels, height, width)`."""
+    """Returns the noise epsilon that x_t and its clean image imply. Shapes are `(batch, channels, height, width)`."""
     return (read_table(schedule.x_0_from_x_t, index, x_t) * x_t - x_0) / read_table(schedule.sigma, index, x_t)
 
 
@@ -205,18 +222,25 @@ def x_0_from_prediction(
     prediction_type: str,
 ) -> torch.Tensor:
     """
-    The clean image that a network predicts; shapes `(batch, channels, height, width)`.
+    Returns the predicted x_0, `(batch, channels, height, width)`.
+
+    Args:
+        schedule: Steps of the process.
+        x_t: Noised images, `(batch, channels, height, width)`.
+        index: Step, one for all images or one per image.
+        prediction: Prediction of the network, of the shape of `x_t`.
+        prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
 
     Raises:
         ValueError: If the prediction type is not one of `PREDICTION_TYPES`.
     """
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={prediction_type!r} is not one of {PREDICTION_TYPES}.")
+        raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but got {prediction_type!r}.")
     return prediction if prediction_type == "sample" else x_0_from_epsilon(schedule, x_t, index, prediction)
 
 
 def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torch.Tensor, x_0: torch.Tensor):
-    """Mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7]; shapes `(batch, channels, height, width)`."""
+    """Returns the mean of q(x_{t-1} | x_t, x_0) [Ho et al. 2020, eq. 7], `(batch, channels, height, width)`."""
     return (
         read_table(schedule.posterior_mean_x0, index, x_t) * x_0
         + read_table(schedule.posterior_mean_xt, index, x_t) * x_t
@@ -225,12 +249,12 @@ def posterior_mean(schedule: NoiseSchedule, x_t: torch.Tensor, index: int | torc
 
 def shift_mean(mean: torch.Tensor, log_variance: torch.Tensor | float, gradient: torch.Tensor) -> torch.Tensor:
     """
-    Mean of the guided step p(x_{t-1} | x_t, y): mu + Sigma * gradient [Dhariwal & Nichol 2021, Algorithm 1].
+    Returns the mean of the guided step p(x_{t-1} | x_t, y): mu + Sigma * gradient [Dhariwal & Nichol 2021, Algorithm 1].
 
     Args:
         mean: Mean of the unguided step, `(batch, channels, height, width)`.
         log_variance: Log-variance of the step.
-        gradient: Gradient of log p(y | x_t), times the guidance scale, of the mean's shape.
+        gradient: Gradient of log p(y | x_t), times the guidance scale, of the shape of `mean`.
     """
     variance = log_variance.exp() if isinstance(log_variance, torch.Tensor) else math.exp(log_variance)
     return mean + variance * gradient
@@ -238,24 +262,24 @@ def shift_mean(mean: torch.Tensor, log_variance: torch.Tensor | float, gradient:
 
 def shift_epsilon(epsilon: torch.Tensor, noise_scale: torch.Tensor | float, gradient: torch.Tensor) -> torch.Tensor:
     """
-    Guided noise: epsilon - sqrt(1 - alpha_bar) * gradient [Dhariwal & Nichol 2021, Algorithm 2, whose text leaves out the
-    guidance scale].
+    Returns the guided noise: epsilon - sqrt(1 - alpha_bar) * gradient [Dhariwal & Nichol 2021, Algorithm 2]. The paper leaves the
+    guidance scale out of Algorithm 2.
 
     Args:
         epsilon: Predicted noise, `(batch, channels, height, width)`.
         noise_scale: sqrt(1 - alpha_bar).
-        gradient: Gradient of log p(y | x_t), times the guidance scale, of epsilon's shape.
+        gradient: Gradient of log p(y | x_t), times the guidance scale, of the shape of `epsilon`.
     """
     return epsilon - noise_scale * gradient
 
 
 def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Splits a network's output into the prediction and, where it was learned, the variance.
+    Splits the output of a network into the prediction and the learned variance, which is `None` if the network has none.
 
     Args:
-        model_output: `(batch, channels or 2 * channels, height, width)`.
-        channels: Channels of the image.
+        model_output: Output of the network, `(batch, channels or 2 * channels, height, width)`.
+        channels: Number of channels of the images.
 
     Raises:
         ValueError: If the output has another number of channels.
@@ -264,8 +288,8 @@ def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[t
         return model_output, None
     if model_output.shape[1] != 2 * channels:
         raise ValueError(
-            f"The network's output has {model_output.shape[1]} channels; for images of {channels} it must have"
-            f" {channels}, or {2 * channels} with learned variance."
+            f"The network's output must have {channels} channels like the images, or {2 * channels} channels with learned variance,"
+            f" but got {model_output.shape[1]}."
         )
     return model_output.split(channels, dim=1)
 
@@ -274,13 +298,13 @@ def learned_log_variance(
     schedule: NoiseSchedule, index: int | torch.Tensor, variance_interpolation: torch.Tensor
 ) -> torch.Tensor:
     """
-    Log-variance of p(x_{t-1} | x_t) that the network has learned [Nichol & Dhariwal 2021, eq. 15].
+    Returns the learned log-variance of p(x_{t-1} | x_t) [Nichol & Dhariwal 2021, eq. 15].
 
     Args:
         schedule: Steps of the process.
         index: Step, one for all images or one per image.
         variance_interpolation: Second half of the network's output, `(batch, channels, height, width)`. -1 stands for the
-            posterior variance (lower bound), 1 for beta (upper bound).
+            posterior variance (lower bound), and 1 stands for beta (upper bound).
     """
     lower = read_table(schedule.posterior_log_variance, index, variance_interpolation)
     upper = read_table(schedule.log_beta, index, variance_interpolation)
@@ -290,11 +314,13 @@ def learned_log_variance(
 
 def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Tensor:
     """
-    Table of the log-variances of p(x_{t-1} | x_t) that are not learned, `(steps,)`, float64.
+    Returns the fixed log-variance of p(x_{t-1} | x_t) at each step, `(steps,)`, float64.
 
     Args:
-        variance_type: `"fixed_large"` (beta), or `"fixed_small[_log]"` (the posterior's). At the first step both are the
-            posterior's at the second, as published: guidance there is as strong as one step earlier.
+        schedule: Steps of the process.
+        variance_type: Kind of the variance: `"fixed_large"` for beta, `"fixed_small"` or `"fixed_small_log"` for the posterior
+            variance. At step 0 both kinds are the posterior variance of step 1, as in the original code. Guidance is then as strong
+            at step 0 as at step 1.
     """
     if variance_type == "fixed_large":
         return torch.cat([schedule.posterior_log_variance[:1], schedule.log_beta[1:]])
@@ -304,12 +330,12 @@ def fixed_log_variance(schedule: NoiseSchedule, variance_type: str) -> torch.Ten
 @dataclass
 class Prediction:
     """
-    Prediction of a network for noised images, `(batch, channels, height, width)` each, float32.
+    Prediction of a network for noised images. Tensors are `(batch, channels, height, width)`, float32.
 
     Args:
-        epsilon: The noise in them.
-        x_0: The clean images.
-        log_variance: Log-variance of the step that leads down from them. It broadcasts where it is fixed.
+        epsilon: Predicted noise.
+        x_0: Predicted clean images.
+        log_variance: Log-variance of p(x_{t-1} | x_t). A fixed one has a shape that broadcasts.
     """
 
     epsilon: torch.Tensor
@@ -318,7 +344,7 @@ class Prediction:
 
     @property
     def x_0_clipped(self) -> torch.Tensor:
-        """The clean images within the range of images, [-1, 1], whatever a scheduler clips to."""
+        """Predicted x_0, clipped to [-1, 1]. The clipping options of a scheduler have no effect on it."""
         return self.x_0.clamp(-1, 1)
 
 
@@ -331,15 +357,16 @@ def read_prediction(
     variance_type: str = "fixed_large",
 ) -> Prediction:
     """
-    Reads a network's output, in float32.
+    Computes the prediction that the output of a network stands for, in float32.
 
     Args:
-        schedule: The steps.
+        schedule: Steps of the process.
         x_t: Noised images, `(batch, channels, height, width)`.
         index: Step of each image, `(batch,)`.
-        model_output: `(batch, channels or 2 * channels, height, width)`; the second half is the learned variance.
+        model_output: Output of the network, `(batch, channels or 2 * channels, height, width)`. The second half of the channels is
+            the learned variance.
         prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
-        variance_type: Variance of a network that learns none: `"fixed_large"` or `"fixed_small"`.
+        variance_type: Variance of a network without learned variance: `"fixed_large"` or `"fixed_small"`.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
@@ -355,14 +382,14 @@ def read_prediction(
 
 
 def mean_bits(values: torch.Tensor) -> torch.Tensor:
-    """Mean over all but the batch dimension, from nats to bits: `(batch,)`."""
+    """Returns the mean over all but the batch dimension, converted from nats to bits, `(batch,)`."""
     return values.flatten(1).mean(dim=1) / math.log(2)
 
 
 def gaussian_kl(
     mean: torch.Tensor, log_variance: torch.Tensor, other_mean: torch.Tensor, other_log_variance: torch.Tensor
 ) -> torch.Tensor:
-    """KL divergence of the first diagonal Gaussian from the second, elementwise, in nats."""
+    """Returns the elementwise KL divergence KL(first || second) of two diagonal Gaussians, in nats."""
     return 0.5 * (
         other_log_variance
         - log_variance
@@ -374,22 +401,23 @@ def gaussian_kl(
 
 def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """
-    Log-likelihood of 8-bit images under a Gaussian whose density is gathered into the 256 bins [Ho et al. 2020,
-    eq. 13], elementwise, in nats.
+    Returns the elementwise log-likelihood of 8-bit images, in nats, under a Gaussian that is integrated over each of the 256 bins
+    [Ho et al. 2020, eq. 13].
 
     Args:
-        x_0: Images in [-1, 1] whose values are multiples of 2 / 255 from -1, `(batch, channels, height, width)`.
-        mean, log_variance: Of the Gaussian; same shape, or one that broadcasts.
+        x_0: Images in [-1, 1], `(batch, channels, height, width)`. Each value is -1 plus a multiple of 2 / 255.
+        mean: Mean of the Gaussian, of the shape of `x_0` or one that broadcasts to it.
+        log_variance: Log-variance of the Gaussian, of the shape of `x_0` or one that broadcasts to it.
     """
     centred = x_0 - mean
     inverse_std = torch.exp(-0.5 * log_variance)
     upper = _approximate_normal_cdf(inverse_std * (centred + 1 / 255))
     lower = _approximate_normal_cdf(inverse_std * (centred - 1 / 255))
-    # The outermost bins reach to infinity; the clamp keeps the logarithm of an empty bin finite, as published.
+    # The outermost bins reach to infinity. The clamp keeps the logarithm of an empty bin finite, as in the original code.
     probability = torch.where(x_0 < -0.999, upper, torch.where(x_0 > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
 
 def _approximate_normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    # Page's (1977) approximation, which the published losses use; the exact one moves them by 1e-4.
+    # Page's approximation (1977), because the original code uses it. The exact function changes its losses by 1e-4.
     return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))

@@ -1,8 +1,9 @@
-"""Training objectives, one number an image.
+"""Training losses, one number per image.
 
-Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1, for the hybrid loss; Dhariwal & Nichol 2021
-(arXiv 2105.05233), section 4.3 and appendix H, for the classifier; Ho & Salimans 2022 (arXiv 2207.12598) for label
-dropout.
+Sources:
+- hybrid loss: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1
+- classifier: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4.3 and appendix H
+- label dropout: Ho & Salimans 2022 (arXiv 2207.12598)
 """
 
 import math
@@ -31,10 +32,9 @@ class HybridLoss:
     Terms of the hybrid loss, `(batch,)` each.
 
     Args:
-        total: What is minimised: `simple + vlb`.
-        simple: Mean squared error of what is predicted.
-        vlb: The weighted term of the variational bound; its gradient reaches the variance alone. `None` if the variance
-            is not learned.
+        total: Loss to minimise: `simple + vlb`.
+        simple: Mean squared error of the predicted noise, or of the predicted x_0.
+        vlb: Weighted term of the variational bound. Its gradient reaches only the variance. `None` without learned variance.
     """
 
     total: torch.Tensor
@@ -53,25 +53,26 @@ def hybrid_loss(
     vlb_weight: float | None = None,
 ) -> HybridLoss:
     """
-    Simple loss for the mean, variational bound for the variance [Nichol & Dhariwal 2021, eq. 16].
+    Returns the hybrid loss: the simple loss trains the mean, and the variational bound trains the variance
+    [Nichol & Dhariwal 2021, eq. 16].
 
     Args:
-        model_output: Of the network at x_t, `(batch, channels or 2 * channels, height, width)`; the second half is the
-            learned variance. Without it the loss is the simple one.
-        schedule: All training timesteps.
+        model_output: Output of the network at x_t, `(batch, channels or 2 * channels, height, width)`. The second half of the
+            channels is the learned variance. Without it, the loss is the simple loss.
+        schedule: Noise schedule over all training timesteps.
         x_0: Clean images in [-1, 1], `(batch, channels, height, width)`.
-        x_t: Noised images, same shape.
+        x_t: Noised images, of the shape of `x_0`.
         index: Timestep of each image, `(batch,)`.
-        noise: The noise in x_t, same shape as x_0.
-        prediction_type: What the network predicts: `"epsilon"`, or `"sample"` for x_0.
-        vlb_weight: Of the bound's term in bits a dimension; `None` for the paper's, a thousandth of the number of
-            timesteps. 1 is the published code's unscaled form.
+        noise: Noise in `x_t`, of the shape of `x_0`.
+        prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
+        vlb_weight: Weight of the bound's term in bits per dimension. `None` means the paper's weight, the number of timesteps
+            divided by 1000. 1 is the form without rescaling of the original code.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
     """
     prediction, variance_interpolation = split_learned_variance(model_output.float(), x_0.shape[1])
-    # Detached: the bound would give the mean a far noisier gradient than the simple loss does.
+    # Detached, because the gradient of the bound with respect to the mean is far noisier than that of the simple loss.
     predicted_x_0 = x_0_from_prediction(schedule, x_t, index, prediction.detach(), prediction_type)
     target = noise if prediction_type == "epsilon" else x_0
     simple = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
@@ -93,12 +94,19 @@ def vlb_loss(
     variance_type: str = "fixed_large",
 ) -> torch.Tensor:
     """
-    The variational bound in bits a dimension, estimated from one timestep an image, `(batch,)`: its term there times the
-    number of timesteps (the published code's rescaled KL). Mean and variance learn from it alike.
+    Returns the variational bound in bits per dimension, estimated from one timestep per image, `(batch,)`. The estimate is the
+    bound's term at that timestep, times the number of timesteps (the rescaled KL of the original code). It trains both the mean
+    and the variance.
 
     Args:
-        variance_type: The fixed variance of a network that learns none: `"fixed_large"` or `"fixed_small"`.
-        model_output, schedule, x_0, x_t, index, prediction_type: As in [`hybrid_loss`].
+        model_output: Output of the network at x_t, `(batch, channels or 2 * channels, height, width)`. The second half of the
+            channels is the learned variance.
+        schedule: Noise schedule over all training timesteps.
+        x_0: Clean images in [-1, 1], `(batch, channels, height, width)`.
+        x_t: Noised images, of the shape of `x_0`.
+        index: Timestep of each image, `(batch,)`.
+        prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
+        variance_type: Variance of a network without learned variance: `"fixed_large"` or `"fixed_small"`.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
@@ -116,15 +124,17 @@ def vlb_bits(
     log_variance: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Term of the variational bound at each image's timestep, in bits a dimension, `(batch,)` [Ho et al. 2020, eq. 5]: the
-    KL divergence of p(x_{t-1} | x_t) from the posterior, or at the first timestep the negative log-likelihood.
+    Returns the term of the variational bound at each image's timestep, in bits per dimension, `(batch,)` [Ho et al. 2020, eq. 5].
+    At timestep 0 the term is the negative log-likelihood of x_0. At other timesteps it is the KL divergence
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
 
     Args:
-        schedule: All training timesteps.
-        x_0, x_t, predicted_x_0: Clean images in [-1, 1], noised ones, and the clean ones that the network predicts,
-            `(batch, channels, height, width)`.
+        schedule: Noise schedule over all training timesteps.
+        x_0: Clean images in [-1, 1], `(batch, channels, height, width)`.
+        x_t: Noised images, of the shape of `x_0`.
         index: Timestep of each image, `(batch,)`.
-        log_variance: Of p(x_{t-1} | x_t); same shape as x_0, or one that broadcasts.
+        predicted_x_0: Predicted x_0, of the shape of `x_0`.
+        log_variance: Log-variance of p(x_{t-1} | x_t), of the shape of `x_0` or one that broadcasts to it.
     """
     predicted_mean = posterior_mean(schedule, x_t, index, predicted_x_0)
     true_mean = posterior_mean(schedule, x_t, index, x_0)
@@ -136,14 +146,14 @@ def vlb_bits(
 
 def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, entropy_weight: float = 0.0) -> torch.Tensor:
     """
-    Cross-entropy, `(batch,)`, and on request a penalty on confidence: the KL divergence of the predicted distribution
-    from the uniform one. Classifiers trained with a weight of 0.1 guide for longer, because their gradient does not
-    vanish once they are certain (entropy-constraint training: Li et al. 2022, arXiv 2206.11474).
+    Returns the cross-entropy of each image, `(batch,)`, plus an optional penalty on confidence. The penalty is the KL divergence
+    KL(predicted distribution || uniform distribution). A classifier trained with a penalty of weight 0.1 guides at more steps,
+    because its gradient does not vanish once it is certain (entropy-constraint training: Li et al. 2022, arXiv 2206.11474).
 
     Args:
-        logits: `(batch, num_classes)`.
-        labels: `(batch,)`.
-        entropy_weight: Of the penalty.
+        logits: Output of the classifier, `(batch, num_classes)`.
+        labels: Class of each image, `(batch,)`.
+        entropy_weight: Weight of the penalty.
     """
     loss = F.cross_entropy(logits, labels, reduction="none")
     if entropy_weight == 0:
@@ -161,10 +171,10 @@ def drop_labels(
     model (Ho & Salimans 2022, Algorithm 1).
 
     Args:
-        class_labels: `(batch,)`.
-        null_class: The label that stands for "no class".
-        probability: Of replacing each label, in [0, 1].
-        generator: Of the random numbers; on the CPU or the labels' device.
+        class_labels: Class of each image, `(batch,)`.
+        null_class: Label that stands for "no class".
+        probability: Probability that a label is replaced, in [0, 1].
+        generator: Generator of the random numbers, on the CPU or on the labels' device.
     """
     device = class_labels.device if generator is None else generator.device
     dropped = torch.rand(class_labels.shape, generator=generator, device=device) < probability

@@ -1,7 +1,8 @@
-"""Which of the training timesteps a sampling run visits. Integers only.
+"""Respacing: the training timesteps that a sampling run visits. All timesteps are integers.
 
-Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4 for strides over sections; Song et al. 2020
-(arXiv 2010.02502), section 4.2 for the integer stride of DDIM.
+Sources:
+- strides over sections: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4
+- integer stride of DDIM: Song et al. 2020 (arXiv 2010.02502), section 4.2
 """
 
 from diffusers_adm.checks import is_integer
@@ -12,22 +13,19 @@ RESPACING_FORMS = "a string of the form '', '250', '90,60,60,20,20' or 'ddim25'"
 
 def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> list[int]:
     """
-    The timesteps that a published respacing string keeps.
+    Returns the timesteps that a respacing string of the original code keeps, in ascending order.
 
     Args:
-        timestep_respacing: `""` keeps all; `"250"` keeps 250, both ends included; `"90,60,60,20,20"` divides the
-            timesteps into sections of equal length, first timesteps first, and keeps so many of each; `"ddim25"` keeps
-            25 at an integer stride from 0.
-        num_train_timesteps: How many timesteps the model was trained with.
-
-    Returns:
-        Kept timesteps, in ascending order, each in [0, num_train_timesteps).
+        timestep_respacing: Respacing string. `""` keeps all timesteps. `"250"` keeps 250 evenly spaced ones, including the first
+            and the last. `"90,60,60,20,20"` divides the timesteps into five sections of equal length and keeps that number in each,
+            lowest timesteps first. `"ddim25"` keeps 25 at an integer stride from 0.
+        num_train_timesteps: Number of timesteps that the model was trained with.
 
     Raises:
-        ValueError: If the string is not of these forms, or asks for what the timesteps do not hold.
+        ValueError: If the string has none of these forms, or keeps more timesteps than there are.
     """
     if not isinstance(timestep_respacing, str):
-        raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")
+        raise ValueError(f"`timestep_respacing` must be {RESPACING_FORMS}, but got {timestep_respacing!r}.")
     if timestep_respacing == "":
         return list(range(num_train_timesteps))
     if timestep_respacing.startswith("ddim"):
@@ -35,24 +33,24 @@ def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> lis
         stride = integer_stride(count, num_train_timesteps)
         if stride is None:
             raise ValueError(
-                f"timestep_respacing={timestep_respacing!r}: no integer stride visits {count} of"
-                f" {num_train_timesteps} timesteps."
+                f"`timestep_respacing` must be 'ddimN' with a number N for which an integer stride keeps N of {num_train_timesteps}"
+                f" timesteps, but got {timestep_respacing!r}."
             )
         return list(range(0, num_train_timesteps, stride))
 
     counts = [_parse_count(part, timestep_respacing) for part in timestep_respacing.split(",")]
     if not any(counts):
-        raise ValueError(f"timestep_respacing={timestep_respacing!r} keeps no timestep.")
+        raise ValueError(f"`timestep_respacing` must keep at least one timestep, but got {timestep_respacing!r}.")
     length, longer_sections = divmod(num_train_timesteps, len(counts))
     timesteps, start = [], 0
     for section, count in enumerate(counts):
         size = length + (section < longer_sections)
         if count > size:
             raise ValueError(
-                f"timestep_respacing={timestep_respacing!r}: section {section + 1} has {size} of the"
-                f" {num_train_timesteps} timesteps, not {count}."
+                f"`timestep_respacing` must keep at most {size} timesteps in section {section + 1} of {num_train_timesteps} timesteps,"
+                f" but got {timestep_respacing!r}."
             )
-        # The published code adds up a float stride and rounds each sum; i * stride would round some of them otherwise.
+        # Repeated addition, because the original code rounds such sums. i * stride would give other timesteps.
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -63,7 +61,10 @@ def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> lis
 
 
 def integer_stride(count: int, num_train_timesteps: int) -> int | None:
-    """The least stride at which `range(0, num_train_timesteps, stride)` has `count` (> 1) elements; `None` if none has."""
+    """
+    Returns the smallest stride at which `range(0, num_train_timesteps, stride)` has `count` elements. `None` means that there is
+    no such stride above 0 and below `num_train_timesteps`. `count` must be above 1.
+    """
     for stride in range(1, num_train_timesteps):
         if len(range(0, num_train_timesteps, stride)) == count:
             return stride
@@ -72,7 +73,12 @@ def integer_stride(count: int, num_train_timesteps: int) -> int | None:
 
 def evenly_spaced_timesteps(count: int, num_train_timesteps: int) -> list[int]:
     """
-    `count` timesteps from 0 for DDIM: at an integer stride where one gives that number, else round(i * T / count).
+    Returns `count` timesteps of DDIM, in ascending order from 0. They have an integer stride if there is one that gives `count`
+    timesteps. Otherwise timestep i is round(i * num_train_timesteps / count).
+
+    Args:
+        count: Number of timesteps.
+        num_train_timesteps: Number of timesteps that the model was trained with.
 
     Raises:
         ValueError: If `count` is not an integer in [1, num_train_timesteps].
@@ -86,8 +92,8 @@ def evenly_spaced_timesteps(count: int, num_train_timesteps: int) -> list[int]:
 
 def trailing_timesteps(count: int, num_train_timesteps: int) -> list[int]:
     """
-    Returns `count` timesteps that end at the last one, in ascending order: diffusers' `timestep_spacing="trailing"` (Lin et al.
-    2023, arXiv 2305.08891, Table 2).
+    Returns `count` timesteps in ascending order, which end at the last training timestep. This is `timestep_spacing="trailing"` of
+    diffusers (Lin et al. 2023, arXiv 2305.08891, Table 2).
 
     Args:
         count: Number of timesteps.
@@ -102,10 +108,12 @@ def trailing_timesteps(count: int, num_train_timesteps: int) -> list[int]:
 
 def _parse_count(text: str, timestep_respacing: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(f"timestep_respacing={timestep_respacing!r} is not {RESPACING_FORMS}.")
+        raise ValueError(f"`timestep_respacing` must be {RESPACING_FORMS}, but got {timestep_respacing!r}.")
     return int(text)
 
 
 def _check_count(count: int, num_train_timesteps: int) -> None:
     if not (is_integer(count) and is_integer(num_train_timesteps) and 1 <= count <= num_train_timesteps):
-        raise ValueError(f"{count!r} steps cannot be taken: the model has {num_train_timesteps!r} timesteps.")
+        raise ValueError(
+            f"The number of steps must be an integer in [1, {num_train_timesteps!r}], the model's timesteps, but got {count!r}."
+        )

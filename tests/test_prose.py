@@ -13,13 +13,7 @@ SOURCES = sorted(
 )
 # Files that are still to be rewritten.
 PENDING = {
-    "diffusers_adm/diffusion.py",
-    "diffusers_adm/guidance/functions.py",
-    "diffusers_adm/guidance/guider.py",
     "diffusers_adm/hub/bundle.py",
-    "diffusers_adm/losses.py",
-    "diffusers_adm/openai/released_rows.py",
-    "diffusers_adm/respacing.py",
     "pipelines/cascade.py",
     "pipelines/checks.py",
     "pipelines/options.py",

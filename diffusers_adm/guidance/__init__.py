@@ -1,11 +1,18 @@
 """Guidance: gradients that steer the steps of a run (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4).
 
-A guidance function takes four arguments, `(x_t, timestep, x_0, class_labels)`: the noised images and the predicted clean ones,
-`(batch, channels, height, width)`, float32; the training timestep of each image, `(batch,)`, or its noise level sigma if the UNet has
-preconditioning; the class of each image, `(batch,)`, or
-`None`. It returns a log-probability per image, `(batch,)`, up to a constant, whose gradient guides; or that gradient itself, of the
-shape of x_t. The gradient is the sum of those with respect to x_t and to x_0, where x_0 is taken as independent of x_t. A function whose
-attribute `through_unet` is true gets an x_0 that depends on x_t through the UNet. For example, this draws brighter images:
+A guidance function takes four arguments:
+
+- `x_t`: noised images, `(batch, channels, height, width)`, float32
+- `timestep`: training timestep of each image, `(batch,)`, or its noise level sigma if the UNet has preconditioning
+- `x_0`: predicted clean images, of the shape and dtype of `x_t`
+- `class_labels`: class of each image, `(batch,)`, or `None`
+
+It returns one log-probability per image, `(batch,)`, up to a constant. The gradient of the log-probability guides. A function may also
+return a gradient itself, of the shape of `x_t`.
+
+By default, the gradient is the sum of the gradients with respect to `x_t` and to `x_0`, as if `x_0` did not depend on `x_t`. If the
+function has an attribute `through_unet` that is true, `x_0` depends on `x_t` through the UNet, and the gradient is taken with respect
+to `x_t`. For example, this function draws brighter images:
 
     def brighter(x_t, timestep, x_0, class_labels):
         return 100 * x_0.mean(dim=(1, 2, 3))

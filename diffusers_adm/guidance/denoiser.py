@@ -1,4 +1,4 @@
-"""The prediction of one run: the UNet, and every weaker prediction that it is moved away from."""
+"""Prediction of one run: the UNet, with classifier-free guidance or autoguidance."""
 
 import torch
 
@@ -7,15 +7,15 @@ from diffusers_adm.models import ADMUNet2DModel
 
 class Denoiser:
     """
-    epsilon(x_t, t) of one run, or x_0(x_t, sigma), with classifier-free guidance or autoguidance folded in.
+    Prediction epsilon(x_t, t), or x_0(x_t, sigma) with preconditioning, including classifier-free guidance or autoguidance.
 
     Args:
         unet: UNet that predicts.
-        class_labels: Class that the UNet is told for each image, `(batch,)`, or `None`.
+        class_labels: Class of each image, `(batch,)`, or `None`.
         low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
-        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`; `None` for the UNet's prediction as it is.
-        factors: Factor of the weight at each step of the run; 0 where it does not act.
-        guiding_unet: UNet whose prediction is the weaker one. `None` means the UNet itself without a class.
+        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`. `None` means the prediction of the UNet alone.
+        factors: Factor of the weight at each step of the run. It is 0 at steps without guidance.
+        guiding_unet: UNet of the weaker prediction. `None` means the UNet itself, with the null class.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Denoiser:
         self.factors = factors
         self.guiding_unet = guiding_unet
         self.told_sigma = unet.config.get("preconditioning") is not None
-        # Once a run, because a model walks over all its modules to tell its dtype.
+        # Read once per run, because a model walks over all its modules to find its dtype.
         self.dtype = unet.dtype
         self.guiding_dtype = None if guiding_unet is None else guiding_unet.dtype
 
@@ -65,7 +65,7 @@ class Denoiser:
     def _with_and_without_class(
         self, model_input: torch.Tensor, timestep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the output with the class and that with the null class, by one evaluation of twice the batch."""
+        """Returns the output with the class and the output with the null class, from one batch of twice the size."""
         both = self.unet(
             torch.cat([model_input, model_input]),
             torch.cat([timestep, timestep]),
@@ -84,9 +84,9 @@ def combine_predictions(
     prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
 ) -> torch.Tensor:
     """
-    Returns (1 + w) * prediction - w * weaker. That is classifier-free guidance where the weaker output is the one without a
-    class (Ho & Salimans 2022, arXiv 2207.12598, eq. 6), and autoguidance where it is that of a worse network (Karras et al.
-    2024, arXiv 2406.02507).
+    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is that of the null class
+    (Ho & Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if the weaker output is that of a worse network (Karras et
+    al. 2024, arXiv 2406.02507).
 
     Args:
         prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. A learned variance is taken from it.

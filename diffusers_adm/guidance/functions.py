@@ -1,7 +1,7 @@
-"""Functions that guide: a noise-aware classifier, and networks that never saw noise.
+"""Guidance functions: a noise-aware classifier, and networks that were trained on clean images.
 
-Classifiers of clean images, and CLIP, are applied to the predicted x_0. All are functions for a pipeline's `guidance_fn`, which the
-docstring of `diffusers_adm.guidance` describes.
+Classifiers of clean images and CLIP are applied to the predicted x_0. Pass a guidance function as `guidance_fn` to a pipeline. The
+docstring of `diffusers_adm.guidance` describes its arguments.
 """
 
 import copy
@@ -24,9 +24,9 @@ class ClassifierGuidance:
 
     Args:
         classifier: Module that is called as `classifier(x_t, timestep).logits`, `(batch, num_classes)`.
-        max_entropy_scale: With it, each image's gradient is divided by the entropy of its p(y | x_t) as a share of the largest
-            possible entropy, and multiplied by at most this number (entropy-aware scaling: Li et al. 2022, arXiv 2206.11474).
-            Guidance then goes on where the classifier has become certain.
+        max_entropy_scale: Largest factor of the entropy scaling, or `None` for no entropy scaling. The factor is the largest
+            possible entropy, divided by the entropy of p(y | x_t). It multiplies each image's gradient, so that guidance goes on
+            after the classifier has become certain (Li et al. 2022, arXiv 2206.11474).
     """
 
     def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
@@ -35,14 +35,14 @@ class ClassifierGuidance:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Data type of the classifier's weights; `None` where the classifier does not say."""
+        """Data type of the classifier's weights. `None` if the classifier has no `dtype`."""
         return getattr(self.classifier, "dtype", None)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         """Returns the log-probability of each image's class, `(batch,)`."""
-        x_t = x_t.view_as(x_t)  # another tensor object, for the hook below
+        x_t = x_t.view_as(x_t)  # a new tensor object, because the hook below must not stay on the caller's tensor
         logits = self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits.float()  # (batch, num_classes)
         log_probabilities = logits.log_softmax(dim=-1)
         log_probability = log_probabilities.gather(1, class_labels[:, None])[:, 0]  # (batch,)
@@ -56,18 +56,19 @@ class ClassifierGuidance:
 
 class RunClassifierGuidance(ClassifierGuidance):
     """
-    Guidance of one run by the pipeline's classifier. It reads once what takes a walk over all modules.
+    Guidance of one run by the pipeline's classifier. It reads properties of the classifier only once, because they take a walk over
+    all modules.
 
     Args:
         classifier: Classifier of the pipeline.
         max_entropy_scale: Largest factor of the entropy scaling, see [`ClassifierGuidance`].
-        schedule: Schedule that the classifier was trained with, for a run whose timesteps are noise levels. The classifier is
-            told the timestep at which it has seen as much noise. `None` means that it is told the timesteps of the run.
+        schedule: Noise schedule that the classifier was trained with, for a run whose timesteps are noise levels. The classifier is
+            given the timestep of its own schedule with the same noise level. `None` means that it is given the timesteps of the run.
 
     Attributes:
-        dtype: Data type of the classifier's weights; `None` where the classifier does not say.
+        dtype: Data type of the classifier's weights. `None` if the classifier has no `dtype`.
         weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
-        independent_rows: Whether the function may be asked about some of the images alone.
+        independent_rows: Whether the function can be evaluated on a part of the images.
     """
 
     dtype: torch.dtype | None = None
@@ -95,11 +96,12 @@ class RunClassifierGuidance(ClassifierGuidance):
 
 def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSchedule:
     """
-    Returns the schedule that a classifier was trained with.
+    Returns the noise schedule that a classifier was trained with.
 
     Args:
-        num_train_timesteps: Number of its timesteps.
-        beta_schedule: Its name, as schedulers have it. Betas of the linear one are those of 1000 timesteps, stretched.
+        num_train_timesteps: Number of training timesteps.
+        beta_schedule: Name of the schedule in diffusers. The linear schedule has betas from 0.1 to 20, divided by the number of
+            timesteps.
     """
     start, end = 0.1 / num_train_timesteps, 20 / num_train_timesteps
     config = {"num_train_timesteps": num_train_timesteps, "beta_schedule": beta_schedule}
@@ -110,7 +112,8 @@ def classifier_gradient(
     classifier: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    Returns the gradient of log p(y | x_t) with respect to x_t, of its shape and dtype, taken at x_t as in the original code.
+    Returns the gradient of log p(y | x_t) with respect to x_t, of the shape and dtype of `x_t`. It is taken at x_t, as in the
+    original code.
 
     Args:
         classifier: Module that is called as `classifier(x_t, timestep).logits`, `(batch, num_classes)`.
@@ -119,7 +122,7 @@ def classifier_gradient(
         class_labels: Class of each image, `(batch,)`.
 
     Raises:
-        ValueError: If an argument is of another type or shape.
+        ValueError: If an argument has a wrong type or shape.
     """
     if not callable(classifier):
         raise ValueError(f"`classifier` must be a module, but got {type(classifier).__name__}.")
@@ -127,30 +130,30 @@ def classifier_gradient(
     timestep = one_per_image("timestep", timestep, x_t).expand(len(x_t))
     class_labels = one_per_image("class_labels", class_labels, x_t).expand(len(x_t))
     if class_labels.is_floating_point():
-        raise ValueError(f"class_labels must be integers, but got {class_labels.dtype}.")
+        raise ValueError(f"`class_labels` must be integers, but got {class_labels.dtype}.")
     x_t, class_labels = x_t.detach(), class_labels.long()
     return guidance_gradient(ClassifierGuidance(classifier), x_t, timestep, x_t, class_labels)
 
 
 class CleanClassifierGuidance:
     """
-    log p(y | x_0) of any classifier of clean images, calibrated to guide (Ma et al. 2023, arXiv 2310.11311).
+    log p(y | x_0) of a classifier of clean images, with the calibration of Ma et al. 2023 (arXiv 2310.11311).
 
     Args:
-        classifier: Of `transformers`, or any module or function from pixels to logits `(batch, classes)`. Its classes must be
-            numbered as the pipeline's labels are.
-        image_processor: Of `transformers`: it resizes and normalises; without one pixels are passed on as they are, in
-            [0, 1].
-        through_unet: Whether the gradient goes on from x_0 through the UNet to x_t, at twice the cost; otherwise that
-            with respect to x_0 guides.
-        joint_temperature: tau_1, by which the logit of the class is multiplied.
-        conditional_temperature: tau_2, by which all logits are in the normaliser; the authors take 0.5.
-        softplus_beta: With it, a copy of the classifier guides whose ReLUs are softplus functions of this beta, which are
-            smooth; the authors take 3.
+        classifier: Classifier from `transformers`, or any module or function from pixels to logits `(batch, classes)`. Its classes
+            must have the same numbers as the pipeline's labels.
+        image_processor: Image processor from `transformers`, which resizes and normalises. Without one, the classifier is given
+            pixels in [0, 1].
+        through_unet: Whether the gradient goes through the UNet to x_t, at twice the cost. Otherwise the gradient with respect to
+            the predicted x_0 guides.
+        joint_temperature: Factor tau_1 of the logit of the class.
+        conditional_temperature: Factor tau_2 of all logits in the normaliser. The authors use 0.5.
+        softplus_beta: Beta of the softplus functions that replace the ReLUs in a copy of the classifier, because a smooth network
+            has smoother gradients. The authors use 3. `None` keeps the ReLUs.
 
     Raises:
-        ValueError: If `softplus_beta` is not above 0, the classifier has no `torch.nn.ReLU` modules, or an argument is of
-            another type.
+        ValueError: If `softplus_beta` is not above 0 or is given for a classifier without `torch.nn.ReLU` modules, or an argument
+            has a wrong type.
     """
 
     def __init__(
@@ -178,12 +181,12 @@ class CleanClassifierGuidance:
     @classmethod
     def from_pretrained(cls, name: str, device: torch.device | str = "cpu", **kwargs) -> "CleanClassifierGuidance":
         """
-        A classifier of the Hub with its image processor.
+        Loads a classifier and its image processor with `transformers`.
 
         Args:
-            name: Hub id or folder, of `AutoModelForImageClassification`.
-            device: To run on.
-            kwargs: Other arguments of the class.
+            name: Id on the Hub or folder of a model that `AutoModelForImageClassification` can load.
+            device: Device of the classifier.
+            kwargs: Other arguments of the constructor.
         """
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -192,38 +195,43 @@ class CleanClassifierGuidance:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the classifier's weights; `None` where it has none."""
+        """Data type of the classifier's weights. `None` if it has no weights."""
         return dtype_of(self.classifier)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
-        """The calibrated log-probability of each image's class, `(batch,)`."""
+        """Returns the calibrated log-probability of each image's class, `(batch,)`."""
         if class_labels is None:
-            raise ValueError("A classifier guides to class_labels, and there are none.")
+            raise ValueError("Guidance by a classifier requires `class_labels`, but got None.")
         pixels = as_pixels(x_0, self.image_processor)
         output = self.classifier(pixels.to(self.dtype or pixels.dtype))
         logits = getattr(output, "logits", output).float()  # (batch, classes)
         if not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
-            raise ValueError(f"class_labels {class_labels.tolist()} are not all in [0, {logits.shape[1] - 1}].")
+            raise ValueError(
+                f"`class_labels` must be in [0, {logits.shape[1] - 1}], the classifier's classes, but got {class_labels.tolist()}."
+            )
         joint = self.joint_temperature * logits.gather(1, class_labels[:, None])[:, 0]  # (batch,)
         return joint - (self.conditional_temperature * logits).logsumexp(dim=1)
 
 
 class CLIPGuidance:
     """
-    Guidance by a text: minus the squared spherical distance between CLIP's features of the text and of random cutouts of
-    the predicted x_0 (as in Crowson's CLIP-guided diffusion). Scales of about 1000 are usual, with
-    `guidance_options={"max_size": 0.2}`.
+    Guidance towards a text prompt. The guidance function is minus the spherical distance between CLIP's features of the text and
+    of random cutouts of the predicted x_0, as in Crowson's CLIP-guided diffusion. The spherical distance is half the squared angle.
+    Guidance scales of about 1000 are usual, with `guidance_options={"max_size": 0.2}`.
 
     Args:
-        model: `transformers.CLIPModel`.
-        processor: `transformers.CLIPProcessor`.
-        prompt: One text for all images, or a list of one an image.
-        num_cutouts: Of each image and step.
-        min_cutout: The smallest, as a share of the image's side.
-        through_unet: Whether the gradient goes through the UNet.
-        generator: Of the cutouts.
+        model: CLIP model, a `transformers.CLIPModel`.
+        processor: Processor of the model, a `transformers.CLIPProcessor`.
+        prompt: Text for all images, or a list with one text per image.
+        num_cutouts: Number of cutouts per image and step.
+        min_cutout: Smallest side of a cutout, as a fraction of the image's shorter side.
+        through_unet: Whether the gradient goes through the UNet to x_t.
+        generator: Generator of the random cutouts, on the CPU.
+
+    Raises:
+        ValueError: If `num_cutouts` is below 1, or `min_cutout` is not in (0, 1].
     """
 
     def __init__(
@@ -237,7 +245,9 @@ class CLIPGuidance:
         generator: torch.Generator | None = None,
     ):
         if num_cutouts < 1 or not 0 < min_cutout <= 1:
-            raise ValueError(f"num_cutouts={num_cutouts} must be at least 1, and min_cutout={min_cutout} in (0, 1].")
+            raise ValueError(
+                f"`num_cutouts` must be at least 1 and `min_cutout` must be in (0, 1], but got {num_cutouts} and {min_cutout}."
+            )
         self.model = model.eval()
         self.image_processor = processor.image_processor
         self.num_cutouts = num_cutouts
@@ -251,15 +261,17 @@ class CLIPGuidance:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of CLIP's weights."""
+        """Data type of CLIP's weights."""
         return dtype_of(self.model)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Minus the distance of each image, `(batch,)`."""
+        """Returns minus the mean distance of each image's cutouts from its text, `(batch,)`."""
         if len(self.text) not in (1, len(x_0)):
-            raise ValueError(f"{len(self.text)} prompts were given for {len(x_0)} images.")
+            raise ValueError(
+                f"`prompt` must be one text, or one text per image ({len(x_0)}), but got {len(self.text)} texts."
+            )
         pixels = torch.cat([as_pixels(self._cutout(x_0), self.image_processor) for _ in range(self.num_cutouts)])
         features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
         seen = F.normalize(features.float(), dim=-1).unflatten(0, (self.num_cutouts, -1))  # (cutouts, batch, features)
@@ -274,7 +286,13 @@ class CLIPGuidance:
 
 
 def as_pixels(x_0: torch.Tensor, image_processor: Callable | None) -> torch.Tensor:
-    """From `(batch, 1 or 3, height, width)` in [-1, 1] to what a network of `transformers` takes; with gradients."""
+    """
+    Converts images to the input of a network from `transformers`. Gradients flow through the conversion.
+
+    Args:
+        x_0: Images in [-1, 1], `(batch, 1 or 3, height, width)`.
+        image_processor: Image processor from `transformers`. Without one, only the range is changed, to [0, 1].
+    """
     pixels = (x_0 + 1) / 2
     if image_processor is None:
         return pixels
@@ -283,22 +301,24 @@ def as_pixels(x_0: torch.Tensor, image_processor: Callable | None) -> torch.Tens
 
 
 def spherical_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Half the squared angle between unit vectors, over their last dimension."""
+    """Returns half the squared angle between unit vectors, which are along the last dimension."""
     return 2 * ((first - second).norm(dim=-1) / 2).arcsin().square()
 
 
 def dtype_of(network: nn.Module | Callable) -> torch.dtype | None:
-    """Of a network's weights; `None` where there are none."""
+    """Returns the data type of a network's weights. `None` if it has no weights."""
     weights = network.parameters() if isinstance(network, nn.Module) else ()
     return next((weight.dtype for weight in weights if weight.is_floating_point()), None)
 
 
 def smoothed(classifier: nn.Module, beta: float) -> nn.Module:
-    """A copy whose ReLUs are softplus functions."""
+    """Returns a copy of a classifier in which softplus functions replace the ReLUs."""
     if not (isinstance(beta, Real) and beta > 0):
-        raise ValueError(f"softplus_beta={beta!r} is not a number above 0.")
+        raise ValueError(f"`softplus_beta` must be a number above 0, but got {beta!r}.")
     if not (isinstance(classifier, nn.Module) and any(isinstance(module, nn.ReLU) for module in classifier.modules())):
-        raise ValueError("softplus_beta is for classifiers with torch.nn.ReLU modules, and this one has none.")
+        raise ValueError(
+            "`softplus_beta` requires a classifier with torch.nn.ReLU modules, but this classifier has none. Leave it out."
+        )
     classifier = copy.deepcopy(classifier)
     for parent in list(classifier.modules()):
         for name, child in parent.named_children():

@@ -1,4 +1,4 @@
-"""The gradient that a function guides by (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
+"""Gradient of a guidance function (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
 
 import contextlib
 import math
@@ -9,8 +9,8 @@ import torch
 
 GuidanceFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-# Half-precision gradients of log p(y | x_t), about 1e-4 per pixel, lose bits to underflow. A power of two moves them back
-# without rounding.
+# Half-precision gradients of log p(y | x_t), about 1e-4 per pixel, lose bits to underflow. Scaling the loss by a power of two
+# avoids this without rounding.
 FLOAT16_LOSS_SCALE = 2.0**10
 
 
@@ -46,16 +46,16 @@ def differentiable(weights_may_move: bool = True):
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if weights_may_move:
-            # The backward pass would read the other data; a detached tensor keeps what the forward pass saw.
+            # The backward pass would read the replaced data. A detached tensor keeps the data of the forward pass.
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
             stack.enter_context(hooks)
         yield
 
 
 def moves_weights(network: Callable) -> bool:
-    """Returns whether a network may replace its weights in a forward pass: offloading and layerwise casting hook into modules."""
+    """Returns whether a network may replace its weights in a forward pass, as the hooks of offloading and layerwise casting do."""
     if not isinstance(network, torch.nn.Module):
-        return True  # nothing is known of it
+        return True  # a plain function may use any network
     return any(hasattr(module, name) for module in network.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
@@ -80,17 +80,16 @@ def guidance_gradient(
     through_half: bool = False,
 ) -> torch.Tensor:
     """
-    Returns the gradient that a function guides by, of the shape and dtype of x_t. Weights and their `requires_grad` stay as
-    they are.
+    Returns the gradient of a guidance function, of the shape and dtype of `x_t`. Weights and their `requires_grad` do not change.
 
     Args:
-        guidance_fn: Function as the package's docstring describes it.
-        x_t: Noised images, `(batch, channels, height, width)`. Where `x_0` depends on them, a leaf that requires a gradient.
+        guidance_fn: Guidance function, see the docstring of `diffusers_adm.guidance`.
+        x_t: Noised images, `(batch, channels, height, width)`. If `x_0` depends on them, they are a leaf that requires a gradient.
         timestep: Training timestep of each image, `(batch,)`.
         x_0: Predicted clean images, `(batch, channels, height, width)`.
         class_labels: Class of each image, `(batch,)`, or `None`.
-        through_half: Whether `x_0` depends on x_t by a network in float16. The gradient is then scaled so that float16
-            neither overflows nor underflows on its way back, at the cost of a second backward pass of the function.
+        through_half: Whether `x_0` depends on `x_t` through a network in float16. The gradient is then scaled so that the backward
+            pass neither overflows nor underflows in float16. This takes a second backward pass of the function.
 
     Raises:
         ValueError: If the function returns neither a log-probability per image nor a gradient.
@@ -100,15 +99,15 @@ def guidance_gradient(
         depends = x_0.grad_fn is not None
         if not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)
-        # Autograd does not save what was made in inference mode; clones are made outside it.
+        # Cloned outside inference mode, because autograd does not save tensors that were made in it.
         value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
         is_real = isinstance(value, torch.Tensor) and not value.is_complex()
         if not is_real or value.shape not in (x_t.shape, x_t.shape[:1]):
             is_tensor = isinstance(value, torch.Tensor)
             got = f"{tuple(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__
             raise ValueError(
-                f"guidance_fn returned {got}, where a log-probability of each image, {tuple(x_t.shape[:1])}, or a gradient,"
-                f" {tuple(x_t.shape)}, is needed."
+                f"`guidance_fn` must return one log-probability per image, {tuple(x_t.shape[:1])}, or a gradient,"
+                f" {tuple(x_t.shape)}, but got {got}."
             )
         if value.shape == x_t.shape:
             return value.detach().to(x_t.dtype)
@@ -120,13 +119,15 @@ def guidance_gradient(
             (at_x_0,) = torch.autograd.grad((loss_scale * value).sum(), x_0, retain_graph=True, allow_unused=True)
             if at_x_0 is not None:
                 _, exponent = (at_x_0.abs().amax(dim=(1, 2, 3)) / loss_scale).frexp()
-                largest = FLOAT16_LOSS_SCALE if half else math.inf  # more, the function could not hold
+                largest = FLOAT16_LOSS_SCALE if half else math.inf  # a float16 function would overflow above it
                 loss_scale = torch.ldexp(torch.ones_like(value), -exponent).clamp(max=largest)
         if value.requires_grad:
-            # The sum, not the mean: an image's gradient must not depend on the batch it is in.
+            # The sum, not the mean, because an image's gradient must not depend on the batch size.
             gradients = torch.autograd.grad((loss_scale * value).sum(), inputs, allow_unused=True)
         gradients = [one for one in gradients if one is not None]
         if not gradients:
-            raise ValueError("guidance_fn returned a log-probability that does not depend on x_t or x_0.")
+            raise ValueError(
+                "`guidance_fn` must return a tensor that depends on x_t or x_0, but its log-probability depends on neither."
+            )
         gradient = sum(gradients)
     return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)

@@ -1,4 +1,4 @@
-"""Guidance over one run: when, where and how strongly, and for which images."""
+"""Guidance over one run: at which steps it acts, how strongly, and on which images."""
 
 import contextlib
 import warnings
@@ -21,17 +21,17 @@ from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL
 
 class Guider:
     """
-    s * grad log p(y | x_t) over one run, and the state that goes with it.
+    Scaled gradient s * grad log p(y | x_t) over one run, and its state between steps.
 
     Args:
-        guidance_fn: Function that guides, as the docstring of `diffusers_adm.guidance` describes it; `None` guides nothing.
-        options: When guidance acts, and how strongly.
+        guidance_fn: Guidance function, see the docstring of `diffusers_adm.guidance`. `None` means no guidance.
+        options: Steps at which guidance acts, and its strength.
         solver: Solver of the run.
-        factors: Factor of the scale at each step of the run; 0 where guidance does not act.
+        factors: Factor of the guidance scale at each step of the run. It is 0 at steps without guidance.
         class_labels: Class of each image, `(batch,)`, or `None`.
         through_half: Whether a gradient through the UNet passes float16 weights.
-        check_scales: Function that is called with the scale of each image whenever one has changed. It raises a ValueError
-            where they cannot be used.
+        check_scales: Function that is called with the guidance scale of each image whenever one has changed. It raises a
+            `ValueError` if they cannot be used.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Guider:
         self.factors = self._limited_factors(factors)
         self.max_sizes = self._largest_sizes()
         self.step_counts = options.gradient_steps(self.factors)
-        self.scales: list[float] | None = None  # of each image
-        self.rows: list[int] = []  # of the images that are guided
-        self.last_gradient: torch.Tensor | None = None  # before scale and factor
+        self.scales: list[float] | None = None  # one per image
+        self.rows: list[int] = []  # indices of the guided images
+        self.last_gradient: torch.Tensor | None = None  # not yet multiplied by scale and factor
         self.finite = FiniteCheck("The gradient that guides")
 
     def _limited_factors(self, factors: list[float]) -> list[float]:
-        """Returns the factors without those of noise levels at which the solver cannot be guided by default."""
+        """Returns the factors, set to 0 at noise levels above the solver's default limit, unless all would be 0."""
         if self.options.max_x_0_shift != "auto" or self.options.interval is not None:
             return factors
         limit = self.solver.max_guidance_sigma
@@ -69,7 +69,7 @@ class Guider:
         return limited if any(limited) else factors
 
     def _largest_sizes(self) -> list[float] | None:
-        """Returns the largest size of the scaled gradient at each step, or `None` without a limit."""
+        """Returns the largest root mean square of the scaled gradient at each step. `None` means no limit."""
         max_shift = self.options.max_x_0_shift
         if max_shift == "auto":
             max_shift = self.solver.max_x_0_shift
@@ -96,12 +96,12 @@ class Guider:
         self.scales = scales
         rows = [row for row, scale in enumerate(scales) if scale]
         if not set(rows) <= set(self.rows):
-            self.last_gradient = None  # images that were not guided have none to use again
+            self.last_gradient = None  # newly guided images have no gradient to reuse
         self.rows = rows
         if rows and self.options.max_x_0_shift == "auto":
             self._warn_of_high_noise()
         self.scale = x_t.new_tensor(scales)[:, None, None, None]  # (batch, 1, 1, 1)
-        # Rows that the function is asked about: a classifier looks at the guided images alone.
+        # A classifier is evaluated only on the guided images, because the others need no gradient.
         whole = not self.independent_rows or len(rows) == len(scales)
         self.asked_rows = None if whole else torch.tensor(rows, dtype=torch.long, device=x_t.device)
 
@@ -109,15 +109,18 @@ class Guider:
         highest = max(sigma for sigma, factor in zip(self.solver.sigmas, self.factors) if factor)
         if self.solver.shifts_epsilon and self.max_sizes is None and highest > HIGH_NOISE_LEVEL:
             warnings.warn(
-                f"Guidance begins at noise level {highest:.0f}, where small errors of the gradient move the predicted x_0 far"
-                " out of the range of images, as in the original code. Pass guidance_options={'max_x_0_shift': 0.5} if colours"
-                " are burnt.",
+                f"Guidance begins at noise level {highest:.0f}, where small errors of the gradient move the predicted x_0 far out"
+                " of the range of images, as in the original code. If colours are oversaturated, pass"
+                " guidance_options={'max_x_0_shift': 0.5}.",
                 stacklevel=2,
             )
 
     @contextlib.contextmanager
     def tracking(self, x_t: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields the images to evaluate the UNet at: a leaf with gradients where this step's gradient goes through the UNet."""
+        """
+        Yields the noised images to give to the UNet. If this step's gradient goes through the UNet, they are a leaf that requires a
+        gradient.
+        """
         if self.needs_gradient and self.through_unet:
             with differentiable():
                 yield leaf(x_t)
@@ -126,20 +129,20 @@ class Guider:
 
     def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor | None:
         """
-        Returns s * grad log p(y | x_t), `(batch, channels, height, width)`, or `None` where the step is not guided.
+        Returns s * grad log p(y | x_t), `(batch, channels, height, width)`, or `None` if the step is not guided.
 
         Args:
-            x_t: Images that `tracking` has yielded, `(batch, channels, height, width)`.
+            x_t: Noised images that `tracking` has yielded, `(batch, channels, height, width)`.
             timestep: Training timestep of each image, `(batch,)`.
             x_0: Predicted clean images, `(batch, channels, height, width)`.
 
         Raises:
-            ValueError: If the gradient should go through the UNet, and `x_0` does not depend on x_t.
+            ValueError: If the gradient goes through the UNet, but `x_0` does not depend on x_t.
         """
         if not self.acts or (not self.needs_gradient and self.options.skipped == "sum"):
             return None
         if self.needs_gradient:
-            x_0 = x_0 if self.through_unet else x_0.detach()  # what x_0_fn returns may have a graph
+            x_0 = x_0 if self.through_unet else x_0.detach()  # x_0_fn may return a tensor with a graph
             self.last_gradient = self._new_gradient(x_t, timestep, x_0)
         count = self.step_counts.get(self.step, 1)
         gradient = self.last_gradient * self.scale * (self.factors[self.step] * count)
@@ -153,7 +156,7 @@ class Guider:
     def _new_gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         if self.through_unet and not x_0.requires_grad:
             raise ValueError(
-                "x_0_fn returned what does not depend on x_0, and guidance_fn guides through it (through_unet)."
+                "`x_0_fn` must return a tensor that depends on x_0, because `guidance_fn` guides through the UNet (through_unet)."
             )
         if self.options.gradient_at == "mean":
             index = self.solver.visits[self.step]
@@ -170,8 +173,8 @@ class Guider:
 
 class FiniteCheck:
     """
-    First step of a run at which something of each image was not finite. It is read once, at the end, because reading waits
-    for the device.
+    First step of a run at which a tensor was not finite, per image. It is read once, after the run, because reading waits for
+    the device.
 
     Args:
         name: Beginning of the error message.
@@ -179,10 +182,16 @@ class FiniteCheck:
 
     def __init__(self, name: str):
         self.name = name
-        self.failed_at: torch.Tensor | None = None  # (batch,); -1 where all was finite
+        self.failed_at: torch.Tensor | None = None  # (batch,), -1 for images without a failure
 
     def see(self, tensor: torch.Tensor, step: int) -> None:
-        """Notes the images of which a tensor, `(batch, channels, height, width)`, is not finite for the first time."""
+        """
+        Records the step for images with values that are not finite, unless an earlier step is recorded.
+
+        Args:
+            tensor: Values of each image, `(batch, channels, height, width)`.
+            step: Number of the step in the run.
+        """
         if self.failed_at is None:
             self.failed_at = torch.full(tensor.shape[:1], -1, device=tensor.device)
         failed = ~tensor.flatten(1).isfinite().all(dim=1) & (self.failed_at < 0)
@@ -190,11 +199,13 @@ class FiniteCheck:
 
     def check(self, timesteps: list[float]) -> None:
         """
+        Checks that all recorded tensors were finite.
+
         Args:
             timesteps: Training timestep of each step of the run.
 
         Raises:
-            ValueError: If something was not finite. The message names image, step and timestep.
+            ValueError: If a value was not finite. The message names the image, the step and the timestep.
         """
         for image, step in enumerate([] if self.failed_at is None else self.failed_at.tolist()):
             if step >= 0:

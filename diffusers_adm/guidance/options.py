@@ -1,4 +1,4 @@
-"""Options that say when guidance acts, and how strongly."""
+"""Options of guidance: at which steps it acts, and how strongly."""
 
 import math
 from collections.abc import Callable
@@ -16,30 +16,31 @@ SCALE_SCHEDULES = {
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    Options that say when guidance acts, and how strongly. `interval`, `step_fractions` and `schedule` hold for classifier-free
-    guidance too.
+    Options of guidance: at which steps it acts, and how strongly. `interval`, `step_fractions` and `schedule` also apply to
+    classifier-free guidance and autoguidance.
 
     Args:
-        interval: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) at which guidance acts: above the first, up to and
-            including the second (Kynkaanniemi et al. 2024, arXiv 2404.07724). `None` means all.
-        step_fractions: Part of the run in which guidance acts, as fractions of its steps: from the first fraction up to, and
-            without, the second.
-        schedule: Schedule of the scale: `"constant"`, `"linear"` or `"cosine"` (both fall from 1 to 0 over the run), or a
-            function of the fraction of the run.
+        interval: Interval `(low, high)` of noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar). Guidance acts at steps with
+            low < sigma <= high (Kynkaanniemi et al. 2024, arXiv 2404.07724). `None` means all noise levels.
+        step_fractions: Part `(first, last)` of the run in which guidance acts, as fractions of its steps. The step at `first` is
+            guided, and the step at `last` is not.
+        schedule: Schedule of the guidance scale: `"constant"`, `"linear"`, `"cosine"`, or a function from the fraction of the run
+            to a factor. The linear and the cosine schedule fall from 1 to 0 over the run.
         normalize: Whether each image's gradient is scaled to a root mean square of 1.
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
-        max_x_0_shift: Largest root mean square by which guidance moves the predicted x_0 of each image, which it moves by
-            sigma * sqrt(1 - alpha_bar) times the scaled gradient. Larger gradients are shortened. `None` means no limit.
-            `"auto"` means 0.5, about the deviation of images in [-1, 1], but no limit for DDPM and DDIM, as in the original
-            code. SA-Solver is then not guided above the noise level 200, unless `interval` is given.
-        entropy_scaling: Whether the scale is divided by the entropy of the classifier's prediction (Li et al. 2022, arXiv
-            2206.11474).
+        max_x_0_shift: Largest root mean square of the shift of each image's predicted x_0. Guidance shifts x_0 by
+            sigma * sqrt(1 - alpha_bar) times the scaled gradient. Gradients that would shift it further are shortened. `None` means
+            no limit. `"auto"` means 0.5, about the standard deviation of images in [-1, 1], but no limit for DDPM and DDIM, as in
+            the original code. With `"auto"`, SA-Solver is not guided above noise level 200, unless `interval` is given.
+        entropy_scaling: Whether the gradient is divided by the entropy of the classifier's prediction, as a fraction of the largest
+            possible entropy (Li et al. 2022, arXiv 2206.11474).
         max_entropy_scale: Largest factor of the entropy scaling.
-        every: Number of guided steps per gradient: a new gradient is computed only at every `every`-th guided step.
-        skipped: Use of the last gradient at the other guided steps: it is used again (`"reuse"`), or not, and is applied once
-            with the weight of all of them (`"sum"`; both in the manner of Dinh et al. 2024, arXiv 2408.11194).
-        gradient_at: Place of the gradient: `"x_t"`, as in the original code, or the `"mean"` of DDPM's step, where the paper
-            derives it.
+        every: Number of guided steps per gradient. A new gradient is computed only at every `every`-th guided step.
+        skipped: Treatment of the guided steps without a new gradient (Dinh et al. 2024, arXiv 2408.11194). `"reuse"` applies the
+            last gradient again at each of them. `"sum"` leaves them unguided and multiplies the new gradient by the number of steps
+            that it stands for.
+        gradient_at: Point at which the gradient is taken: `"x_t"`, as in the original code, or `"mean"`, the mean of DDPM's step,
+            as in the derivation of the paper.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -64,43 +65,51 @@ class GuidanceOptions:
         ):
             numbers = isinstance(window, (tuple, list)) and all(isinstance(end, Real) for end in window)
             if not (numbers and len(window) == 2 and 0 <= window[0] < window[1] <= last):
-                raise ValueError(f"{name}={window!r} must be two numbers in [0, {last}], the smaller first.")
+                raise ValueError(
+                    f"`{name}` must be two numbers in [0, {last}], the smaller first, but got {window!r}."
+                )
         if not (callable(self.schedule) or self.schedule in tuple(SCALE_SCHEDULES)):
-            raise ValueError(f"schedule={self.schedule!r} is not one of {tuple(SCALE_SCHEDULES)}, or a function.")
+            raise ValueError(
+                f"`schedule` must be one of {tuple(SCALE_SCHEDULES)}, or a function, but got {self.schedule!r}."
+            )
         if not (isinstance(self.every, Integral) and self.every >= 1):
-            raise ValueError(f"every={self.every!r} must be an integer, at least 1.")
+            raise ValueError(f"`every` must be an integer of at least 1, but got {self.every!r}.")
         for name, known in (("skipped", ("reuse", "sum")), ("gradient_at", ("x_t", "mean"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}.")
+                raise ValueError(f"`{name}` must be one of {known}, but got {getattr(self, name)!r}.")
         for name in ("normalize", "entropy_scaling"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False.")
+                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
         for name, others in (("max_entropy_scale", ()), ("max_size", (None,)), ("max_x_0_shift", (None, "auto"))):
             value = getattr(self, name)
             if not (isinstance(value, Real) and value > 0) and value not in others:
                 allowed = "".join(f", or {other!r}" for other in others)
-                raise ValueError(f"{name}={value!r} must be a number above 0{allowed}.")
+                raise ValueError(f"`{name}` must be a number above 0{allowed}, but got {value!r}.")
 
     @classmethod
     def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":
         """
-        Returns the options that a caller has given as an object, as a dict, or not at all.
+        Returns options that were given as an object, as a dict, or as `None` for the defaults.
 
         Raises:
-            ValueError: If the dict has a name that is not an option.
+            ValueError: If `given` has another type, or the dict has a name that is not an option.
         """
         if isinstance(given, cls):
             return given
         if given is not None and not isinstance(given, dict):
-            raise ValueError(f"guidance_options must be GuidanceOptions or a dict of them: got {given!r}.")
+            raise ValueError(
+                f"`guidance_options` must be a GuidanceOptions or a dict of its options, but got {given!r}."
+            )
         unknown = [name for name in given or {} if name not in cls.__dataclass_fields__]
         if unknown:
-            raise ValueError(f"guidance_options: {unknown} are not among {tuple(cls.__dataclass_fields__)}.")
+            raise ValueError(
+                f"`guidance_options` must have names among {tuple(cls.__dataclass_fields__)}, but got {unknown}."
+            )
         return cls(**(given or {}))
 
     def factors(self, sigmas: list[float]) -> list[float]:
         """
-        Returns the factor of the scale at each step; 0 where guidance does not act.
+        Returns the factor of the guidance scale at each step. It is 0 at steps without guidance.
 
         Args:
             sigmas: Noise level of each step, in the order of the run.
@@ -117,17 +126,17 @@ class GuidanceOptions:
             factor = schedule(fraction) if acts else 0.0
             if not (isinstance(factor, Real) and math.isfinite(factor)):
                 raise ValueError(
-                    f"schedule gave {factor!r} at {fraction:g} of the run, where a finite number is needed."
+                    f"`schedule` must return a finite number, but at fraction {fraction:g} of the run it returned {factor!r}."
                 )
             factors.append(float(factor))
         return factors
 
     def gradient_steps(self, factors: list[float]) -> dict[int, int]:
         """
-        Returns the steps that compute a gradient, and the number of steps for which each counts.
+        Returns the steps that compute a gradient, and the number by which each gradient is multiplied.
 
         Args:
-            factors: Factor of each step; 0 where guidance does not act.
+            factors: Factor of the guidance scale at each step. It is 0 at steps without guidance.
         """
         guided = [step for step, factor in enumerate(factors) if factor]
         groups = [guided[first : first + self.every] for first in range(0, len(guided), self.every)]

@@ -54,7 +54,7 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
         again = draw(pipeline, guidance_fn=near, guidance_scale=0.3, num_inference_steps=1, latents=x_t)
     assert torch.equal(again, found)
     if through_unet:
-        with pytest.raises(ValueError, match="x_0_fn returned what does not depend on x_0"):
+        with pytest.raises(ValueError, match="`x_0_fn` must return a tensor that depends on x_0"):
             draw(pipeline, guidance_fn=near, guidance_scale=0.3, x_0_fn=lambda x_0, timestep: x_0.detach())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pipeline.unet.parameters())
 

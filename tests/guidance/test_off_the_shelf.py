@@ -101,7 +101,7 @@ def test_smoothing_leaves_the_classifier_as_it_is(classifier):
 @pytest.mark.parametrize(
     ("beta", "network", "said"),
     [
-        (-1.0, None, "softplus_beta=-1.0"),
+        (-1.0, None, "`softplus_beta` must be a number above 0, but got -1.0"),
         (3.0, nn.GELU(), "ReLU modules"),
         (3.0, lambda pixels: pixels, "ReLU modules"),
     ],
@@ -169,9 +169,9 @@ def test_clip_draws_what_is_nearer_to_the_text(clip):
     for through_unet in (True, False):
         assert (draw("a dog", through_unet=through_unet) > before).all()
     assert draw(["a dog", "a hat"]).shape == (2,)
-    with pytest.raises(ValueError, match="3 prompts were given for 2 images"):
+    with pytest.raises(ValueError, match="one text per image .2., but got 3 texts"):
         draw(["a dog", "a hat", "a dog"])
-    with pytest.raises(ValueError, match="num_cutouts=0"):
+    with pytest.raises(ValueError, match="`num_cutouts` must be at least 1"):
         CLIPGuidance(model, processor, "a dog", 0)
 
 

@@ -88,7 +88,7 @@ BAD_ARGUMENTS = {
     "latents without data": ({"latents": META}, "`latents` must hold data"),
     "latents that overflow": ({"latents": images().double() * 1e300}, "latents must be finite"),
     "labels without data": ({"class_labels": torch.tensor([1, 2], device="meta")}, "class_labels must be integers"),
-    "options by numbers": ({"guidance_options": {1: 2, "every": 1}}, "guidance_options: [1] are not among"),
+    "options by numbers": ({"guidance_options": {1: 2, "every": 1}}, "`guidance_options` must have names among"),
     "names of no list": ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names"),
     "names that are numbers": ({"callback_on_step_end_tensor_inputs": 3}, "must be a list of names"),
     "names in a list of lists": ({"callback_on_step_end_tensor_inputs": [["latents"]]}, "must be a list of names"),
