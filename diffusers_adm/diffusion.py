@@ -196,8 +196,8 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
         raise ValueError(f"`index` and `to_index` must be integers, but got {index!r} and {to_index!r}.")
     if not -1 <= index < to_index < len(schedule):
         raise ValueError(
-            f"`index` must be at least -1, and `to_index` must be above it and at most {len(schedule) - 1}, but got {index} and"
-            f" {to_index}."
+            f"`to_index` must be above `index`, and both in [-1, {len(schedule) - 1}], but got noise to add from step {index} to"
+            f" step {to_index}."
         )
     before = schedule.alpha_bar[index].item() if index >= 0 else 1.0
     kept = schedule.alpha_bar[to_index].item() / before
@@ -232,7 +232,7 @@ def x_0_from_prediction(
         prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
 
     Raises:
-        ValueError: If the prediction type is not one of `PREDICTION_TYPES`.
+        ValueError: If the prediction type is unknown.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but got {prediction_type!r}.")

@@ -107,7 +107,7 @@ def guidance_gradient(
             got = f"{tuple(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__
             raise ValueError(
                 f"`guidance_fn` must return one log-probability per image, {tuple(x_t.shape[:1])}, or a gradient,"
-                f" {tuple(x_t.shape)}, but got {got}."
+                f" {tuple(x_t.shape)}, but it returned {got}."
             )
         if value.shape == x_t.shape:
             return value.detach().to(x_t.dtype)
@@ -127,7 +127,7 @@ def guidance_gradient(
         gradients = [one for one in gradients if one is not None]
         if not gradients:
             raise ValueError(
-                "`guidance_fn` must return a tensor that depends on x_t or x_0, but its log-probability depends on neither."
+                "`guidance_fn` returned a log-probability that does not depend on x_t or x_0. Compute it from one of them."
             )
         gradient = sum(gradients)
     return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)

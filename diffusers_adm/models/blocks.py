@@ -1,5 +1,4 @@
-"""Building blocks of ADM: timestep embedding, residual block, self-attention, and the encoder that the UNet and the noisy
-classifier share.
+"""Building blocks of ADM: timestep embedding, residual block, self-attention, and the encoder of the UNet and the noisy classifier.
 
 Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3.
 """
@@ -23,53 +22,56 @@ RESAMPLE_TYPES = ("resnet", "conv")
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zeroes a layer's parameters, so that the branch that it ends adds nothing at initialisation."""
+    """Sets the parameters of a branch's last layer to zero, so that the branch adds nothing at initialisation."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def residual_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
-    """Ends a residual connection. The factor is sqrt(2) in the ablation of Table 1, else 1."""
+    """
+    Returns the sum of a residual connection, divided by a factor. The factor is sqrt(2) in the ablation of Table 1 of the paper.
+    Otherwise it is 1.
+    """
     total = residual + branch
     return total if output_scale_factor == 1.0 else total / output_scale_factor
 
 
 def upsample_nearest(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Doubles height and width: `(batch, channels, 2 * height, 2 * width)`."""
+    """Doubles height and width by repeating pixels. Returns `(batch, channels, 2 * height, 2 * width)`."""
     if hidden_states.device.type == "cpu" and hidden_states.is_contiguous():
-        # The CPU's own kernel is several times slower for large maps, unless channels are last.
+        # Repeated here, because `interpolate` is several times slower for large maps on a CPU, unless channels are last.
         rows = torch.stack([hidden_states] * 2, dim=-1).flatten(-2)  # (batch, channels, height, 2 * width)
         return torch.stack([rows] * 2, dim=-2).flatten(-3, -2)  # (batch, channels, 2 * height, 2 * width)
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
 class ADMConfigMixin(ConfigMixin):
-    """Config whose types are checked. It may name the file of the model's code: that of a model saved by itself does."""
+    """Config with checked types. It may have the entry `auto_map`, the file of the model's code, which saved models have."""
 
     def register_to_config(self, **kwargs) -> None:
         """
         Registers arguments of the constructor.
 
         Raises:
-            ValueError: If an argument is not of the type that the constructor's annotations say.
+            ValueError: If the type of an argument does not fit the annotations of the constructor.
         """
         check_types(type(self).__init__, kwargs)
         super().register_to_config(**kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Reads the model's arguments from a config, without the name of the file of code."""
+        """Reads the model's arguments from a config, without `auto_map`."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
 
 
 class ADMGroupNorm(nn.GroupNorm):
-    """Group normalisation that computes in float32 for every dtype of its input and weights."""
+    """Group normalisation that computes in float32 for all dtypes of its input and weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype  # (batch, channels, height, width)
-        # Given float32 weights, the CPU's kernel computes in float32 by itself. It is slow only if channels are last.
+        # No cast here, because with float32 weights the CPU kernel computes in float32 itself. It is slow only if channels are last.
         mixed = hidden_states.device.type == "cpu" and hidden_states.is_contiguous() and dtype != torch.float64
         if not mixed:
             hidden_states = hidden_states.float()
@@ -79,7 +81,7 @@ class ADMGroupNorm(nn.GroupNorm):
 
 class ADMTimeEmbedding(nn.Module):
     """
-    Sinusoidal embedding of the timestep (cosines first), then a two-layer perceptron.
+    Sinusoidal embedding of the timestep (cosines first), followed by a two-layer perceptron.
 
     Args:
         model_channels: Width of the sinusoidal embedding.
@@ -92,7 +94,7 @@ class ADMTimeEmbedding(nn.Module):
     def __init__(self, model_channels: int, timestep_scale: float = 1.0):
         super().__init__()
         if not 0 < timestep_scale < math.inf:
-            raise ValueError(f"timestep_scale must be positive and finite, but got {timestep_scale}.")
+            raise ValueError(f"`timestep_scale` must be positive and finite, but got {timestep_scale}.")
         self.timestep_scale = timestep_scale
         self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.mlp = TimestepEmbedding(model_channels, 4 * model_channels)
@@ -105,7 +107,7 @@ class ADMTimeEmbedding(nn.Module):
 
 
 class ADMDownsample2D(nn.Module):
-    """Strided convolution that halves height and width: the alternative to a residual block that downsamples."""
+    """Strided convolution that halves height and width. It is the alternative to a residual block that downsamples."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -116,7 +118,7 @@ class ADMDownsample2D(nn.Module):
 
 
 class ADMUpsample2D(nn.Module):
-    """Nearest-neighbour upsampling and a convolution: the alternative to a residual block that upsamples."""
+    """Nearest-neighbour upsampling and a convolution. It is the alternative to a residual block that upsamples."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -166,7 +168,7 @@ class ADMResnetBlock2D(nn.Module):
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        # height and width are those of the output: with `resample`, half or twice the input's.
+        # Shapes below have the height and width of the output, which are half or twice those of the input with `resample`.
         residual = self._resample(hidden_states)  # (batch, in_channels, height, width)
         hidden_states = self._resample(self.act(self.norm1(hidden_states)))  # (batch, in_channels, height, width)
         hidden_states = self.conv1(hidden_states)  # (batch, out_channels, height, width)
@@ -233,7 +235,7 @@ class ADMAttentionBlock(nn.Module):
 
 
 class ADMBlock(nn.Module):
-    """Residual block, followed by self-attention in a level that has it."""
+    """Residual block, followed by self-attention in levels with attention."""
 
     def __init__(self, resnet: ADMResnetBlock2D, attention: ADMAttentionBlock | None = None):
         super().__init__()
@@ -248,7 +250,7 @@ class ADMBlock(nn.Module):
 
 
 class ADMUpBlock(ADMBlock):
-    """Block of the decoder. It takes a skip connection, and doubles height and width at the end of a level."""
+    """Block of the decoder. It takes a skip connection. At the end of a level, it doubles height and width."""
 
     def __init__(
         self,
@@ -269,9 +271,9 @@ class ADMUpBlock(ADMBlock):
 
 @dataclass(kw_only=True)
 class ADMBlockFactory:
-    """Builder of one model's blocks: holds the options that they share, and decides which levels have attention.
+    """Builder of the blocks of one model. It holds their common options, and decides which levels have attention.
 
-    The arguments are those of the models.
+    The arguments are those of [`ADMUNet2DModel`].
 
     Raises:
         ValueError: If the options do not describe a model.
@@ -299,8 +301,8 @@ class ADMBlockFactory:
     def _check_options(self) -> None:
         if (self.attention_head_dim is None) == (self.num_attention_heads is None):
             raise ValueError(
-                "Give either attention_head_dim or num_attention_heads, but got"
-                f" attention_head_dim={self.attention_head_dim} and num_attention_heads={self.num_attention_heads}."
+                "Exactly one of `attention_head_dim` and `num_attention_heads` must be given, but got"
+                f" {self.attention_head_dim} and {self.num_attention_heads}."
             )
         counts = {
             "sample_size": self.sample_size,
@@ -314,29 +316,31 @@ class ADMBlockFactory:
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, but got {count}.")
         if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout must be in [0, 1], but got {self.dropout}.")
+            raise ValueError(f"`dropout` must be in [0, 1], but got {self.dropout}.")
         if not 0 < self.output_scale_factor < math.inf:
-            raise ValueError(f"output_scale_factor must be positive and finite, but got {self.output_scale_factor}.")
+            raise ValueError(f"`output_scale_factor` must be positive and finite, but got {self.output_scale_factor}.")
         if self.resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
             raise ValueError(
-                f"resnet_time_scale_shift={self.resnet_time_scale_shift!r} is not one of {TIME_SCALE_SHIFTS}."
+                f"`resnet_time_scale_shift` must be one of {TIME_SCALE_SHIFTS}, but got {self.resnet_time_scale_shift!r}."
             )
 
     def _check_levels(self) -> None:
         halvings = len(self.channel_mult) - 1
         if self.sample_size % 2**halvings:
             raise ValueError(
-                f"sample_size={self.sample_size} cannot be halved {halvings} times, as the {halvings + 1} levels of"
-                f" channel_mult={tuple(self.channel_mult)} need."
+                f"`sample_size` must be divisible by {2**halvings}, because `channel_mult` has {halvings + 1} levels, but got"
+                f" sample_size={self.sample_size}."
             )
         unknown = sorted(set(self.attention_resolutions) - set(self.resolutions))
         if unknown:
-            raise ValueError(f"attention_resolutions {unknown} are not among this model's: {self.resolutions}.")
+            raise ValueError(
+                f"`attention_resolutions` must be among {self.resolutions}, the model's resolutions, but got {unknown}."
+            )
         for channels in self.channels:
             if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(
-                    f"{channels} channels cannot be normalised in norm_num_groups={self.norm_num_groups} groups:"
-                    f" model_channels={self.model_channels}, channel_mult={tuple(self.channel_mult)}."
+                    f"`norm_num_groups` must divide the channels of each level, but got {self.norm_num_groups} and {channels} channels"
+                    f" (model_channels={self.model_channels}, channel_mult={tuple(self.channel_mult)})."
                 )
 
     def resnet(self, in_channels: int, out_channels: int, resample: str | None = None) -> ADMResnetBlock2D:
@@ -370,27 +374,27 @@ class ADMBlockFactory:
         heads = self.num_attention_heads or channels // self.attention_head_dim
         if heads < 1 or channels % heads or (self.attention_head_dim and heads * self.attention_head_dim != channels):
             raise ValueError(
-                f"{channels} channels cannot be divided into heads: attention_head_dim={self.attention_head_dim},"
-                f" num_attention_heads={self.num_attention_heads}."
+                f"{channels} channels cannot be divided into heads with attention_head_dim={self.attention_head_dim} and"
+                f" num_attention_heads={self.num_attention_heads}. Choose a divisor of {channels}."
             )
         return heads
 
 
 class ADMEncoder(nn.Module):
-    """First half of the UNet and its middle. The classifier is this encoder and a pooling head."""
+    """Encoder and middle of the UNet. The classifier consists of this encoder and a pooling head."""
 
     def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
         super().__init__()
         for name, count in (("in_channels", in_channels), ("layers_per_block", layers_per_block)):
             if count < 1:
-                raise ValueError(f"{name} must be at least 1, but got {count}.")
+                raise ValueError(f"`{name}` must be at least 1, but got {count}.")
         if downsample_type not in RESAMPLE_TYPES:
-            raise ValueError(f"downsample_type={downsample_type!r} is not one of {RESAMPLE_TYPES}.")
+            raise ValueError(f"`downsample_type` must be one of {RESAMPLE_TYPES}, but got {downsample_type!r}.")
         self.gradient_checkpointing = False
         channels = blocks.channels[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        self.skip_channels = [channels]  # of conv_in's output, then of every down block's
+        self.skip_channels = [channels]  # of the output of conv_in, then of each down block
         for level, level_channels in enumerate(blocks.channels):
             for _ in range(layers_per_block):
                 resnet = blocks.resnet(channels, level_channels)
@@ -429,11 +433,16 @@ class ADMEncoder(nn.Module):
 
 def check_sample(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
     """
-    Checks images that a model is given.
+    Checks the input images of a model.
+
+    Args:
+        sample: Images, `(batch, in_channels, height, width)`.
+        in_channels: Number of channels of the model's images.
+        num_levels: Number of levels of the model.
 
     Raises:
-        ValueError: If they are not floating-point numbers, the number of channels is wrong, or height and width cannot be
-            halved between all levels.
+        ValueError: If the images are not floating-point numbers, have a wrong number of channels, or have a height or width that
+            cannot be halved between all levels.
     """
     check_images("sample", sample, in_channels)
     factor = 2 ** (num_levels - 1)

@@ -45,7 +45,10 @@ class NoisyClassifierOutput(BaseOutput):
 
 
 class ADMAttentionPool(nn.Module):
-    """Attention pooling of CLIP: self-attention over all positions and their mean. The mean's output gives the logits."""
+    """
+    Attention pooling of CLIP: self-attention over all positions and one more token, the mean of the positions. The output at that
+    token gives the logits.
+    """
 
     def __init__(self, resolution: int, channels: int, heads: int, num_classes: int):
         super().__init__()
@@ -57,8 +60,8 @@ class ADMAttentionPool(nn.Module):
         if hidden_states.shape[2:] != (self.resolution, self.resolution):
             height, width = hidden_states.shape[2:]
             raise ValueError(
-                "pool='attention' takes images of the model's sample_size only: its features must be"
-                f" {self.resolution}x{self.resolution}, got {height}x{width}."
+                "pool='attention' requires images of the model's `sample_size`, whose features are"
+                f" {self.resolution}x{self.resolution}, but got features of {height}x{width}."
             )
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (batch, 1 + height * width, channels)
@@ -94,34 +97,33 @@ class ADMSpatialPool(nn.Module):
 
 class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
-    Classifier of noised images: p(y | x_t) for x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, given x_t and
-    t. It is the encoder of [`ADMUNet2DModel`] with a pooling head (arXiv 2105.05233, section 4.3). The defaults are the
-    released 64x64 classifier.
+    Classifier of noised images. It predicts p(y | x_t) from x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon and the
+    timestep t. It consists of the encoder of [`ADMUNet2DModel`] and a pooling head (arXiv 2105.05233, section 4.3). The defaults
+    describe the released 64x64 classifier.
 
     Args:
-        sample_size: Height and width of the images that the model is made for, in pixels. With `pool="attention"`, it
-            takes no other size.
+        sample_size: Height and width of the images in pixels. With `pool="attention"`, the model supports no other size.
         in_channels: Number of channels of the image.
         num_classes: Number of classes.
-        pool: Kind of pooling head. `"attention"` pools the last features by attention, and `"adaptive"` by their mean.
-            `"spatial"` passes the means of all blocks' features through two linear layers, and `"spatial_v2"` normalises
-            between the two.
-        model_channels: Width that `channel_mult` multiplies.
+        pool: Kind of pooling head. `"attention"` pools the last features by attention, and `"adaptive"` takes their mean.
+            `"spatial"` passes the means of all blocks' features through two linear layers. `"spatial_v2"` does the same with a
+            normalisation between the two layers.
+        model_channels: Base width, which is multiplied by `channel_mult`.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
         layers_per_block: Number of residual blocks per level.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
-        attention_head_dim: Number of channels per attention head. The alternative is `num_attention_heads`.
-        num_attention_heads: Number of heads of every attention layer. The alternative is `attention_head_dim`.
+        attention_head_dim: Number of channels per attention head. `None` if `num_attention_heads` is given.
+        num_attention_heads: Number of heads of every attention layer. `None` if `attention_head_dim` is given.
         norm_num_groups: Number of groups of the group normalisation.
         dropout: Dropout probability of the residual blocks.
-        resnet_time_scale_shift: Use of the embedding: `"scale_shift"` (AdaGN) or `"default"` (it is added).
+        resnet_time_scale_shift: Use of the timestep embedding in residual blocks: `"scale_shift"` (AdaGN) or `"default"` (added).
         downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
-        timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
-            with rescaled timesteps (`--rescale_timesteps True` in the original code).
-        num_train_timesteps: Number of timesteps of the schedule that the model was trained with. `None` if it is unknown.
-        beta_schedule: Noise schedule that the model was trained with, as schedulers name it. `None` if it is unknown.
-        id2label: Name of each class by its number; synonyms are separated by commas. `None` if they are unknown.
+        timestep_scale: Factor of the timestep before it is embedded. It is `1000 / num_train_timesteps` for a model that was
+            trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        num_train_timesteps: Number of timesteps that the model was trained with. `None` if it is unknown.
+        beta_schedule: Noise schedule that the model was trained with, by its name in diffusers. `None` if it is unknown.
+        id2label: Name of each class by its number. Synonyms are separated by commas. `None` if the names are unknown.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -129,7 +131,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMAttentionPool"]
-    # Without residual blocks: they have some twenty widths, each would be a graph of its own, and torch's limit is eight.
+    # Without residual blocks, because torch would compile a graph for each of their some twenty widths, and its limit is eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -159,10 +161,10 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
     ):
         super().__init__()
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, but got {num_classes}.")
+            raise ValueError(f"`num_classes` must be at least 1, but got {num_classes}.")
         self.register_to_config(id2label=numbered_names(id2label, num_classes))
         if pool not in POOLS:
-            raise ValueError(f"pool={pool!r} is not one of {POOLS}.")
+            raise ValueError(f"`pool` must be one of {POOLS}, but got {pool!r}.")
         blocks = ADMBlockFactory(
             sample_size=sample_size,
             model_channels=model_channels,
@@ -216,12 +218,12 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
             checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
                 copied only where their layout or data type differs.
             flags: `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
-                Shapes tell most of a model, and the given flags are checked against them. Released files, which are
-                recognised by name, need none.
+                Most of the architecture is inferred from tensor shapes, and the given flags are checked against them.
+                Released files are recognised by name and need no flags.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, it is not that of a published classifier, or
+            ValueError: If the file cannot be read, is not a classifier of the original code or contradicts the flags, or
                 `dtype` is not a floating-point type.
         """
         return PublishedCheckpoint.of(checkpoint, flags).load(cls, "classifier", dtype)
@@ -247,8 +249,8 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
             return_dict: Whether to return a [`NoisyClassifierOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If the number of channels is wrong, height and width cannot be halved between all levels, or the
-                size is not the one that `pool="attention"` is made for.
+            ValueError: If the number of channels is wrong, height and width cannot be halved between all levels, or the size is
+                not `sample_size` with `pool="attention"`.
         """
         check_sample(sample, self.config.in_channels, len(self.config.channel_mult))
         emb = self.time_embedding(sample, timestep)  # (batch, 4 * model_channels)

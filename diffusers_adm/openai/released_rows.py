@@ -14,11 +14,11 @@ DOWNLOAD_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021
 
 class TensorLayout(NamedTuple):
     """
-    Names and shapes of all tensors of a checkpoint, in short.
+    Summary of the names and shapes of all tensors of a checkpoint.
 
     Args:
         digest: First 16 digits of the SHA-256 of the sorted names and shapes.
-        parameters: Number of the elements of all tensors.
+        parameters: Total number of elements of all tensors.
     """
 
     digest: str
@@ -27,10 +27,10 @@ class TensorLayout(NamedTuple):
 
 def tensor_layout(shapes: Mapping[str, tuple[int, ...]]) -> TensorLayout:
     """
-    Returns the names and shapes of tensors in short.
+    Returns a summary of the names and shapes of tensors.
 
     Args:
-        shapes: Shape of each tensor by its published name.
+        shapes: Shape of each tensor by its name in the original code.
     """
     lines = (f"{name} {','.join(map(str, shape))}" for name, shape in sorted(shapes.items()))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -43,24 +43,24 @@ class ReleasedCheckpoint:
     Released checkpoint.
 
     Args:
-        file: Name of the file. Where several files have one name, it begins with a folder.
+        file: Name of the file. If several released files have the same name, it begins with a folder.
         kind: Kind of the model: "unet", "upsampler" or "classifier".
-        flags: Model flags of the original command line. They mean the defaults of guided-diffusion.
+        flags: Model flags of the original command line. Missing flags have the defaults of guided-diffusion.
         imagenet_labels: Whether the labels are the 1000 classes of ImageNet.
         guidance_scale: Published scale of classifier guidance for sampling. `None` for a model that is not guided.
         timestep_respacing: Respacing that is recommended for sampling. `None` means 250 steps.
-        fid: FID of 50 000 samples that the model must reproduce. `None` where it is not published.
-        fid_setting: Steps and guidance with which those samples are drawn.
+        fid: Published FID of 50 000 samples, which the model must reproduce. `None` if it is not published.
+        fid_setting: Steps and guidance of those samples.
         name: Short name, in lower case with hyphens.
         trained_on: Images that the model was trained on.
         guided_by: Name of the classifier that guides the published samples. `None` for a model that is not guided.
         layout: Names and shapes of the tensors. A file is checked against them. `None` if they are not known.
         address: Address of the file. `None` for a file of `DOWNLOAD_FOLDER`.
-        sha256: SHA-256 of the file, where it is published.
-        license: License. "(code)" where only the code that trained the weights has one.
+        sha256: SHA-256 of the file. `None` if it is not published.
+        license: License of the weights. It ends with "(code)" if only the code that trained the weights has a license.
         terms: Restriction that must be accepted before the file is downloaded. `None` if there is none.
         code: Repository whose code trained the model.
-        note: What the checkpoint is for, or what is special about it.
+        note: Purpose of the checkpoint, or a special feature of it.
         aliases: Other names of the file.
         unsupported: Reason why the checkpoint cannot be converted. `None` if it can.
     """

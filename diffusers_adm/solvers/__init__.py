@@ -1,4 +1,4 @@
-"""diffusers' schedulers, made to sample as the original code does, with a place for guidance in each step."""
+"""Solvers: one run of a diffusers scheduler, which samples as the original code does and applies guidance in each step."""
 
 from .algorithms import DDPMSolver, Denoised, EpsilonSolver, Solver
 from .karras import SIGMA_SCHEDULERS, Churn, KarrasSolver, build_sigma_solver, check_sigma_scheduler

@@ -1,6 +1,6 @@
-"""One run of a scheduler: Algorithms 1 and 2 of Dhariwal & Nichol 2021 (arXiv 2105.05233), with a place for the classifier gradient.
+"""Solvers, which apply the classifier gradient in each step (Dhariwal & Nichol 2021, arXiv 2105.05233, Algorithms 1 and 2).
 
-A solver is a local copy of a diffusers scheduler for one run. The scheduler itself is never changed.
+A solver is one run of a diffusers scheduler. It works on a local copy and never changes the scheduler.
 """
 
 import inspect
@@ -34,19 +34,19 @@ VARIANCE_TYPES = ("learned_range", "fixed_large", "fixed_small", "fixed_small_lo
 @dataclass(frozen=True)
 class Denoised:
     """
-    Clean images that a network predicts at one step, and how uncertain the step is.
+    Predicted x_0 at one step, and the log-variance of the step.
 
     Args:
         x_0: Predicted x_0, `(batch, channels, height, width)`, float32.
-        log_variance: Log-variance of p(x_{t-1} | x_t), a number or of the shape of `x_0`. `None` where the solver has no
-            use for it.
+        log_variance: Log-variance of p(x_{t-1} | x_t), a number or a tensor of the shape of `x_0`. `None` if the solver does not
+            need it.
     """
 
     x_0: torch.Tensor
     log_variance: torch.Tensor | float | None = None
 
     def detach(self) -> "Denoised":
-        """Returns the same without the graph of a gradient through the UNet."""
+        """Returns the same values, detached from the graph of a gradient through the UNet."""
         if not self.x_0.requires_grad and not getattr(self.log_variance, "requires_grad", False):
             return self
         is_tensor = isinstance(self.log_variance, torch.Tensor)
@@ -60,15 +60,15 @@ class Solver:
     Args:
         scheduler: Scheduler that the run belongs to.
         schedule: Timesteps of the run, least noisy first.
-        visits: Indices into the schedule in the order in which the run takes them; from the noisiest down by default.
+        visits: Indices into the schedule, in the order of the run. Default: from the noisiest step down.
 
     Attributes:
         sigmas: Noise level of each step of the run, in the order of `visits`.
-        x_0_shifts: Factor by which a gradient moves the predicted x_0 at each step of the run when it shifts epsilon:
-            sigma * sqrt(1 - alpha_bar).
-        max_x_0_shift: Default limit of that move, a root mean square per image. `None` means no limit.
+        x_0_shifts: Factor sigma * sqrt(1 - alpha_bar) at each step of the run. A gradient that shifts epsilon moves the predicted
+            x_0 by this factor times the gradient.
+        max_x_0_shift: Default limit of the shift of the predicted x_0, a root mean square per image. `None` means no limit.
         max_guidance_sigma: Highest noise level at which guidance acts by default.
-        shifts_epsilon: Whether guidance shifts epsilon (Algorithm 2), not the mean of a step (Algorithm 1).
+        shifts_epsilon: Whether guidance shifts epsilon (Algorithm 2) instead of the mean of a step (Algorithm 1).
     """
 
     shifts_epsilon = True
@@ -82,10 +82,10 @@ class Solver:
         self.sigmas = schedule.sigma[self.visits].tolist()
         self.x_0_shifts = (schedule.sigma * schedule.noise_scale)[self.visits].tolist()
         self.prediction_type = config.get("prediction_type")
-        # A config keeps the options of other classes that it came from: not every scheduler that says so can threshold.
+        # A config keeps the options of another class that it was converted from, so `thresholding` alone proves nothing.
         can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
         self.thresholds = bool(can_threshold and config.thresholding)
-        # What the original code calls clip_denoised. Schedulers without the option clip too, as it does by default.
+        # Schedulers without a clipping option clip too, because `clip_denoised` of the original code is on by default.
         clips = config.get("clip_sample", config.get("clip_denoised", True)) and not self.thresholds
         self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
 
@@ -103,7 +103,8 @@ class Solver:
 
     def predict(self, model_output: torch.Tensor, index: int, x_t: torch.Tensor) -> Denoised:
         """
-        Reads a network's output. The predicted x_0 is clipped as the scheduler says, before guidance and never after.
+        Computes the predicted x_0 from the output of a network. If the scheduler clips, x_0 is clipped here, before guidance. It is
+        not clipped after guidance.
 
         Args:
             model_output: Output of the network at x_t, `(batch, channels or 2 * channels, height, width)`, float32.
@@ -115,13 +116,13 @@ class Solver:
         return Denoised(self.clip(x_0), self.log_variance(variance_interpolation, index, x_t))
 
     def clip(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Returns predicted clean images, clipped if the scheduler clips."""
+        """Returns the predicted x_0, clipped if the scheduler clips."""
         return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
 
     def log_variance(
         self, variance_interpolation: torch.Tensor | None, index: int, x_t: torch.Tensor
     ) -> torch.Tensor | float | None:
-        """Returns the log-variance of the step, or `None` where the solver has no use for it."""
+        """Returns the log-variance of the step, or `None` if the solver does not need it."""
         return None
 
     def step(
@@ -148,11 +149,11 @@ class Solver:
         self, x: torch.Tensor, step: int, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """
-        Adds noise up to the next step of the run where that is not the next lower one, as RePaint does (Lugmayr et al. 2022,
-        arXiv 2201.09865, Algorithm 1).
+        Adds noise if the next step of the run is noisier than the images, as in RePaint (Lugmayr et al. 2022, arXiv 2201.09865,
+        Algorithm 1). Otherwise returns the images unchanged.
 
         Args:
-            x: Images that a step has led to, `(batch, channels, height, width)`.
+            x: Images after a step, `(batch, channels, height, width)`.
             step: Number of that step in the run.
             generator: Generator of the noise, one for all images or one per image.
         """
@@ -169,7 +170,7 @@ class DDPMSolver(Solver):
     Args:
         scheduler: Scheduler that the run belongs to.
         schedule: Timesteps of the run, least noisy first.
-        visits: Indices into the schedule in the order in which the run takes them.
+        visits: Indices into the schedule, in the order of the run.
 
     Raises:
         ValueError: If the scheduler's `variance_type` is not supported.
@@ -182,14 +183,16 @@ class DDPMSolver(Solver):
         self.scheduler = scheduler
         variance_type = scheduler.config.variance_type
         if variance_type not in VARIANCE_TYPES:
-            raise ValueError(f"variance_type={variance_type!r} is not supported: {VARIANCE_TYPES} are.")
+            raise ValueError(
+                f"`variance_type` must be one of {VARIANCE_TYPES}, but got variance_type={variance_type!r}."
+            )
         learned = variance_type == "learned_range"
         self.fixed_log_variance = None if learned else fixed_log_variance(schedule, variance_type)
 
     def log_variance(
         self, variance_interpolation: torch.Tensor | None, index: int, x_t: torch.Tensor
     ) -> torch.Tensor | float:
-        """Returns the log-variance of the step: learned, of the shape of x_t, or a fixed number."""
+        """Returns the log-variance of the step: a tensor of the shape of `x_t` if it is learned, a number if it is fixed."""
         if self.fixed_log_variance is None:
             return learned_log_variance(self.schedule, index, variance_interpolation)
         return read_table(self.fixed_log_variance, index, x_t)
@@ -206,7 +209,9 @@ class DDPMSolver(Solver):
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1} from N(mu + s * Sigma * grad log p(y | x_t), Sigma) [Algorithm 1]; arguments as in `Solver.step`."""
+        """
+        Draws x_{t-1} from N(mu + s * Sigma * grad log p(y | x_t), Sigma) [Algorithm 1]. The arguments are those of `Solver.step`.
+        """
         x_0, log_variance = denoised.x_0, denoised.log_variance
         if self.thresholds:
             x_0 = self.scheduler._threshold_sample(x_0)
@@ -222,19 +227,19 @@ class DDPMSolver(Solver):
 
 class EpsilonSolver(Solver):
     """
-    One run of any other scheduler. Guidance shifts epsilon (Algorithm 2).
+    One run of a scheduler other than DDPM. Guidance shifts epsilon (Algorithm 2).
 
-    The guided x_0 should be the mean of the clean images of one class that x_t may come from, so an exact gradient moves it
-    within the range of images. A trained classifier's gradient does not vanish as the noise grows, and sigma multiplies it:
-    up to 20291 with the cosine schedule. The move is therefore limited.
+    The guided x_0 is the mean of the clean images of one class from which x_t may come. An exact gradient therefore keeps it in the
+    range of images. The gradient of a trained classifier does not vanish as the noise grows, and it is multiplied by sigma, which
+    reaches 20291 with the cosine schedule. Therefore the shift of x_0 is limited.
 
     Args:
         scheduler: Scheduler that the run belongs to.
         schedule: Timesteps of the run, least noisy first.
         prepared: Local copy of the scheduler that takes the steps. It is given x_0 and does not clip it.
-        timesteps: Name of each of the schedule's timesteps in that copy, in the same order.
-        visits: Indices into the schedule in the order in which the run takes them.
-        max_x_0_shift: Default limit of the move of x_0 by guidance.
+        timesteps: Timesteps of the copy, one per timestep of the schedule, in the same order.
+        visits: Indices into the schedule, in the order of the run.
+        max_x_0_shift: Default limit of the shift of the predicted x_0 by guidance, a root mean square per image.
         **step_kwargs: Arguments of the copy's `step`.
     """
 
@@ -263,10 +268,10 @@ class EpsilonSolver(Solver):
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1} as the scheduler does, with the guided noise [Algorithm 2]; arguments as in `Solver.step`."""
+        """Draws x_{t-1} by the scheduler, with the guided noise [Algorithm 2]. The arguments are those of `Solver.step`."""
         x_0 = denoised.x_0
         if gradient is not None:
-            epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)  # of x_0 once clipped, as in the original code
+            epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)  # from the clipped x_0, as in the original code
             noise_scale = read_table(self.schedule.noise_scale, index, x_t)
             epsilon = shift_epsilon(epsilon, noise_scale, gradient)  # epsilon - sqrt(1 - alpha_bar) * s * grad
             x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)
@@ -279,7 +284,7 @@ class EpsilonSolver(Solver):
 
 
 class VarianceExplodingSolver(EpsilonSolver):
-    """One run of a scheduler that adds noise to images instead of fading them: x = x_0 + sigma * epsilon."""
+    """One run of a scheduler whose noised images are x_0 + sigma * epsilon, without a factor below 1 on x_0."""
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""

@@ -1,7 +1,7 @@
-"""Sampling with a UNet that is told the noise level: Karras et al. 2022 (arXiv 2206.00364) and Song et al. 2023 (arXiv 2303.01469).
+"""Sampling with a UNet that is given the noise level: Karras et al. 2022 (arXiv 2206.00364) and Song et al. 2023 (arXiv 2303.01469).
 
-The scheduler says which method it is, and never takes a step itself, because the stock ones fix the noise levels by betas, or add
-noise after the UNet has been evaluated.
+The class of the scheduler selects the method. The scheduler itself takes no step, because stock schedulers compute the noise levels
+from betas, or add noise after the UNet has been evaluated.
 """
 
 import math
@@ -64,10 +64,10 @@ class Churn:
     @classmethod
     def parse(cls, given: "Churn | dict | None") -> "Churn":
         """
-        Returns the churn that a caller has given as an object, as a dict, or not at all.
+        Returns churn that was given as an object, as a dict, or as `None` for the defaults.
 
         Raises:
-            ValueError: If the dict has a name that is not an option.
+            ValueError: If `given` has another type, or the dict has a name that is not an option.
         """
         if isinstance(given, cls):
             return given
@@ -80,7 +80,7 @@ class Churn:
 
     def raised(self, sigma: float, steps: int) -> float:
         """
-        Returns the noise level from which a step goes down, once noise has been added.
+        Returns the noise level of a step after its noise has been added.
 
         Args:
             sigma: Noise level that the step begins at.
@@ -93,15 +93,15 @@ class Churn:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    One evaluation of the UNet, and the way that leads on from it.
+    One evaluation of the UNet, and the update that follows it.
 
     Args:
         sigma: Noise level at which the UNet is evaluated.
-        target: Noise level to which the slope leads.
-        noise: Standard deviation of the noise that is added before the evaluation. `None` draws none; 0 draws noise without
-            effect, as the original code does, so that a seed stays an image.
-        origin: Noise level that the step began at, if this is its second evaluation. `None` for the first one.
-        weight: Weight of the slope of the second evaluation. That of the first one has the rest.
+        target: Noise level after the update.
+        noise: Standard deviation of the noise that is added before the evaluation. `None` draws no noise. 0 draws noise without
+            effect, as the original code does, so that each seed draws the same image.
+        origin: Noise level at the beginning of the step, for its second evaluation. `None` for the first evaluation.
+        weight: Weight of the slope of the second evaluation. The slope of the first evaluation has the weight 1 - `weight`.
     """
 
     sigma: float
@@ -113,27 +113,27 @@ class Evaluation:
 
 class KarrasSolver(EpsilonSolver):
     """
-    One run over the noise levels of Karras et al. 2022. The images are x_0 + sigma * epsilon, which are divided by
-    sqrt(1 + sigma^2) between steps, so that guidance, functions of the caller and classifiers see the x_t that they know.
+    One run over the noise levels of Karras et al. 2022. The images are x_0 + sigma * epsilon. Between steps they are divided by
+    sqrt(1 + sigma^2), so that guidance functions, callbacks and classifiers are given x_t in the usual scale.
 
     Args:
         scheduler: Scheduler that the run belongs to.
         evaluations: Evaluations of the UNet, in the order of the run.
-        start: Noise level that the run begins at, before noise is added.
+        start: Noise level at which the run begins, before noise is added.
     """
 
     def __init__(self, scheduler: SchedulerMixin, evaluations: list[Evaluation], start: float):
         self.start = start
-        self.evaluations = list(reversed(evaluations))  # of each step of the schedule, the last one first
+        self.evaluations = list(reversed(evaluations))  # in the order of the schedule, least noisy first
         sigmas = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float64)
         schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), sigmas.float())
         super().__init__(scheduler, schedule, scheduler, schedule.timesteps)
-        self.prediction_type = "sample"  # whatever the scheduler says of other models
+        self.prediction_type = "sample"  # UNets with preconditioning always predict x_0
 
     def begin(
         self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """Returns the images at the first noise level, from noise of standard deviation 1; arguments as in `Solver.begin`."""
+        """Returns the images at the first noise level. The arguments are those of `Solver.begin`."""
         return self.raise_noise(self.start * x_T, self.evaluations[-1], generator)
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
@@ -152,7 +152,7 @@ class KarrasSolver(EpsilonSolver):
     def renoise(
         self, x: torch.Tensor, step: int, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """Adds the noise of the next evaluation; arguments as in `Solver.renoise`."""
+        """Adds the noise of the next evaluation. The arguments are those of `Solver.renoise`."""
         if step + 1 == len(self.visits):
             return x
         before = self.evaluations[self.visits[step]].target
@@ -178,10 +178,13 @@ class KarrasSolver(EpsilonSolver):
 
 
 class ConsistencySolver(KarrasSolver):
-    """One run of a consistency model: each predicted x_0 is the result, or noised again (Song et al. 2023, Algorithm 1)."""
+    """
+    One run of a consistency model (Song et al. 2023, Algorithm 1). The last predicted x_0 is the result. Noise is added again to each
+    earlier one.
+    """
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
-        """Returns x_0, as images at the lowest noise level unless it is the result."""
+        """Returns x_0. In all steps but the last, it is scaled like images at the lowest noise level."""
         return x_0 / math.sqrt(1 + self.evaluations[index].target ** 2)
 
 
@@ -195,18 +198,20 @@ def build_sigma_solver(
     churn: Churn | dict | None = None,
 ) -> KarrasSolver:
     """
-    Prepares one run of a UNet that is told the noise level.
+    Prepares one run of a UNet that is given the noise level.
 
     Args:
-        scheduler: One of `SIGMA_SCHEDULERS`. It is left as it is.
-        sigma_range: Lowest and highest noise level of the UNet. `EDMEulerScheduler` and `CMStochasticIterativeScheduler` have
-            levels of their own.
+        scheduler: One of `SIGMA_SCHEDULERS`. It is not changed.
+        sigma_range: Lowest and highest noise level of the UNet. `EDMEulerScheduler` and `CMStochasticIterativeScheduler` use the
+            noise levels of their config instead.
         num_inference_steps: Number of steps.
-        timestep_respacing: Steps of `CMStochasticIterativeScheduler` as the original code takes them (`--ts`), such as
-            `"0,22,39"`. The last one is without effect. It wins over `num_inference_steps`.
-        timesteps: Steps of `CMStochasticIterativeScheduler` as the scheduler takes them, such as `[22, 0]`. They win over both.
+        timestep_respacing: Steps of `CMStochasticIterativeScheduler` in the format of `--ts` of the original code, such as
+            `"0,22,39"`. The last number has no effect if there are several. The string overrides `num_inference_steps`.
+        timesteps: Steps of `CMStochasticIterativeScheduler` in the format of the scheduler, such as `[22, 0]`. They override
+            `num_inference_steps` and `timestep_respacing`.
         eta: Noise of DDIM, which must be 0.
-        churn: Noise that is added before each step of the other schedulers but the ancestral one.
+        churn: Noise that is added before each step. `CMStochasticIterativeScheduler` and `EulerAncestralDiscreteScheduler` do not
+            support it.
 
     Raises:
         ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
@@ -235,7 +240,7 @@ def build_sigma_solver(
 def karras_levels(
     scheduler: SchedulerMixin, sigma_range: tuple[float, float], num_inference_steps: int
 ) -> list[float]:
-    """Returns the noise levels of a run and its end, `num_inference_steps + 1` of them [Karras et al. 2022, eq. 5]."""
+    """Returns the `num_inference_steps + 1` noise levels of a run, including its end [Karras et al. 2022, eq. 5]."""
     if isinstance(scheduler, EDMEulerScheduler):
         prepared = EDMEulerScheduler.from_config(scheduler.config)
     else:
@@ -255,10 +260,10 @@ def churned_evaluations(levels: list[float], churn: Churn, second: str | None) -
     Returns the evaluations of a run of first or second order [Karras et al. 2022, Algorithm 2].
 
     Args:
-        levels: Noise levels of the run and its end.
+        levels: Noise levels of the run, including its end.
         churn: Noise that is added before each step.
-        second: Place of each step's second evaluation: at its `"end"` (Heun's method), in its `"middle"` (DPM-Solver-2, with
-            the middle of a schedule of rho = 3), or `None` (Euler's method).
+        second: Place of each step's second evaluation: `"end"` (Heun's method), `"middle"` (DPM-Solver-2, the middle of a schedule
+            with rho = 3), or `None` for no second evaluation (Euler's method).
     """
     evaluations = []
     for sigma, target in zip(levels, levels[1:]):
@@ -277,7 +282,7 @@ def churned_evaluations(levels: list[float], churn: Churn, second: str | None) -
 
 
 def ancestral_evaluations(levels: list[float]) -> list[Evaluation]:
-    """Returns the evaluations of a run that steps below each noise level by Euler's method, and adds noise up to it."""
+    """Returns the evaluations of a run whose Euler steps go below the next noise level. Noise is then added up to that level."""
     evaluations, noise = [], None
     for sigma, target in zip(levels, levels[1:]):
         below = target**2 / sigma
@@ -293,7 +298,7 @@ def consistency_solver(
     timesteps: list[int] | None,
 ) -> ConsistencySolver:
     """
-    Returns a run of a consistency model; arguments as in `build_sigma_solver`.
+    Returns a run of a consistency model. The arguments are those of `build_sigma_solver`.
 
     Raises:
         ValueError: If the steps do not begin at the highest noise level and go down.
@@ -312,8 +317,8 @@ def consistency_solver(
         steps = [step * stride for step in range(num_inference_steps)]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)) or steps[-1] >= config.num_train_timesteps:
         raise ValueError(
-            f"{given} must be steps of {type(scheduler).__name__}: different integers below {config.num_train_timesteps},"
-            " such as [22, 0] or '0,22,39', of which 0 is the highest noise level and must be among them."
+            f"{given} must be steps of {type(scheduler).__name__}: different integers below {config.num_train_timesteps} that"
+            " include 0, the highest noise level, such as [22, 0] or '0,22,39'."
         )
     ends_without_effect = timesteps is None and timestep_respacing is not None
     places = steps[:-1] or steps if ends_without_effect else steps
@@ -326,12 +331,12 @@ def consistency_solver(
 
 
 def check_sigma_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raises a ValueError unless a UNet that is told the noise level can be sampled with the scheduler."""
+    """Raises a `ValueError` if the scheduler does not support UNets that are given the noise level."""
     if not isinstance(scheduler, SIGMA_SCHEDULERS):
         names = ", ".join(supported.__name__ for supported in SIGMA_SCHEDULERS)
         raise ValueError(
-            f"{type(scheduler).__name__} is not supported for a UNet with preconditioning, which is told the noise level; these"
-            f" schedulers are: {names}."
+            f"{type(scheduler).__name__} is not supported for a UNet with preconditioning, which is given the noise level. Use one of"
+            f" {names}."
         )
 
 

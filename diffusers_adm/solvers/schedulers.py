@@ -1,4 +1,4 @@
-"""diffusers' schedulers, prepared so that one run of each samples as the original code does."""
+"""Preparation of diffusers schedulers for one run that samples as the original code does."""
 
 import copy
 import warnings
@@ -37,9 +37,9 @@ from diffusers_adm.solvers.algorithms import (
 )
 
 
-# Schedulers that evaluate the network twice per step, but once in the last.
+# Schedulers that evaluate the network twice per step, except in the last step.
 TWO_STAGE = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
-# Schedulers whose images keep their size, and have noise of standard deviation sigma added.
+# Schedulers whose noised images are x_0 + sigma * epsilon.
 VARIANCE_EXPLODING = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, *TWO_STAGE)
 SUPPORTED_SCHEDULERS = (
     DDPMScheduler,
@@ -52,18 +52,19 @@ SUPPORTED_SCHEDULERS = (
     PNDMScheduler,
     *VARIANCE_EXPLODING,
 )
-# Settings that the authors of fast solvers advise for guided sampling of pixels (README of github.com/LuChengTHU/dpm-solver;
-# diffusers' page of UniPC): second order, and dynamic thresholding. A `sample_max_value` of 1, the default, would make that clipping.
+# Settings for guided sampling of pixels that the authors of fast solvers recommend: second order and dynamic thresholding (README of
+# github.com/LuChengTHU/dpm-solver, documentation of UniPC in diffusers). With the default `sample_max_value` of 1, thresholding would
+# be plain clipping.
 _THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1000.0}
 GUIDED_SETTINGS = {
     DPMSolverMultistepScheduler: {"algorithm_type": "dpmsolver++", "solver_order": 2, **_THRESHOLDING},
-    # Strong guidance and the corrector do not go together in the first step.
+    # Without the corrector in the first step, because it is unstable there with strong guidance.
     UniPCMultistepScheduler: {"solver_type": "bh2", "solver_order": 2, "disable_corrector": [0], **_THRESHOLDING},
 }
 
 
 class SamplingConfig(TypedDict):
-    """Entries of schedulers' configs that say how to sample. Each scheduler has some of them."""
+    """Entries of a scheduler's config that change how it samples. Each scheduler has some of them."""
 
     prediction_type: str
     timestep_spacing: str
@@ -85,12 +86,13 @@ def build_solver(
     Prepares a scheduler for one run.
 
     Args:
-        scheduler: One of `SUPPORTED_SCHEDULERS`. It is left as it is.
-        num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM and DDIM place them as the original code does,
-            whether `timestep_spacing` is `"leading"` or `"linspace"`, and up to the last timestep if it is `"trailing"`.
-        timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It wins over `num_inference_steps`.
-        eta: Noise of DDIM, in [0, 1]: 0 is deterministic, 1 as noisy as DDPM.
-        timesteps: Training timesteps to visit, in any order, for DDPM and DDIM. They win over both.
+        scheduler: One of `SUPPORTED_SCHEDULERS`. It is not changed.
+        num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM and DDIM place them as the original code does if
+            `timestep_spacing` is `"leading"` or `"linspace"`. If it is `"trailing"`, the steps end at the last timestep.
+        timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It overrides `num_inference_steps`.
+        eta: Noise of DDIM, in [0, 1]: 0 is deterministic, 1 is as noisy as DDPM.
+        timesteps: Training timesteps to visit, in the order of the run, for DDPM and DDIM. They override `num_inference_steps` and
+            `timestep_respacing`.
 
     Raises:
         ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
@@ -128,12 +130,12 @@ def _check_steps(
     eta: float,
     timesteps: list[int] | None,
 ) -> None:
-    """Raises a ValueError unless the scheduler can take the steps that are asked of it."""
+    """Raises a `ValueError` if the scheduler cannot take the requested steps."""
     num_train_timesteps, name = scheduler.config.num_train_timesteps, type(scheduler).__name__
     if not (isinstance(eta, Real) and 0 <= eta <= 1):
-        raise ValueError(f"eta={eta!r} is not a number in [0, 1].")
+        raise ValueError(f"`eta` must be a number in [0, 1], but got {eta!r}.")
     if eta and not isinstance(scheduler, DDIMScheduler):
-        raise ValueError(f"eta={eta} is an option of DDIMScheduler, not of {name}.")
+        raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")
     if timesteps is not None and not (
         isinstance(timesteps, (list, tuple))
         and timesteps
@@ -141,17 +143,19 @@ def _check_steps(
         and all(0 <= timestep < num_train_timesteps for timestep in timesteps)
     ):
         raise ValueError(
-            f"timesteps={timesteps} is not a list of one or more integers in [0, {num_train_timesteps - 1}]."
+            f"`timesteps` must be a list of one or more integers in [0, {num_train_timesteps - 1}], but got {timesteps}."
         )
     if timesteps is None and timestep_respacing is None:
         if not (is_integer(num_inference_steps) and 1 <= num_inference_steps <= num_train_timesteps):
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} is not in [1, {num_train_timesteps}], the integers up to the"
-                " number of the model's timesteps."
+                f"`num_inference_steps` must be an integer in [1, {num_train_timesteps}], the model's timesteps, but got"
+                f" num_inference_steps={num_inference_steps}."
             )
     elif not takes_respacing(scheduler):
         given = f"timesteps={timesteps}" if timesteps is not None else f"timestep_respacing={timestep_respacing!r}"
-        raise ValueError(f"{given} is for DDPMScheduler and DDIMScheduler; {name} places its own num_inference_steps.")
+        raise ValueError(
+            f"{given} requires DDPMScheduler or DDIMScheduler, but the scheduler is {name}. Pass `num_inference_steps` instead."
+        )
 
 
 def ddim_solver(
@@ -168,7 +172,7 @@ def ddim_solver(
     )
     prepared.set_timesteps(len(schedule))
     if not scheduler.config.set_alpha_to_one:
-        # In float64 too, or the last variance is below zero.
+        # In float64, because rounding would make the last variance negative.
         prepared.final_alpha_cumprod = NoiseSchedule.from_config(scheduler.config).alpha_bar[0]
     return EpsilonSolver(
         scheduler,
@@ -178,61 +182,61 @@ def ddim_solver(
         visits=visits,
         max_x_0_shift=None,  # as in the original code
         eta=eta,
-        use_clipped_model_output=scheduler.config.thresholding,  # epsilon is what a thresholded x_0 implies
+        use_clipped_model_output=scheduler.config.thresholding,  # epsilon must follow from the thresholded x_0
     )
 
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> EpsilonSolver:
     """
-    Returns a run of a scheduler that keeps its own noise levels (`sigmas`) and places its own timesteps. Each evaluation of
-    the network is one step of the run.
+    Returns a run of a scheduler that chooses its own noise levels (`sigmas`) and timesteps. Each evaluation of the network is one
+    step of the run.
 
     Raises:
         ValueError: If the run would visit a timestep twice.
     """
     exploding = isinstance(scheduler, VARIANCE_EXPLODING)
-    # The copy is given x_0, or the epsilon that it implies. It neither clips nor splits off a variance.
+    # The copy is given x_0, or the epsilon that follows from it. It must neither clip nor split off a variance.
     off = {"variance_type": None, "clip_sample": False}
     changes = {name: value for name, value in off.items() if name in scheduler.config}
     if isinstance(scheduler, DPMSolverSinglestepScheduler):
         changes["lower_order_final"] = True  # as the scheduler does by itself, with a warning
     prepared = changed_copy(scheduler, prediction_type="epsilon" if exploding else "sample", **changes)
-    prepared.set_timesteps(num_inference_steps)  # on the CPU, where reading a timestep waits for nothing
+    prepared.set_timesteps(num_inference_steps)  # on the CPU, because reading a timestep from a GPU would wait for it
     prepared.set_begin_index(0)
-    prepared.is_scale_input_called = True  # the network is given x_t as it was trained on it
+    prepared.is_scale_input_called = True  # x_t already has the scale that the network was trained on
     if isinstance(scheduler, (EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
         make_ancestral_levels_exact(prepared)
     levels = noise_levels(prepared)
     steps = torch.cat([levels[:-1:2], levels[-1:]]) if isinstance(scheduler, TWO_STAGE) else levels
-    # DEIS and SASolver may end where they were, at the lowest level.
+    # DEIS and SA-Solver may visit the lowest noise level twice, at the end.
     if not ((steps[:-1].diff() < 0).all() and steps[-1] <= steps[-2]):
         raise ValueError(
-            f"num_inference_steps={num_inference_steps}: {type(scheduler).__name__} would visit a timestep twice; take"
-            " fewer."
+            f"`num_inference_steps` must be smaller, because {type(scheduler).__name__} would visit a timestep twice, but got"
+            f" {num_inference_steps}."
         )
     if isinstance(scheduler, TWO_STAGE) and steps[0] > max(HIGH_NOISE_LEVEL, 1000 * steps[1]) and steps[1] > 0:
         warnings.warn(
-            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which burns colours."
-            f" Take more steps than num_inference_steps={num_inference_steps}, or another scheduler.",
+            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which oversaturates"
+            f" colours. Pass more steps than num_inference_steps={num_inference_steps}, or use another scheduler.",
             stacklevel=2,
         )
     timesteps = prepared.timesteps.flip(0)
     timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps  # MPS has no float64
-    # The solver's own noise levels: with Karras sigmas they lie between those of the training timesteps.
+    # The scheduler's own noise levels, because Karras sigmas lie between those of the training timesteps.
     sigmas = levels[:-1].double().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
     solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
     solver = solver_class(scheduler, schedule, prepared, timesteps)
     if isinstance(scheduler, SASolverScheduler):
-        solver.max_guidance_sigma = HIGH_NOISE_LEVEL  # its next steps extrapolate an error of the first
+        solver.max_guidance_sigma = HIGH_NOISE_LEVEL  # later steps extrapolate an error of the first one
     return solver
 
 
 def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:
-    """Returns a copy of a scheduler with another config, whose steps have not been set."""
+    """Returns a copy of a scheduler with changes to its config. The steps of the copy are not set."""
     if not isinstance(scheduler, (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
         return type(scheduler).from_config(scheduler.config, **changes)
-    # Their constructors place as many steps as there are training timesteps, which takes longer than a run of few steps.
+    # Copied, because the constructors set one step per training timestep, which takes longer than a short run.
     copied = copy.deepcopy(scheduler)
     copied.register_to_config(**changes)
     return copied
@@ -242,13 +246,13 @@ def make_ancestral_levels_exact(
     prepared: EulerAncestralDiscreteScheduler | KDPM2AncestralDiscreteScheduler,
 ) -> None:
     """
-    Computes the noise levels of an ancestral scheduler in float64. In float32 a step that removes nearly all noise may add
-    more than it should end with.
+    Computes the noise levels of an ancestral scheduler in float64. In float32, rounding can make a step that removes nearly all
+    noise add more noise than its target has.
     """
     prepared.sigmas = prepared.sigmas.double()
     if isinstance(prepared, KDPM2AncestralDiscreteScheduler):
-        # A step goes down to sigma_next^2 / sigma before it adds noise; its geometric middle is then sigma_next. Of these
-        # tables the scheduler reads the even places, where the next one holds sigma_next.
+        # A step goes down to sigma_next^2 / sigma before it adds noise, so its geometric middle is sigma_next. The scheduler reads
+        # only the even entries of these tables. At them, the next entry of `sigmas` is sigma_next.
         sigma_next = prepared.sigmas.roll(-1)
         prepared.sigmas_interpol = sigma_next
         prepared.sigmas_down = sigma_next**2 / prepared.sigmas
@@ -258,7 +262,8 @@ def make_ancestral_levels_exact(
 
 def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
     """
-    Returns sigma of each evaluation of a run, and of its end. Every other one of DPM-Solver-2 lies between two steps.
+    Returns the noise level of each evaluation of a run, and that of its end. Every second evaluation of DPM-Solver-2 is between two
+    steps.
     """
     levels = scheduler.sigmas[: len(scheduler.timesteps) + 1].clone()
     if isinstance(scheduler, KDPM2DiscreteScheduler):
@@ -270,7 +275,8 @@ def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
 
 def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver:
     """
-    Returns a run of pseudo linear multistep. Its first step is taken again once the network has been evaluated at its end.
+    Returns a run of PNDM's pseudo linear multistep method. It takes the first step twice: first with the evaluation at its beginning,
+    then also with the evaluation at its end.
     """
     prepared = respaced_copy(
         scheduler,
@@ -278,7 +284,7 @@ def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver
         prediction_type="epsilon",
         timestep_spacing="leading",
         steps_offset=0,
-        set_alpha_to_one=True,  # or the last evaluation would lead nowhere
+        set_alpha_to_one=True,  # otherwise the last evaluation would have no effect
     )
     prepared.set_timesteps(len(schedule))
     places = prepared.timesteps.flip(0)
@@ -288,22 +294,26 @@ def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver
 
 def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:
     """
-    Returns a scheduler for which the visited timesteps are all there are, numbered from 0. Its previous timestep is then
-    always the one before in the list, which a stock scheduler gets wrong for most lists.
+    Returns a copy of a scheduler whose training timesteps are only the visited ones, numbered from 0. The previous timestep of each
+    is then the previous one in the list. A stock scheduler computes other previous timesteps for most lists.
     """
     respaced = type(scheduler).from_config(
         scheduler.config, num_train_timesteps=len(schedule), trained_betas=schedule.beta.tolist(), **changes
     )
-    respaced.alphas_cumprod = schedule.alpha_bar  # in float64, where its own is rounded
+    respaced.alphas_cumprod = schedule.alpha_bar  # in float64, because the scheduler's own table is rounded
     return respaced
 
 
 def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[int]:
     """
-    Returns the indices of a run in their order: down the schedule, or as a list of timesteps says.
+    Returns the indices into a schedule in the order of a run.
+
+    Args:
+        schedule: Steps of the process.
+        timesteps: Training timesteps in the order of the run. `None` means from the noisiest step down.
 
     Raises:
-        ValueError: If the timesteps skip one on the way down, or do not end with the least noisy.
+        ValueError: If the timesteps skip a visited one on the way down, or do not end with the least noisy one.
     """
     if timesteps is None:
         return list(reversed(range(len(schedule))))
@@ -313,11 +323,13 @@ def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[
         if after < before - 1:
             skipped = schedule.timesteps[before - 1].item()
             raise ValueError(
-                f"timesteps: from {schedule.timesteps[before]} down to {schedule.timesteps[after]} skips {skipped}, which is"
-                " visited elsewhere. On the way down each step leads to the next lower of all that are visited."
+                "`timesteps` must go down to the next lower of all visited timesteps, but the step from"
+                f" {schedule.timesteps[before]} to {schedule.timesteps[after]} skips {skipped}."
             )
     if visits[-1] != 0:
-        raise ValueError(f"timesteps={timesteps} must end with the least noisy of them.")
+        raise ValueError(
+            f"`timesteps` must end with the least noisy one, {schedule.timesteps[0]}, but got {timesteps}."
+        )
     return visits
 
 
@@ -327,19 +339,19 @@ def takes_respacing(scheduler: SchedulerMixin) -> bool:
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raises a ValueError unless the scheduler is one that is known to sample right."""
+    """Raises a `ValueError` if the scheduler or an option of its config is not supported."""
     if not isinstance(scheduler, SUPPORTED_SCHEDULERS):
         names = ", ".join(supported.__name__ for supported in SUPPORTED_SCHEDULERS)
-        raise ValueError(f"{type(scheduler).__name__} is not supported; these schedulers are: {names}.")
+        raise ValueError(f"{type(scheduler).__name__} is not supported. Use one of {names}.")
     config = scheduler.config
     check_types(SamplingConfig, config)
     betas_from_config(config)
     if config.prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={config.prediction_type!r} is not one of {PREDICTION_TYPES}.")
+        raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but got {config.prediction_type!r}.")
     if config.get("use_flow_sigmas"):
-        raise ValueError("use_flow_sigmas=True is for flow matching; these are diffusion models.")
+        raise ValueError("`use_flow_sigmas` must be False, because flow matching is not supported, but got True.")
     if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
         raise ValueError(
-            "skip_prk_steps=False is not supported: the Runge-Kutta steps of PNDMScheduler mistake the noise level where their"
-            " stride is odd. skip_prk_steps=True is."
+            "`skip_prk_steps` must be True, because the Runge-Kutta steps of PNDMScheduler use wrong noise levels if their stride is"
+            " odd, but got skip_prk_steps=False."
         )
