@@ -18,12 +18,12 @@ __all__ = [
 
 
 def default_model() -> str:
-    """Folder of the pipeline that ships with this package: digits of 32x32 pixels, trained on MNIST."""
+    """Returns the folder of the pipeline that ships with this package. It draws digits of 32x32 pixels and was trained on MNIST."""
     return _shipped("adm-mnist-32")
 
 
 def default_cascade() -> tuple[str, str]:
-    """Folders of the cascade that ships with this package: digits of 16x16 pixels, and their upsampler to 32x32."""
+    """Returns the two folders of the cascade that ships with this package: digits of 16x16 pixels, and an upsampler to 32x32."""
     return _shipped("adm-mnist-16"), _shipped("adm-mnist-16-32-upsampler")
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writing of files and folders. After a crash, the old or the new version exists, but no part of one."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Turns all errors of writing a file or a folder into an `OSError` that names it: most errors of a full disk do not."""
+    """Turns errors of writing a file or a folder into an `OSError` that names it, because most errors of a full disk name none."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # others have a message of their own
+        if error.filename is None and error.errno is not None:  # errors without a number have their own message
             error.filename = str(path)
         raise
     except SafetensorError as error:
@@ -27,7 +27,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """
-    Gives another name to write a file under. The file takes its place once all of it is on the disk.
+    Yields a temporary path to write a file to. After the context, the file is flushed to the disk and renamed to `path`.
 
     Raises:
         OSError: If the file cannot be written. The message names it.
@@ -44,11 +44,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def check_can_write(path: Path) -> None:
     """
-    Checks that a file can be written, before the work whose result it will hold.
+    Checks that a file can be written, so that an error comes before long work and not after it.
 
     Raises:
         ValueError: If the path is that of a folder or a device, or its folder does not exist.
-        OSError: If the folder does not take files.
+        OSError: If no file can be written to the folder.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'a device'}: give the name of a file to write.")
@@ -63,7 +63,12 @@ def check_can_write(path: Path) -> None:
 
 def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> None:
     """
-    Writes a JSON file. Configurations are sorted, as diffusers writes them.
+    Writes a JSON file.
+
+    Args:
+        path: File to write.
+        content: Content of the file.
+        sort_keys: Whether keys are sorted, as in the configs that diffusers writes.
 
     Raises:
         ValueError: If a number is not finite, because JSON has no such numbers.
@@ -77,13 +82,14 @@ def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> Non
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """
-    Gives another name to make and fill a folder under. The folder takes its place once all of it is on the disk.
+    Yields a temporary path to create and fill a folder at. After the context, the folder is flushed to the disk and renamed to
+    `folder`.
 
     Raises:
         OSError: If a file cannot be written. The message names the folder or the file.
     """
     partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
         with naming_write_errors(folder):
             yield partial
@@ -94,25 +100,25 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Returns the name of a folder while it is written. Processes that write it together share the name."""
+    """Returns the temporary path of a folder that is being written. All processes that write the folder use the same path."""
     return folder.with_name("partial-" + folder.name)
 
 
 def final_name(folder: Path) -> str:
-    """Returns the name of a folder once it is whole."""
+    """Returns the final name of a folder that may still have its temporary name."""
     return folder.resolve().name.removeprefix("partial-")
 
 
 def flush_folder(folder: Path) -> None:
-    """Waits until all of a folder is on the disk: a name may reach it before what it names."""
+    """Flushes all files of a folder to the disk, because the disk may otherwise hold a file's name before its content."""
     for path in (*folder.rglob("*"), folder):
         _flush_path(path)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Puts a finished and flushed folder in the place of another, which is removed last."""
+    """Replaces a folder by a finished and flushed one. The old folder is removed last."""
     old = folder.with_name("old-" + folder.name)
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed before it was removed
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
@@ -121,16 +127,16 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder under another name: if it is killed on the way, no half of it remains under the name of the whole."""
+    """Renames a folder and then removes it, so that an interruption leaves no part of it under its name."""
     partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     os.replace(folder, partial)
     shutil.rmtree(partial)
 
 
 def _flush_path(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
     Returns betas in float64, `(num_train_timesteps,)`.
 
     Raises:
-        ValueError: Betas are no list of numbers in (0, 1).
+        ValueError: If the betas are not a list of numbers in (0, 1).
     """
     try:
         numbers = torch.as_tensor(beta)
@@ -24,7 +24,7 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
         raise ValueError(
             f"betas must be real numbers, one per timestep, but got {numbers.dtype}, {tuple(numbers.shape)}."
         )
-    table = torch.as_tensor(beta, dtype=torch.float64)  # of the given numbers, which float32 would round
+    table = torch.as_tensor(beta, dtype=torch.float64)  # from the given numbers, because float32 would round them
     wrong = table[~((0 < table) & (table < 1))]
     if len(wrong):
         raise ValueError(
@@ -35,7 +35,7 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
 
 @dataclass
 class NoiseConfig:
-    """Entries of a scheduler's config that say what its noise is, with the defaults of diffusers."""
+    """Entries of a scheduler's config that describe its noise, with the defaults of diffusers."""
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -45,30 +45,27 @@ class NoiseConfig:
 
 def betas_from_config(config: dict) -> torch.Tensor:
     """
-    The betas that a diffusers scheduler's config describes, in float64.
+    Returns the betas that the config of a diffusers scheduler describes, `(num_train_timesteps,)`, float64, each in (0, 1).
 
     Args:
         config: Config of a scheduler.
 
-    Returns:
-        `(num_train_timesteps,)`, each in (0, 1).
-
     Raises:
-        ValueError: `beta_schedule` is unknown, the config rescales betas to a zero terminal SNR, an entry is missing or of
-            a wrong type, or a beta is not in (0, 1).
+        ValueError: If `beta_schedule` is unknown, the config rescales betas to a zero terminal SNR, an entry is missing or has a
+            wrong type, or a beta is not in (0, 1).
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"A scheduler's config must be a dict, but got {type(config).__name__}.")
     if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr=True is not supported: epsilon says nothing of x_0 at zero SNR.")
+        raise ValueError(
+            "rescale_betas_zero_snr=True is not supported, because epsilon does not determine x_0 at zero SNR."
+        )
     check_types(NoiseConfig, config)
     if config.get("trained_betas") is not None:
         return checked_betas(config["trained_betas"])
     missing = sorted(vars(NoiseConfig()).keys() - config.keys())
     if missing:
-        raise ValueError(
-            f"A scheduler's config must have entries that say what its noise is, but {missing} are missing."
-        )
+        raise ValueError(f"A scheduler's config must have entries that describe its noise, but {missing} are missing.")
     steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
     start, end = config["beta_start"], config["beta_end"]
     if steps < 1:
@@ -84,5 +81,5 @@ def betas_from_config(config: dict) -> torch.Tensor:
         alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(
-        f"beta_schedule={schedule!r} is not supported: 'linear', 'scaled_linear' and 'squaredcos_cap_v2' are."
+        f"`beta_schedule` must be one of 'linear', 'scaled_linear' and 'squaredcos_cap_v2', but got {schedule!r}."
     )

@@ -9,12 +9,12 @@ import torch
 
 
 def is_integer(value: object) -> bool:
-    """Returns whether a value is an integer. A truth value is none."""
+    """Returns whether a value is an integer. Booleans do not count as integers."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Returns whether a value is a real number, infinite ones included. A truth value is none, and NaN is none."""
+    """Returns whether a value is a real number, which may be infinite. Booleans and NaN do not count as numbers."""
     return isinstance(value, Real) and not isinstance(value, bool) and value == value
 
 
@@ -32,12 +32,11 @@ def check_types(function: Callable, arguments: Mapping[str, object]) -> None:
     Checks arguments against the annotations of a function.
 
     Args:
-        function: Function whose annotations say what the arguments are. Numbers, truth values, strings, tuples of them and
-            `None` are checked, and nothing else.
-        arguments: Arguments by name. Names that the function does not have are ignored.
+        function: Function whose annotations are checked. Only numbers, booleans, strings, tuples of them and `None` are checked.
+        arguments: Arguments by name. Names without an annotation are ignored.
 
     Raises:
-        ValueError: If an argument is of another type. An integer passes for a number.
+        ValueError: If the type of an argument does not fit its annotation. An integer is accepted as a number.
     """
     for name, annotation in typing.get_type_hints(function).items():
         if name in arguments and not _fits_annotation(arguments[name], annotation):
@@ -50,7 +49,7 @@ def _fits_annotation(value: object, annotation: object) -> bool:
         return TYPE_CHECKS[annotation][1](value)
     if origin in (UnionType, typing.Union):
         return any(_fits_annotation(value, part) for part in parts)
-    if origin is tuple:  # JSON makes lists of tuples
+    if origin is tuple:  # JSON turns tuples into lists
         return isinstance(value, (tuple, list)) and all(_fits_annotation(entry, parts[0]) for entry in value)
     return origin is not typing.Literal or type(value) in {type(part) for part in parts}
 
@@ -71,10 +70,10 @@ def check_images(name: str, images: torch.Tensor, channels: int | str = "channel
     Args:
         name: Name of the argument.
         images: Images, `(batch, channels, height, width)`.
-        channels: Number of their channels. A word means that any number will do.
+        channels: Required number of channels. A word instead of a number means any number of channels.
 
     Raises:
-        ValueError: If they are not a dense tensor of floating-point numbers, have another shape, or no pixels.
+        ValueError: If the images are not a dense tensor of floating-point numbers, have a wrong shape, or have no pixels.
     """
     is_tensor = isinstance(images, torch.Tensor)
     if is_tensor and images.is_floating_point() and images.layout == torch.strided and images.ndim == 4:
@@ -119,7 +118,7 @@ def one_per_image(name: str, given: torch.Tensor | float | list, images: torch.T
         images: Images, `(batch, ...)`.
 
     Raises:
-        ValueError: If they are not real numbers, or their number is not that of the images.
+        ValueError: If they are not real numbers, or are neither one number nor one per image.
     """
     numbers = as_numbers(name, given)
     if numbers.ndim > 1 or (numbers.ndim == 1 and numbers.shape[0] not in (1, images.shape[0])):

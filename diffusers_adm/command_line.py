@@ -14,17 +14,17 @@ from safetensors import SafetensorError
 
 INSTALL_COMMAND = 'pip install -e ".[train,eval]"'
 
-# Errors whose message is for the user. All others but those of memory are faults of the program.
+# Errors whose message is for the user. All other errors, except those of full memory, are faults of the program.
 USER_ERRORS = (ValueError, OSError, SafetensorError)
 
-MAX_CHARACTERS = 1000  # of a message: some quote a whole file
+MAX_CHARACTERS = 1000  # limit of a message, because some quote a whole file
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parser that reports an error in one line, because the usage of many options would hide it."""
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parses as `argparse` does, but reports unknown options, with the nearest known one. Subparsers report theirs."""
+        """Parses as `argparse` does, and reports unknown options together with the nearest known one, also for subcommands."""
         parsed, others = super().parse_known_args(args, namespace)
         for name in (word.partition("=")[0] for word in others if word.startswith("--")):
             known = [option for action in self._actions for option in action.option_strings]
@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, others
 
     def error(self, message: str) -> None:
-        """Reports an error of the words, and exits with code 2."""
+        """Reports an error of the command line, and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -73,7 +73,7 @@ def reporting_missing_packages(module: str) -> Iterator[None]:
     Ends a program in one line if a package that it imports inside the context is not installed.
 
     Args:
-        module: `__name__` of the importing module. If it is not run as a program, its importer gets the error itself.
+        module: `__name__` of the importing module. If it is not run as a program, the error is raised unchanged.
     """
     try:
         yield
@@ -84,20 +84,20 @@ def reporting_missing_packages(module: str) -> Iterator[None]:
 
 
 def describe_missing_package(error: ModuleNotFoundError) -> str:
-    """Returns the message on a package that is not installed. Modules of this package are never missing, so it raises then."""
+    """Returns the message about a package that is not installed. Raises the error again if a module of this package is missing."""
     if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
         raise error
     return f"the package {error.name} is not installed: run {INSTALL_COMMAND} in a checkout of the repository of diffusers-adm"
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of a message on an unknown name: a question that offers the nearest known one, or nothing."""
+    """Returns the end of a message about an unknown name, which suggests the nearest known one. It is empty if none is near."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {nearest[0]}?" if nearest else ""
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the message of an error for the user, with the name of the file where one failed."""
+    """Returns the message of an error for the user, with the name of the file if the error has one."""
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return "the program that reads the output has ended"
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:

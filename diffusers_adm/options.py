@@ -106,7 +106,7 @@ def option(
         help: Sentence for the parser's help, which adds the default.
         choices: Allowed values.
         metavar: Name of the value in the help. It is the type's by default.
-        parse: Function that parses a word, in the place of the annotation.
+        parse: Function that parses a word, instead of the type of the annotation.
         check: Condition on values that are not `None`.
         negatable: Whether a switch that is off by default has a `--no-` form. Switches that are on by default always have it.
         notes: Further facts for the code that uses the options.

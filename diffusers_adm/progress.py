@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, or occasional lines in a log."""
 
 import datetime
 import sys
@@ -21,11 +21,11 @@ def with_progress(
     Yields items, and shows on stderr how many are done.
 
     Args:
-        items: Items to yield. The work on one is done when the next is asked for.
+        items: Items to yield. An item counts as done when the next one is requested.
         total: Number of items.
         description: Name of the work.
         unit: Name of the items, in the plural.
-        seconds: Seconds between two lines where stderr is no terminal. Shorter work shows nothing there.
+        seconds: Seconds between two lines if stderr is not a terminal. Shorter work then shows nothing.
     """
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=description, unit=f" {unit}")

@@ -1,4 +1,4 @@
-"""Log records of diffusers that tell its users nothing."""
+"""Suppression of log records of diffusers that are useless to users."""
 
 import logging
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ def without_warning(text: str) -> Iterator[None]:
 
 
 class QuietCastMixin:
-    """Model of diffusers that is cast without a warning. It comes first among the bases."""
+    """Model of diffusers that is cast without a needless warning. This class comes first among the bases."""
 
     def to(self, *args, **kwargs):
         """Moves and casts the model, see `ModelMixin.to`."""
-        # Up to version 0.42 diffusers warns of modules to keep in float32 even where a model names none.
+        # Up to version 0.42, diffusers warns about modules to keep in float32 even if the model names none.
         with without_warning("should be kept in float32: []"):
             return super().to(*args, **kwargs)

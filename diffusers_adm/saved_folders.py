@@ -17,7 +17,7 @@ def read_config(path: Path) -> dict:
     Reads a config file of a saved model or pipeline.
 
     Raises:
-        OSError: The file is missing, or does not hold a JSON object.
+        OSError: If the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
         reason = "save or download it again"
@@ -36,7 +36,7 @@ def read_config(path: Path) -> dict:
 
 
 def weight_files(variant: str | None) -> list[str]:
-    """Returns patterns of the files that `save_pretrained` writes weights to, in one part or several."""
+    """Returns patterns of the weight files that `save_pretrained` writes, which may be one file or several."""
     suffix = "" if variant is None else f".{variant}"
     return [
         f"{WEIGHTS}{suffix}.safetensors",
@@ -47,14 +47,14 @@ def weight_files(variant: str | None) -> list[str]:
 
 def check_weights(folder: Path, variant: str | None) -> None:
     """
-    Checks that the weights of a saved model can be read. Their values are not read.
+    Checks that the weight files of a saved model can be opened. The values of the weights are not read.
 
     Args:
         folder: Folder of the model.
         variant: Part of the weight files' names, such as `"fp16"`.
 
     Raises:
-        OSError: There are no weights, or a file is damaged.
+        OSError: If there are no weights, or a file is damaged.
     """
     files = [path for pattern in weight_files(variant) for path in sorted(folder.glob(pattern)) if path.is_file()]
     if not files and (variant is not None or not any(path.is_file() for path in folder.glob(f"{WEIGHTS}*"))):
@@ -75,21 +75,21 @@ def check_weights(folder: Path, variant: str | None) -> None:
 @contextlib.contextmanager
 def loading(class_name: str, place: str) -> Iterator[None]:
     """
-    Turns errors of loading into a `ValueError` that says in one line what cannot be loaded. Errors of files, of the Hub and
-    of memory stay as they are.
+    Turns errors of loading into a `ValueError` that says in one line what cannot be loaded. Errors of files, of the Hub and of
+    memory are raised unchanged.
 
     Args:
         class_name: Name of the class of the model or pipeline.
         place: Folder or id on the Hub.
 
     Raises:
-        ValueError: Something else is wrong, such as a config that describes no model.
+        ValueError: If another error occurs, for example because a config does not describe a model.
     """
     try:
         yield
     except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # diffusers' advice on weights of other shapes, to leave them uninitialised, is none for these models.
+        # Without diffusers' advice for weights of wrong shapes, because it would leave them uninitialised.
         cause = " ".join(str(error).split()).split(" If you want to instead")[0]
         raise ValueError(f"{class_name} cannot be loaded from {place!r}: {cause}") from error

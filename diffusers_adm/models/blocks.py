@@ -29,10 +29,7 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def residual_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
-    """
-    Returns the sum of a residual connection, divided by a factor. The factor is sqrt(2) in the ablation of Table 1 of the paper.
-    Otherwise it is 1.
-    """
+    """Returns the sum of a residual connection, divided by a factor: sqrt(2) in the ablation of Table 1, otherwise 1."""
     total = residual + branch
     return total if output_scale_factor == 1.0 else total / output_scale_factor
 
@@ -271,10 +268,7 @@ class ADMUpBlock(ADMBlock):
 
 @dataclass(kw_only=True)
 class ADMBlockFactory:
-    """Builder of the blocks of one model. It holds their common options, and decides which levels have attention.
-
-    The arguments are those of [`ADMUNet2DModel`].
-
+    """Builder of the blocks of one model, with the arguments of [`ADMUNet2DModel`]. It decides which levels have attention.
     Raises:
         ValueError: If the options do not describe a model.
     """
@@ -433,12 +427,7 @@ class ADMEncoder(nn.Module):
 
 def check_sample(sample: torch.Tensor, in_channels: int, num_levels: int) -> None:
     """
-    Checks the input images of a model.
-
-    Args:
-        sample: Images, `(batch, in_channels, height, width)`.
-        in_channels: Number of channels of the model's images.
-        num_levels: Number of levels of the model.
+    Checks the input images of a model, `(batch, in_channels, height, width)`.
 
     Raises:
         ValueError: If the images are not floating-point numbers, have a wrong number of channels, or have a height or width that

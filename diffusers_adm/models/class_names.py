@@ -1,11 +1,11 @@
-"""Names of classes, as configs hold them: by number, with commas between synonyms."""
+"""Names of classes in configs: one text per class number, with commas between synonyms."""
 
 from numbers import Integral
 
 
 def numbered_names(id2label: dict | None, num_classes: int | None = None) -> dict[int, str] | None:
     """
-    Returns the names of classes with integers as keys. JSON has made strings of them in a saved config.
+    Returns the names of classes with integers as keys. The keys of a saved config are strings, because JSON has no other keys.
 
     Args:
         id2label: Name of each class by its number.
@@ -38,14 +38,15 @@ def synonyms(names: str) -> set[str]:
 
 def check_same_classes(ours: dict[int, str], theirs: dict[int, str]) -> None:
     """
-    Checks that UNet and classifier name their classes alike. One common synonym is enough, in any case of letters.
+    Checks that UNet and classifier have the same classes. The names of a class must have one synonym in common. Upper and lower case
+    do not matter.
 
     Args:
         ours: Names of the UNet's classes.
         theirs: Names of the classifier's classes.
 
     Raises:
-        ValueError: If they name a class differently.
+        ValueError: If the names of a class have no synonym in common.
     """
     for label in sorted(ours.keys() & theirs.keys()):
         if synonyms(ours[label].lower()).isdisjoint(synonyms(theirs[label].lower())):

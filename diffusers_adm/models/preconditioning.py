@@ -1,4 +1,4 @@
-"""Preconditioning of a network that is told the noise level: Karras et al. 2022 (arXiv 2206.00364, Table 1)."""
+"""Preconditioning of a network that is given the noise level (Karras et al. 2022, arXiv 2206.00364, Table 1)."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ class Preconditioning:
     Scales of a network F in D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), which predicts x_0 from x = x_0 + sigma epsilon.
 
     Args:
-        kind: `"edm"` (Karras et al. 2022, Table 1), or `"consistency"`, whose D returns x at `sigma_min` (Song et al. 2023,
-            arXiv 2303.01469, appendix C).
+        kind: Kind of preconditioning: `"edm"` (Karras et al. 2022, Table 1), or `"consistency"`, for which D(x; sigma_min) = x (Song
+            et al. 2023, arXiv 2303.01469, appendix C).
         sigma_data: Standard deviation of the clean images.
         sigma_min: Lowest noise level.
         sigma_max: Highest noise level.
 
     Raises:
-        ValueError: If the kind is unknown, or the numbers are not positive and in order.
+        ValueError: If the kind is unknown, a number is not positive, or `sigma_min` is not below `sigma_max`.
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Preconditioning:
 
     def __post_init__(self):
         if self.kind not in PRECONDITIONINGS:
-            raise ValueError(f"preconditioning={self.kind!r} is not one of {PRECONDITIONINGS}.")
+            raise ValueError(f"`preconditioning` must be one of {PRECONDITIONINGS}, but got {self.kind!r}.")
         if not 0 < self.sigma_data < float("inf"):
-            raise ValueError(f"sigma_data must be positive and finite, but got {self.sigma_data}.")
+            raise ValueError(f"`sigma_data` must be positive and finite, but got {self.sigma_data}.")
         if not 0 < self.sigma_min < self.sigma_max < float("inf"):
             raise ValueError(
                 "sigma_min and sigma_max must be positive and finite, the smaller first, but got"
@@ -45,15 +45,15 @@ class Preconditioning:
         return (sigma**2 + self.sigma_data**2).rsqrt()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the noise level as the network is told it, of the shape of sigma."""
+        """Returns the network's input for the noise level, of the shape of sigma."""
         return sigma.log() / 4
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the share of x in the predicted x_0, of the shape of sigma."""
+        """Returns the coefficient of x in the predicted x_0, of the shape of sigma."""
         return self.sigma_data**2 / (self._above_lowest(sigma) ** 2 + self.sigma_data**2)
 
     def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of the network's output in the predicted x_0, of the shape of sigma."""
+        """Returns the coefficient of the network's output in the predicted x_0, of the shape of sigma."""
         return self._above_lowest(sigma) * self.sigma_data * self.c_in(sigma)
 
     def _above_lowest(self, sigma: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,9 @@ class ADMUNet2DOutput(BaseOutput):
     Output of [`ADMUNet2DModel`].
 
     Args:
-        sample: Prediction, `(batch, out_channels, height, width)`. The first `in_channels` channels predict the noise, or
-            x_0 if the scheduler's `prediction_type` says so, or if the model has preconditioning. With learned variance, as many channels follow. They
-            interpolate the log-variance between its bounds: -1 is the lower bound, 1 the upper.
+        sample: Prediction, `(batch, out_channels, height, width)`. The first `in_channels` channels predict the noise, or x_0 if
+            the scheduler's `prediction_type` is `"sample"` or the model has preconditioning. With learned variance, `in_channels`
+            more channels follow. They interpolate the log-variance: -1 is its lower bound, and 1 is its upper bound.
     """
 
     sample: torch.Tensor
@@ -50,7 +50,7 @@ def build_decoder(
     blocks: ADMBlockFactory, skip_channels: list[int], layers_per_block: int, upsample_type: str
 ) -> nn.ModuleList:
     """
-    Builds the decoder: one block per skip connection, the last connection first.
+    Builds the decoder, with one block per skip connection. The last skip connection comes first.
 
     Args:
         blocks: Builder of the model's blocks.
@@ -68,7 +68,7 @@ def build_decoder(
             if level > 0 and layer == layers_per_block:
                 is_resnet = upsample_type == "resnet"
                 upsampler = blocks.resnet(channels, channels, "up") if is_resnet else ADMUpsample2D(channels)
-            # Built after the upsampler: a seed's initial weights depend on the order.
+            # Built after the upsampler, because the initial weights of a seed depend on the order.
             up_blocks.append(ADMUpBlock(resnet, attention=blocks.attention_at(level), upsampler=upsampler))
     return up_blocks
 
@@ -76,38 +76,37 @@ def build_decoder(
 class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMixin, ADMConfigMixin, AttentionMixin):
     r"""
     UNet of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3): residual blocks with adaptive
-    group normalisation, multi-resolution attention, and BigGAN up- and downsampling. The defaults are the released
+    group normalisation, multi-resolution attention, and BigGAN up- and downsampling. The defaults describe the released
     class-conditional 64x64 model. Every ablation of the paper's Tables 1 to 3 is one argument.
 
     Args:
-        sample_size: Height and width of the images that the model is made for, in pixels. `forward` takes any size that
-            the downsampling divides.
+        sample_size: Height and width of the images in pixels. `forward` supports all sizes that can be halved between all levels.
         in_channels: Number of channels of the image.
-        out_channels: Number of channels of the output: `in_channels`, or twice as many to learn the variance (Nichol &
+        out_channels: Number of channels of the output: `in_channels`, or `2 * in_channels` for a learned variance (Nichol &
             Dhariwal 2021, eq. 15).
-        model_channels: Width that `channel_mult` multiplies.
+        model_channels: Base width, which is multiplied by `channel_mult`.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
         layers_per_block: Number of residual blocks per level. The decoder has one more.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
-        attention_head_dim: Number of channels per attention head. The alternative is `num_attention_heads`.
-        num_attention_heads: Number of heads of every attention layer. The alternative is `attention_head_dim`.
+        attention_head_dim: Number of channels per attention head. `None` if `num_attention_heads` is given.
+        num_attention_heads: Number of heads of every attention layer. `None` if `attention_head_dim` is given.
         norm_num_groups: Number of groups of the group normalisation.
         num_class_embeds: Number of classes. `None` for an unconditional model.
-        use_null_class: Whether the class embedding has one more row, of index `num_class_embeds`, which stands for "no
-            class" (Ho & Salimans 2022).
-        low_res_conditioning: Whether the model takes a low-resolution image with the same number of channels as second
-            input (upsampler).
+        use_null_class: Whether the class embedding has one more row, with index `num_class_embeds`, for the null class. It stands
+            for "no class" (Ho & Salimans 2022).
+        low_res_conditioning: Whether the model is an upsampler, whose second input is a low-resolution image with the same number
+            of channels.
         dropout: Dropout probability of the residual blocks.
-        resnet_time_scale_shift: Use of the embedding: `"scale_shift"` (AdaGN) or `"default"` (it is added).
+        resnet_time_scale_shift: Use of the embedding in residual blocks: `"scale_shift"` (AdaGN) or `"default"` (added).
         downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
         upsample_type: Kind of upsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (nearest neighbours, then a
             convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
-        timestep_scale: Factor on the timestep before it is embedded: `1000 / num_train_timesteps` for a model that was trained
-            with rescaled timesteps (`--rescale_timesteps True` in the original code).
-        preconditioning: Kind of preconditioning of a model that is told the noise level sigma and predicts x_0: `"edm"`
+        timestep_scale: Factor of the timestep before it is embedded. It is `1000 / num_train_timesteps` for a model that was
+            trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        preconditioning: Kind of preconditioning of a model that is given the noise level sigma and predicts x_0: `"edm"`
             (Karras et al. 2022, arXiv 2206.00364) or `"consistency"` (Song et al. 2023, arXiv 2303.01469). `None` for a
-            model that is told the timestep.
+            model that is given the timestep.
         sigma_data: Standard deviation of the clean images, for the preconditioning.
         sigma_min: Lowest noise level of a model with preconditioning.
         sigma_max: Highest noise level of a model with preconditioning.
@@ -118,7 +117,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMUpBlock"]
-    # Without residual blocks: they have some twenty widths, each would be a graph of its own, and torch's limit is eight.
+    # Without residual blocks, because torch would compile a graph for each of their some twenty widths, and its limit is eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -153,19 +152,20 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
             raise ValueError(
-                f"out_channels={out_channels} is neither in_channels={in_channels} nor twice as many (learned variance)."
+                f"`out_channels` must be {in_channels} (`in_channels`), or {2 * in_channels} with learned variance, but got"
+                f" out_channels={out_channels}."
             )
         if preconditioning is not None and out_channels != in_channels:
             raise ValueError(
-                f"preconditioning={preconditioning!r} requires out_channels={in_channels}, because x_0 is predicted and no"
+                f"preconditioning={preconditioning!r} requires out_channels={in_channels}, because it does not support a learned"
                 f" variance, but got {out_channels}."
             )
         if use_null_class and num_class_embeds is None:
             raise ValueError("use_null_class=True requires a class-conditional model, but num_class_embeds is None.")
         if num_class_embeds is not None and num_class_embeds < 1:
-            raise ValueError(f"num_class_embeds must be at least 1, or None, but got {num_class_embeds}.")
+            raise ValueError(f"`num_class_embeds` must be at least 1, or None, but got {num_class_embeds}.")
         if upsample_type not in RESAMPLE_TYPES:
-            raise ValueError(f"upsample_type={upsample_type!r} is not one of {RESAMPLE_TYPES}.")
+            raise ValueError(f"`upsample_type` must be one of {RESAMPLE_TYPES}, but got {upsample_type!r}.")
         blocks = ADMBlockFactory(
             sample_size=sample_size,
             model_channels=model_channels,
@@ -225,13 +225,13 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         Args:
             checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
                 copied only where their layout or data type differs.
-            flags: Model flags of the original command line, as one string. Shapes tell most of a model, and the given
-                flags are checked against them. Released files, which are recognised by name, need none.
+            flags: Model flags of the original command line, as one string. Most of the architecture is inferred from tensor
+                shapes, and the given flags are checked against them. Released files are recognised by name and need no flags.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the file cannot be read, the flags contradict it, it is not that of a published UNet, or `dtype` is
-                not a floating-point type.
+            ValueError: If the file cannot be read, is not a UNet of the original code or contradicts the flags, or `dtype` is not
+                a floating-point type.
         """
         return PublishedCheckpoint.of(checkpoint, flags).load(cls, "UNet", dtype)
 
@@ -240,7 +240,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         Converts the weights back to the names and layouts of the original code.
 
         Args:
-            use_new_attention_order: Flag of the original code with this name, for which the tensors are laid out.
+            use_new_attention_order: Value of the flag `--use_new_attention_order` with which the original code is to load them.
 
         Raises:
             ValueError: If the original code has no such model.
@@ -249,7 +249,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the output has a second set of channels, for the variance."""
+        """Whether the model has a learned variance, which is the second half of the output's channels."""
         return self.config.out_channels == 2 * self.config.in_channels
 
     @property
@@ -259,18 +259,18 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
     def epsilon_view(self, class_labels: torch.Tensor | None = None) -> "EpsilonView":
         """
-        Returns the same network without the variance, for callers that do not expect a learned variance, such as solvers of
-        inverse problems. Stock schedulers take its output. The `variance_type` of a `DDPMScheduler` must be a fixed one.
+        Returns a view of the model without its learned variance, for callers that do not expect one, such as solvers of inverse
+        problems. Stock schedulers support its output. A `DDPMScheduler` must then have a fixed `variance_type`.
 
         Args:
-            class_labels: Class of each image, for callers that pass no labels.
+            class_labels: Class of each image, `(batch,)`, for callers that pass no labels.
 
         Raises:
             ValueError: If the model has preconditioning.
         """
         if self.preconditioner is not None:
             raise ValueError(
-                "epsilon_view() requires a model that predicts the noise, but this one predicts x_0 itself"
+                "epsilon_view() requires a model that predicts the noise, but this model predicts x_0"
                 f" (preconditioning={self.config.preconditioning!r})."
             )
         return EpsilonView(self, class_labels)
@@ -280,12 +280,14 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
     ) -> None:
         check_sample(sample, self.config.in_channels, len(self.config.channel_mult))
         if self.class_embedding is None and class_labels is not None:
-            raise ValueError("class_labels were given to an unconditional model (num_class_embeds=None).")
+            raise ValueError(
+                "class_labels were given to an unconditional model (num_class_embeds=None). Leave them out."
+            )
         if self.class_embedding is not None and class_labels is None and self.null_class is None:
-            raise ValueError("class_labels are missing: the model is class-conditional and has no null class.")
+            raise ValueError("class_labels are missing, but the model is class-conditional and has no null class.")
         if (low_res is not None) != self.config.low_res_conditioning:
             raise ValueError(
-                "low_res must be given if and only if low_res_conditioning is True, but it is"
+                "low_res must be given if and only if low_res_conditioning is True, but low_res_conditioning is"
                 f" {self.config.low_res_conditioning}, and low_res is {'missing' if low_res is None else 'given'}."
             )
         if low_res is not None:
@@ -302,7 +304,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
             raise ValueError(f"class_labels must be integers, but got {class_labels.dtype}.")
         try:
             return self.class_embedding(class_labels.long())
-        except IndexError as error:  # on the CPU; reading labels on a GPU would wait for it
+        except IndexError as error:  # only on the CPU, because reading labels on a GPU would wait for it
             last = self.class_embedding.num_embeddings - 1
             raise ValueError(f"class_labels must be in [0, {last}], but got {class_labels.tolist()}.") from error
 
@@ -315,21 +317,20 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         return_dict: bool = True,
     ) -> ADMUNet2DOutput | tuple[torch.Tensor]:
         """
-        Predicts the noise, or x_0, and the variance where it is learned. With preconditioning, x_0 is predicted.
+        Predicts the noise or x_0, and the variance if it is learned. A model with preconditioning predicts x_0.
 
         Args:
-            sample: Noised images, `(batch, in_channels, height, width)`. With preconditioning they are x_0 + sigma * epsilon.
-                In float32 they lose nothing to weights in half precision.
-            timestep: Training timestep per image, `(batch,)`, or one for all. With preconditioning it is the noise level
+            sample: Noised images, `(batch, in_channels, height, width)`. With preconditioning they are x_0 + sigma * epsilon, and
+                float32 images keep their precision even if the weights are in half precision.
+            timestep: Training timestep of each image, `(batch,)`, or one for all. With preconditioning, it is the noise level
                 sigma, above 0.
-            class_labels: Class of each image, `(batch,)`. `None` for an unconditional model, or to run a model that
-                has a null class without a class.
-            low_res: Low-resolution images, `(batch, in_channels, any height, any width)`. Only an upsampler takes them.
+            class_labels: Class of each image, `(batch,)`. `None` for an unconditional model, or for the null class.
+            low_res: Low-resolution images of an upsampler, `(batch, in_channels, any height, any width)`.
             return_dict: Whether to return an [`ADMUNet2DOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If labels or low-resolution images are missing or not taken, an argument has another type or shape,
-                height and width cannot be halved between all levels, or a label on the CPU does not exist.
+            ValueError: If labels or low-resolution images are missing or not supported, an argument has a wrong type or shape,
+                height and width cannot be halved between all levels, or a label on the CPU is out of range.
         """
         self._check_inputs(sample, class_labels, low_res)
         if self.preconditioner is None:
@@ -389,12 +390,12 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
 class EpsilonView(nn.Module):
     """
-    UNet without its variance: the output has as many channels as the image. It shares the UNet's weights, and its
-    `config` differs only in `out_channels`.
+    View of a UNet without its learned variance. Its output has as many channels as the image. It shares the weights of the UNet.
+    Its `config` differs only in `out_channels`.
 
     Args:
         unet: UNet to wrap.
-        class_labels: Class of each image, `(batch,)`, for calls that pass none.
+        class_labels: Class of each image, `(batch,)`, for calls without labels.
     """
 
     def __init__(self, unet: ADMUNet2DModel, class_labels: torch.Tensor | None = None):

@@ -26,7 +26,7 @@ ADDED_OPTIONS = (
 
 
 class CompleteWeightsMixin:
-    """Model of diffusers that is loaded with all its weights or not at all. It comes before `ModelMixin` among the bases."""
+    """Model of diffusers that refuses to load with missing weights. This class comes before `ModelMixin` among the bases."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self | tuple[Self, dict]:
@@ -38,8 +38,8 @@ class CompleteWeightsMixin:
             kwargs: Arguments of `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: If a file is given in the place of a folder, the folder holds another model, or weights are missing or
-                have other shapes. diffusers itself leaves missing weights without values.
+            ValueError: If a file is given instead of a folder, the folder holds another model, or weights are missing or have wrong
+                shapes. diffusers itself would leave missing weights uninitialised.
             OSError: If a file is missing or damaged.
         """
         check_is_saved_model(pretrained_model_name_or_path)
@@ -74,22 +74,22 @@ def check_config_file(path: Path, model_class: type) -> None:
     config = read_config(path)
     name, known = config.get("_class_name"), [base.__name__ for base in model_class.__mro__]
     required = inspect.signature(model_class.__init__).parameters.keys() - {"self", *ADDED_OPTIONS}
-    # Derived classes have names of their own, and all options of the class.
+    # A derived class has another name, but all options of the class.
     if name not in known and not required <= config.keys():
         described = "no class" if name is None else repr(name)
         raise ValueError(
-            f"The file {str(path)!r} must describe {model_class.__name__}, but it is that of {described}."
+            f"The file {str(path)!r} must describe {model_class.__name__}, but it is that of {described}. Load it with that class."
         )
     try:
         check_types(model_class.__init__, config)
     except ValueError as error:
-        raise ValueError(f"The file {str(path)!r} is wrong: {error}") from error
+        raise ValueError(f"The file {str(path)!r} has a wrong entry: {error}") from error
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
-    Casts the weights one after the other. Narrower weights take the place of the old ones, so that a large checkpoint
-    needs only its own memory. For a file that is mapped into memory, this changes only the process's own pages.
+    Casts the weights one after the other. Narrower weights are written into the memory of the old ones, so that a large checkpoint
+    needs no further memory. If a file is mapped into memory, the file itself does not change.
 
     Args:
         model: Model whose weights are cast.

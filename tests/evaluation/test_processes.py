@@ -37,7 +37,7 @@ def test_processes_of_a_launch_on_a_cpu_share_the_images(model, tmp_path):
 def test_processes_that_cannot_be_joined_are_refused(monkeypatch):
     join_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")  # as where something had made a state of one process before
-    with pytest.raises(ValueError, match="2 processes were launched, which cannot be joined"):
+    with pytest.raises(ValueError, match="2 processes were launched, but they cannot be joined"):
         join_processes()
 
 

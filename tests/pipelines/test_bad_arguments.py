@@ -39,7 +39,7 @@ WRONG_PARTS = [
 @pytest.mark.parametrize("name, part", WRONG_PARTS)
 def test_pipeline_of_a_wrong_part_is_refused(name, part):
     parts = {"unet": tiny_unet(), "scheduler": tiny_scheduler(), "classifier": tiny_classifier()}
-    said = "these schedulers are" if name == "scheduler" else f"`{name}` must be an instance of"
+    said = "is not supported. Use one of DDPMScheduler" if name == "scheduler" else f"`{name}` must be an instance of"
     with pytest.raises(ValueError, match=said):
         ClassifierGuidedPipeline(**{**parts, name: part})
     with pytest.raises(ValueError, match=said):
