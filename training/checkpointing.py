@@ -1,4 +1,4 @@
-"""Checkpoints of a run: writing, rotation and resumption."""
+"""Checkpoints of a run: writing, removing old ones, and resuming."""
 
 import json
 import re
@@ -32,23 +32,23 @@ from diffusers_adm.training.stopping import StopRequest
 logger = get_logger(__name__)
 
 MODELS = ("pipeline", "classifier")
-VALIDATED = "validated"  # empty file of a checkpoint whose step is validated
+VALIDATED = "validated"  # empty file that marks a checkpoint whose step has been validated
 
 
 @dataclass
 class TrainingState:
     """
-    State of a run that a checkpoint keeps, beside what accelerate keeps.
+    State of a run that a checkpoint stores in addition to the state that accelerate stores.
 
     Args:
-        images: Training images, of which a stream has a position.
+        images: Training images. A stream has a position, which is stored.
         averages: Moving averages of the weights.
-        sampler: Module that draws timesteps and learns from their losses.
-        global_step: Number of optimizer steps, skipped ones included.
+        sampler: Timestep sampler.
+        global_step: Number of optimizer steps, including skipped ones.
         validated_step: Number of steps at the last validation that was completed.
-        skipped_steps: Number of steps that changed nothing, because fp16 overflowed.
+        skipped_steps: Number of steps that were skipped because fp16 overflowed.
         epoch: Number of complete passes over the images.
-        images_into_epoch: Number of images of the current pass.
+        images_into_epoch: Number of images seen in the current pass.
     """
 
     images: LabelledImages | StreamedImages
@@ -63,12 +63,12 @@ class TrainingState:
 
 class Checkpointer:
     """
-    Writes the checkpoints of a run, removes old ones, and restores the state that they hold.
+    Writes the checkpoints of a run, removes old ones, and restores the state from them.
 
     Args:
         options: Options of the run.
         accelerator: Accelerator of the run.
-        stop: Agreement of the processes.
+        stop: Stop request, through which the processes agree.
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator, stop: StopRequest):
@@ -80,43 +80,45 @@ class Checkpointer:
 
     def find(self) -> Path | None:
         """
-        Returns the checkpoint to resume from, or `None` if the run begins.
+        Returns the checkpoint to resume from, or `None` for a new run.
 
         Raises:
-            ValueError: If there is no such checkpoint, or the output folder has checkpoints or models of another run.
+            ValueError: If the checkpoint does not exist, or the output folder holds checkpoints or models of another run.
         """
         name = self.options.output.resume_from_checkpoint
         if name is None:
             models = [self.output_dir / model for model in MODELS if (self.output_dir / model).exists()]
             for found in (*list_checkpoints(self.output_dir), *models):
                 raise ValueError(
-                    f"--output_dir {self.output_dir} holds {found.name} of an earlier run: pass --resume_from_checkpoint"
+                    f"--output_dir {self.output_dir} holds {found.name} of an earlier run. Pass --resume_from_checkpoint"
                     " latest, or another folder."
                 )
             return None
         if name == "latest":
-            # As the main process sees them: on a disk of its own another would find none, and silently begin.
+            # The list of the main process. A process with its own disk would find no checkpoint and silently begin a new run.
             [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
             if not checkpoints:
-                self.accelerator.print(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
+                self.accelerator.print(
+                    f"There is no checkpoint in {self.output_dir} yet, so the run starts from the beginning."
+                )
                 return None
             return checkpoints[-1]
         folder = Path(name)
         if not (folder / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {name}: no checkpoint is there.")
+            raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint or latest, but got {name}.")
         return folder
 
     def check(self, folder: Path, images: LabelledImages | StreamedImages) -> None:
         """
-        Checks that a checkpoint belongs to this run, and warns if the rest of the run will differ.
+        Checks that a checkpoint belongs to this run. Warns if the resumed run will differ from an uninterrupted one.
 
         Args:
-            folder: The checkpoint.
+            folder: Folder of the checkpoint.
             images: Training images.
 
         Raises:
-            ValueError: If the checkpoint is incomplete, damaged, holds what might run code, or is of a run with other
-                options or classes.
+            ValueError: If the checkpoint is incomplete or damaged, holds objects that might run code, or is from a run with
+                other options or classes.
         """
         check_parts(folder, scaled=self.accelerator.scaler is not None)
         differing = contradictions(self.options, (folder / "options.yaml").read_text())
@@ -129,17 +131,17 @@ class Checkpointer:
         for name, value in now.items():
             if saved[name] != value:
                 logger.warning(
-                    "%s was written with %s %s, and this run has %s: the order of the images, what is drawn at random, or"
-                    " the number of images a step differ from here on.",
+                    "%s was written with %s %s, and this run has %s. The order of the images, random numbers or the number of"
+                    " images per step differ from here on.",
                     folder, name, saved[name], value,
                 )  # fmt: skip
 
     def load(self, folder: Path, state: TrainingState) -> None:
         """
-        Restores the state of a run, and of all that accelerate has prepared.
+        Restores the state of a run, and of all objects that accelerate has prepared.
 
         Raises:
-            ValueError: If a part of the checkpoint is of another run.
+            ValueError: If a file of the checkpoint is from another run.
         """
         saved = read_progress(folder)
         load_prepared(self.accelerator, folder)
@@ -159,7 +161,7 @@ class Checkpointer:
         if num_processes == self.accelerator.num_processes:
             positions = json.loads(self._positions_file(folder).read_text())
             state.images.positions = [tuple(position) for position in positions]
-        else:  # files are divided anew: with a new pass
+        else:  # the files are divided in another way, so a new pass begins
             positions = json.loads((folder / "stream_0.json").read_text())
             next_epoch = 1 + max(epoch for epoch, _ in positions)
             state.images.positions = [(next_epoch, 0)] * len(state.images.positions)
@@ -167,21 +169,21 @@ class Checkpointer:
 
     def save(self, state: TrainingState, must_succeed: bool = False) -> None:
         """
-        Writes `checkpoint-N` under another name, flushes and renames it, and only then removes the oldest.
+        Writes `checkpoint-N` under a temporary name, flushes and renames it, and then removes old checkpoints.
 
         Args:
             state: State of the run.
-            must_succeed: Whether a failure is raised. Otherwise it is logged: the disk may have room the next time.
+            must_succeed: Whether to raise a failure. Otherwise it is logged, because the disk may have space at the next save.
         """
         folder = self.output_dir / f"checkpoint-{state.global_step}"
         partial = partial_folder(folder)
         try:
             self._on_all(lambda: self._write(state, partial))
-            # Not before all have written: names come and go in a folder that is written to.
+            # Only after all processes have written, because files in the folder are renamed until then.
             self._on_all(lambda: flush_folder(partial))
             self._on_all(lambda: self._put_in_place(partial, folder))
-        except Exception as error:  # of safetensors, torch or the system, as it happens
-            # torch does not tell that a disk is full.
+        except Exception as error:  # safetensors, torch and the system raise errors of many types
+            # The error of torch does not say that the disk is full.
             free = shutil.disk_usage(self.output_dir).free / 2**20
             failure = f"Cannot write {folder} while {free:.1f} MiB are free: {error}. {self.describe_last()}"
             if self.accelerator.is_main_process:
@@ -195,14 +197,14 @@ class Checkpointer:
         self.saved_step = state.global_step
 
     def _on_all(self, task: Callable[[], None]) -> None:
-        """Carries out a task. It raises on all processes if it fails on any, and returns when it is done on all."""
+        """Runs a task on all processes, and waits for all. If it fails on one process, all processes raise."""
         failure = None
         try:
             task()
         except Exception as error:
             failure = error
         if self.stop.on_any_process(failure is not None):
-            raise failure or RuntimeError("another process could not write its part")
+            raise failure or RuntimeError("another process could not write its files")
 
     def _write(self, state: TrainingState, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -231,13 +233,13 @@ class Checkpointer:
             remove_old_checkpoints(self.output_dir, output.checkpoints_total_limit, output.keep_every)
 
     def mark_validated(self, state: TrainingState) -> None:
-        """Notes that the step is validated, so that a run that resumes after it does not validate it again."""
+        """Records that the step has been validated, so that a resumed run does not validate it again."""
         state.validated_step = state.global_step
         if self.accelerator.is_main_process and self.saved_step == state.global_step:
             (self.output_dir / f"checkpoint-{state.global_step}" / VALIDATED).touch()
 
     def _positions_file(self, folder: Path) -> Path:
-        """Returns the file with this process's position in its stream."""
+        """Returns the file that stores the position of this process in its stream."""
         return folder / f"stream_{self.accelerator.process_index}.json"
 
     def describe_last(self) -> str:
@@ -247,31 +249,31 @@ class Checkpointer:
 
 
 def check_class_names(folder: Path, saved: list[str] | None, now: list[str] | None) -> None:
-    """Raises a ValueError if the classes of a checkpoint are not those of the dataset, in the same order."""
+    """Raises a `ValueError` if the classes of a checkpoint and of the dataset differ, or are in a different order."""
     if saved == now:
         return
     saved, now = saved or [], now or []
     missing, added = [name for name in saved if name not in now], [name for name in now if name not in saved]
     changes = [f"without {missing[:5]}"] * bool(missing) + [f"with new {added[:5]}"] * bool(added)
     raise ValueError(
-        f"{folder} was trained with other classes, and the dataset is now {' and '.join(changes) or 'in another order'}:"
-        " restore the names of the classes, or begin a new run in another --output_dir."
+        f"{folder} was trained with other classes. The dataset is now {' and '.join(changes) or 'in another order'}."
+        " Restore the names of the classes, or begin a new run in another --output_dir."
     )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders `checkpoint-N` by their steps. Folders of other names, such as copies of them, are left out."""
+    """Returns the folders `checkpoint-N` in the order of their steps. Folders with other names, such as copies, are left out."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(checkpoints, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Returns the N of `checkpoint-N`."""
+    """Returns the step N of a folder `checkpoint-N`."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> None:
-    """Removes all but the latest `limit` checkpoints and multiples of `keep_every`."""
+    """Removes old checkpoints. The latest `limit` checkpoints and those at multiples of `keep_every` are kept."""
     temporary = [
         path for path in list_checkpoints(folder) if keep_every is None or checkpoint_step(path) % keep_every != 0
     ]

@@ -1,4 +1,4 @@
-"""Model card of a trained model, and its upload to the Hub."""
+"""Model card of a trained model, and upload to the Hub."""
 
 import shutil
 import threading
@@ -21,7 +21,7 @@ from diffusers_adm.training.plan import device_name, images_per_step
 
 logger = get_logger(__name__)
 
-# Files of an upload: no training state and no raw weights.
+# Files that are uploaded. Training state and raw weights are left out.
 PUBLISHED = [
     "README.md",
     "model_index.json",
@@ -34,7 +34,7 @@ PUBLISHED = [
     "samples/*",
 ]
 ATTEMPTS = 3
-# Next steps after a training, by the class that was saved.
+# Next step of the user, by the class that was saved.
 NEXT_STEPS = {
     "ClassifierGuidedPipeline": "diffusers-adm sample --model {folder} --num_samples 16 --output {run}/drawn",
     "ADMUpsamplePipeline": "diffusers-adm sample --model {folder} --low_res SMALL.npz --num_samples 16 --output {run}/drawn",
@@ -45,20 +45,20 @@ NEXT_STEPS = {
 
 def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
     """
-    Creates the repository and checks that it can be written to, before the first step.
+    Creates the repository before the first step, and checks that it can be written to.
 
     Args:
         hub: Repository and token.
         accelerator: Accelerator of the run.
-        dry_run: Whether nothing is created, and only the token is checked.
+        dry_run: Whether to check only the token, without creating anything.
 
     Raises:
-        ValueError: If there is no id, no token, or the Hub refuses it.
+        ValueError: If the id or the token is missing, or the Hub refuses it.
     """
     if not hub.push_to_hub or not accelerator.is_main_process:
         return
     if hub.hub_model_id is None:
-        raise ValueError("--push_to_hub needs --hub_model_id, such as me/my-model.")
+        raise ValueError("--push_to_hub requires --hub_model_id, such as me/my-model.")
     try:
         api = HfApi(token=hub.hub_token)
         if dry_run:
@@ -68,21 +68,21 @@ def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
         api.auth_check(repo_id, write=True)
         if hub.hub_revision is not None:
             api.create_branch(repo_id, branch=hub.hub_revision, exist_ok=True)
-    except Exception as error:  # of the Hub, its client or the network
+    except Exception as error:  # the Hub, its client and the network raise many types
         raise ValueError(
-            f"--push_to_hub: the Hub refuses --hub_model_id {hub.hub_model_id}: log in by `hf auth login` or give"
-            f" --hub_token ({' '.join(str(error).split())})."
+            f"The Hub refuses --hub_model_id {hub.hub_model_id}. Log in with `hf auth login`, or pass --hub_token"
+            f" ({' '.join(str(error).split())})."
         ) from error
 
 
 def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
     """
-    Uploads a folder in up to three attempts. If they fail, a message says how to upload it by hand.
+    Uploads a folder in up to three attempts. If all fail, a message says how to upload it by hand.
 
     Args:
         hub: Repository and token.
-        folder: Folder that `save_pretrained` has written, with its card.
-        output_dir: Folder of the run, which keeps a folder of the same name.
+        folder: Folder that `save_pretrained` has written, with its model card.
+        output_dir: Folder of the run. It keeps a folder of the same name.
 
     Returns:
         Whether the folder was uploaded.
@@ -97,20 +97,22 @@ def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
                 delete_patterns=CODE_PATTERNS,
                 commit_message=f"Upload {folder.name}",
             )
-        except Exception as error:  # of the Hub, its client or the network
-            logger.warning("Push %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, hub.hub_model_id, error)
+        except Exception as error:  # the Hub, its client and the network raise many types
+            logger.warning("Upload attempt %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, hub.hub_model_id, error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(hub.hub_retry_seconds * 2**attempt)
         else:
             return True
     kept = output_dir / folder.name
-    logger.error("Nothing is lost: push it by `hf upload %s %s`.", hub.hub_model_id, kept)
+    logger.error(
+        "The upload failed, but nothing is lost. Upload it by hand with `hf upload %s %s`.", hub.hub_model_id, kept
+    )
     return False
 
 
 class BackgroundPush:
     """
-    Uploads a folder of a run while the run goes on.
+    Uploads a folder of a run in the background.
 
     Args:
         hub: Repository and token.
@@ -123,24 +125,24 @@ class BackgroundPush:
         self.thread: threading.Thread | None = None
 
     def start(self, folder: Path) -> None:
-        """Uploads a folder as it is now, unless the previous push is still going on."""
+        """Uploads the current content of a folder, unless the previous upload is still running."""
         if self.thread is not None and self.thread.is_alive():
-            logger.warning("The push before is still under way: this one is left out.")
+            logger.warning("The previous upload is still running, so this one is skipped.")
             return
         copies = self.output_dir / "partial-push"
-        shutil.rmtree(copies, ignore_errors=True)  # of a run that was killed
-        copy = shutil.copytree(folder, copies / folder.name)  # the run writes the folder anew
+        shutil.rmtree(copies, ignore_errors=True)  # left by a killed run
+        copy = shutil.copytree(folder, copies / folder.name)  # the run may overwrite the folder during the upload
 
         def push() -> None:
             publish(self.hub, copy, self.output_dir)
             shutil.rmtree(copies, ignore_errors=True)
 
-        # A daemon: a run that is stopped does not wait for the Hub.
+        # A daemon thread, so that a run that is stopped does not wait for the Hub.
         self.thread = threading.Thread(target=push, daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
-        """Waits for the push that is going on, which must not come after the next one."""
+        """Waits for the running upload, which must end before the next one begins."""
         if self.thread is not None:
             self.thread.join()
 
@@ -176,7 +178,7 @@ def write_card(
     steps: int,
 ) -> None:
     """
-    Writes `README.md` into a model's folder, from the run's own facts, and the last grid beside it.
+    Writes the model card `README.md` into the folder of a model, from the facts of the run. Adds the last sample grid.
 
     Args:
         options: Options of the run.
@@ -184,8 +186,8 @@ def write_card(
         folder: Folder that `save_pretrained` has written.
         class_name: Class that was saved: "ClassifierGuidedPipeline", "ADMUpsamplePipeline" or "NoisyClassifier".
         num_images: Number of training images, or `None` for a stream.
-        classes: Names of the classes.
-        steps: Number of steps that were taken.
+        classes: Names of the classes, or `None` without labels.
+        steps: Number of optimizer steps of the run.
     """
     metrics: dict[str, float] = {}
     for entry in read_metrics(options.output.output_dir / "metrics.jsonl"):
@@ -218,9 +220,8 @@ def write_card(
 
 ## Limits
 
-The model knows its training images alone: it repeats their biases and mistakes, and may repeat some of the images. It was made for
-research on generative models; nobody has examined whether it is fit for anything else, and it should not be used to depict people or
-to deceive.
+The model knows only its training images. It repeats their biases and mistakes, and may repeat some of the images. It was made for
+research on generative models, and has not been examined for any other use. It should not be used to depict people or to deceive.
 """
     with atomic_write(folder / "README.md") as partial:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(partial)
@@ -247,13 +248,15 @@ def _held_out_results(metrics: dict[str, float], dataset: str) -> list[EvalResul
 
 
 def _add_picture(samples: Path, folder: Path) -> str:
-    """Copies the last grid of a run to a model's folder. Returns the part of the card that shows it."""
+    """Copies the last sample grid of a run to the folder of a model. Returns the part of the card that shows it."""
     grids = sorted(samples.glob("step-*.png"), key=lambda path: path.stat().st_mtime)
     if not grids:
         return ""
     (folder / "samples").mkdir(exist_ok=True)
     shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
-    return "\n![Drawn with the moving average of the weights, and right of it with the weights.](samples/grid.png)\n"
+    return (
+        "\n![Images of the averaged weights on the left, and of the current weights on the right.](samples/grid.png)\n"
+    )
 
 
 def _describe_training(
@@ -264,7 +267,7 @@ def _describe_training(
     steps: int,
     metrics: dict[str, float],
 ) -> str:
-    """Returns the part of the card that tells data, length, options and metrics of a run."""
+    """Returns the part of the model card about data, length, options and metrics of a run."""
     images = "A stream of images" if num_images is None else f"{num_images} images"
     dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
     optimisation, resolution = options.optimisation, options.format.resolution
@@ -284,11 +287,11 @@ def _describe_training(
 {" ".join(as_command_line(options))}
 ```
 
-| after these steps | |
+| metric after the last step | value |
 | --- | --- |
 {rows}"""
 
 
 def _hub_id(name: str | None) -> str | None:
-    """Returns a name, or `None` if it is that of a folder or of a format of files."""
+    """Returns a name if it is an id on the Hub, or `None` for a folder or a file format."""
     return name if name is not None and "/" in name and not Path(name).exists() else None

@@ -1,4 +1,4 @@
-"""Setting up a run: processes, images, model, optimizer and loader, from the options."""
+"""Setup of a run from its options: processes, images, model, optimizer and loaders."""
 
 import os
 from typing import Any
@@ -31,17 +31,17 @@ logger = get_logger(__name__)
 
 def set_up_accelerator(options: TrainingOptions) -> Accelerator:
     """
-    Joins the processes, divides the batch among them, and seeds them. It comes before everything that is random.
+    Joins the processes, divides the batch among them, and seeds them. Call it before any code that draws random numbers.
 
     Raises:
-        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, they would divide the
-            weights, or the tracker is not installed.
+        ValueError: If the processes cannot be joined, `total_batch_size` cannot be divided among them, the launcher would divide
+            the weights among them, or the tracker is not installed.
     """
     optimisation, tracker = options.optimisation, options.output.report_to
     trackers = [str(available) for available in get_available_trackers()]
     if tracker is not None and tracker not in (*trackers, "all"):
         raise ValueError(
-            f"--report_to {tracker} is not installed. These trackers are: {', '.join(trackers) or 'none'}."
+            f"--report_to {tracker} is not installed. Installed trackers: {', '.join(trackers) or 'none'}."
         )
     divide_batch(optimisation, join_processes().num_processes)
     if optimisation.allow_tf32:
@@ -49,7 +49,7 @@ def set_up_accelerator(options: TrainingOptions) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=optimisation.mixed_precision,
-        # An epoch's last batches do not make a step by themselves: its gradient would be too small.
+        # Accumulation goes on across the end of an epoch, because a step of fewer batches would have too small a gradient.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=optimisation.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -68,10 +68,10 @@ def set_up_accelerator(options: TrainingOptions) -> Accelerator:
 
 def divide_batch(optimisation: OptimisationOptions, num_processes: int) -> None:
     """
-    Sets `gradient_accumulation_steps` to that of `total_batch_size`.
+    Sets `gradient_accumulation_steps` as `total_batch_size` implies.
 
     Raises:
-        ValueError: If the total is not a multiple of what the processes take at once.
+        ValueError: If the total is not a multiple of the batch size of all processes.
     """
     total = optimisation.total_batch_size
     if total is None:
@@ -79,41 +79,41 @@ def divide_batch(optimisation: OptimisationOptions, num_processes: int) -> None:
     at_once = optimisation.train_batch_size * num_processes
     if total < at_once or total % at_once:
         raise ValueError(
-            f"--total_batch_size {total} is not a multiple of {at_once}, which is --train_batch_size times the number of"
-            " processes."
+            f"--total_batch_size must be a multiple of {at_once}, which is --train_batch_size times the number of processes,"
+            f" but got {total}."
         )
     optimisation.gradient_accumulation_steps = total // at_once
 
 
 def check_distribution(distributed_type: DistributedType) -> None:
-    """Raises a ValueError if weights would be divided among processes, which averages and checkpoints do not support."""
+    """Raises a `ValueError` if weights would be divided among processes. Averages and checkpoints do not support that."""
     if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"These scripts do not run under {distributed_type.value}: launch them with --multi_gpu, which gives each process"
-            " all weights, and save memory by --gradient_checkpointing, --offload_ema and --use_8bit_adam."
+            f"{distributed_type.value} is not supported, because it divides the weights among processes. Launch with --multi_gpu,"
+            " and save memory with --gradient_checkpointing, --offload_ema and --use_8bit_adam."
         )
 
 
 def load_training_images(
     options: TrainingOptions, labelled: bool = True
 ) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
-    """Loads the images to train on, and those that are held out, see `load_images`."""
+    """Loads training images and held-out images, see `load_images`."""
     seed = options.optimisation.seed
     return load_images(options.source, options.format, options.selection, seed=seed, labelled=labelled)
 
 
 def resolve_steps(optimisation: OptimisationOptions, num_images: int | None, num_processes: int) -> None:
     """
-    Sets `max_train_steps` to that of `num_epochs`.
+    Sets `max_train_steps` as `num_epochs` implies.
 
     Raises:
-        ValueError: If the number of images is not known, or there are too few for a batch on each process.
+        ValueError: If the number of images is not known, or there are too few for one batch per process.
     """
     if optimisation.num_epochs is None:
         return
     if num_images is None:
         raise ValueError(
-            "--num_epochs needs to know how many images there are, which a stream does not: give --max_train_steps."
+            "--num_epochs is not supported with --streaming, because the number of images is not known. Pass --max_train_steps."
         )
     check_number_of_images(optimisation.train_batch_size, num_images, num_processes)
     batches = optimisation.num_epochs * (num_images // (optimisation.train_batch_size * num_processes))
@@ -121,15 +121,16 @@ def resolve_steps(optimisation: OptimisationOptions, num_images: int | None, num
 
 
 def check_number_of_images(batch_size: int, num_images: int | None, num_processes: int) -> None:
-    """Raises a ValueError if there are too few images for one batch per process. The number of a stream is not known."""
+    """Raises a `ValueError` if there are too few images for one batch per process. A stream has no known number of images."""
     if num_images is not None and num_images < batch_size * num_processes:
         raise ValueError(
-            f"{num_images} images do not fill a batch of {batch_size} on each of {num_processes} processes."
+            f"--train_batch_size {batch_size} on {num_processes} processes needs at least {batch_size * num_processes} images,"
+            f" but got {num_images}."
         )
 
 
 def model_config(architecture: ArchitectureOptions, format: ImageFormat) -> dict[str, Any]:
-    """Returns the part of a model's config that all models share."""
+    """Returns the entries of a model's config that UNets and classifiers share."""
     return {
         "sample_size": format.resolution,
         "in_channels": format.in_channels,
@@ -151,7 +152,7 @@ def model_config(architecture: ArchitectureOptions, format: ImageFormat) -> dict
 def build_unet(
     options: UNetTrainingOptions, num_classes: int | None, low_res_conditioning: bool = False
 ) -> ADMUNet2DModel:
-    """Builds the UNet that the options describe, with random weights."""
+    """Builds the UNet of the options with random weights."""
     return ADMUNet2DModel(
         out_channels=options.format.in_channels * (2 if options.objective.learn_sigma else 1),
         num_class_embeds=num_classes,
@@ -163,14 +164,14 @@ def build_unet(
 
 
 def prepare_model(model: ModelMixin, options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Sets gradient checkpointing, memory format and attention backend of a model."""
+    """Sets the gradient checkpointing, memory format and attention backend of a model."""
     if options.architecture.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.optimisation.channels_last:
         model.to(memory_format=torch.channels_last)
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     if on_cpu and "DIFFUSERS_ATTN_BACKEND" not in os.environ:
-        # The backward pass of torch's fused attention takes four times as long there.
+        # The backward pass of torch's fused attention takes four times as long on the CPU in bfloat16.
         with without_warning("Attention backends are an experimental feature"):
             model.set_attention_backend("_native_math")
 
@@ -182,7 +183,7 @@ def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled
     Args:
         model: Model to train.
         options: Settings of the optimizer.
-        scaled: Whether the loss is scaled, as fp16 needs.
+        scaled: Whether the loss is scaled, which fp16 needs.
 
     Raises:
         ValueError: If `use_8bit_adam` is set and bitsandbytes is not installed.
@@ -198,9 +199,9 @@ def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+            raise ValueError("--use_8bit_adam requires bitsandbytes. Run: pip install bitsandbytes") from error
         return AdamW8bit(parameters, **settings)
-    # Under fp16's loss scaling the fused kernel skips a step by itself, and nobody learns of it.
+    # With loss scaling, the fused kernel skips steps without reporting it, so averages and learning rate would still move.
     return torch.optim.AdamW(parameters, fused=not scaled, **settings)
 
 
@@ -217,11 +218,11 @@ def build_loader(
         num_workers=options.selection.dataloader_num_workers,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=accelerator.device.type == "cuda",
-        # Of its own: each pass draws a seed for the workers, and what the model draws must not depend on how many
-        # passes a run has begun.
+        # A separate generator, because each pass draws a seed for the workers. The random numbers of the model must not depend
+        # on the number of passes.
         generator=torch.Generator(),
     )
-    # A stream is this process's own already.
+    # A stream is already divided among the processes.
     return loader if streaming else accelerator.prepare(loader)
 
 

@@ -1,4 +1,4 @@
-"""The loop over optimizer steps that the training scripts share."""
+"""Loop over optimizer steps, shared by the training scripts."""
 
 import contextlib
 import datetime
@@ -43,15 +43,15 @@ logger = get_logger(__name__)
 
 class Trainer:
     """
-    Runs optimizer steps, and keeps the state that a run needs to go on after an interruption.
+    Runs optimizer steps, and saves the state that a run needs to continue after an interruption.
 
     Args:
         options: Options of the run.
-        accelerator: Accelerator of `set_up_accelerator`.
+        accelerator: Accelerator that `set_up_accelerator` returned.
         model: Model to train.
         images: Training images.
-        averages: Moving averages of the weights. There are none by default.
-        sampler: Module that draws timesteps and learns from their losses.
+        averages: Settings of the moving averages. The default is no moving average.
+        sampler: Timestep sampler, whose state is saved in checkpoints.
 
     Raises:
         ValueError: If there are too few images, or the run cannot be resumed.
@@ -107,7 +107,7 @@ class Trainer:
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Puts `--learning_rate`, which may be another than before the interruption, in the place of the loaded one."""
+        """Replaces the loaded learning rate by `--learning_rate`, which a resumed run may change."""
         learning_rate, scheduler = self.options.optimisation.learning_rate, self.lr_scheduler.scheduler
         scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas):
@@ -127,7 +127,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, and the last one was validated."""
+        """Whether all steps were taken and the last one was validated. It is false in a dry run."""
         return self.is_last_step and self.state.validated_step == self.global_step and not self.options.dry_run
 
     @property
@@ -137,26 +137,27 @@ class Trainer:
 
     def train(self, objective: Objective, validations: Sequence[Callable[["Trainer"], None]] = ()) -> None:
         """
-        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop. Both leave a checkpoint. A dry run
-        takes none, but reads a batch.
+        Takes optimizer steps up to `max_train_steps`, or until the process is asked to stop. A checkpoint is saved in both cases. A
+        dry run takes no step, but reads one batch.
 
         Args:
-            objective: Loss of the model for a batch.
-            validations: Functions of this trainer that are called at the steps of the schedule and at the end, on all processes,
-                with the model in eval mode. They draw nothing from the global random state, which a resumed run would miss,
-                and return early if `stop` was received. Their attribute `action`, if any, says what they do.
+            objective: Function that computes the loss of the model for a batch.
+            validations: Functions that are called with this trainer, at the steps of the schedule and at the end. They are called
+                on all processes, with the model in eval mode. They must not draw from the global random state, because a resumed
+                run would then differ, and must return early if `stop` was received. Their attribute `action`, if any, describes
+                them in the log.
 
         Raises:
             RunFailed: If the loss, its gradient or a weight is not finite, or fp16 has overflowed `max_skipped_steps` times in a
-                row. The last checkpoint is from before.
+                row. The last checkpoint is older than the failure.
         """
         actions = [validation.action for validation in validations if hasattr(validation, "action")]
-        if not self.options.dry_run:  # its plan says so already
+        if not self.options.dry_run:  # the plan of a dry run has the same facts
             described = describe_run(self.options, self.accelerator, self.unwrapped_model, self.state.images)
             self.accelerator.print(described)
         self.accelerator.print(self.schedule.describe(actions), flush=True)
         if self.options.dry_run:
-            next(self.batches())  # fails if the images do not fit the options
+            next(self.batches())  # raises if images and options do not fit
             return
         self._open_output()
         self.model.train()
@@ -179,7 +180,7 @@ class Trainer:
     def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> None:
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
         self.began_at, self.began_step = self.logged_at, self.logged_step
-        if self._validation_is_due():  # the run was stopped or killed before
+        if self._validation_is_due():  # the run was stopped or killed before its last validation
             self._validate(validations)
         for batch in self.batches():
             with self.accelerator.accumulate(self.model):
@@ -196,11 +197,14 @@ class Trainer:
             self._finish_step()
             progress.update()
             if self._stops_after_step(validations):
-                self.accelerator.print(f"Asked to stop: saved checkpoint-{self.global_step}.", flush=True)
+                self.accelerator.print(
+                    f"Asked to stop: saved checkpoint-{self.global_step}. Pass --resume_from_checkpoint latest to continue.",
+                    flush=True,
+                )
                 return
 
     def batches(self) -> Iterator[dict]:
-        """Yields the batches from the current position to the end of the run, pass after pass."""
+        """Yields the batches from the current position in the data to the end of the run, pass after pass."""
         max_train_steps = self.options.optimisation.max_train_steps
         while self.global_step < max_train_steps:
             for batch in self._rest_of_epoch():
@@ -212,7 +216,7 @@ class Trainer:
             self.state.epoch, self.state.images_into_epoch = self.state.epoch + 1, 0
 
     def _rest_of_epoch(self) -> Iterable[dict]:
-        """Returns the batches of the rest of the epoch. That of a stream never ends."""
+        """Returns the remaining batches of the epoch. An epoch of a stream never ends."""
         state = self.state
         batches = state.images_into_epoch // self._images_per_batch
         if isinstance(state.images, StreamedImages):
@@ -238,15 +242,15 @@ class Trainer:
         )
 
     def _finish_step(self) -> None:
-        """Counts a step. If fp16's loss scaling skipped it, nothing changed: neither averages nor learning rate move."""
+        """Counts a step. If loss scaling skipped it, the averages and the learning rate stay as they are."""
         if self.accelerator.optimizer_step_was_skipped:
-            self.grad_norm = torch.zeros_like(self.grad_norm)  # it was not finite, but changed nothing
+            self.grad_norm = torch.zeros_like(self.grad_norm)  # it was not finite, but had no effect
             self.state.skipped_steps += 1
             self.skipped_in_a_row += 1
             self.means.drop_step()
             if self.skipped_in_a_row >= self.options.optimisation.max_skipped_steps:
                 raise RunFailed(
-                    f"{self.skipped_in_a_row} steps in a row overflowed fp16 before step {self.global_step}: try"
+                    f"{self.skipped_in_a_row} steps in a row overflowed fp16 before step {self.global_step}. Try"
                     f" --mixed_precision bf16. {self.checkpointer.describe_last()}"
                 )
         else:
@@ -258,8 +262,9 @@ class Trainer:
 
     def _stops_after_step(self, validations: Sequence[Callable]) -> bool:
         """
-        Logs, saves and validates if it is due. A run that resumes from what was saved validates if this one did not come to it.
-        Returns whether the run was asked to stop.
+        Logs, saves and validates where the schedule says so. Returns whether the run was asked to stop.
+
+        The checkpoint is saved before the validation. If the run ends between the two, a resumed run validates first.
         """
         last, stopping = self.is_last_step, self.stop.agreed()
         if self.schedule.logging.is_due(self.global_step):
@@ -291,7 +296,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """Keeps the time that the context takes out of `images_per_second`."""
+        """Excludes the time spent inside the context from `images_per_second`."""
         began = time.monotonic()
         yield
         self.logged_at += time.monotonic() - began
@@ -308,7 +313,7 @@ class Trainer:
             self.checkpointer.save(self.state, must_succeed)
 
     def _check_state(self) -> None:
-        """Raises a RunFailed on all processes if there is anything on any that is not worth saving."""
+        """Raises a `RunFailed` on all processes if the loss, its gradient or a weight is not finite on any process."""
         weights = [*self.unwrapped_model.state_dict().values(), *self.averages.tensors()]
         largest = torch.nn.utils.get_total_norm([weight.detach() for weight in weights], math.inf)
         finite = self.means.finite().item() and self.grad_norm.isfinite().item() and largest.isfinite().item()
@@ -317,7 +322,7 @@ class Trainer:
     def _check_finite(self, finite: bool) -> None:
         if not finite:
             raise RunFailed(
-                f"The loss, its gradient or a weight is not finite before step {self.global_step}: try a lower"
+                f"The loss, its gradient or a weight is not finite before step {self.global_step}. Try a lower"
                 f" --learning_rate, or --max_grad_norm 1. {self.checkpointer.describe_last()}"
             )
 
@@ -337,7 +342,7 @@ class Trainer:
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
 
     def log(self, values: dict[str, float]) -> None:
-        """Appends to `metrics.jsonl`, prints, and passes on to the tracker."""
+        """Appends values to `metrics.jsonl`, prints them, and passes them on to the trackers."""
         with self.reporting_write_errors(self.metrics_file.name):
             self.accelerator.log(values, step=self.global_step)
             if self.accelerator.is_main_process:
@@ -347,7 +352,7 @@ class Trainer:
                 tqdm.write(f"{self._describe_progress()}: {shown}")
 
     def _describe_progress(self) -> str:
-        """Returns the step, and the time that this process has taken and will take for the rest."""
+        """Returns the step, the elapsed time of this process, and an estimate of the remaining time."""
         last, done = self.options.optimisation.max_train_steps, self.global_step - self.began_step
         elapsed = time.monotonic() - self.began_at
         words = f"step {self.global_step} of {last}, {datetime.timedelta(seconds=round(elapsed))} elapsed"
@@ -357,17 +362,17 @@ class Trainer:
         return f"{words}, {datetime.timedelta(seconds=round(remaining))} left"
 
     def log_picture(self, name: str, picture: Image.Image) -> None:
-        """Passes a picture on to the trackers that take pictures."""
+        """Passes a picture on to the trackers that accept pictures."""
         pixels = np.asarray(picture.convert("RGB"))[None]  # (1, height, width, 3)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                # TensorBoard takes channels first, and the others last.
+                # TensorBoard expects channels first, and other trackers expect them last.
                 values = pixels.transpose(0, 3, 1, 2) if tracker.name == "tensorboard" else pixels
                 tracker.log_images({name: values}, step=self.global_step)
 
     @contextlib.contextmanager
     def reporting_write_errors(self, name: str) -> Iterator[None]:
-        """Logs that a file cannot be written and goes on, because the disk may have room later. At the end it raises."""
+        """Logs write errors inside the context, because the disk may have space later. At the last step it raises them."""
         try:
             with naming_write_errors(self.options.output.output_dir / name):
                 yield

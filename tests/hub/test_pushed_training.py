@@ -125,5 +125,5 @@ def test_refused_token_is_known_before_the_first_step(exists, images, hub):
         server.repositories["me/trained"] = Repository(private=False)
         server.repositories["me/trained"].commit("main", {})
     token = ["--hub_token", "hf_of_nobody"]
-    assert "the Hub refuses --hub_model_id me/trained" in train("unet", images, environment, *token)
+    assert "The Hub refuses --hub_model_id me/trained" in train("unet", images, environment, *token)
     assert [path.name for path in (images.parent / "unet").iterdir()] == [".lock"]
