@@ -87,7 +87,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(command, m
 
 
 def test_results_are_written_before_a_reader_that_has_gone_is_noticed(folder):
-    """As in `diffusers-adm evaluate ... | true`."""
+    """The reader ends early in `diffusers-adm evaluate ... | true`."""
     helpers = str(Path(__file__).parent / "helpers")
     script = f"import sys; sys.path.append({helpers!r}); import digit_features; from diffusers_adm.cli import main; sys.exit(main())"
     reader, writer = os.pipe()

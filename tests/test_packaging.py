@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds everything, importing is cheap, and the default model draws digits anywhere."""
+"""Installation: the wheel holds everything, importing is cheap, and the default model draws digits anywhere."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints, started outside the checkout."""
+    """Returns the output of a fresh interpreter that is started outside the checkout."""
     finished = subprocess.run(
         [sys.executable, "-c", code],
         cwd="/",

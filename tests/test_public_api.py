@@ -66,7 +66,7 @@ def public_names(module: ModuleType) -> set[str]:
 
 
 def collect_names(recorded: dict[str, list[str]]) -> dict[str, list[str]]:
-    """What can be imported of the recorded names, of the documented ones, and of the packages."""
+    """Returns the names that can be imported, of the recorded ones, the documented ones, and those of the packages."""
     wanted = documented_names()
     for module, names in recorded.items():
         wanted.setdefault(module, set()).update(names)
@@ -164,7 +164,7 @@ def recorded() -> dict:
 
 
 def differences(before: dict, after: dict) -> list[str]:
-    """What changed, a line each."""
+    """Returns the changes, one line per change."""
     lines = []
     for key in [*before, *(key for key in after if key not in before)]:
         if key not in after:

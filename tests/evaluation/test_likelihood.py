@@ -135,7 +135,7 @@ def test_a_bound_that_is_not_finite_is_an_error_and_is_not_kept(tmp_path, capsys
 
 
 def test_terms_of_a_perfect_network_are_those_of_its_variance_alone():
-    """Where x_0 is predicted right, each KL divergence is that of two Gaussians of one mean."""
+    """If x_0 is predicted exactly, each KL divergence is that of two Gaussians with the same mean."""
     x_0 = torch.zeros(2, 3, 8, 8)
 
     class Perfect(torch.nn.Module):

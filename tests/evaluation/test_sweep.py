@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def test_sweep_measures_each_point_once(tmp_path, capsys):
-    """With the default model, whose digits the independent classifier knows."""
+    """Uses the default model, because the independent classifier knows its digits."""
     real = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=real)
     words = ["sweep", tmp_path / "real.npz", "--output", tmp_path / "sweep", "--num_samples", 8, "--batch_size", 8]

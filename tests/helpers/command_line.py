@@ -1,4 +1,4 @@
-"""The command line, in this process: what it does, and the parsers that it reads its words with."""
+"""Runs commands in this process, and returns their parsers."""
 
 import importlib.util
 import runpy
@@ -14,7 +14,7 @@ from diffusers_adm.cli import main
 
 
 def run(*words: str | Path | float) -> int:
-    """Runs `diffusers-adm` with some words; its exit code."""
+    """Runs `diffusers-adm` with some words, and returns its exit code."""
     try:
         return main([str(word) for word in words])
     except SystemExit as exited:  # words that the parser refuses
@@ -26,7 +26,7 @@ class Parsing(BaseException):
 
 
 def parser_of(program: Callable[[], object], words: list[str]) -> ArgumentParser:
-    """The parser of a program, which runs until it parses."""
+    """Returns the parser of a program, which runs until it parses."""
 
     def stop(parser, *_):
         raise Parsing(parser)
@@ -38,13 +38,13 @@ def parser_of(program: Callable[[], object], words: list[str]) -> ArgumentParser
 
 
 def parser_of_module(module: str) -> ArgumentParser:
-    """The parser of `python -m module`."""
+    """Returns the parser of `python -m module`."""
     path = importlib.util.find_spec(module).origin
     return parser_of(lambda: runpy.run_path(path, run_name="__main__"), [])
 
 
 def command_parsers(command: str | None = None) -> dict[str, ArgumentParser]:
-    """The parsers of all commands of `diffusers-adm`; that of `command` has all its options."""
+    """Returns the parsers of all commands of `diffusers-adm`. The parser of `command` has all its options."""
     parser = parser_of(main, [] if command is None else [command])
     (action,) = [action for action in parser._actions if isinstance(action, _SubParsersAction)]
     return action.choices

@@ -37,7 +37,7 @@ def drawn(pipeline):
 
 
 def run(code, arguments=(), **environment):
-    """What a fresh interpreter, on one thread as this test is not, says it has drawn; or its error."""
+    """Returns the value that a fresh interpreter draws, on as many threads as this process, or its error."""
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     finished = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd="/", env=env, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What the published implementation (openai/guided-diffusion at 22e0df8) computes on small random models.
+"""Recorded values of the original code (openai/guided-diffusion at 22e0df8) on small random models.
 
 `golden/<case>/case.json` holds its flags and seeds, `io.npz` the recorded numbers. Weights are drawn anew from the seed.
 """

@@ -17,7 +17,7 @@ def draw(pipeline, class_labels=LABELS, **call) -> torch.Tensor:
 
 
 def pipeline_of(scheduler_class: type = DDPMScheduler, **changes):
-    """Of a UNet with a null class."""
+    """Builds a pipeline of a UNet with a null class."""
     unet = tiny_unet(use_null_class=True)
     return tiny_pipeline(unet, tiny_scheduler(scheduler_class, **changes))
 
@@ -30,6 +30,6 @@ def calls_of(module: torch.nn.Module) -> list[int]:
 
 
 def one_step_x_0(pipeline, x_t: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """What DDIM makes of x_t in a single step from timestep 0."""
+    """Returns the image that a single DDIM step from timestep 0 gives."""
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, [0])
     return x_0_from_epsilon(schedule, x_t, 0, epsilon)

@@ -1,5 +1,6 @@
-"""What a classifier's trainer does in situations that a whole training seldom meets; `test_interruption.py` runs one scene,
-the first argument, on any number of processes.
+"""Scenes that whole trainings seldom meet, played by the trainer of a classifier.
+
+`test_interruption.py` runs the scene of the first argument on any number of processes.
 """
 
 import os

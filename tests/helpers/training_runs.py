@@ -1,4 +1,4 @@
-"""Options of small training runs, and what their checkpoints hold."""
+"""Options of small training runs, and content of their checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What diffusers' users rely on: the two models are saved, loaded and called as any model of diffusers."""
+"""Both models are saved, loaded and called in the same way as models of diffusers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What consistency_models computes: networks, denoisers and whole runs of its samplers."""
+"""Values of consistency_models: networks, denoisers and whole runs of its samplers."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What improved-diffusion computes: networks, runs, noise schedules and losses of 4000 steps."""
+"""Values of improved-diffusion: networks, runs, noise schedules and losses of 4000 steps."""
 
 import pytest
 import torch

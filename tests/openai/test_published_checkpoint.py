@@ -15,7 +15,7 @@ from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each file was loaded, each string of flags parsed, each config read."""
+    """Counts how often each file was loaded, each string of flags parsed, and each config read."""
     counts = Counter()
 
     def count(module, name, key):

@@ -1,4 +1,4 @@
-"""What research builds on: predictions with gradients, hooks, jumps in time, inversion; and the worked examples."""
+"""Interfaces for research (predictions with gradients, hooks, jumps in time, inversion) and the worked examples."""
 
 import pytest
 import torch
@@ -223,7 +223,7 @@ def test_renoising_composes_to_the_forward_process():
 
 
 def test_inverted_images_are_drawn_again():
-    """With the default model: a random network's ODE leads nowhere."""
+    """Uses the default model, because the ODE of a random network does not lead to images."""
     pipeline = digits.quiet_pipeline(ddim=True)
     whole = digits.draw(pipeline, 4, seed=100, num_inference_steps=25, guidance_scale=1.0)
     errors = []

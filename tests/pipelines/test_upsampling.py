@@ -1,4 +1,4 @@
-"""The upsampler's pipeline: its formulas, what it takes for a small image, and its ways to and from a folder."""
+"""Pipeline of the upsampler: formulas, accepted small images, saving and loading."""
 
 import json
 

@@ -28,7 +28,7 @@ from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, Denoised, build_solver
 
 @dataclass
 class Mixture:
-    """Of Gaussians of one spread, at each pixel by itself; its classes are its components."""
+    """Mixture of Gaussians with the same variance, independent at each pixel. Its classes are its components."""
 
     weights: tuple[float, ...] = (0.6, 0.4)
     means: tuple[float, ...] = (-0.5, 0.4)
@@ -59,13 +59,13 @@ class Mixture:
         return self.components(x_t, alpha_bar).log_softmax(dim=0)[component].sum(dim=(1, 2, 3))
 
     def conditional_end(self, x: torch.Tensor, start: float, end: float, component: int) -> torch.Tensor:
-        """Where the ODE of one component alone leads from one alpha_bar to another."""
+        """Returns the exact solution of the ODE of one component between two values of alpha_bar."""
         mean = self.means[component]
         (first, last) = ((a * self.spread**2 + 1 - a) ** 0.5 for a in (start, end))
         return end**0.5 * mean + (x - start**0.5 * mean) * last / first
 
     def fine_end(self, x: torch.Tensor, start: float, end: float, steps: int = 400) -> torch.Tensor:
-        """Where the ODE leads: classical Runge-Kutta in float64 over log(sigma), of x / sqrt(alpha_bar)."""
+        """Solves the ODE by the classical Runge-Kutta method in float64, for x / sqrt(alpha_bar) over log(sigma)."""
         log_sigmas = torch.linspace(
             *(0.5 * math.log((1 - a) / a) for a in (start, end)), steps + 1, dtype=torch.float64
         )

@@ -1,4 +1,4 @@
-"""Presets, configuration files, and what a resumed run may change."""
+"""Presets, configuration files, and options that a resumed run may change."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, or out of disk space goes on as if nothing had been; these run as processes."""
+"""Trainings that are killed, stopped or out of disk space end like undisturbed ones. They run as processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a training tells its user: at the start, in the log, in the tracker, and at the end."""
+"""Messages of a training at its start, in the log, in the tracker, and at its end."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from training_runs import classifier_args, unet_args
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 
 
-# Options of other tests.
+# Options about pretrained models, whose help their own tests read.
 PRETRAINED = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretrained_flags", "lora_rank")
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
 

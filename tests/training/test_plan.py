@@ -1,4 +1,4 @@
-"""The plan of a dry run, and what a forward pass costs."""
+"""Plan of a dry run, and cost of a forward pass."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the scripts make of their options."""
+"""Setup of the training scripts from their options."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The loop over optimizer steps: it learns, accumulates, and stops before what is not finite is saved."""
+"""Loop over optimizer steps: it learns, accumulates, and stops before values that are not finite are saved."""
 
 import json
 import math
@@ -169,7 +169,7 @@ def label_loss(model, batch):
 
 @pytest.fixture
 def overflowing_run(dataset, tmp_path, monkeypatch):
-    """Makes a run in fp16 as accelerate sets it up on a GPU, which it refuses to do here, and what it takes its steps by."""
+    """Builds the trainer of a run in fp16 as accelerate sets it up on a GPU. On a CPU, accelerate refuses to."""
 
     def build(init_scale, *more):
         options = unet_args(dataset, tmp_path, 8, "--lr_scheduler", "linear", *more)

@@ -1,4 +1,4 @@
-"""What is saved and logged beside the training."""
+"""Files that are saved and values that are logged during training."""
 
 import json
 
