@@ -104,25 +104,25 @@ class ArchitectureOptions:
     pretrained_model_name_or_path: str | None = option(
         None,
         help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, or a .pt file of the original code."
-        " Its architecture must be the same, but classes, channels and resolution may differ.",
+        " Its architecture must be the same, but classes, channels and resolution may differ. Default: random weights.",
         metavar="NAME_OR_PATH",
         resumable=True,
     )
     pretrained_subfolder: str | None = option(
         None,
-        help="Folder of the model inside a pipeline. It is unet or classifier by default.",
+        help="Folder of the model inside a pipeline. Default: unet or classifier.",
         metavar="FOLDER",
         resumable=True,
     )
     pretrained_flags: str | None = option(
         None,
-        help="Model flags of the original command line, for a .pt file that is not a released one.",
+        help="Model flags of the original command line, for a .pt file that is not a released checkpoint. Default: none.",
         resumable=True,
     )
     lora_rank: int | None = option(
         None,
         help="Rank of adapters on attention and convolutions (LoRA), which are trained instead of the weights of the"
-        " pretrained model.",
+        " pretrained model. Default: no adapters.",
         check=at_least(1),
     )
 
