@@ -1,6 +1,6 @@
-"""Architecture of a model of the original code, read from the shapes of its tensors.
+"""Architecture of a model of the original code, inferred from the shapes of its tensors.
 
-Shapes tell most of an architecture. Flags tell the rest, and are checked against the shapes.
+Most of an architecture follows from the shapes. The flags add the rest, and are checked against the shapes.
 """
 
 import math
@@ -27,12 +27,14 @@ class Shapes(dict):
             ValueError: If there is no such tensor, or it has no such dimension.
         """
         if len(self.get(name, ())) <= dim:
-            raise ValueError(f"The checkpoint lacks the tensor {name!r} as every published one has it.")
+            raise ValueError(
+                f"The checkpoint lacks the tensor {name!r}, which every checkpoint of the original code has."
+            )
         return self[name][dim]
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the model is one of consistency_models. Only their attention layers are convolutions in two dimensions."""
+        """Whether the model is of consistency_models. Only there, attention layers are convolutions in two dimensions."""
         return len(self.get("middle_block.1.qkv.weight", ())) == 4
 
     @property
@@ -43,10 +45,10 @@ class Shapes(dict):
 
 def read_shapes(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
     """
-    Returns the shapes of a published model.
+    Returns the shapes of a model of the original code.
 
     Raises:
-        ValueError: If the tensors are not those of a published model.
+        ValueError: If the tensors are not those of a model of the original code.
     """
     shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in state_dict.items())
     # Checked first, because the first missing tensor says most about a file of another model.
@@ -62,19 +64,18 @@ class _EncoderLayout(NamedTuple):
     channels: tuple[int, ...]  # per level
     layers_per_block: int
     attended: tuple[bool, ...]  # per level, whether it has attention
-    downsample_type: str | None  # None: there is one level only
+    downsample_type: str | None  # None for a single level
 
 
 def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
     """
-    Returns all divisions of the encoder's blocks into levels that the shapes allow. A residual block that ends a level by
-    halving height and width has the shapes of any other. However, attention never follows it, and channels change only
-    behind it.
+    Returns all divisions of the encoder's blocks into levels that fit the shapes. A residual block that ends a level has the shapes
+    of any other residual block. However, no attention follows it, and the number of channels changes only after it.
     """
     blocks = {int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.", name)}
     convs = {index for index in blocks if f"input_blocks.{index}.0.op.weight" in shapes}
     attended = {int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.1\.", name)}
-    total = max(blocks, default=0) + 1  # with the first convolution; a level takes its blocks and one more
+    total = max(blocks, default=0) + 1  # includes the first convolution, because each level then has the same length
     channels = {}
     for index in range(1, total):
         layer = "op" if index in convs else "out_layers.3"
@@ -97,13 +98,15 @@ def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
                 )
             )
     if not layouts:
-        raise ValueError("The checkpoint's input_blocks do not divide into levels of one width and kind each.")
+        raise ValueError(
+            "The checkpoint's input_blocks cannot be divided into levels with one width and one kind of block each."
+        )
     return layouts
 
 
 def _multiplier(channels: int, width: int) -> float:
     multiplier = channels / width
-    if int(multiplier * width) < channels:  # models round down, and the quotient may fall just short
+    if int(multiplier * width) < channels:  # models round down, and the quotient may be slightly too small
         multiplier = math.nextafter(multiplier, math.inf)
     return int(multiplier) if multiplier.is_integer() else multiplier
 
@@ -135,7 +138,7 @@ _CLASSIFIER_FLAGS = _FlagNames(
 def _encoder_config(
     shapes: Shapes, flags: Flags, layout: _EncoderLayout, sample_size: int, names: _FlagNames
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the part of the config that UNet and classifier share, and the values of its flags in the checkpoint."""
+    """Returns the common part of a UNet's and a classifier's config, and the flag values that the checkpoint implies."""
     width = shapes.size("time_embed.0.weight", 1)
     scale_shift = shapes.size("input_blocks.1.0.emb_layers.1.weight", 0) == 2 * layout.channels[0]
     downsample_type = layout.downsample_type or ("resnet" if flags[names.updown] else "conv")
@@ -156,7 +159,7 @@ def _encoder_config(
         names.scale_shift: scale_shift,
         names.updown: downsample_type == "resnet",
     }
-    # Other multipliers may round to the same widths, and resolutions that no level has are without effect.
+    # Flags are compared by effect, because other multipliers may round to the same widths, and unused resolutions have no effect.
     if tuple(int(mult * width) for mult in flags["channel_mult"]) not in ((), layout.channels):
         held["channel_mult"] = config["channel_mult"]
     rates = [sample_size // resolution if resolution > 0 else 0 for resolution in flags[names.attention]]
@@ -184,14 +187,14 @@ def _check_flags_against(held: dict[str, Any], flags: Flags) -> None:
 def _unet_layout(shapes: Shapes, levels: int) -> _EncoderLayout:
     layouts = [layout for layout in _encoder_layouts(shapes) if len(layout.channels) == levels]
     if not layouts:
-        raise ValueError(f"The checkpoint's output_blocks have {levels} levels, which its input_blocks cannot have.")
+        raise ValueError(f"The checkpoint's output_blocks have {levels} levels, but its input_blocks do not fit them.")
     return layouts[0]
 
 
 def _unet_channels(shapes: Shapes, flags: Flags) -> tuple[int, int, bool]:
     """
-    Returns the channels of the image, the channels of the output, and whether there is a low-resolution input. Where shapes
-    allow several answers, the given flags choose.
+    Returns the channels of the image, the channels of the output, and whether there is a low-resolution input. If the shapes allow
+    several answers, the given flags decide.
     """
     encoder_channels, out_channels = shapes.size("input_blocks.0.0.weight", 1), shapes.size("out.2.weight", 0)
     # The encoder takes the image alone, or with a low-resolution image beside it.
@@ -200,7 +203,10 @@ def _unet_channels(shapes: Shapes, flags: Flags) -> tuple[int, int, bool]:
         inputs.append((encoder_channels // 2, True))
     inputs = [(channels, low_res) for channels, low_res in inputs if out_channels in (channels, 2 * channels)]
     if not inputs:
-        raise ValueError(f"The checkpoint turns {encoder_channels} channels into {out_channels}, as no UNet does.")
+        raise ValueError(
+            f"The checkpoint has {encoder_channels} input channels and {out_channels} output channels, which no UNet of the original"
+            " code has."
+        )
 
     def likelihood(channels_low_res: tuple[int, bool]) -> tuple[int, bool]:
         channels, low_res = channels_low_res
@@ -214,11 +220,11 @@ def _unet_channels(shapes: Shapes, flags: Flags) -> tuple[int, int, bool]:
 
 def unet_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
     """
-    Returns the config of a published UNet, from its shapes where they tell it, else from flags.
+    Returns the config of a UNet of the original code. Entries that do not follow from the shapes are taken from the flags.
 
     Raises:
-        ValueError: If the shapes are not those of a published UNet, or contradict the given flags, or the flags do not say
-            whether timesteps are rescaled.
+        ValueError: If the shapes are not those of a UNet of the original code, the flags contradict the shapes, or the flags do not
+            say whether timesteps are rescaled.
     """
     check_timestep_scale(flags)
     upsamplers = {
@@ -265,7 +271,7 @@ def _classifier_pool(shapes: Shapes) -> tuple[str, str]:
 
 
 def _classifier_layout(layouts: list[_EncoderLayout], flags: Flags, pool_size: int | None) -> _EncoderLayout:
-    """Chooses among the divisions into levels: by the flags' number of levels, then by their depth."""
+    """Chooses among the divisions into levels, first by the flags' number of levels, then by their depth."""
 
     def agrees(layout: _EncoderLayout) -> bool:
         levels = len(layout.channels)
@@ -287,10 +293,10 @@ def _classifier_layout(layouts: list[_EncoderLayout], flags: Flags, pool_size: i
 
 def classifier_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
     """
-    Returns the config of a published classifier, from its shapes where they tell it, else from flags.
+    Returns the config of a classifier of the original code. Entries that do not follow from the shapes are taken from the flags.
 
     Raises:
-        ValueError: If the shapes are not those of a published classifier, or contradict the given flags.
+        ValueError: If the shapes are not those of a classifier of the original code, or the flags contradict the shapes.
     """
     layouts = _encoder_layouts(shapes)
     pool, last_layer = _classifier_pool(shapes)

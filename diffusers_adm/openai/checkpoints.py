@@ -1,4 +1,4 @@
-"""A checkpoint of the original code, and what it says about its model and its diffusion process."""
+"""Checkpoint of the original code: its flags, its model and its diffusion process."""
 
 import os
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ from diffusers_adm.openai.tensors import load_published
 
 class PublishedCheckpoint:
     """
-    Checkpoint of a UNet, an upsampler or a classifier of the original code. Each question is answered once: the file is
-    read at most once, and the flags are parsed at most once.
+    Checkpoint of a UNet, an upsampler or a classifier of the original code. The file is read at most once, and the flags are parsed
+    at most once.
 
     Args:
-        source: Path of a file that `torch.save` wrote, or a state dict. The tensors may stand under a key, and their names
-            may have a prefix, if the file holds one model.
-        flags: Model flags of the original command line. Released files, which are recognised by name, need none.
+        source: Path of a file that `torch.save` wrote, or a state dict. If the file holds one model, its tensors may be under a key,
+            and their names may have a prefix.
+        flags: Model flags of the original command line. Released files are recognised by name and need no flags.
     """
 
     def __init__(self, source: Checkpoint, flags: str | Flags | None = None):
@@ -45,14 +45,14 @@ class PublishedCheckpoint:
     @classmethod
     def of(cls, checkpoint: "Checkpoint | PublishedCheckpoint", flags: str | None = None) -> "PublishedCheckpoint":
         """
-        Returns the checkpoint that a caller was given, as an object.
+        Returns a checkpoint as an object.
 
         Args:
             checkpoint: Path, state dict, or checkpoint that is already an object.
-            flags: Model flags of the original command line. An object has its own.
+            flags: Model flags of the original command line. They must be `None` for an object, which has its own flags.
 
         Raises:
-            ValueError: If flags are given beside an object.
+            ValueError: If flags are given together with an object.
         """
         if not isinstance(checkpoint, cls):
             return cls(checkpoint, flags)
@@ -69,14 +69,14 @@ class PublishedCheckpoint:
 
     @cached_property
     def given_flags(self) -> Flags | None:
-        """Flags that were given, without those that the table of released checkpoints adds."""
+        """Given flags, without those from the table of released checkpoints."""
         flags = self._flags
         return flags if flags is None or isinstance(flags, Flags) else parse_flags(flags)
 
     @cached_property
     def flags(self) -> Flags:
         """
-        Flags of the model and its diffusion process: those of the released file, overridden by those that were given.
+        Flags of the model and its diffusion process. Given flags override those of the released checkpoint.
 
         Raises:
             ValueError: If the flags are missing or not supported.
@@ -118,7 +118,7 @@ class PublishedCheckpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """
-        Config of the model, from the shapes where they tell it, else from the flags.
+        Config of the model. Entries that do not follow from the shapes are taken from the flags.
 
         Raises:
             ValueError: If the flags contradict the checkpoint, or it is not that of a published model.
@@ -127,7 +127,7 @@ class PublishedCheckpoint:
         if self.shapes.network == "UNet":
             return unet_config(self.shapes, flags)
         config = classifier_config(self.shapes, flags)
-        if self.released is not None:  # trained with 1000 timesteps and its own noise, whatever is to be sampled with
+        if self.released is not None:  # the schedule of its training, which given flags for sampling do not change
             config["num_train_timesteps"] = round(1000 / flags.timestep_scale)
             config["beta_schedule"] = BETA_SCHEDULES[parse_flags(self.released.flags)["noise_schedule"]]
         names = self.id2label
@@ -141,7 +141,7 @@ class PublishedCheckpoint:
         Kind of the model: "unet", "upsampler" or "classifier".
 
         Raises:
-            ValueError: If the config cannot be told.
+            ValueError: If the flags contradict the checkpoint, or it is not that of a published model.
         """
         if self.shapes.network == "classifier":
             return "classifier"
@@ -158,13 +158,13 @@ class PublishedCheckpoint:
 
     @property
     def guidance_scale(self) -> float:
-        """Scale of guidance for sampling: the given one, else that of the released checkpoint, else 1."""
+        """Guidance scale for sampling: the given one, else that of the released checkpoint, else 1."""
         published = None if self.released is None else self.released.guidance_scale
         return self.flags.get("classifier_scale", 1.0 if published is None else published)
 
     @property
     def num_inference_steps(self) -> int:
-        """Number of steps for sampling, where no respacing says it."""
+        """Number of steps for sampling without a respacing."""
         if not self.shapes.preconditioned:
             return 250
         return 1 if sampler_of(self.flags) == "onestep" else self.flags["steps"]
@@ -182,7 +182,7 @@ class PublishedCheckpoint:
         Builds the stock scheduler that samples as the original scripts do.
 
         Raises:
-            ValueError: If the flags describe no diffusion process.
+            ValueError: If the flags do not describe a diffusion process.
         """
         if self.shapes.preconditioned:
             return build_sigma_scheduler(self.flags)

@@ -20,8 +20,8 @@ Checkpoint = str | os.PathLike | Mapping[str, torch.Tensor]
 
 def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
-    Reads the tensors of a checkpoint. Those of a file are mapped into memory and read when they are used. Code in a file
-    is not run.
+    Reads the tensors of a checkpoint. The tensors of a file are mapped into memory and read when they are used. Code in a file is
+    never run.
 
     Args:
         checkpoint: Path of a file that `torch.save` wrote, or a state dict. The tensors may stand under a key, such as
@@ -47,7 +47,7 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
     """
-    Checks that what `from_pretrained` is given may be a saved model.
+    Checks that the argument of `from_pretrained` can be a saved model.
 
     Raises:
         ValueError: If it is a file, such as a checkpoint of the original code, or neither a folder nor a possible id.
@@ -108,7 +108,7 @@ def _unwrap(content: Mapping, source: str) -> Mapping:
 def _load_file(path: Path) -> object:
     if not path.is_file():
         released = find_released(path)
-        advice = f" It is to be had at {released.url}" if released else ""
+        advice = f" Download it from {released.url}" if released else ""
         raise ValueError(f"The file {str(path)!r} does not exist.{advice}")
     try:
         # Only the zip format, which torch has written since 1.6, can be mapped.

@@ -23,7 +23,7 @@ from diffusers_adm.respacing import respaced_timesteps
 
 
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-# Preconditioning of the models of consistency_models by the training mode, which the weights do not tell.
+# Preconditioning of the models of consistency_models by their training mode, which cannot be inferred from the weights.
 PRECONDITIONING_OF = {"edm": "edm", "consistency_distillation": "consistency", "consistency_training": "consistency"}
 CONSISTENCY_SAMPLERS = ("onestep", "multistep")
 
@@ -102,7 +102,7 @@ _KINDS = {
     _integers: "integers separated by commas",
     _multipliers: "numbers separated by commas",
 }
-# Flags of the run, which do not change the model or its diffusion process. So are those with one of the suffixes.
+# Flags of the run, which do not change the model or its diffusion process. Flags with one of the suffixes are also flags of the run.
 _RUN_FLAGS = frozenset(
     "anneal_lr base_samples batch_size classifier_use_fp16 distill_steps_per_iter ema_rate end_scales eval_interval"
     " fp16_scale_growth generator global_batch_size iterations log_interval loss_norm lr lr_anneal_steps microbatch noised"
@@ -114,19 +114,19 @@ _RUN_SUFFIXES = ("_path", "_dir")
 
 
 class Flags(dict):
-    """Flags that were given, by name. A flag that was not given reads as the default of the original code."""
+    """Given flags by name. A missing flag has the default of the original code."""
 
     def __missing__(self, name: str) -> Any:
         return _FLAGS[name][1]
 
     def of_classifier(self) -> "Flags":
-        """Returns the flags that describe the classifier, of a command line for UNet and classifier."""
+        """Returns those flags of a command line for UNet and classifier that describe the classifier."""
         shared = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps")
         return Flags({name: self[name] for name in self if name in shared or name.startswith("classifier_")})
 
     @property
     def timestep_scale(self) -> float:
-        """Factor on the timesteps that the networks are told. Rescaled timesteps are in [0, 1000)."""
+        """Factor of the timesteps that the networks are given. Rescaled timesteps are in [0, 1000)."""
         return 1000 / self["diffusion_steps"] if self["rescale_timesteps"] else 1.0
 
 
@@ -175,10 +175,10 @@ def parse_flags(flags: str) -> Flags:
 
 def check_flags(flags: Flags) -> None:
     """
-    Checks that flags describe a model that is supported.
+    Checks that flags describe a supported model.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they do not describe one.
     """
     heads = flags["num_heads_upsample"]
     if flags["num_head_channels"] == -1 and heads not in (-1, flags["num_heads"]):
@@ -195,13 +195,13 @@ def check_timestep_scale(flags: Flags) -> None:
     Checks that the flags of a UNet say whether its timesteps are rescaled.
 
     Raises:
-        ValueError: If the default depends on the code that trained the UNet, and the flags do not tell which code it was.
+        ValueError: If the flags do not say it, and the default depends on the unknown code that trained the UNet.
     """
     told = any(name in flags for name in ("rescale_timesteps", *_GUIDED_DIFFUSION_FLAGS))
     if flags["diffusion_steps"] != 1000 and not told:
         raise ValueError(
-            f"--rescale_timesteps is required with --diffusion_steps {flags['diffusion_steps']}: give --rescale_timesteps"
-            " True for a UNet of improved-diffusion, whose default that is, or --rescale_timesteps False for one of"
+            f"--rescale_timesteps is required with --diffusion_steps {flags['diffusion_steps']}: pass --rescale_timesteps"
+            " True for a UNet of improved-diffusion, where it is the default, or --rescale_timesteps False for a UNet of"
             " guided-diffusion."
         )
 
@@ -212,17 +212,17 @@ def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIM
 
     Args:
         flags: Flags of the UNet.
-        learns_variance: Whether the UNet's output holds the variance.
+        learns_variance: Whether the UNet has a learned variance.
 
     Raises:
-        ValueError: If the flags describe no diffusion process.
+        ValueError: If the flags do not describe a diffusion process.
     """
     steps, noise_schedule = flags["diffusion_steps"], flags["noise_schedule"]
     if noise_schedule not in BETA_SCHEDULES:
         raise ValueError(f"--noise_schedule {noise_schedule} is not one of {sorted(BETA_SCHEDULES)}.")
     if steps < 1:
         raise ValueError(f"--diffusion_steps must be at least 1: got {steps}.")
-    # The original linear schedule is stretched or squeezed to end at the same noise as with 1000 steps.
+    # The original code scales the linear schedule, so that it ends at the same noise level as with 1000 steps.
     beta_start, beta_end = 1000 / steps * 1e-4, 1000 / steps * 0.02
     if noise_schedule == "linear" and beta_end > 1:
         raise ValueError(f"--noise_schedule linear needs --diffusion_steps of at least 20: got {steps}.")
@@ -244,15 +244,15 @@ def build_scheduler(flags: Flags, learns_variance: bool) -> DDPMScheduler | DDIM
 
 def preconditioning_config(flags: Flags) -> dict[str, Any]:
     """
-    Returns the part of a UNet's config that says how a network of consistency_models is told the noise level.
+    Returns the part of a UNet's config that describes the preconditioning of a network of consistency_models.
 
     Raises:
         ValueError: If the flags do not say how the network was trained.
     """
     if "training_mode" not in flags:
         raise ValueError(
-            "--training_mode is required for a checkpoint of consistency_models, because the weights do not tell it: give"
-            f" one of {', '.join(PRECONDITIONING_OF)}."
+            "--training_mode is required for a checkpoint of consistency_models, because it cannot be inferred from the weights:"
+            f" pass one of {', '.join(PRECONDITIONING_OF)}."
         )
     if flags["training_mode"] not in PRECONDITIONING_OF:
         raise ValueError(
@@ -269,7 +269,7 @@ def preconditioning_config(flags: Flags) -> dict[str, Any]:
 
 def sampler_of(flags: Flags) -> str:
     """
-    Returns the sampler of a model of consistency_models: the given one, else Heun's method for EDM, and one step for the others.
+    Returns the sampler of a model of consistency_models. The default is Heun's method for EDM, and one step for consistency models.
     """
     if "sampler" in flags or flags["training_mode"] == "edm":
         return flags["sampler"]

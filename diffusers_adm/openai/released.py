@@ -1,4 +1,4 @@
-"""Released checkpoints: where each can be downloaded, and what it is.
+"""Table of released checkpoints: their addresses, flags and published scores.
 
 The rows are in `released_guided` (openai/guided-diffusion), `released_family` (openai/improved-diffusion and
 openai/consistency_models) and `released_community`.
@@ -44,10 +44,10 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
     Returns a released checkpoint.
 
     Args:
-        name: Short name or name of the file. Case does not matter, nor do `-` or `_`.
+        name: Short name or name of the file. Upper and lower case, `-` and `_` make no difference.
 
     Raises:
-        ValueError: If there is none of this name. The message has the nearest ones.
+        ValueError: If there is no checkpoint of this name. The message names the nearest ones.
     """
     known = {_plain(alias): row for row in RELEASED_BY_NAME.values() for alias in (row.file, *row.aliases)}
     known |= {_plain(own): row for own, row in RELEASED_BY_NAME.items()}
@@ -75,7 +75,7 @@ def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
 
 
 def guiding_classifier(unet: ReleasedCheckpoint) -> ReleasedCheckpoint | None:
-    """Returns the classifier that guides a UNet's published samples. `None` where they are not guided."""
+    """Returns the classifier that guides a UNet's published samples. `None` if they are not guided."""
     return None if unet.guided_by is None else RELEASED_BY_NAME[unet.guided_by]
 
 

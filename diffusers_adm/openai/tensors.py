@@ -1,4 +1,4 @@
-"""Names and layouts of tensors: this package's and those of the original code, in both directions."""
+"""Conversion of tensors between the names and layouts of this package and those of the original code, in both directions."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -108,8 +108,8 @@ def to_published(
     Args:
         state_dict: Tensors of a UNet or a classifier of this package.
         config: Config of the same model.
-        use_new_attention_order: Flag of the original code for which the tensors are laid out: whether the rows of queries,
-            keys and values are ordered (qkv, head, dim) instead of (head, qkv, dim).
+        use_new_attention_order: Value of `--use_new_attention_order` with which the original code is to load the tensors. If true, the
+            rows of queries, keys and values are ordered (qkv, head, dim) instead of (head, qkv, dim).
 
     Raises:
         ValueError: If the original code has no such model.

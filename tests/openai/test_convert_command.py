@@ -74,7 +74,10 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
     (full / "file").touch()
     for words, message in (
         (["--unet", str(unet), "--output", str(tmp_path / "out")], "flags are missing"),
-        (["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")], "to be had at https"),
+        (
+            ["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")],
+            "Download it from https",
+        ),
         (["--unet", str(unet), "--flags", flags, "--output", str(full)], "not an empty folder"),
         (["--unet", str(unet), "--flags", flags, "--output", ""], "argument --output: a value is required"),
         *(
