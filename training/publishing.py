@@ -70,8 +70,8 @@ def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
             api.create_branch(repo_id, branch=hub.hub_revision, exist_ok=True)
     except Exception as error:  # the Hub, its client and the network raise many types
         raise ValueError(
-            f"The Hub refuses --hub_model_id {hub.hub_model_id}. Log in with `hf auth login`, or pass --hub_token"
-            f" ({' '.join(str(error).split())})."
+            f"The Hub refuses --hub_model_id {hub.hub_model_id}, or cannot be reached ({' '.join(str(error).split())}). Check the"
+            " network, and log in with `hf auth login` or pass --hub_token."
         ) from error
 
 

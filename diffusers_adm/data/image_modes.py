@@ -48,4 +48,6 @@ def _to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> n
             " and white of all pictures, such as --image_range=0,65535 for 16 bits, or scale it to 8 bits."
         )
     black, white = value_range
+    if values.dtype == np.uint16 and white > 65535:
+        raise ValueError(f"A picture of 16 bits holds values up to 65535, but --image_range gives white as {white:g}.")
     return ((values.astype(np.float64) - black) * (255 / (white - black))).round().astype(np.uint8)

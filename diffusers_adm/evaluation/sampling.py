@@ -55,6 +55,8 @@ def load_pipeline(
     is_released = str(model).startswith(RELEASED_PREFIX)
     if is_released and (revision is not None or variant is not None):
         raise ValueError(f"--revision and --variant are for saved pipelines, but got --model {model}.")
+    if not is_released and "/" not in str(model) and not Path(model).exists():
+        raise ValueError(f"There is no folder {str(model)!r}. Ids on the Hub look like 'owner/name'.")
     cls = ADMUpsamplePipeline if upsampler else ClassifierGuidedPipeline
     try:
         if is_released:
@@ -63,8 +65,7 @@ def load_pipeline(
             pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise OSError(
-            f"There is no folder {str(model)!r}, and no pipeline with this id, which looks like 'owner/name', came from the Hub:"
-            f" {error}"
+            f"There is no folder {str(model)!r}, and the Hub gave no pipeline with this id. Ids look like 'owner/name'. {error}"
         ) from error
     except OtherPipelineError as error:
         advice = (

@@ -66,7 +66,7 @@ def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
             validate_repo_id(os.fspath(name_or_path))
         except HFValidationError as error:
             raise ValueError(
-                f"There is no folder {str(name_or_path)!r}, and it cannot be an id on the Hub, which looks like 'owner/name'."
+                f"There is no folder {str(name_or_path)!r}. Ids on the Hub look like 'owner/name'."
             ) from error
 
 

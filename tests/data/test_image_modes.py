@@ -56,6 +56,11 @@ def test_values_of_another_range_are_refused(values, value_range):
         to_mode(PILImage.fromarray(values), 3, value_range)
 
 
+def test_a_range_that_files_of_16_bits_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="holds values up to 65535, but --image_range gives white as 655350"):
+        to_mode(PILImage.fromarray((RAMP * 65535).astype(np.uint16)), 1, (0, 655350))
+
+
 @pytest.fixture
 def scans(tmp_path):
     """A folder of grey images of 12 bits, in two classes."""
