@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
     ("words", "message"),
     [
         ((*SAMPLE, "--model", ""), "--model: a value is required, but got ''"),
-        ((*SAMPLE, "--model", "no/such/folder"), "no folder 'no/such/folder', and it cannot be an id .* 'owner/name'"),
+        ((*SAMPLE, "--model", "no/such/folder"), "no folder 'no/such/folder'. Ids on the Hub look like 'owner/name'"),
         ((*SAMPLE, "--model", "me/nothing"), "no folder 'me/nothing', and the Hub gave no pipeline with this id"),
         ((*SAMPLE, "--model", "nothing"), "There is no folder 'nothing'. Ids on the Hub look like 'owner/name'."),
         ((*SAMPLE, "--model", "file"), "'file' is a file, but a saved model is a folder"),
