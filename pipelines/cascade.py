@@ -18,12 +18,12 @@ def draw_cascade(
     Draws images in all stages, one after the other, from one stream of random numbers.
 
     Args:
-        stages: The base pipeline, then one upsampler or more, each from what the one before draws.
-        class_labels: Class of each image, by number or name. `None` for models without classes; where the base has some, it
-            draws them, and the upsamplers, which must then have a null class, are told none.
-        calls: Of each stage, other arguments of its call: its own steps, guidance scale, ...
-        generator: One for all images, or a list of one an image.
-        output_type: As of the pipelines.
+        stages: Base pipeline, then one or more upsamplers. Each enlarges the images of the stage before it.
+        class_labels: Class of each image, by number or name. `None` for models without classes. A base model with classes then
+            draws labels, and the upsamplers run without a class, for which they must have a null class.
+        calls: Other arguments of each stage's call, such as its number of steps and guidance scale.
+        generator: Generator for all images, or a list of one per image.
+        output_type: Type of the images, see [`ClassifierGuidedPipeline.__call__`].
 
     Raises:
         ValueError: If a stage cannot follow the one before, or there are not as many calls as stages.

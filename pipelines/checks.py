@@ -47,7 +47,7 @@ def check_told_timesteps(unet: ADMUNet2DModel, what: str) -> None:
 
     Args:
         unet: UNet to check.
-        what: What requires timesteps.
+        what: Method or argument that requires timesteps.
     """
     if unet.config.get("preconditioning") is not None:
         raise ValueError(

@@ -40,7 +40,7 @@ class SamplingOptions:
     guiding_unet: ADMUNet2DModel | None = None
     guidance_fn: GuidanceFunction | None = None
     guidance_options: GuidanceOptions | dict | None = field(
-        default=None, metadata={"help": "When guidance acts, and how strongly, as JSON."}
+        default=None, metadata={"help": "Options that say when guidance acts, and how strongly, as JSON."}
     )
     timesteps: list[int] | None = field(
         default=None,

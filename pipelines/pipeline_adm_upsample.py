@@ -27,19 +27,19 @@ LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
     r"""
-    Draws large images from small ones with an ADM UNet that sees the small image, enlarged, beside the noised one. With a
-    seed, the published implementation's images are drawn.
+    Draws large images from small ones. The ADM UNet sees the small image, enlarged, beside the noised one. A seed gives the
+    image of the original code.
 
     Args:
-        unet: [`ADMUNet2DModel`] with `low_res_conditioning`; its `sample_size` is that of the large image.
-        scheduler: As of [`ClassifierGuidedPipeline`].
-        classifier: [`NoisyClassifier`] of large images, to guide this stage too; the paper guides the small image alone.
-        id2label: Name of each class by its number; synonyms are separated by commas.
-        guidance_scale: Scale of guidance where a call gives none.
-        num_inference_steps: Number of steps where a call gives none.
-        timestep_respacing: Published respacing string that takes the place of `num_inference_steps` on DDPM and DDIM
-            where a call gives neither.
-        low_res_size: Height and width of the small images that the UNet was trained on; a divisor of its `sample_size`.
+        unet: [`ADMUNet2DModel`] with `low_res_conditioning`. Its `sample_size` is that of the large image.
+        scheduler: Scheduler of diffusers, see [`ClassifierGuidedPipeline`].
+        classifier: [`NoisyClassifier`] of large images, to guide this stage too. The paper guides only the small image.
+        id2label: Name of each class by its number. Commas separate synonyms.
+        guidance_scale: Default guidance scale of a call.
+        num_inference_steps: Default number of steps of a call.
+        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It replaces `num_inference_steps` where a
+            call gives neither.
+        low_res_size: Height and width of the small images that the UNet was trained on, a divisor of its `sample_size`.
 
     Raises:
         ValueError: If UNet, classifier, scheduler and `low_res_size` do not fit together.
@@ -146,7 +146,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
                 the same factor as `low_res_size` is than `sample_size`.
             width: Width of the large image in pixels, like `height`.
             generator: Generator for all images, or a list of one per image.
-            latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
+            latents: x_T, `(batch, channels, height, width)`. `None` draws it.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`ClassifierGuidedPipeline.__call__`].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
@@ -156,7 +156,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
             guiding_unet: Weaker upsampler for autoguidance, see [`ClassifierGuidedPipeline.__call__`].
             guidance_fn: Function that guides in the classifier's place, see [`ClassifierGuidedPipeline.__call__`].
-            guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict.
+            guidance_options: Options that say when guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict.
             timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
@@ -251,10 +251,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     def prepare_low_res(self, image: LowResImage | list[LowResImage]) -> torch.Tensor:
         """
-        Small images as the UNet takes them: `(batch, channels, height, width)` in [-1, 1], float32.
+        Returns small images as the UNet takes them, `(batch, channels, height, width)` in [-1, 1], float32.
 
         Args:
-            image: As of `__call__`.
+            image: Small images, see `__call__`.
 
         Raises:
             ValueError: If an image is of another kind, range or number of channels, or they differ in size.

@@ -25,17 +25,17 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
     Args:
         unet: [`ADMUNet2DModel`], class-conditional or not.
-        scheduler: Of diffusers: one of `diffusers_adm.solvers.SUPPORTED_SCHEDULERS`, such as `DDPMScheduler`,
+        scheduler: Scheduler of diffusers, one of `diffusers_adm.solvers.SUPPORTED_SCHEDULERS`, such as `DDPMScheduler`,
             `DDIMScheduler` or `DPMSolverMultistepScheduler`. Its `clip_sample` and `clip_sample_range` clip the predicted
             x_0 before guidance, never after. A UNet with preconditioning, which is told the noise level, takes one of
             `diffusers_adm.solvers.SIGMA_SCHEDULERS` instead, such as `HeunDiscreteScheduler` or
             `CMStochasticIterativeScheduler`.
-        classifier: [`NoisyClassifier`]; without one nothing is guided.
-        id2label: Name of each class by its number; synonyms are separated by commas.
-        guidance_scale: Scale of guidance where a call gives none.
-        num_inference_steps: Number of steps where a call gives none.
-        timestep_respacing: Published respacing string that takes the place of `num_inference_steps` on DDPM and DDIM
-            where a call gives neither.
+        classifier: [`NoisyClassifier`] that guides. Without one, only a `guidance_fn` can guide.
+        id2label: Name of each class by its number. Commas separate synonyms.
+        guidance_scale: Default guidance scale of a call.
+        num_inference_steps: Default number of steps of a call.
+        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It replaces `num_inference_steps` where a
+            call gives neither.
 
     Raises:
         ValueError: If UNet, classifier and scheduler do not fit together.
@@ -129,7 +129,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draws one image a label.
+        Draws one image per label.
 
         Args:
             class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
@@ -138,7 +138,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
             num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM spaces them evenly, both ends included;
                 DDIM takes an integer stride from 0 where one gives that number. With a `timestep_spacing` of `"trailing"` both
-                end at the last timestep; its other values are without effect on them. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
+                end at the last timestep. Other values of `timestep_spacing` have no effect on them. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
                 UNet twice in each step but the last, PNDM twice in the first. A UNet with preconditioning is evaluated at the noise
                 levels of Karras et al. 2022 (arXiv 2206.00364, eq. 5). `None` means the pipeline's default.
             timestep_respacing: Steps of DDPM or DDIM as a respacing string of the original code, such as `"250"`, `"ddim25"`
@@ -152,7 +152,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             width: Width in pixels; the UNet's `sample_size` by default.
             generator: Generator for all images, or a list of one per image. With a list, an image is the same in any batch up
                 to rounding: x_0 has differed by up to 4.5e-4, because torch sums in another order in another batch size.
-            latents: x_T, `(batch, channels, height, width)`, instead of a draw of it.
+            latents: x_T, `(batch, channels, height, width)`. `None` draws it.
             output_type: `"pil"`; `"np"`, `(batch, height, width, channels)` in [0, 1]; `"pt"`, `(batch, channels,
                 height, width)` in [0, 1]; or `"latent"`, x_0 as it is.
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -171,8 +171,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_fn: Function that guides in the classifier's place, scaled by `guidance_scale`. It takes x_t, timestep,
                 predicted x_0 and labels, and returns a log-probability per image, or a gradient. The docstring of
                 `diffusers_adm.guidance` says more.
-            guidance_options: When guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict
-                such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
+            guidance_options: Options that say when guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict such
+                as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
             timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step leads to the next lower of all
                 of them. Where the next in the list is not that one, noise is added up to it, as RePaint does (Lugmayr et al.
                 2022, arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.

@@ -95,7 +95,7 @@ def single_file(cls: type) -> str:
 @dataclass
 class Needs:
     """
-    What a file must hold or import.
+    Definitions and imports that a file must hold.
 
     Args:
         names: Definitions of this package.
