@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
-from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier, __version__
 from diffusers_adm.atomic_files import atomic_folder
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.demo import draw_cascade_demo, draw_demo
@@ -232,6 +232,7 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
             are left out.
     """
     parser = CommandParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert_arguments(
         add_command(

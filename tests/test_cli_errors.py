@@ -12,7 +12,8 @@ from image_files import digits_npz, random_images
 from PIL import Image
 from tiny_models import tiny_pipeline
 
-from diffusers_adm import default_cascade
+from diffusers_adm import __version__, default_cascade
+from diffusers_adm.cli import main
 
 
 SAMPLE = ("sample", "--output", "new", "--num_samples", 4, "--batch_size", 2)
@@ -166,3 +167,10 @@ def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):
     assert re.search(f"^diffusers-adm {words[0]}: error: .*{message}", line), line
     assert len(line) < 1200
     assert set(folder.rglob("*")) == before
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"diffusers-adm {__version__}\n"
