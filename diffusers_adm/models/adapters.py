@@ -1,9 +1,11 @@
 """Low-rank adapters of a model, as diffusers and peft implement them."""
 
 import copy
+import functools
 import os
 
 import torch
+from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 
 
@@ -22,6 +24,8 @@ class AdapterMixin(PeftAdapterMixin):
         kwargs = {"use_safetensors": True, **kwargs}
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
 
+    # Pipelines pass on the variant and the size of shards only where the signature has them.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
         Saves the model. Adapters are merged into the weights that are saved.
