@@ -65,7 +65,7 @@ def with_full_disk(command: Callable[[], int], most_bytes: int) -> int:
     ("command", "most_bytes", "file"),
     [
         ("sample", 3000, "new/shards/000000.npz"),
-        ("sample", 6000, "new/grid.png"),
+        ("sample", 6000, "new/(grid.png|samples_.*npz)"),
         ("evaluate", 100, "new.json"),
         ("make-reference", 10_000, "new.npz"),
         ("nll", 10_000, "new/terms.png"),

@@ -18,6 +18,7 @@ import pytest
 )
 def test_bad_values_end_in_one_line(benchmark, words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [benchmark, *words.split()])
+    monkeypatch.delitem(sys.modules, f"diffusers_adm.benchmarks.{benchmark}", raising=False)  # of another test
     with pytest.raises(SystemExit) as exited:
         runpy.run_module(f"diffusers_adm.benchmarks.{benchmark}", run_name="__main__", alter_sys=True)
     assert exited.value.code == 2

@@ -244,7 +244,7 @@ def test_other_numbers_of_channels_are_refused(kind):
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 4), (4, 8)])
 def test_attention_pool_refuses_other_sizes(size):
-    with pytest.raises(ValueError, match=f"4x4, got {size[0] // 2}x{size[1] // 2}"):
+    with pytest.raises(ValueError, match=f"4x4, but got features of {size[0] // 2}x{size[1] // 2}"):
         predict(tiny_classifier("attention"), images(height=size[0], width=size[1]))
 
 

@@ -207,7 +207,7 @@ def test_every_supported_scheduler_draws_guided_and_unguided():
         torch.testing.assert_close(alone[0], drawn[1][1], rtol=1e-3, atol=1e-3, msg=scheduler_class.__name__)
 
 
-@pytest.mark.filterwarnings("ignore:.* in one step, which burns colours")
+@pytest.mark.filterwarnings("ignore:.* in one step, which oversaturates colours")
 def test_few_steps_over_all_noise_there_is_draw_numbers():
     """From a sigma of thousands down to one of hundreds, what a step of float32 leaves of it is lost in rounding."""
     for scheduler_class in SUPPORTED_SCHEDULERS:
