@@ -9,7 +9,7 @@ from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
-from diffusers_adm.guidance.functions import RunClassifierGuidance, training_schedule
+from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.pipelines.checks import (
@@ -176,6 +176,8 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             if self.unet.config.get("preconditioning") is not None:
                 schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
             guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale, schedule)
+        elif isinstance(guidance_fn, ClassifierGuidance):
+            check_told_timesteps(self.unet, "guidance_fn=ClassifierGuidance(...)")
 
         def check_scales(scales: list[float]) -> None:
             self._check_scales(scales, options, guidance_fn is not None, labels)

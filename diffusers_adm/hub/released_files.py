@@ -7,6 +7,7 @@ file, and `converted/NAME-DIGEST` what `from_pretrained` loads.
 import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -198,8 +199,11 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> None:
     if released.sha256 not in (None, digest):
         raise ValueError(f"{source} is not {released.name}: its SHA-256 is {digest} instead of {released.sha256}.")
     try:
+        # torch does not compare the checksums of the parts when it maps a file into memory.
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()) is not None:
+            raise ValueError(f"{damaged} has another checksum.")
         tensors = read_state_dict(file)
-    except ValueError as error:
+    except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{source} is no checkpoint of tensors by name: it is damaged or incomplete, or holds code or objects, which are"
             " not loaded."

@@ -200,6 +200,13 @@ def test_truncated_file_of_unknown_length_is_refused(server, tmp_path):
     ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
 
 
+def test_file_with_flipped_bytes_is_refused(server, tmp_path):
+    data, middle = bytearray(UNET), len(UNET) // 2
+    data[middle : middle + 64] = bytes(byte ^ 0x5A for byte in data[middle : middle + 64])
+    server.files["unet.pt"] = bytes(data)
+    check_refused("unet.pt is no checkpoint of tensors by name: it is damaged", tmp_path)
+
+
 def test_file_of_another_kind_is_refused(server, tmp_path):
     server.files["unet.pt"] = CLASSIFIER
     check_refused("is not tiny, which has .* parameters: it holds the tensors of tiny-classifier", tmp_path)

@@ -17,7 +17,7 @@ from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.diffusion import NoiseSchedule, timestep_at
-from diffusers_adm.guidance import classifier_gradient
+from diffusers_adm.guidance import ClassifierGuidance, classifier_gradient
 from diffusers_adm.models.unet_adm import ADMUNet2DOutput
 
 
@@ -260,6 +260,12 @@ def test_saved_pipeline_draws_the_same(tmp_path):
 def test_calls_that_cannot_be_sampled_are_refused(scheduler, call, message):
     with pytest.raises(ValueError, match=message):
         draw(edm_pipeline(scheduler), **call)
+
+
+def test_a_classifier_that_would_be_told_noise_levels_is_refused():
+    classifier = noised_classifier()
+    with pytest.raises(ValueError, match="guidance_fn=ClassifierGuidance.*requires a UNet that is told timesteps"):
+        draw(edm_pipeline(classifier=classifier), guidance_scale=5.0, guidance_fn=ClassifierGuidance(classifier))
 
 
 def test_parts_that_do_not_fit_together_are_refused():
