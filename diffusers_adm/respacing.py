@@ -106,6 +106,34 @@ def trailing_timesteps(count: int, num_train_timesteps: int) -> list[int]:
     return [round((i + 1) * num_train_timesteps / count) - 1 for i in range(count)]
 
 
+def consistency_steps(timestep_respacing: str, num_train_timesteps: int, given: str | None = None) -> list[int]:
+    """
+    Returns the steps of a consistency model at which it is evaluated, in ascending order from 0, the highest noise level.
+
+    Args:
+        timestep_respacing: Steps in the format of `--ts` of the original code, such as `"0,22,39"`. The last number has no effect
+            if there are several.
+        num_train_timesteps: Number of steps that the numbers count, at least 2.
+        given: Argument that holds the steps, for the message.
+
+    Raises:
+        ValueError: If the string has another form, see `check_consistency_steps`.
+    """
+    parts = [part.strip() for part in str(timestep_respacing).split(",")]
+    steps = [int(part) if part.isdecimal() else -1 for part in parts]
+    check_consistency_steps(steps, num_train_timesteps, given or f"timestep_respacing={timestep_respacing!r}")
+    return steps[:-1] or steps
+
+
+def check_consistency_steps(steps: list[int], num_train_timesteps: int, given: str) -> None:
+    """Raises a `ValueError` that names the given argument, unless steps rise from 0 to at most `num_train_timesteps - 1`."""
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)) or steps[-1] >= num_train_timesteps:
+        raise ValueError(
+            f"{given} must be steps of a consistency model: different integers below {num_train_timesteps} that include 0, the"
+            " highest noise level, such as [22, 0] or '0,22,39'."
+        )
+
+
 def _parse_count(text: str, timestep_respacing: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError(f"`timestep_respacing` must be {RESPACING_FORMS}, but got {timestep_respacing!r}.")

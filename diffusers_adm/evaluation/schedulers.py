@@ -42,8 +42,11 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
         return
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
+    unet, config = pipeline.unet.config, pipeline.scheduler.config
     if name in PRECONDITIONED_SCHEDULERS:  # they share no noise schedule with the others
-        unet = pipeline.unet.config
         pipeline.scheduler = scheduler_class(sigma_min=unet.sigma_min, sigma_max=unet.sigma_max)
-        return
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings)
+    else:
+        pipeline.scheduler = scheduler_class.from_config(config, **settings)
+    if unet.get("preconditioning") is not None:  # their schedulers name the setting differently, or have none
+        clips = config.get("clip_sample", config.get("clip_denoised", True))
+        pipeline.scheduler.register_to_config(clip_sample=clips)

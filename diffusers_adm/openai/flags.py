@@ -14,12 +14,13 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     SchedulerMixin,
 )
 
-from diffusers_adm.respacing import respaced_timesteps
+from diffusers_adm.respacing import consistency_steps, respaced_timesteps
 
 
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -281,24 +282,30 @@ def build_sigma_scheduler(flags: Flags) -> SchedulerMixin:
     Builds the stock scheduler that samples as the scripts of consistency_models do with these flags.
 
     Raises:
-        ValueError: If the sampler is unknown, or does not fit the model.
+        ValueError: If the sampler is unknown, or does not fit the model, or the flags do not describe its steps.
     """
-    sampler, clips = sampler_of(flags), flags["clip_denoised"]
+    sampler, steps, clips = sampler_of(flags), flags["steps"], flags["clip_denoised"]
     levels = {"sigma_min": flags["sigma_min"], "sigma_max": flags["sigma_max"]}
+    # Solvers read this entry of all schedulers. EDMEulerScheduler is left out, because it warns of entries that it does not know.
+    clipping = {"clip_sample": clips}
     schedulers = {
         "heun": lambda: HeunDiscreteScheduler(use_karras_sigmas=True, clip_sample=clips),
-        "euler": lambda: EDMEulerScheduler(**levels),
-        "ancestral": EulerAncestralDiscreteScheduler,
-        "dpm": KDPM2DiscreteScheduler,
+        "euler": lambda: EDMEulerScheduler(**levels) if clips else EulerDiscreteScheduler.from_config(clipping),
+        "ancestral": lambda: EulerAncestralDiscreteScheduler.from_config(clipping),
+        "dpm": lambda: KDPM2DiscreteScheduler.from_config(clipping),
     }
     schedulers |= dict.fromkeys(
         CONSISTENCY_SAMPLERS,
-        lambda: CMStochasticIterativeScheduler(num_train_timesteps=flags["steps"], clip_denoised=clips, **levels),
+        lambda: CMStochasticIterativeScheduler(num_train_timesteps=steps, clip_denoised=clips, **levels),
     )
     if sampler not in schedulers:
         raise ValueError(f"--sampler must be one of {', '.join(schedulers)}, but got {sampler}.")
     if sampler in CONSISTENCY_SAMPLERS and flags["training_mode"] == "edm":
         raise ValueError(f"--sampler {sampler} requires a consistency model, but got --training_mode edm.")
+    if sampler in CONSISTENCY_SAMPLERS and steps < 2:
+        raise ValueError(f"--steps must be at least 2 with --sampler {sampler}, but got {steps}.")
     if sampler == "multistep" and not flags["ts"]:
         raise ValueError("--ts is required with --sampler multistep: give its steps, such as 0,22,39.")
+    if sampler == "multistep":  # raises a ValueError if the steps have another form
+        consistency_steps(flags["ts"], steps, given=f"--ts {flags['ts']}")
     return schedulers[sampler]()

@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm.checks import is_integer, is_number
 from diffusers_adm.diffusion import NoiseSchedule
+from diffusers_adm.respacing import check_consistency_steps, consistency_steps
 from diffusers_adm.solvers.algorithms import EpsilonSolver
 
 
@@ -306,22 +307,14 @@ def consistency_solver(
     config = scheduler.config
     if timesteps is not None:
         is_list = isinstance(timesteps, (list, tuple)) and all(map(is_integer, timesteps))
-        given, steps = f"timesteps={timesteps!r}", list(reversed(timesteps)) if is_list else []
+        places = list(reversed(timesteps)) if is_list else []
+        check_consistency_steps(places, config.num_train_timesteps, f"timesteps={timesteps!r}")
     elif timestep_respacing is not None:
-        parts = [part.strip() for part in str(timestep_respacing).split(",")]
-        given = f"timestep_respacing={timestep_respacing!r}"
-        steps = [int(part) if part.isdecimal() else -1 for part in parts]
+        places = consistency_steps(timestep_respacing, config.num_train_timesteps)
     else:
         _check_number(num_inference_steps, config.num_train_timesteps)
-        given, stride = f"num_inference_steps={num_inference_steps}", config.num_train_timesteps // num_inference_steps
-        steps = [step * stride for step in range(num_inference_steps)]
-    if not steps or steps[0] != 0 or steps != sorted(set(steps)) or steps[-1] >= config.num_train_timesteps:
-        raise ValueError(
-            f"{given} must be steps of {type(scheduler).__name__}: different integers below {config.num_train_timesteps} that"
-            " include 0, the highest noise level, such as [22, 0] or '0,22,39'."
-        )
-    ends_without_effect = timesteps is None and timestep_respacing is not None
-    places = steps[:-1] or steps if ends_without_effect else steps
+        stride = config.num_train_timesteps // num_inference_steps
+        places = [step * stride for step in range(num_inference_steps)]
     prepared = CMStochasticIterativeScheduler.from_config(config)
     prepared.set_timesteps(timesteps=places[::-1])
     levels, lowest = prepared.sigmas[: len(places)].double().tolist(), config.sigma_min
@@ -337,6 +330,11 @@ def check_sigma_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"{type(scheduler).__name__} is not supported for a UNet with preconditioning, which is given the noise level. Use one of"
             f" {names}."
+        )
+    if isinstance(scheduler, CMStochasticIterativeScheduler) and scheduler.config.num_train_timesteps < 2:
+        raise ValueError(
+            "`num_train_timesteps` of CMStochasticIterativeScheduler must be at least 2, because the noise levels lie between two"
+            f" ends, but got {scheduler.config.num_train_timesteps}."
         )
 
 

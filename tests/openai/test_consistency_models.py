@@ -9,6 +9,7 @@ from diffusers import CMStochasticIterativeScheduler, HeunDiscreteScheduler
 from golden_cases import GOLDEN, RELEASED, draw_weights, load_case, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.released import RELEASED_BY_NAME
 
@@ -102,6 +103,24 @@ def test_released_classifiers_know_the_noise_that_they_were_trained_with():
         assert (config.num_train_timesteps, config.beta_schedule) == (1000, beta_schedule)
 
 
+@pytest.mark.parametrize("sampler", ["heun", "euler", "ancestral", "dpm", "onestep"])
+def test_clipping_is_turned_off_by_its_flag(sampler, tmp_path):
+    case, _ = load_case("consistency_unet")
+    mode = "consistency_training" if sampler == "onestep" else "edm"
+    flags = f"{published_flags(case)} --training_mode {mode} --sampler {sampler} --clip_denoised"
+    largest = {}
+    for clips in (True, False):
+        pipeline = ClassifierGuidedPipeline.from_openai(draw_weights(case), flags=f"{flags} {clips}")
+        pipeline.save_pretrained(tmp_path / str(clips))
+        pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / str(clips))
+        pipeline.set_progress_bar_config(disable=True)
+        set_scheduler(pipeline, "EDMEuler")
+        generator = torch.Generator().manual_seed(0)
+        x_0 = pipeline(class_labels=[1], num_inference_steps=1, generator=generator, output_type="latent").images
+        largest[clips] = x_0.abs().max()
+    assert largest[True] <= 1 < largest[False]
+
+
 def test_weights_go_back_to_their_published_layout():
     case, _ = load_case("consistency_unet")
     published = draw_weights(case)
@@ -119,6 +138,9 @@ def test_weights_go_back_to_their_published_layout():
         ("--training_mode edm --sampler progdist", "--sampler must be one of heun, euler"),
         ("--training_mode edm --sampler onestep", "--sampler onestep requires a consistency model"),
         ("--training_mode consistency_training --sampler multistep", "--ts is required"),
+        ("--training_mode consistency_training --sampler multistep --ts 0,22,40", "--ts 0,22,40 must be steps of"),
+        ("--training_mode consistency_training --sampler multistep --ts 0;22", "--ts 0;22 must be steps of"),
+        ("--training_mode consistency_distillation --steps 1", "--steps must be at least 2 with --sampler onestep"),
     ],
 )
 def test_flags_that_do_not_describe_a_model_are_refused(flags, message):

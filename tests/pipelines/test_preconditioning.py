@@ -273,6 +273,8 @@ def test_parts_that_do_not_fit_together_are_refused():
         edm_unet().epsilon_view()
     with pytest.raises(ValueError, match="DDIMScheduler is not supported for a UNet with preconditioning"):
         edm_pipeline(DDIMScheduler())
+    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler must be at least 2, .* but got 1"):
+        edm_pipeline(CMStochasticIterativeScheduler(num_train_timesteps=1))
     with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
         tiny_pipeline(scheduler=EDMEulerScheduler())
     with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
