@@ -91,6 +91,7 @@ setup(
             "sphinx-copybutton>=0.5.2",
         ],
         "test": [
+            "deepinv>=0.5",
             "peft>=0.18",
             "pyright[nodejs]==1.1.414",
             "pytest>=8",

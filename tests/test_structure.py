@@ -53,7 +53,7 @@ LAYERS = (
     {"guidance"},
     {"pipelines"},
     {"diffusers_adm"},
-    {"demo", "evaluation", "examples", "training"},
+    {"demo", "denoiser", "evaluation", "examples", "training"},
     {"benchmarks"},
     {"cli"},
 )
