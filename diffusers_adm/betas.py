@@ -1,4 +1,4 @@
-"""Betas: variances of the noise that each training timestep adds, as schedulers' configs describe them."""
+"""Betas of a scheduler's config. A beta is the variance of the noise that a training timestep adds."""
 
 import math
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ def checked_betas(beta: torch.Tensor | list[float]) -> torch.Tensor:
     try:
         numbers = torch.as_tensor(beta)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"betas must be numbers, but got {beta!r}.") from error
+        raise ValueError(f"Betas must be numbers, but got {beta!r}.") from error
     if numbers.is_complex() or numbers.ndim != 1 or not len(numbers):
         raise ValueError(
-            f"betas must be real numbers, one per timestep, but got {numbers.dtype}, {tuple(numbers.shape)}."
+            f"Betas must be real numbers, one per timestep, but got {numbers.dtype}, {tuple(numbers.shape)}."
         )
     table = torch.as_tensor(beta, dtype=torch.float64)  # from the given numbers, because float32 would round them
     wrong = table[~((0 < table) & (table < 1))]
     if len(wrong):
         raise ValueError(
-            f"betas must be in (0, 1), but {len(wrong)} of {len(table)} are not, such as {wrong[0].item():g}."
+            f"Betas must be in (0, 1), but {len(wrong)} of {len(table)} are not, such as {wrong[0].item():g}."
         )
     return table
 
@@ -65,13 +65,13 @@ def betas_from_config(config: dict) -> torch.Tensor:
         return checked_betas(config["trained_betas"])
     missing = sorted(vars(NoiseConfig()).keys() - config.keys())
     if missing:
-        raise ValueError(f"A scheduler's config must have entries that describe its noise, but {missing} are missing.")
+        raise ValueError(f"A scheduler's config must describe its noise, but it lacks the entries {missing}.")
     steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
     start, end = config["beta_start"], config["beta_end"]
     if steps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, but got {steps}.")
+        raise ValueError(f"`num_train_timesteps` must be at least 1, but got {steps}.")
     if schedule != "squaredcos_cap_v2" and not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(f"beta_start and beta_end must be in (0, 1), but got {start} and {end}.")
+        raise ValueError(f"`beta_start` and `beta_end` must be in (0, 1), but got {start} and {end}.")
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule == "scaled_linear":

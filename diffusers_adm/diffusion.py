@@ -196,8 +196,8 @@ def renoise(schedule: NoiseSchedule, x: torch.Tensor, index: int, to_index: int,
         raise ValueError(f"`index` and `to_index` must be integers, but got {index!r} and {to_index!r}.")
     if not -1 <= index < to_index < len(schedule):
         raise ValueError(
-            f"`to_index` must be above `index`, and both in [-1, {len(schedule) - 1}], but got noise to add from step {index} to"
-            f" step {to_index}."
+            f"`to_index` must be above `index`, and both must be in [-1, {len(schedule) - 1}], but got to_index={to_index} and"
+            f" index={index}."
         )
     before = schedule.alpha_bar[index].item() if index >= 0 else 1.0
     kept = schedule.alpha_bar[to_index].item() / before
@@ -288,8 +288,8 @@ def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[t
         return model_output, None
     if model_output.shape[1] != 2 * channels:
         raise ValueError(
-            f"The network's output must have {channels} channels like the images, or {2 * channels} channels with learned variance,"
-            f" but got {model_output.shape[1]}."
+            f"The network's output must have {channels} channels, as many as the images, or {2 * channels} channels with learned"
+            f" variance, but got {model_output.shape[1]}."
         )
     return model_output.split(channels, dim=1)
 
@@ -357,7 +357,7 @@ def read_prediction(
     variance_type: str = "fixed_large",
 ) -> Prediction:
     """
-    Computes the prediction that the output of a network stands for, in float32.
+    Converts the output of a network to its prediction: noise, x_0 and log-variance, in float32.
 
     Args:
         schedule: Steps of the process.

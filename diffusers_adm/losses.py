@@ -66,7 +66,7 @@ def hybrid_loss(
         noise: Noise in `x_t`, of the shape of `x_0`.
         prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
         vlb_weight: Weight of the bound's term in bits per dimension. `None` means the paper's weight, the number of timesteps
-            divided by 1000. 1 is the form without rescaling of the original code.
+            divided by 1000. The original code without rescaling has the weight 1.
 
     Raises:
         ValueError: If the output has another number of channels, or the prediction type is unknown.
@@ -147,8 +147,8 @@ def vlb_bits(
 def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, entropy_weight: float = 0.0) -> torch.Tensor:
     """
     Returns the cross-entropy of each image, `(batch,)`, plus an optional penalty on confidence. The penalty is the KL divergence
-    KL(predicted distribution || uniform distribution). A classifier trained with a penalty of weight 0.1 guides at more steps,
-    because its gradient does not vanish once it is certain (entropy-constraint training: Li et al. 2022, arXiv 2206.11474).
+    KL(predicted distribution || uniform distribution). A classifier that was trained with a weight of 0.1 guides at more steps,
+    because its gradient does not vanish when it is certain (entropy-constraint training: Li et al. 2022, arXiv 2206.11474).
 
     Args:
         logits: Output of the classifier, `(batch, num_classes)`.

@@ -33,8 +33,8 @@ def respaced_timesteps(timestep_respacing: str, num_train_timesteps: int) -> lis
         stride = integer_stride(count, num_train_timesteps)
         if stride is None:
             raise ValueError(
-                f"`timestep_respacing` must be 'ddimN' with a number N for which an integer stride keeps N of {num_train_timesteps}"
-                f" timesteps, but got {timestep_respacing!r}."
+                f"`timestep_respacing` 'ddimN' requires an integer stride that keeps exactly N of {num_train_timesteps} timesteps,"
+                f" but got {timestep_respacing!r}. Choose another N."
             )
         return list(range(0, num_train_timesteps, stride))
 
@@ -143,5 +143,6 @@ def _parse_count(text: str, timestep_respacing: str) -> int:
 def _check_count(count: int, num_train_timesteps: int) -> None:
     if not (is_integer(count) and is_integer(num_train_timesteps) and 1 <= count <= num_train_timesteps):
         raise ValueError(
-            f"The number of steps must be an integer in [1, {num_train_timesteps!r}], the model's timesteps, but got {count!r}."
+            f"The number of steps must be an integer in [1, {num_train_timesteps!r}], because the model has as many timesteps, but got"
+            f" {count!r}."
         )

@@ -48,7 +48,9 @@ def draw_cascade(
                 f" {taken.in_channels} of {after.config.low_res_size}."
             )
         if class_labels is None and taken.num_class_embeds is not None and after.unet.null_class is None:
-            raise ValueError("class_labels are missing: an upsampler is class-conditional and has no null class.")
+            raise ValueError(
+                "`class_labels` are required, because an upsampler has classes and no null class, but got None."
+            )
     if class_labels is not None:
         # Names mean the same in all stages; numbers must.
         class_labels = stages[0].class_ids(class_labels)

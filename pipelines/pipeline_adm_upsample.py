@@ -242,7 +242,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             ValueError: If the UNet needs labels, or the classifier is asked to guide.
         """
         if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
-            raise ValueError("class_labels are missing: the upsampler is class-conditional and has no null class.")
+            raise ValueError(
+                "`class_labels` are required, because the upsampler has classes and no null class, but got None."
+            )
         if guidance_fn is not None:
             return guidance_scale
         if guidance_scale is not None and any(per_image(guidance_scale, batch_size, "guidance_scale")):

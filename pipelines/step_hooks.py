@@ -56,7 +56,7 @@ class StepHooks:
         self.on_step_start = on_step_start
         self.on_step_end = on_step_end
         self.end_inputs = end_inputs
-        self.finite = FiniteCheck("What x_0_fn returned for")
+        self.finite = FiniteCheck("The output of `x_0_fn` for")
 
     def start(self, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """Returns x_t, or what `callback_on_step_start` puts in its place, `(batch, channels, height, width)`."""

@@ -13,18 +13,18 @@ from diffusers_adm.respacing import evenly_spaced_timesteps, trailing_timesteps
 
 CONFIG = DDPMScheduler().config
 BAD_ENTRIES = [
-    ({"num_train_timesteps": 0}, "num_train_timesteps must be at least 1"),
+    ({"num_train_timesteps": 0}, "`num_train_timesteps` must be at least 1"),
     ({"num_train_timesteps": "10"}, "`num_train_timesteps` must be an integer"),
     ({"beta_start": "a"}, "`beta_start` must be a number"),
     ({"beta_start": -1.0}, r"must be in \(0, 1\)"),
     ({"beta_start": float("nan")}, "`beta_start` must be a number"),
     ({"beta_end": 1.5}, r"must be in \(0, 1\)"),
     ({"beta_schedule": None}, "`beta_schedule` must be a string"),
-    ({"trained_betas": [0.1, 1.0]}, r"betas must be in \(0, 1\), but 1 of 2"),
-    ({"trained_betas": [0.1, float("nan")]}, r"betas must be in \(0, 1\), but 1 of 2"),
-    ({"trained_betas": ["a"]}, "betas must be numbers"),
-    ({"trained_betas": []}, "betas must be real numbers, one per timestep"),
-    ({"trained_betas": [[0.1, 0.2]]}, "betas must be real numbers, one per timestep"),
+    ({"trained_betas": [0.1, 1.0]}, r"Betas must be in \(0, 1\), but 1 of 2"),
+    ({"trained_betas": [0.1, float("nan")]}, r"Betas must be in \(0, 1\), but 1 of 2"),
+    ({"trained_betas": ["a"]}, "Betas must be numbers"),
+    ({"trained_betas": []}, "Betas must be real numbers, one per timestep"),
+    ({"trained_betas": [[0.1, 0.2]]}, "Betas must be real numbers, one per timestep"),
 ]
 
 
@@ -43,9 +43,9 @@ def test_what_is_no_config_is_refused(config):
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
 def test_pipeline_refuses_a_scheduler_whose_betas_are_none(scheduler_class):
     """Fast solvers too, which do not draw by the tables of [`NoiseSchedule`], but would give NaN without a word."""
-    with pytest.raises(ValueError, match=r"betas must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"Betas must be in \(0, 1\)"):
         tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, trained_betas=[0.1] * 999 + [1.5]))
-    with pytest.raises(ValueError, match=r"beta_end must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"`beta_end` must be in \(0, 1\)"):
         tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, beta_end=1.5))
 
 
@@ -56,7 +56,7 @@ def test_pipeline_refuses_a_text_for_a_truth_value_of_the_scheduler():
 
 @pytest.mark.parametrize("beta", [None, "a", 0.1, [0.1, 0.0], torch.tensor([0.1j]), torch.tensor([[0.1]])])
 def test_betas_of_another_kind_are_refused(beta):
-    with pytest.raises(ValueError, match="betas must be"):
+    with pytest.raises(ValueError, match="Betas must be"):
         NoiseSchedule.from_betas(beta)
 
 
@@ -110,5 +110,5 @@ def test_number_of_steps_of_another_kind_is_refused(function, count, total):
 def test_the_cosine_schedule_has_no_use_for_the_ends_of_betas():
     config = {"num_train_timesteps": 4, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.025, "beta_end": 5.0}
     assert len(betas_from_config(config)) == 4
-    with pytest.raises(ValueError, match="beta_start and beta_end"):
+    with pytest.raises(ValueError, match="`beta_start` and `beta_end`"):
         betas_from_config({**config, "beta_schedule": "linear"})

@@ -1,1 +1,1 @@
-"""Images and where they come from, shared by training and evaluation."""
+"""Datasets of images, for training and evaluation."""

@@ -1,4 +1,4 @@
-"""Labelled images of everything that `datasets.load_dataset` reads."""
+"""Labelled images from any source that `datasets.load_dataset` supports."""
 
 import atexit
 import dataclasses
@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from pyarrow import ArrowException
 
 from diffusers_adm.data.folders import find_layout
-from diffusers_adm.data.images import Columns, ImageFormat, ImageReader
+from diffusers_adm.data.images import NO_READABLE_IMAGE, Columns, ImageFormat, ImageReader
 from diffusers_adm.data.labels import MAX_CLASSES, as_class_label, label_by_file_name, stream_as_class_label
 from diffusers_adm.data.options import ImageSelection, ImageSource
 from diffusers_adm.data.streams import StreamedImages
@@ -26,8 +26,8 @@ class LabelledImages(torch.utils.data.Dataset):
     """
     Labelled images of one split.
 
-    Random crops and flips of an image depend on the seed, the epoch and the image's index alone, and neither on the number of
-    workers nor on interruptions.
+    The random crop and flip of an image depend only on the seed, the epoch and the index of the image. The number of workers and
+    interruptions have no effect.
 
     Args:
         rows: Rows of the dataset, with an undecoded image column.
@@ -55,18 +55,18 @@ class LabelledImages(torch.utils.data.Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Changes the random crops and flips."""
+        """Sets the epoch, which changes the random crops and flips."""
         self.epoch = epoch
 
     def examples(self, count: int) -> list[dict]:
-        """Returns `count` items, or as many as there are, evenly spaced, without augmentation."""
+        """Returns `count` evenly spaced items without augmentation, or all items if there are fewer."""
         plain = LabelledImages(self.rows, dataclasses.replace(self.reader, augment=False), self.seed)
         count = min(count, len(plain))
         return [plain[i * len(plain) // count] for i in range(count)]
 
     def __getitem__(self, index: int) -> dict:
         """
-        Returns the item at an index. If its image is unreadable and `on_unreadable` is `"skip"`, it is the next readable one.
+        Returns the item at an index. If its image is unreadable and `on_unreadable` is `"skip"`, returns the next readable item.
 
         Raises:
             ValueError: If the image is unreadable, or does not fit the crop.
@@ -77,7 +77,7 @@ class LabelledImages(torch.utils.data.Dataset):
             item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{self.epoch}-{candidate}")
             if item is not None:
                 return item
-        raise ValueError("No image of the dataset can be read.")
+        raise ValueError(NO_READABLE_IMAGE)
 
 
 def required_class_names(images: LabelledImages | StreamedImages) -> list[str]:
@@ -89,11 +89,13 @@ def required_class_names(images: LabelledImages | StreamedImages) -> list[str]:
     """
     if images.class_names is None:
         raise ValueError(
-            "The dataset has no labels: name them by --label_column or --label_from, or train a UNet with"
+            "The dataset has no labels. Pass --label_column or --label_from, or train an unconditional UNet with"
             " --no-class_conditional."
         )
     if len(images.class_names) < 2:
-        raise ValueError(f"The dataset has a single class, {images.class_names[0]!r}: there is nothing to tell apart.")
+        raise ValueError(
+            f"The dataset must have at least 2 classes, but all images have the class {images.class_names[0]!r}."
+        )
     return images.class_names
 
 
@@ -101,21 +103,21 @@ def load_images(
     source: ImageSource, format: ImageFormat, selection: ImageSelection, *, seed: int, labelled: bool = True
 ) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
     """
-    Loads the images to train on, and those that are held out.
+    Loads the training images and the held-out images.
 
     Args:
         source: Place of the dataset.
         format: Size and channels of the images.
-        selection: Splits, order and state of the images.
+        selection: Splits, order and augmentation of the images.
         seed: Seed of the selection, the order, and random crops and flips.
         labelled: Whether to look for labels.
 
     Returns:
-        Both. The second is `None` if nothing is held out.
+        Training images and held-out images. The latter are `None` if no images are held out.
 
     Raises:
-        ValueError: If there is no such split or column, some labels are missing, or a held-out split has other classes.
-        DatasetNotFoundError: If there is no such dataset.
+        ValueError: If the split or a column does not exist, some labels are missing, or the held-out split has other classes.
+        DatasetNotFoundError: If the dataset does not exist.
     """
     check_selection(source, selection)
     streaming = selection.streaming
@@ -137,7 +139,9 @@ def load_images(
         train, held_out = split["train"], split["test"]
     if selection.max_train_samples is not None:
         if not 1 <= selection.max_train_samples <= len(train):
-            raise ValueError(f"--max_train_samples {selection.max_train_samples} is not in 1 ... {len(train)}.")
+            raise ValueError(
+                f"--max_train_samples must be in [1, {len(train)}], the number of images, but got {selection.max_train_samples}."
+            )
         train = train.shuffle(seed=seed).select(range(selection.max_train_samples))
 
     reader = ImageReader(columns, format, random_flip=selection.random_flip, on_unreadable=selection.on_unreadable)
@@ -155,30 +159,32 @@ def load_images(
 def check_selection(source: ImageSource, selection: ImageSelection) -> None:
     """Raises a ValueError if options contradict one another or are out of range."""
     if (source.dataset_name is None) == (source.train_data_dir is None):
-        raise ValueError("Give either --dataset_name or --train_data_dir.")
+        raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")
     if source.dataset_name is None and source.dataset_config_name is not None:
-        raise ValueError(f"--dataset_config_name {source.dataset_config_name} goes with --dataset_name.")
+        raise ValueError(f"--dataset_config_name requires --dataset_name, but got {source.dataset_config_name}.")
     if selection.validation_split is not None and selection.validation_fraction is not None:
-        raise ValueError("Give either --validation_split or --validation_fraction.")
+        raise ValueError("Pass at most one of --validation_split and --validation_fraction.")
     if selection.num_classes is not None and not (1 <= selection.num_classes <= MAX_CLASSES and selection.streaming):
         raise ValueError(
-            f"--num_classes {selection.num_classes} must be in 1 ... {MAX_CLASSES}, and goes with --streaming."
+            f"--num_classes requires --streaming and must be in [1, {MAX_CLASSES}], but got {selection.num_classes}."
         )
     for name in ("validation_fraction", "max_train_samples"):
         if selection.streaming and getattr(selection, name) is not None:
-            raise ValueError(f"--{name} needs all images at once, which --streaming does without.")
+            raise ValueError(
+                f"--{name} requires all images in advance and is not supported with --streaming. Leave one out."
+            )
     if selection.validation_fraction is not None and not 0 < selection.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {selection.validation_fraction} is not between 0 and 1.")
+        raise ValueError(f"--validation_fraction must be between 0 and 1, but got {selection.validation_fraction}.")
     if selection.streaming and selection.shuffle_buffer < 1:
-        raise ValueError(f"--shuffle_buffer {selection.shuffle_buffer} must be at least 1.")
+        raise ValueError(f"--shuffle_buffer must be at least 1, but got {selection.shuffle_buffer}.")
 
 
 def shuffled_stream(rows: IterableDataset, seed: int, shuffle_buffer: int) -> IterableDataset:
-    """Shuffles a stream, and warns if that cannot mix the order of its rows well."""
+    """Shuffles a stream, and warns if the stream can only be shuffled within a buffer."""
     if rows.num_shards == 1:
         logger.warning(
-            "The stream is of one file, or of a folder of images: it is read in its order, which --shuffle_buffer %d alone"
-            " mixes. If that is by class, leave --streaming out.",
+            "The stream has a single file or is a folder of images, so it is read in order and shuffled only by"
+            " --shuffle_buffer %d. If images are sorted by class, leave out --streaming.",
             shuffle_buffer,
         )
     return rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -204,23 +210,23 @@ def load_rows(
         streaming: Whether to fetch this split alone, as a stream.
         on_disk: Whether to write the stream to the disk, as a dataset.
         num_classes: Number of classes of a stream whose labels are numbers without names.
-        classes: Classes that the labels must be of. Those of the split itself by default.
+        classes: Classes that the split must have. Default: any classes.
 
     Raises:
-        ValueError: If there is no such column, or some labels are missing or of other classes.
-        DatasetNotFoundError: If there is no such dataset.
+        ValueError: If a column does not exist, some labels are missing, or the split has other classes.
+        DatasetNotFoundError: If the dataset does not exist.
     """
     rows = _load_split(source, split, streaming)
     if rows.features is None:
-        raise ValueError(f"The stream of split {split!r} does not say what columns it has.")
+        raise ValueError(f"The stream of split {split!r} has no list of its columns. Leave out --streaming.")
     image_column = source.image_column or _only_column(rows, ImageFeature)
     if image_column not in rows.column_names:
-        raise ValueError(f"No image column {image_column!r} among {rows.column_names}: name it by --image_column.")
+        raise ValueError(f"--image_column must be one of {rows.column_names}, but got {image_column!r}.")
     try:
         rows = rows.cast_column(image_column, ImageFeature(decode=False))
     except ArrowException as error:
         raise ValueError(
-            f"Column {image_column!r} holds {rows.features[image_column]}, not images: name another by --image_column."
+            f"--image_column must be a column of images, but {image_column!r} holds {rows.features[image_column]}."
         ) from error
     if streaming and on_disk:
         rows = _on_disk(rows)
@@ -230,14 +236,18 @@ def load_rows(
     is_stream = isinstance(rows, IterableDataset)
     if source.label_from == "filename_prefix":
         if is_stream:
-            raise ValueError("--label_from filename_prefix needs all names at once, which --streaming does without.")
+            raise ValueError(
+                "--label_from filename_prefix requires all file names and is not supported with --streaming."
+            )
         rows, label_column = label_by_file_name(rows, image_column), "label"
     else:
         label_column = source.label_column or _only_column(rows, ClassLabel)
     if label_column is None and classes is None:
         return rows, Columns(image_column)
     if label_column not in rows.column_names:
-        raise ValueError(f"No label column {label_column!r} among {rows.column_names} of split {split!r}.")
+        raise ValueError(
+            f"--label_column must be one of the columns of split {split!r}, {rows.column_names}, but got {label_column!r}."
+        )
     if is_stream:
         rows = stream_as_class_label(rows, label_column, num_classes)
     else:
@@ -246,18 +256,18 @@ def load_rows(
 
 
 def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """Loads a split. Which images of a local folder are in it is decided here, because `load_dataset` would guess."""
+    """Loads a split. This package assigns the images of a local folder to splits, because `load_dataset` would guess."""
     options = {"split": split, "cache_dir": source.cache_dir, "streaming": streaming}
     folder = source.train_data_dir or source.dataset_name
     if source.dataset_revision is not None and Path(folder).is_dir():
         raise ValueError(
-            f"--dataset_revision {source.dataset_revision} is for datasets on the Hub, but {folder} is a folder."
+            f"--dataset_revision requires a dataset on the Hub, but got {source.dataset_revision} for the folder {folder}."
         )
     explicit = source.data_files is not None or source.dataset_config_name is not None
     layout = None if explicit else find_layout(folder)
     if layout is not None:
         if layout.splits:
-            logger.warning("%s has the split folders %s: reading split %s.", folder, layout.splits, split)
+            logger.warning("%s has the split folders %s. Split %s is used.", folder, layout.splits, split)
         rows = load_dataset(**layout.arguments(), **options)
         if not streaming:
             layout.check_number(sum(info.num_examples for info in rows.info.splits.values()))
@@ -271,7 +281,7 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
 
 
 def _on_disk(rows: IterableDataset) -> Dataset:
-    """Saves a stream for as long as the process lives: without streaming every split of a dataset would be fetched."""
+    """Saves a stream until the process ends. Loading the split without streaming would download all splits of the dataset."""
     folder = tempfile.TemporaryDirectory(prefix="held-out-")
     atexit.register(folder.cleanup)
     return Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=folder.name)
@@ -280,5 +290,8 @@ def _on_disk(rows: IterableDataset) -> Dataset:
 def _only_column(rows: Dataset, feature_type: type) -> str | None:
     columns = [name for name, feature in rows.features.items() if isinstance(feature, feature_type)]
     if len(columns) > 1:
-        raise ValueError(f"Columns {columns} are all of type {feature_type.__name__}: name the one to use.")
+        option = "--image_column" if feature_type is ImageFeature else "--label_column"
+        raise ValueError(
+            f"{option} is required, because several columns are of type {feature_type.__name__}: {columns}."
+        )
     return columns[0] if columns else None

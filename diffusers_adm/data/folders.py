@@ -22,10 +22,10 @@ class ImageFolderLayout:
     Files of a folder of images.
 
     Args:
-        folder: The folder.
-        splits: Subfolders of each split. Empty if all images are one split.
+        folder: Path of the folder.
+        splits: Subfolders of each split. Empty if all images are in one split.
         num_images: Number of images on disk.
-        has_classes: Whether some images are in a subfolder of the folder, or of a split.
+        has_classes: Whether some images are in a subfolder, of the folder or of a split folder.
         has_metadata: Whether a metadata file lists the images.
     """
 
@@ -36,7 +36,7 @@ class ImageFolderLayout:
     has_metadata: bool
 
     def arguments(self) -> dict:
-        """Returns the arguments of `load_dataset`, which would guess splits from the names of files and classes."""
+        """Returns arguments for `load_dataset`. They name the files of each split, because `load_dataset` would guess them."""
         patterns = {split: [f"{name}/**" for name in names] for split, names in self.splits.items()}
         return {
             "path": "imagefolder",
@@ -46,20 +46,20 @@ class ImageFolderLayout:
         }
 
     def check_number(self, num_loaded: int) -> None:
-        """Raises a ValueError unless all images on disk were loaded. A metadata file may list fewer."""
+        """Raises a ValueError unless all images on disk were loaded. A metadata file may list fewer images."""
         if not self.has_metadata and num_loaded != self.num_images:
             raise ValueError(
-                f"{self.folder} holds {self.num_images} image files, but {num_loaded} were loaded: name the files by"
-                " --data_files, and look for links and unusual characters in the names of folders."
+                f"{self.folder} has {self.num_images} image files, but {num_loaded} were loaded. Remove links and unusual"
+                " characters from the names of folders, or pass --data_files."
             )
 
 
 def find_layout(folder: str | Path) -> ImageFolderLayout | None:
     """
-    Returns the layout of a folder of images, or `None` if the path is no folder, or holds a dataset of another format.
+    Returns the layout of a folder of images, or `None` if the path is not a folder or holds a dataset of another format.
 
     Raises:
-        ValueError: If split folders lie beside other images, so that it is unclear which images are meant.
+        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear.
     """
     folder = Path(folder)
     files = _visible_files(folder)
@@ -68,7 +68,7 @@ def find_layout(folder: str | Path) -> ImageFolderLayout | None:
         return None
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(errors="replace"), re.MULTILINE):
-        return None  # its author has named the splits
+        return None  # the dataset card lists the splits
     splits = _find_splits(folder, images)
     return ImageFolderLayout(
         folder=folder,
@@ -80,7 +80,7 @@ def find_layout(folder: str | Path) -> ImageFolderLayout | None:
 
 
 def _find_splits(folder: Path, images: list[Path]) -> dict[str, list[str]]:
-    """Returns the subfolders of each split. A subfolder that merely has the name of a split is a class among classes."""
+    """Returns the subfolders of each split. If there are other images too, a folder such as `test` is a class, not a split."""
     subfolders = sorted({path.parts[0] for path in images if len(path.parts) > 1})
     with_classes = {path.parts[0] for path in images if len(path.parts) > 2}
     found = {name: _split_of(name, name in with_classes) for name in subfolders}
@@ -90,8 +90,8 @@ def _find_splits(folder: Path, images: list[Path]) -> dict[str, list[str]]:
         unclear = [name for name, split in found.items() if split is not None and name in with_classes]
         if unclear:
             raise ValueError(
-                f"{folder} holds split folders {unclear} beside other images ({(others + loose)[:3]}): keep one subfolder"
-                " per class, or split folders alone, or name the files by --data_files."
+                f"{folder} has both split folders, {unclear}, and other images, {(others + loose)[:3]}. Keep one of the two, or"
+                " pass --data_files."
             )
         return {}
     splits: dict[str, list[str]] = {}
@@ -101,14 +101,14 @@ def _find_splits(folder: Path, images: list[Path]) -> dict[str, list[str]]:
 
 
 def _split_of(name: str, with_classes: bool) -> str | None:
-    """Returns the split that a folder's name means. Further words, as in `train_images`, need classes in the folder."""
+    """Returns the split that a folder's name means. A name with more words, as `train_images`, counts only with class folders."""
     words = set(re.findall("[a-z]+", name.lower()))
     splits = {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}
     return splits.pop() if len(splits) == 1 and (with_classes or len(words) == 1) else None
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """Returns the files below a folder, relative to it, without those that `load_dataset` takes for hidden."""
+    """Returns the files below a folder, relative to it. Files that `load_dataset` regards as hidden are left out."""
     files = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]

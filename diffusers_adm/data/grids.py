@@ -1,10 +1,10 @@
-"""Grids of pictures."""
+"""Grids of images."""
 
 from PIL import Image, ImageDraw, ImageFont
 
 
 def grid_of(pictures: list[Image.Image], columns: int = 10, gap: int = 0) -> Image.Image:
-    """Joins equally large pictures in rows of `columns`. Gaps of `gap` pixels between them are grey."""
+    """Joins images of equal size in rows of `columns` images, with grey gaps of `gap` pixels."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     width, height = (side + gap for side in pictures[0].size)
@@ -19,14 +19,14 @@ def labelled_grid(
     row_names: list[str], column_names: list[str], rows: list[list[Image.Image]], zoom: int = 2, gap: int = 4
 ) -> Image.Image:
     """
-    Joins rows of equally large pictures, with the name of each row on its left and the name of each column above it.
+    Joins rows of images of equal size. The name of each row is on its left, and the name of each column is above it.
 
     Args:
         row_names: Names of the rows.
         column_names: Names of the columns.
-        rows: Pictures, one list per row.
-        zoom: Factor by which each picture is enlarged.
-        gap: Pixels between pictures.
+        rows: Images, one list per row.
+        zoom: Factor by which each image is enlarged.
+        gap: Number of pixels between images.
     """
     font = ImageFont.load_default(size=16)
     margin = 8

@@ -1,4 +1,4 @@
-"""Sets of images to evaluate, or to compare with: `.npz` files, and everything that `datasets.load_dataset` reads."""
+"""Samples and reference images of an evaluation, from `.npz` files or any source that `datasets.load_dataset` supports."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ NO_DATASET = ("dataset_name", "train_data_dir")  # options that commands leave o
 
 @dataclass(frozen=True)
 class ImageSetOptions:
-    """Split, place and format of the images of a dataset. By default images keep their size and channels."""
+    """Split, place and format of the images of a dataset. By default, images keep their size and channels."""
 
     split: str = option(DEFAULT_SPLIT, help="Split of a dataset.")
     source: ImageSource = option_group(ImageSource, "dataset")
@@ -31,10 +31,10 @@ class ImageSetOptions:
 
     def check(self, *sources: str | Path) -> None:
         """
-        Checks that options which change images apply to some of the sources.
+        Checks that options which convert images apply to at least one of the sources.
 
         Raises:
-            ValueError: If all sources are `.npz` files, whose images are taken as they are.
+            ValueError: If all sources are `.npz` files, whose images are not converted.
         """
         names = ("resolution", "source_resolution", "in_channels", "image_range")
         given = [name for name in names if getattr(self.format, name)]
@@ -42,15 +42,16 @@ class ImageSetOptions:
             given.append("split")
         if given and all(Path(source).suffix == ".npz" for source in sources):
             raise ValueError(
-                f"{', '.join(f'--{name}' for name in given)}: for datasets only; the images of an .npz file are taken as they are."
+                f"{', '.join(f'--{name}' for name in given)} must be left out, because images of .npz files are not converted."
             )
 
 
 class DatasetImages:
     """
-    Images of one split of a dataset, or of a folder. Attributes are those of [`NpzImages`].
+    Images of one split of a dataset, or of a folder. It has the same attributes as [`NpzImages`].
 
-    Without `resolution` images keep their size. Without `in_channels` they are grey if the first is, else colour.
+    Without `resolution`, images keep their size. Without `in_channels`, all images are grey if the first one is grey, and in colour
+    otherwise.
 
     Args:
         dataset: Hub id, folder of images, or folder of a dataset.
@@ -58,8 +59,8 @@ class DatasetImages:
         labelled: Whether to look for labels.
 
     Raises:
-        ValueError: If there is no such split or column, or no image.
-        DatasetNotFoundError: If there is no such dataset.
+        ValueError: If the split or a column does not exist, or there are no images.
+        DatasetNotFoundError: If the dataset does not exist.
     """
 
     def __init__(self, dataset: str | Path, options: ImageSetOptions | None = None, labelled: bool = False):
@@ -70,7 +71,7 @@ class DatasetImages:
         self.rows, columns = load_rows(source, options.split, labelled=labelled)
         self.image_column = columns.image
         self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
-        self.mixed = (Path(dataset) / "manifest.jsonl").is_file()  # `sample` wrote it
+        self.mixed = (Path(dataset) / "manifest.jsonl").is_file()  # the command `sample` writes one
         if self.mixed:
             self._sort_by_number(dataset)
         self.fingerprint = self.rows._fingerprint
@@ -86,7 +87,7 @@ class DatasetImages:
         strange = [name for name in names if not name.isdecimal()]
         if strange:
             raise ValueError(
-                f"{dataset} has a manifest.jsonl, as samples have, whose images are called by their numbers: got"
+                f"File names in {dataset} must be numbers, because it has a manifest.jsonl as folders of samples have, but got"
                 f" {strange[:3]}."
             )
         order = np.argsort([int(name) for name in names])
@@ -98,7 +99,7 @@ class DatasetImages:
         Yields all images in order, `(batch, height, width, channels)` uint8.
 
         Raises:
-            ValueError: If one is unreadable, or of another size.
+            ValueError: If an image is unreadable, or its size or channels differ from those of the first image.
         """
         return self.chosen(np.arange(self.num_images), batch_size)
 
@@ -111,15 +112,17 @@ class DatasetImages:
                 for number, image in zip(batch, images):
                     if image.shape != self.shape:
                         raise ValueError(
-                            f"Image {self._file_name(number)} is {_size(image.shape)}, the first is {_size(self.shape)}:"
-                            " give --resolution."
+                            f"Image {self._file_name(number)} has {_size(image.shape)}, but the first image has"
+                            f" {_size(self.shape)}. Pass --resolution."
                         )
                 yield np.stack(images)
 
     def _read(self, number: int) -> np.ndarray:
         image = self._decode(number)
         if self.format.in_channels is None and self.channels == 1 and image.mode in ("RGB", "RGBA", "P", "CMYK"):
-            raise ValueError(f"Image {self._file_name(number)} is in colour, the first is grey: give --in_channels.")
+            raise ValueError(
+                f"Image {self._file_name(number)} is in colour, but the first image is grey. Pass --in_channels."
+            )
         try:
             image = to_mode(image, self.channels, self.format.image_range)
             if self.format.resolution is not None:
@@ -146,28 +149,30 @@ def open_images(source: str | Path, options: ImageSetOptions | None = None, labe
     Opens a set of images.
 
     Args:
-        source: An `.npz` file, or a dataset: a folder of images, a dataset's folder or Hub id.
+        source: Path of an `.npz` file, of a folder of images or of a dataset's folder, or id of a dataset on the Hub.
         options: Split, place and format of a dataset's images.
         labelled: Whether to look for labels.
 
     Raises:
         ValueError: If there are no usable images.
-        DatasetNotFoundError: If there is no such dataset.
-        ConnectionError: If there is no such folder, and the Hub cannot be reached.
+        DatasetNotFoundError: If the dataset does not exist.
+        ConnectionError: If the folder does not exist and the Hub cannot be reached.
     """
     if Path(source).suffix == ".npz":
         if not Path(source).is_file():
-            raise ValueError(f"There is no file {source}.")
+            raise ValueError(f"The file {source} does not exist.")
         return NpzImages(source, labelled)
     if Path(source).is_file():
-        raise ValueError(f"{source} is a file: give an .npz file, a folder, or the id of a dataset on the Hub.")
+        raise ValueError(
+            f"Images must be an .npz file, a folder, or the id of a dataset on the Hub, but got the file {source}."
+        )
     try:
         return DatasetImages(source, options, labelled)
     except (ConnectionError, DatasetNotFoundError) as error:
         if Path(source).exists():
             raise
         raise type(error)(
-            f"There is no folder {str(source)!r}, and no dataset of that id came from the Hub: {error}"
+            f"There is no folder {str(source)!r}, and no dataset with this id could be loaded from the Hub: {error}"
         ) from error
 
 

@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 
 CROPS = ("center", "random", "pad")
 UNREADABLE = ("stop", "skip")
+NO_READABLE_IMAGE = "The dataset has no image that can be read."
 MAX_RESOLUTION = 2**13
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """
-    Size and channels that images are brought to. Without a resolution they keep their size, and without channels those of
-    the first image.
+    Size and channels to which images are converted. Without `resolution`, images keep their size. Without `in_channels`, the first
+    image decides.
 
     Raises:
         ValueError: If `source_resolution` is not a larger multiple of `resolution`.
@@ -36,16 +37,17 @@ class ImageFormat:
     resolution: int | None = option(
         64, help="Height and width of the images, in pixels.", check=in_range(1, MAX_RESOLUTION)
     )
-    in_channels: int | None = option(3, choices=(1, 3), help="1 for grey images, 3 for colour.")
+    in_channels: int | None = option(3, choices=(1, 3), help="Number of channels: 1 for grey images, 3 for colour.")
     crop: str = option(
         "center",
         choices=CROPS,
-        help="center: the paper's for UNets; random: for classifiers; pad: small images on black.",
+        help="Crop of the images. center: central square, as the paper's UNets were trained. random: random square, as its"
+        " classifiers were trained. pad: whole image on a black background, for small images.",
     )
     source_resolution: int | None = option(
         None,
-        help="Crop to this multiple of --resolution, in pixels, and shrink by averages, as the small images of an upsampler"
-        " are made. Default: none.",
+        help="Crop to this multiple of --resolution, in pixels, then shrink by averaging, as for the small images of an"
+        " upsampler. Default: none.",
         check=in_range(1, MAX_RESOLUTION),
     )
     image_range: tuple[float, float] | None = option(
@@ -61,7 +63,9 @@ class ImageFormat:
     def __post_init__(self):
         source, target = self.source_resolution, self.resolution
         if source is not None and not (target is not None and source > target and source % target == 0):
-            raise ValueError(f"--source_resolution {source} is not a multiple of --resolution {target}, and larger.")
+            raise ValueError(
+                f"--source_resolution must be a multiple of --resolution {target} and larger, but got {source}."
+            )
 
     def fit(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
         """
@@ -69,7 +73,7 @@ class ImageFormat:
 
         Args:
             image: Image of any size.
-            rng: Random numbers of a random crop. Without them, it is the central one.
+            rng: Random numbers of a random crop. `None` means a central crop.
 
         Raises:
             ValueError: If the image is too large to be padded.
@@ -80,7 +84,7 @@ class ImageFormat:
 @dataclass(frozen=True)
 class Columns:
     """
-    Columns of a dataset that hold images and labels.
+    Columns of a dataset with images and labels.
 
     Args:
         image: Name of the column of undecoded images.
@@ -96,15 +100,15 @@ class Columns:
 @dataclass
 class ImageReader:
     """
-    Converts rows of a dataset to items: `image`, `(channels, resolution, resolution)` float32 in [-1, 1], and, if there are
-    labels, `label`, an int.
+    Converts rows of a dataset to items. An item has an `image`, `(channels, resolution, resolution)`, float32 in [-1, 1]. If there
+    are labels, it also has a `label`, an int.
 
     Args:
         columns: Columns of the dataset.
         format: Size and channels of the items.
-        augment: Whether random crops and flips are random.
-        random_flip: Whether augmentation mirrors every second image.
-        on_unreadable: `"stop"` or `"skip"`.
+        augment: Whether images are augmented by random crops and flips.
+        random_flip: Whether augmentation mirrors each image with probability 0.5.
+        on_unreadable: Response to an unreadable image: `"stop"` raises an error, `"skip"` leaves the image out.
     """
 
     columns: Columns
@@ -121,7 +125,7 @@ class ImageReader:
         Args:
             row: Row of the dataset.
             number: Position of the row.
-            key: Seed of the row's random crop and flip.
+            key: Seed of the random crop and flip.
 
         Raises:
             ValueError: If the image is unreadable or does not fit the crop, or the label is unknown.
@@ -145,16 +149,18 @@ class ImageReader:
             item["label"] = row[self.columns.label]
             known = range(len(self.columns.class_names))
             if item["label"] not in known:
-                raise ValueError(f"Image {name} has label {item['label']}, which is not in 0 ... {known[-1]}.")
+                raise ValueError(
+                    f"Labels must be in [0, {known[-1]}], but image {name} has the label {item['label']}."
+                )
         return item
 
     def _report(self, name: str, error: Exception) -> None:
         if self.on_unreadable == "stop":
             raise ValueError(
-                f"Image {name} cannot be read ({error}): remove it, or pass --on_unreadable skip."
+                f"Image {name} cannot be read ({error}). Remove it, or pass --on_unreadable skip."
             ) from error
         if name not in self.reported:
-            logger.warning("Skipping image %s, which cannot be read: %s", name, error)
+            logger.warning("Image %s cannot be read and is skipped: %s", name, error)
             self.reported.add(name)
 
 
@@ -163,27 +169,27 @@ class UnreadableImage(Exception):
 
 
 def file_name(value: dict | None, index: int) -> str:
-    """Returns the name of an image in messages: its file, or its position in the dataset."""
+    """Returns the name of an image for messages: its file name, or its position in the dataset."""
     return (value or {}).get("path") or f"number {index}"
 
 
 def decode(value: dict | None) -> Image.Image:
     """
-    Decodes an image of an undecoded column, and turns it as its EXIF data says.
+    Decodes an image of an undecoded column, and rotates it as its EXIF data says.
 
     Raises:
-        UnreadableImage: If it is missing, damaged, or larger than PIL trusts.
+        UnreadableImage: If the image is missing, damaged, or larger than the limit of Pillow.
     """
     if value is None:
-        raise UnreadableImage("there is none")
+        raise UnreadableImage("it is missing")
     try:
         path, content = value["path"], value["bytes"]
         if content is None and path is not None and Path(path).is_file():
-            content = Path(path).read_bytes()  # datasets leaves a file open that cannot be decoded
+            content = Path(path).read_bytes()  # because `datasets` does not close a file that it cannot decode
         return ImageFeature().decode_example({"path": path, "bytes": content})
     except UnidentifiedImageError as error:
-        raise UnreadableImage("it is damaged, or no picture that Pillow knows") from error
-    except Exception as error:  # PIL's decoders raise all sorts
+        raise UnreadableImage("it is damaged, or of a format that Pillow does not support") from error
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise UnreadableImage(str(error)) from error
 
 
@@ -197,8 +203,8 @@ def fit_image(
         image: Image of any size.
         resolution: Height and width in pixels.
         crop: One of `CROPS`.
-        rng: Random numbers of a random crop. Without them, it is the central one.
-        source_resolution: Resolution to crop to. Each pixel of the result is the mean of those that it covers.
+        rng: Random numbers of a random crop. `None` means a central crop.
+        source_resolution: Resolution of the crop. It is then reduced to `resolution` by averaging blocks of pixels.
 
     Raises:
         ValueError: If the image is too large to be padded.
@@ -207,7 +213,10 @@ def fit_image(
         return fit_image(image, source_resolution, crop, rng).reduce(source_resolution // resolution)
     if crop == "pad":
         if max(image.size) > resolution:
-            raise ValueError(f"--crop pad: an image of {image.size} does not fit into {resolution}x{resolution}.")
+            size = f"{image.width}x{image.height}"
+            raise ValueError(
+                f"--crop pad requires images of at most {resolution}x{resolution} pixels, but got {size}."
+            )
         return TF.center_crop(image, [resolution, resolution])
     if crop == "random" and rng is not None:
         return random_crop(image, resolution, rng)
@@ -215,9 +224,12 @@ def fit_image(
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Resizes the shorter side to `resolution` and cuts out the central square, as the published training and statistics."""
+    """Resizes the shorter side to `resolution`, then cuts out the central square, as the original code does."""
     image = _shrink(image, resolution)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2  # rounded down, as published
+    left, top = (
+        (image.width - resolution) // 2,
+        (image.height - resolution) // 2,
+    )  # rounded down, as in the original code
     return TF.crop(image, top, left, resolution, resolution)
 
 
@@ -228,7 +240,10 @@ def random_crop(
     min_fraction: float = 0.8,
     max_fraction: float = 1.0,
 ) -> Image.Image:
-    """Cuts out a square at a random place whose side is a random fraction of the shorter side, as classifiers train on."""
+    """
+    Resizes the image, then cuts out a square of side `resolution` at a random place, as the original code does for classifiers. The
+    side is a random fraction of the shorter side of the resized image, from `min_fraction` to `max_fraction`.
+    """
     shorter = rng.randrange(math.ceil(resolution / max_fraction), math.ceil(resolution / min_fraction) + 1)
     image = _shrink(image, shorter)
     left = rng.randrange(image.width - resolution + 1)
@@ -237,7 +252,7 @@ def random_crop(
 
 
 def _shrink(image: Image.Image, shorter: int) -> Image.Image:
-    # Halving by averages first keeps the bicubic filter, which sees few pixels, from aliasing.
+    # Images are halved by averaging first, because the bicubic filter sees few pixels and would alias.
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = shorter / min(image.size)

@@ -1,4 +1,4 @@
-"""Class labels of datasets: numbers, names and parts of file names become one `ClassLabel` column."""
+"""Conversion of class labels to a `ClassLabel` column. Labels are numbers, names or the beginnings of file names."""
 
 from pathlib import PurePath
 
@@ -8,7 +8,7 @@ from datasets.features import Value
 from diffusers_adm.data.images import file_name
 
 
-MAX_CLASSES = 10**6  # a name is made for each
+MAX_CLASSES = 10**6  # a limit, because each class is given a name
 
 
 def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Dataset:
@@ -18,14 +18,14 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
     Args:
         rows: Rows of a split.
         column: Name of the label column.
-        classes: Classes that the labels must be of. Those of the split itself by default.
+        classes: Classes that the split must have. Default: any classes.
 
     Raises:
-        ValueError: If some images have no label, or one of another class.
+        ValueError: If some images have no label, or the split has other classes.
     """
     labels, feature = rows.unique(column), rows.features[column]
     if None in labels or (isinstance(feature, ClassLabel) and -1 in labels):
-        raise ValueError(f"Some images have no label in column {column!r}.")
+        raise ValueError(f"All images must have a label, but column {column!r} lacks some.")
     if isinstance(feature, Value) and feature.dtype == "string":
         names = sorted(labels)
     elif isinstance(feature, ClassLabel):
@@ -34,48 +34,50 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
         names = [str(label) for label in range(max(labels) + 1)]
     else:
         raise ValueError(
-            f"Column {column!r} holds {labels[:5]}..., neither names nor class numbers in 0 ... {MAX_CLASSES - 1}."
+            f"Labels must be names or class numbers in [0, {MAX_CLASSES - 1}], but column {column!r} holds {labels[:5]}..."
         )
     classes = classes or ClassLabel(names=names)
     unknown = sorted(set(names) - set(classes.names))
     if unknown or (isinstance(feature, ClassLabel) and feature.names != classes.names):
         raise ValueError(
-            f"Classes {(unknown or names)[:5]} of the held-out split are not those of the training split."
+            f"The held-out split must have the classes of the training split, but has {(unknown or names)[:5]}."
         )
     return rows if feature == classes else rows.cast_column(column, classes)
 
 
 def stream_as_class_label(rows: IterableDataset, column: str, num_classes: int | None) -> IterableDataset:
     """
-    Converts the class numbers of a stream to a `ClassLabel`. Its labels are not known before they come.
+    Converts the class numbers of a stream to a `ClassLabel`. The labels of a stream are not known in advance.
 
     Raises:
-        ValueError: If the column holds names, or the number of classes is not known.
+        ValueError: If the column holds names, or the number of classes is unknown.
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return rows
     if isinstance(feature, Value) and feature.dtype == "string":
         raise ValueError(
-            f"Column {column!r} of the stream holds names, of which not all are known: leave --streaming out."
+            f"Labels of a stream must be class numbers, but column {column!r} holds names. Leave out --streaming."
         )
     if num_classes is None:
-        raise ValueError(f"Column {column!r} of the stream does not say what classes there are: give --num_classes.")
+        raise ValueError(
+            f"--num_classes is required, because column {column!r} of the stream has no list of its classes."
+        )
     return rows.cast_column(column, ClassLabel(num_classes=num_classes))
 
 
 def label_by_file_name(rows: Dataset, image_column: str) -> Dataset:
     """
-    Adds a column `label`, the part of each image's file name before the first `_`.
+    Adds a column `label` with the part of each image's file name before the first `_`.
 
     Raises:
-        ValueError: If a name has no `_`.
+        ValueError: If a file name has no `_`.
     """
     names = [file_name(value, index) for index, value in enumerate(rows[image_column])]
     without = [name for name in names if "_" not in PurePath(name).name]
     if without:
         raise ValueError(
-            f"--label_from filename_prefix: no _ in {without[0]!r} and {len(without) - 1} other names of files."
+            f"--label_from filename_prefix requires an _ in all file names, but {len(without)} have none, such as {without[0]!r}."
         )
     prefixes = [PurePath(name).name.split("_")[0] for name in names]
     if "label" in rows.column_names:

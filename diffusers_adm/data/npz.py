@@ -1,4 +1,4 @@
-"""Arrays in `.npz` files. They are read and written block by block, without holding a whole array in memory."""
+"""Arrays in `.npz` files. They are read and written in blocks, so that a whole array need not fit into memory."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ from diffusers_adm.atomic_files import atomic_write
 @dataclass
 class Rows:
     """
-    Array that comes in blocks.
+    Array that is produced in blocks of rows.
 
     Args:
-        shape: Shape of the whole array, the number of rows first.
-        dtype: Data type.
-        blocks: Arrays of some rows each.
+        shape: Shape of the whole array. The number of rows comes first.
+        dtype: Data type of the array.
+        blocks: Blocks of rows, in order.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class NpzFile:
         path: Path of the file.
 
     Raises:
-        ValueError: If it is no `.npz` file, or is cut off.
+        ValueError: If the file is not an `.npz` file, or is incomplete.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -55,13 +55,13 @@ class NpzFile:
         Returns the shape and the data type of an array.
 
         Raises:
-            ValueError: If there is no such array, or it holds objects.
+            ValueError: If the array does not exist, or holds objects.
         """
         with self._opened(name) as (_, shape, dtype):
             return shape, dtype
 
     def checksum(self, name: str) -> int:
-        """Returns the checksum that the file holds for an array."""
+        """Returns the checksum of an array that the file stores."""
         with self._reading(), zipfile.ZipFile(self.path) as archive:
             return archive.getinfo(name + ".npy").CRC
 
@@ -70,7 +70,7 @@ class NpzFile:
         Returns a whole array.
 
         Raises:
-            ValueError: If there is no such array, it holds objects, or is cut off.
+            ValueError: If the array does not exist, holds objects, or is incomplete.
         """
         self.header(name)
         with self._reading(), np.load(self.path, allow_pickle=False) as arrays:
@@ -81,7 +81,7 @@ class NpzFile:
         Yields an array in blocks of `rows` rows. The last block may have fewer.
 
         Raises:
-            ValueError: If there is no such array, it holds objects, or is cut off.
+            ValueError: If the array does not exist, holds objects, or is incomplete.
         """
         with self._opened(name) as (member, shape, dtype):
             row_bytes = dtype.itemsize * int(np.prod(shape[1:]))
@@ -89,11 +89,11 @@ class NpzFile:
                 count = min(rows, shape[0] - start)
                 data = member.read(count * row_bytes)
                 if len(data) < count * row_bytes:
-                    raise ValueError(f"{self.path}: {name} is cut off after {start} of {shape[0]} rows.")
+                    raise ValueError(f"The array {name} in {self.path} ends after {start} of {shape[0]} rows.")
                 yield np.frombuffer(data, dtype).reshape(count, *shape[1:]).copy()  # writable
 
     def metadata(self) -> dict:
-        """Returns the record that `sample` or `make-reference` wrote. It is empty for files of other programs."""
+        """Returns the record that the command `sample` or `make-reference` wrote. It is empty for files of other programs."""
         with contextlib.suppress(ValueError):
             record = json.loads(str(self.read("metadata"))) if "metadata" in self else {}
             return record if isinstance(record, dict) else {}
@@ -102,7 +102,9 @@ class NpzFile:
     @contextlib.contextmanager
     def _opened(self, name: str):
         if name not in self:
-            raise ValueError(f"{self.path} holds no {name}, but {', '.join(self.names) or 'nothing'}.")
+            raise ValueError(
+                f"{self.path} must have the array {name}, but has {', '.join(self.names) or 'no arrays'}."
+            )
         with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(name + ".npy") as member:
             version = np.lib.format.read_magic(member)
             read_header = {
@@ -110,10 +112,12 @@ class NpzFile:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }.get(version)
             if read_header is None:
-                raise ValueError(f"version {version} of the format is not known")
+                raise ValueError(f"version {version} of the format is not supported")
             shape, fortran_order, dtype = read_header(member)
             if dtype.hasobject or (fortran_order and len(shape) > 1):
-                raise ValueError(f"{self.path}: {name} holds objects, or is kept by columns.")
+                raise ValueError(
+                    f"The array {name} in {self.path} holds objects or is in Fortran order. Save it in C order."
+                )
             yield member, shape, dtype
 
     @contextlib.contextmanager
@@ -123,19 +127,19 @@ class NpzFile:
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError) as error:
             if str(self.path) in str(error):
                 raise
-            raise ValueError(f"{self.path} is damaged, cut off, or no .npz file: {error}") from error
+            raise ValueError(f"{self.path} is damaged, incomplete, or not an .npz file: {error}") from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
     """
-    Writes arrays that `np.load` reads, block by block. The file is there whole or not at all.
+    Writes an `.npz` file block by block. If writing fails, no file is left.
 
     Args:
         path: Path of the file.
         arrays: Arrays by their names.
 
     Raises:
-        ValueError: If blocks do not have the announced shape or data type.
+        ValueError: If blocks do not have the shape or data type of their array.
     """
     with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, array in arrays.items():
@@ -151,9 +155,9 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray | Rows]) -> None:
                 for block in rows.blocks:
                     if block.dtype != rows.dtype or block.shape[1:] != rows.shape[1:]:
                         raise ValueError(
-                            f"{name}: a block of {block.shape} {block.dtype} for {rows.shape} {rows.dtype}."
+                            f"Blocks of {name} must fit {rows.shape} {rows.dtype}, but got {block.shape} {block.dtype}."
                         )
                     written += block.size
                     member.write(np.ascontiguousarray(block).tobytes())
                 if written != int(np.prod(rows.shape)):
-                    raise ValueError(f"{name}: {written} numbers came for the shape {rows.shape}.")
+                    raise ValueError(f"Blocks of {name} must fill the shape {rows.shape}, but have {written} numbers.")

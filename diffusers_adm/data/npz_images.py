@@ -11,14 +11,15 @@ from diffusers_adm.data.npz import NpzFile
 
 class NpzImages:
     """
-    Images of an `.npz` file: `arr_0`, `(images, height, width, channels)` uint8, and optionally `arr_1`, their labels.
+    Images of an `.npz` file. The array `arr_0` holds the images, `(images, height, width, channels)`, uint8. An optional array `arr_1`
+    holds their labels, `(images,)`.
 
     Attributes:
-        name: Origin of the images.
+        name: Name of the source of the images.
         num_images: Number of images.
         shape: `(height, width, channels)` of each image.
-        labels: Class of each image, `(num_images,)`, or `None` if they are missing or not wanted.
-        fingerprint: Text that differs between images of the same name.
+        labels: Class of each image, `(num_images,)`, or `None` if there are none or they are not read.
+        fingerprint: Text that tells apart different images from sources of the same name.
         mixed: Whether the order of the images is independent of their classes.
 
     Args:
@@ -29,7 +30,7 @@ class NpzImages:
         ValueError: If the file has no such arrays.
     """
 
-    mixed = True  # as samples are drawn, and published batches kept
+    mixed = True  # as `sample` draws them, and as in the .npz files of the original code
 
     def __init__(self, path: str | Path, labelled: bool = False):
         self.name = str(path)
@@ -37,7 +38,7 @@ class NpzImages:
         shape, dtype = self.file.header("arr_0")
         if len(shape) != 4 or shape[3] not in MODES or dtype != np.uint8 or not shape[0]:
             raise ValueError(
-                f"{path}: arr_0 must be images (number, height, width, 1 or 3) of uint8: it is {shape} {dtype}."
+                f"arr_0 in {path} must be uint8 images, (images, height, width, 1 or 3), but got {shape} {dtype}."
             )
         self.num_images, self.shape = shape[0], shape[1:]
         self.fingerprint = f"{self.file.checksum('arr_0'):08x}"
@@ -46,8 +47,8 @@ class NpzImages:
             return
         if self.labels.shape != (self.num_images,) or not np.issubdtype(self.labels.dtype, np.integer):
             raise ValueError(
-                f"{path}: arr_1, {self.labels.dtype} {self.labels.shape}, does not number the classes of"
-                f" {self.num_images} images."
+                f"arr_1 in {path} must be one integer label per image, ({self.num_images},), but got {self.labels.shape}"
+                f" {self.labels.dtype}."
             )
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
@@ -56,11 +57,11 @@ class NpzImages:
 
     def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         """
-        Yields some of the images, by their ascending numbers.
+        Yields some of the images.
 
         Args:
-            numbers: Numbers of the images.
-            batch_size: Number of images that are read at once. Those that are not wanted are left out of a batch.
+            numbers: Numbers of the images, in ascending order.
+            batch_size: Number of images that are read at once. Images without their number in `numbers` are left out of a batch.
         """
         for first, batch in zip(range(0, self.num_images, batch_size), self.batches(batch_size)):
             wanted = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + len(batch))]

@@ -1,4 +1,4 @@
-"""Labelled images that are fetched during training, in a stream that is known by its position."""
+"""Labelled images that are fetched during training, as a stream. Its position is saved, so that training can resume."""
 
 import copy
 import dataclasses
@@ -11,26 +11,26 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from diffusers_adm.data.images import ImageReader
+from diffusers_adm.data.images import NO_READABLE_IMAGE, ImageReader
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
     """
-    Labelled images of one split in an endless stream, each pass in another order.
+    Endless stream of the labelled images of one split. Each pass has another order.
 
-    With the same seed, files, processes and workers the stream is the same.
+    The stream is reproducible for the same seed, files, number of processes and number of workers.
 
     Args:
         rows: Shuffled rows of the dataset, with an undecoded image column.
         reader: Conversion of rows to items.
         seed: Seed of random crops and flips.
-        num_workers: Number of the loader's workers.
+        num_workers: Number of workers of the loader.
 
     Raises:
         ValueError: If the files cannot be divided evenly among the loader's workers.
     """
 
-    num_images = None  # known when the stream ends at the earliest
+    num_images = None  # unknown before the stream has ended
 
     def __init__(self, rows: IterableDataset, reader: ImageReader, seed: int, num_workers: int = 0):
         self.rows = rows
@@ -38,9 +38,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.seed = seed
         state = PartialState()
         self.process = state.process_index
-        # Files of its own if they can be divided evenly; otherwise every n-th image of all files.
+        # The share of this process: some of the files if they can be divided evenly, otherwise every n-th image of all files.
         self.share = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
-        # Where each worker begins: its pass, and how many rows of that are done. A checkpoint keeps them.
+        # Start of each worker: the number of its pass, and the number of rows of the pass that are done. Checkpoints store them.
         self.positions = [(0, 0)] * max(1, num_workers)
         check_workers(num_workers, self.share.num_shards)
 
@@ -51,30 +51,30 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def examples(self, count: int) -> list[dict]:
         """
-        Returns the first `count` items of the shuffled stream, or as many as there are, without augmentation. They are the
+        Returns the first `count` items of the shuffled stream without augmentation, or all items if there are fewer. They are the
         same on all processes.
 
         Raises:
-            ValueError: If none can be read.
+            ValueError: If no image can be read.
         """
         reader = dataclasses.replace(self.reader, augment=False)
         items = (reader.read(row, number, "") for number, row in enumerate(copy.deepcopy(self.rows)))
         examples = list(itertools.islice((item for item in items if item is not None), count))
         if not examples:
-            raise ValueError("No image of the dataset can be read.")
+            raise ValueError(NO_READABLE_IMAGE)
         return examples
 
     def from_batch(self, loader: DataLoader, number: int) -> Iterator[dict]:
         """
-        Yields the batches of this stream's loader from a given one on. Earlier rows of a worker's current pass are fetched
-        again, but not decoded.
+        Yields the batches of a loader, beginning with batch `number`. Earlier rows of a worker's current pass are fetched again, but
+        not decoded.
 
         Args:
             loader: Loader of this stream.
-            number: Number of the batch. `positions` must be those that the stream had after the batch before.
+            number: Number of the first batch. `positions` must be the positions of the stream after the previous batch.
         """
-        # A loader takes batch after batch from the workers in turn, and always begins with the first: what is kept are
-        # positions between two turns.
+        # A loader takes batches from its workers in turn and always begins with the first worker. Therefore positions are kept
+        # only when every worker has had its turn.
         workers = len(self.positions)
         latest = list(self.positions)
         for index, batch in enumerate(loader):
@@ -86,14 +86,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         """
-        Yields the items of one worker, each with its position, without unreadable ones if `on_unreadable` is `"skip"`.
+        Yields the items of one worker, each with its position. If `on_unreadable` is `"skip"`, unreadable images are left out.
 
         Raises:
-            ValueError: If an image is unreadable, or does not fit the crop, or there is none.
+            ValueError: If an image is unreadable or does not fit the crop, or there is no readable image.
         """
         info = get_worker_info()
-        worker = 0 if info is None else info.id  # the share gives each files of its own
-        # Workers share the memory of a dataset's epoch, and would count it on for each other.
+        worker = 0 if info is None else info.id  # `datasets` gives each worker its own files of the share
+        # Each worker needs its own copy, because workers share the memory of a dataset's epoch and would all advance it.
         rows = copy.deepcopy(self.share)
         first_epoch, rows_passed = self.positions[worker]
         for epoch in itertools.count(first_epoch):
@@ -109,13 +109,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     has_images = True
                     yield {**item, "position": torch.tensor((epoch, number + 1))}
             if not has_images:
-                raise ValueError("No image of the dataset can be read.")
+                raise ValueError(NO_READABLE_IMAGE)
 
 
 def check_workers(num_workers: int, num_files: int) -> None:
     """Raises a ValueError unless the files of a process's stream can be divided evenly among the loader's workers."""
     if num_workers and num_files % num_workers:
         raise ValueError(
-            f"--dataloader_num_workers {num_workers} does not divide the number of files that each process reads,"
-            f" {num_files}: batches come from the workers in turn, and images of some files would be seen more often."
+            f"--dataloader_num_workers must divide {num_files}, the number of files of each process, because images of some files"
+            f" would be seen more often otherwise, but got {num_workers}."
         )

@@ -1,4 +1,4 @@
-"""Prediction of one run: the UNet, with classifier-free guidance or autoguidance."""
+"""Denoiser of one run: the UNet, with classifier-free guidance or autoguidance if they are on."""
 
 import torch
 
@@ -7,15 +7,16 @@ from diffusers_adm.models import ADMUNet2DModel
 
 class Denoiser:
     """
-    Prediction epsilon(x_t, t), or x_0(x_t, sigma) with preconditioning, including classifier-free guidance or autoguidance.
+    UNet of one run, with classifier-free guidance or autoguidance if they are on. It predicts epsilon from x_t and t. With
+    preconditioning, it predicts x_0 from x_t and sigma.
 
     Args:
-        unet: UNet that predicts.
+        unet: UNet of the pipeline.
         class_labels: Class of each image, `(batch,)`, or `None`.
         low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
-        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`. `None` means the prediction of the UNet alone.
+        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`. `None` turns guidance off.
         factors: Factor of the weight at each step of the run. It is 0 at steps without guidance.
-        guiding_unet: UNet of the weaker prediction. `None` means the UNet itself, with the null class.
+        guiding_unet: UNet that makes the weaker prediction. `None` means the UNet itself, with the null class.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Denoiser:
         self.cfg_weight = cfg_weight
         self.factors = factors
         self.guiding_unet = guiding_unet
-        self.told_sigma = unet.config.get("preconditioning") is not None
+        self.takes_sigma = unet.config.get("preconditioning") is not None
         # Read once per run, because a model walks over all its modules to find its dtype.
         self.dtype = unet.dtype
         self.guiding_dtype = None if guiding_unet is None else guiding_unet.dtype
@@ -58,7 +59,7 @@ class Denoiser:
         return combine_predictions(output, weaker, self.cfg_weight * self.factors[step], x_t.shape[1])
 
     def _model_input(self, x_t: torch.Tensor, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if not self.told_sigma:
+        if not self.takes_sigma:
             return x_t.to(dtype)
         return x_t * (1 + timestep**2).sqrt()[:, None, None, None]  # x_0 + sigma * epsilon, in float32
 
@@ -84,12 +85,12 @@ def combine_predictions(
     prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
 ) -> torch.Tensor:
     """
-    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is that of the null class
-    (Ho & Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if the weaker output is that of a worse network (Karras et
-    al. 2024, arXiv 2406.02507).
+    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is for the null class (Ho &
+    Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if a worse network made the weaker output (Karras et al. 2024, arXiv
+    2406.02507).
 
     Args:
-        prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. A learned variance is taken from it.
+        prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. Its learned variance is returned unchanged.
         weaker: Weaker output, of the same shape.
         weight: Weight w, one number or `(batch, 1, 1, 1)`.
         channels: Number of channels of the images.

@@ -25,8 +25,8 @@ class ClassifierGuidance:
     Args:
         classifier: Module that is called as `classifier(x_t, timestep).logits`, `(batch, num_classes)`.
         max_entropy_scale: Largest factor of the entropy scaling, or `None` for no entropy scaling. The factor is the largest
-            possible entropy, divided by the entropy of p(y | x_t). It multiplies each image's gradient, so that guidance goes on
-            after the classifier has become certain (Li et al. 2022, arXiv 2206.11474).
+            possible entropy, divided by the entropy of p(y | x_t). It multiplies each image's gradient, so that guidance still acts
+            when the classifier has become certain (Li et al. 2022, arXiv 2206.11474).
     """
 
     def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
@@ -56,19 +56,20 @@ class ClassifierGuidance:
 
 class RunClassifierGuidance(ClassifierGuidance):
     """
-    Guidance of one run by the pipeline's classifier. It reads properties of the classifier only once, because they take a walk over
+    Guidance of one run by the pipeline's classifier. It reads properties of the classifier only once, because each read walks over
     all modules.
 
     Args:
         classifier: Classifier of the pipeline.
         max_entropy_scale: Largest factor of the entropy scaling, see [`ClassifierGuidance`].
         schedule: Noise schedule that the classifier was trained with, for a run whose timesteps are noise levels. The classifier is
-            given the timestep of its own schedule with the same noise level. `None` means that it is given the timesteps of the run.
+            given the timestep of its own schedule that has the same noise level. `None` means that the timesteps of the run are
+            timesteps of the classifier.
 
     Attributes:
         dtype: Data type of the classifier's weights. `None` if the classifier has no `dtype`.
         weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
-        independent_rows: Whether the function can be evaluated on a part of the images.
+        independent_rows: Whether the value of an image does not depend on the other images, so that some can be left out.
     """
 
     dtype: torch.dtype | None = None
@@ -100,7 +101,7 @@ def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSche
 
     Args:
         num_train_timesteps: Number of training timesteps.
-        beta_schedule: Name of the schedule in diffusers. The linear schedule has betas from 0.1 to 20, divided by the number of
+        beta_schedule: Name of the schedule in diffusers. The betas of `"linear"` go from 0.1 to 20, divided by the number of
             timesteps.
     """
     start, end = 0.1 / num_train_timesteps, 20 / num_train_timesteps
@@ -112,8 +113,8 @@ def classifier_gradient(
     classifier: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    Returns the gradient of log p(y | x_t) with respect to x_t, of the shape and dtype of `x_t`. It is taken at x_t, as in the
-    original code.
+    Returns the gradient of log p(y | x_t) with respect to x_t, of the shape and dtype of `x_t`. The gradient is taken at x_t, as in
+    the original code.
 
     Args:
         classifier: Module that is called as `classifier(x_t, timestep).logits`, `(batch, num_classes)`.
@@ -301,7 +302,7 @@ def as_pixels(x_0: torch.Tensor, image_processor: Callable | None) -> torch.Tens
 
 
 def spherical_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Returns half the squared angle between unit vectors, which are along the last dimension."""
+    """Returns half the squared angle between unit vectors. The last dimension is that of the vectors."""
     return 2 * ((first - second).norm(dim=-1) / 2).arcsin().square()
 
 
@@ -317,7 +318,7 @@ def smoothed(classifier: nn.Module, beta: float) -> nn.Module:
         raise ValueError(f"`softplus_beta` must be a number above 0, but got {beta!r}.")
     if not (isinstance(classifier, nn.Module) and any(isinstance(module, nn.ReLU) for module in classifier.modules())):
         raise ValueError(
-            "`softplus_beta` requires a classifier with torch.nn.ReLU modules, but this classifier has none. Leave it out."
+            "`softplus_beta` requires a classifier with torch.nn.ReLU modules, but this classifier has none. Pass None instead."
         )
     classifier = copy.deepcopy(classifier)
     for parent in list(classifier.modules()):

@@ -15,13 +15,13 @@ FLOAT16_LOSS_SCALE = 2.0**10
 
 
 def normalized(gradient: torch.Tensor) -> torch.Tensor:
-    """Returns each image's gradient with a root mean square of 1. A gradient of zero stays zero."""
+    """Scales each image's gradient to a root mean square of 1. A gradient of zero stays zero."""
     size = root_mean_square(gradient)
     return torch.where(size > 0, gradient / size, gradient)
 
 
 def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
-    """Returns each image's gradient, shortened to a root mean square of at most `max_size`."""
+    """Shortens each image's gradient to a root mean square of at most `max_size`."""
     size = root_mean_square(gradient)
     return torch.where(size > max_size, gradient * (max_size / size), gradient)
 
@@ -29,7 +29,7 @@ def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
 def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
     """Returns the root mean square of each image, `(batch, 1, 1, 1)`."""
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
-    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would be lost
+    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would overflow or vanish
     return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
@@ -60,7 +60,7 @@ def moves_weights(network: Callable) -> bool:
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a copy to take gradients with respect to, because autograd does not save tensors made in inference mode."""
+    """Returns a copy that requires a gradient. It is a copy, because autograd cannot save tensors that inference mode made."""
     return tensor.detach().clone().requires_grad_()
 
 
@@ -99,7 +99,7 @@ def guidance_gradient(
         depends = x_0.grad_fn is not None
         if not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)
-        # Cloned outside inference mode, because autograd does not save tensors that were made in it.
+        # Clones are made outside inference mode, because autograd cannot save tensors that inference mode made.
         value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
         is_real = isinstance(value, torch.Tensor) and not value.is_complex()
         if not is_real or value.shape not in (x_t.shape, x_t.shape[:1]):
@@ -127,7 +127,7 @@ def guidance_gradient(
         gradients = [one for one in gradients if one is not None]
         if not gradients:
             raise ValueError(
-                "`guidance_fn` returned a log-probability that does not depend on x_t or x_0. Compute it from one of them."
+                "`guidance_fn` must compute the log-probability from x_t or x_0, but the returned one depends on neither."
             )
         gradient = sum(gradients)
     return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)

@@ -1,4 +1,4 @@
-"""Guidance over one run: at which steps it acts, how strongly, and on which images."""
+"""Guidance during one run: the steps at which it acts, its strength, and the images that it guides."""
 
 import contextlib
 import warnings
@@ -21,7 +21,7 @@ from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL
 
 class Guider:
     """
-    Scaled gradient s * grad log p(y | x_t) over one run, and its state between steps.
+    Guidance of one run. It computes the scaled gradient s * grad log p(y | x_t) and keeps what later steps reuse.
 
     Args:
         guidance_fn: Guidance function, see the docstring of `diffusers_adm.guidance`. `None` means no guidance.
@@ -29,9 +29,9 @@ class Guider:
         solver: Solver of the run.
         factors: Factor of the guidance scale at each step of the run. It is 0 at steps without guidance.
         class_labels: Class of each image, `(batch,)`, or `None`.
-        through_half: Whether a gradient through the UNet passes float16 weights.
-        check_scales: Function that is called with the guidance scale of each image whenever one has changed. It raises a
-            `ValueError` if they cannot be used.
+        through_half: Whether a gradient through the UNet passes through float16 weights.
+        check_scales: Function that is called with the guidance scale of each image after a change. It raises a `ValueError` if a
+            scale is invalid.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Guider:
         self.scales: list[float] | None = None  # one per image
         self.rows: list[int] = []  # indices of the guided images
         self.last_gradient: torch.Tensor | None = None  # not yet multiplied by scale and factor
-        self.finite = FiniteCheck("The gradient that guides")
+        self.finite = FiniteCheck("The guidance gradient of")
 
     def _limited_factors(self, factors: list[float]) -> list[float]:
-        """Returns the factors, set to 0 at noise levels above the solver's default limit, unless all would be 0."""
+        """Sets the factors above the solver's default highest noise level to 0, unless no factor would be left."""
         if self.options.max_x_0_shift != "auto" or self.options.interval is not None:
             return factors
         limit = self.solver.max_guidance_sigma
@@ -109,7 +109,7 @@ class Guider:
         highest = max(sigma for sigma, factor in zip(self.solver.sigmas, self.factors) if factor)
         if self.solver.shifts_epsilon and self.max_sizes is None and highest > HIGH_NOISE_LEVEL:
             warnings.warn(
-                f"Guidance begins at noise level {highest:.0f}, where small errors of the gradient move the predicted x_0 far out"
+                f"Guidance begins at noise level {highest:.0f}. There, small errors of the gradient move the predicted x_0 far out"
                 " of the range of images, as in the original code. If colours are oversaturated, pass"
                 " guidance_options={'max_x_0_shift': 0.5}.",
                 stacklevel=2,
@@ -156,7 +156,8 @@ class Guider:
     def _new_gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         if self.through_unet and not x_0.requires_grad:
             raise ValueError(
-                "`x_0_fn` must return a tensor that depends on x_0, because `guidance_fn` guides through the UNet (through_unet)."
+                "`x_0_fn` must return a tensor that depends on x_0, because `guidance_fn` guides through the UNet"
+                " (through_unet=True)."
             )
         if self.options.gradient_at == "mean":
             index = self.solver.visits[self.step]
@@ -173,11 +174,11 @@ class Guider:
 
 class FiniteCheck:
     """
-    First step of a run at which a tensor was not finite, per image. It is read once, after the run, because reading waits for
-    the device.
+    Record of the first step at which a tensor was not finite, per image. `check` reads it once, after the run, because reading
+    waits for the device.
 
     Args:
-        name: Beginning of the error message.
+        name: Beginning of the error message, before "image 0 is not finite".
     """
 
     def __init__(self, name: str):
@@ -186,7 +187,7 @@ class FiniteCheck:
 
     def see(self, tensor: torch.Tensor, step: int) -> None:
         """
-        Records the step for images with values that are not finite, unless an earlier step is recorded.
+        Records the step for each image with values that are not finite. An earlier record of the image stays.
 
         Args:
             tensor: Values of each image, `(batch, channels, height, width)`.

@@ -1,4 +1,4 @@
-"""Options of guidance: at which steps it acts, and how strongly."""
+"""Options of guidance: the steps at which it acts, and its strength."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SCALE_SCHEDULES = {
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    Options of guidance: at which steps it acts, and how strongly. `interval`, `step_fractions` and `schedule` also apply to
+    Options of guidance: the steps at which it acts, and its strength. `interval`, `step_fractions` and `schedule` also apply to
     classifier-free guidance and autoguidance.
 
     Args:
@@ -30,15 +30,16 @@ class GuidanceOptions:
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
         max_x_0_shift: Largest root mean square of the shift of each image's predicted x_0. Guidance shifts x_0 by
             sigma * sqrt(1 - alpha_bar) times the scaled gradient. Gradients that would shift it further are shortened. `None` means
-            no limit. `"auto"` means 0.5, about the standard deviation of images in [-1, 1], but no limit for DDPM and DDIM, as in
-            the original code. With `"auto"`, SA-Solver is not guided above noise level 200, unless `interval` is given.
+            no limit. `"auto"` means no limit for DDPM and DDIM, as in the original code. For other schedulers it means 0.5, about
+            the standard deviation of images in [-1, 1]. With `"auto"`, SA-Solver is guided only up to noise level 200, unless
+            `interval` is given.
         entropy_scaling: Whether the gradient is divided by the entropy of the classifier's prediction, as a fraction of the largest
             possible entropy (Li et al. 2022, arXiv 2206.11474).
         max_entropy_scale: Largest factor of the entropy scaling.
         every: Number of guided steps per gradient. A new gradient is computed only at every `every`-th guided step.
         skipped: Treatment of the guided steps without a new gradient (Dinh et al. 2024, arXiv 2408.11194). `"reuse"` applies the
-            last gradient again at each of them. `"sum"` leaves them unguided and multiplies the new gradient by the number of steps
-            that it stands for.
+            last gradient again at each of them. `"sum"` leaves them unguided. It multiplies each new gradient by the number of steps
+            up to the next new gradient.
         gradient_at: Point at which the gradient is taken: `"x_t"`, as in the original code, or `"mean"`, the mean of DDPM's step,
             as in the derivation of the paper.
 
@@ -133,7 +134,7 @@ class GuidanceOptions:
 
     def gradient_steps(self, factors: list[float]) -> dict[int, int]:
         """
-        Returns the steps that compute a gradient, and the number by which each gradient is multiplied.
+        Returns the steps that compute a gradient. The value of each step is the number by which its gradient is multiplied.
 
         Args:
             factors: Factor of the guidance scale at each step. It is 0 at steps without guidance.

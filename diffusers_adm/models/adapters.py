@@ -10,7 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 
 
 class AdapterMixin(PeftAdapterMixin):
-    """Model of diffusers that takes low-rank adapters. It comes before `ModelMixin` among the bases."""
+    """Mixin that adds low-rank adapters to a model of diffusers. It must come before `ModelMixin` among the base classes."""
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs) -> None:
         """
@@ -24,11 +24,11 @@ class AdapterMixin(PeftAdapterMixin):
         kwargs = {"use_safetensors": True, **kwargs}
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
 
-    # Pipelines pass on the variant and the size of shards only where the signature has them.
+    # The signature of ModelMixin is kept, because pipelines pass on only arguments that the signature names.
     @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Saves the model. Adapters are merged into the weights that are saved.
+        Saves the model with its adapters merged into the weights. The model itself does not change.
 
         Args:
             save_directory: Folder to write.
@@ -44,6 +44,6 @@ def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
     model.fuse_lora()
     model.unload_lora()
     for name, layer in list(model.named_modules()):
-        if hasattr(layer, "modules_to_save"):  # a layer that is trained whole, beside its frozen original
+        if hasattr(layer, "modules_to_save"):  # peft keeps the trained copy of such a layer beside the frozen original
             model.set_submodule(name, layer.modules_to_save[layer.active_adapters[0]])
     return model

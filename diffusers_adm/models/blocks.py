@@ -22,14 +22,14 @@ RESAMPLE_TYPES = ("resnet", "conv")
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Sets the parameters of a branch's last layer to zero, so that the branch adds nothing at initialisation."""
+    """Sets the parameters of a layer to zero. A residual branch that ends with the layer then adds nothing at initialisation."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def residual_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_factor: float) -> torch.Tensor:
-    """Returns the sum of a residual connection, divided by a factor: sqrt(2) in the ablation of Table 1, otherwise 1."""
+    """Returns `(residual + branch) / output_scale_factor`. The factor is sqrt(2) in the ablation of Table 1, and 1 otherwise."""
     total = residual + branch
     return total if output_scale_factor == 1.0 else total / output_scale_factor
 
@@ -37,14 +37,14 @@ def residual_sum(residual: torch.Tensor, branch: torch.Tensor, output_scale_fact
 def upsample_nearest(hidden_states: torch.Tensor) -> torch.Tensor:
     """Doubles height and width by repeating pixels. Returns `(batch, channels, 2 * height, 2 * width)`."""
     if hidden_states.device.type == "cpu" and hidden_states.is_contiguous():
-        # Repeated here, because `interpolate` is several times slower for large maps on a CPU, unless channels are last.
+        # `interpolate` is several times slower for large maps on a CPU, unless the memory format is channels-last.
         rows = torch.stack([hidden_states] * 2, dim=-1).flatten(-2)  # (batch, channels, height, 2 * width)
         return torch.stack([rows] * 2, dim=-2).flatten(-3, -2)  # (batch, channels, 2 * height, 2 * width)
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
 class ADMConfigMixin(ConfigMixin):
-    """Config with checked types. It may have the entry `auto_map`, the file of the model's code, which saved models have."""
+    """Config whose types are checked. Configs of saved models have one more entry, `auto_map`, which names the file of the code."""
 
     def register_to_config(self, **kwargs) -> None:
         """
@@ -58,7 +58,7 @@ class ADMConfigMixin(ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Reads the model's arguments from a config, without `auto_map`."""
+        """Reads the model's arguments from a config. `auto_map` is no argument and is left out."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -68,7 +68,7 @@ class ADMGroupNorm(nn.GroupNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype  # (batch, channels, height, width)
-        # No cast here, because with float32 weights the CPU kernel computes in float32 itself. It is slow only if channels are last.
+        # The CPU kernel casts by itself: with float32 weights it computes in float32. It is slow in channels-last memory format.
         mixed = hidden_states.device.type == "cpu" and hidden_states.is_contiguous() and dtype != torch.float64
         if not mixed:
             hidden_states = hidden_states.float()
@@ -82,7 +82,7 @@ class ADMTimeEmbedding(nn.Module):
 
     Args:
         model_channels: Width of the sinusoidal embedding.
-        timestep_scale: Factor on the timestep before it is embedded.
+        timestep_scale: Factor by which the timestep is multiplied before it is embedded.
 
     Raises:
         ValueError: If the factor is not a positive number.
@@ -104,7 +104,7 @@ class ADMTimeEmbedding(nn.Module):
 
 
 class ADMDownsample2D(nn.Module):
-    """Strided convolution that halves height and width. It is the alternative to a residual block that downsamples."""
+    """Strided convolution that halves height and width. `downsample_type="conv"` uses it instead of a residual block."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -115,7 +115,7 @@ class ADMDownsample2D(nn.Module):
 
 
 class ADMUpsample2D(nn.Module):
-    """Nearest-neighbour upsampling and a convolution. It is the alternative to a residual block that upsamples."""
+    """Nearest-neighbour upsampling and a convolution. `upsample_type="conv"` uses it instead of a residual block."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -165,7 +165,7 @@ class ADMResnetBlock2D(nn.Module):
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        # Shapes below have the height and width of the output, which are half or twice those of the input with `resample`.
+        # Height and width below are those of the output. With `resample`, they are half or twice those of the input.
         residual = self._resample(hidden_states)  # (batch, in_channels, height, width)
         hidden_states = self._resample(self.act(self.norm1(hidden_states)))  # (batch, in_channels, height, width)
         hidden_states = self.conv1(hidden_states)  # (batch, out_channels, height, width)
@@ -247,7 +247,7 @@ class ADMBlock(nn.Module):
 
 
 class ADMUpBlock(ADMBlock):
-    """Block of the decoder. It takes a skip connection. At the end of a level, it doubles height and width."""
+    """Block of the decoder, which concatenates a skip connection. The last block of a level also doubles height and width."""
 
     def __init__(
         self,
@@ -269,6 +269,7 @@ class ADMUpBlock(ADMBlock):
 @dataclass(kw_only=True)
 class ADMBlockFactory:
     """Builder of the blocks of one model, with the arguments of [`ADMUNet2DModel`]. It decides which levels have attention.
+
     Raises:
         ValueError: If the options do not describe a model.
     """
@@ -299,12 +300,12 @@ class ADMBlockFactory:
                 f" {self.attention_head_dim} and {self.num_attention_heads}."
             )
         counts = {
-            "sample_size": self.sample_size,
-            "model_channels": self.model_channels,
-            "number of levels in channel_mult": len(self.channel_mult),
-            "norm_num_groups": self.norm_num_groups,
-            "attention_head_dim": 1 if self.attention_head_dim is None else self.attention_head_dim,
-            "num_attention_heads": 1 if self.num_attention_heads is None else self.num_attention_heads,
+            "`sample_size`": self.sample_size,
+            "`model_channels`": self.model_channels,
+            "The number of levels in `channel_mult`": len(self.channel_mult),
+            "`norm_num_groups`": self.norm_num_groups,
+            "`attention_head_dim`": 1 if self.attention_head_dim is None else self.attention_head_dim,
+            "`num_attention_heads`": 1 if self.num_attention_heads is None else self.num_attention_heads,
         }
         for name, count in counts.items():
             if count < 1:
@@ -388,7 +389,7 @@ class ADMEncoder(nn.Module):
         channels = blocks.channels[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        self.skip_channels = [channels]  # of the output of conv_in, then of each down block
+        self.skip_channels = [channels]  # output channels of conv_in, then those of each down block
         for level, level_channels in enumerate(blocks.channels):
             for _ in range(layers_per_block):
                 resnet = blocks.resnet(channels, level_channels)
@@ -409,7 +410,7 @@ class ADMEncoder(nn.Module):
         )
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns the features at the lowest resolution, and the skip connections in the order in which they are made."""
+        """Returns the features at the lowest resolution, and the skip connections, first to last."""
         hidden_states = self.conv_in(sample)  # (batch, channels, height, width)
         skips = [hidden_states]
         for block in self.down_blocks:

@@ -1,11 +1,11 @@
-"""Names of classes in configs: one text per class number, with commas between synonyms."""
+"""Names of classes in configs. Each class number has one text, in which commas separate synonyms."""
 
 from numbers import Integral
 
 
 def numbered_names(id2label: dict | None, num_classes: int | None = None) -> dict[int, str] | None:
     """
-    Returns the names of classes with integers as keys. The keys of a saved config are strings, because JSON has no other keys.
+    Returns the names of classes with integers as keys. In a saved config the keys are strings, because JSON allows only strings.
 
     Args:
         id2label: Name of each class by its number.
@@ -24,9 +24,9 @@ def numbered_names(id2label: dict | None, num_classes: int | None = None) -> dic
         label = int(key) if is_number else -1
         if label < 0 or (num_classes is not None and label >= num_classes):
             known = "" if num_classes is None else f" below {num_classes}"
-            raise ValueError(f"`id2label` must have class numbers{known} as keys, but one is {key!r}.")
+            raise ValueError(f"`id2label` must have class numbers{known} as keys, but got the key {key!r}.")
         if not isinstance(name, str):
-            raise ValueError(f"`id2label` must have names as values, but that of class {label} is {name!r}.")
+            raise ValueError(f"`id2label` must have strings as values, but got for class {label} {name!r}.")
         names[label] = name
     return names
 
@@ -38,20 +38,20 @@ def synonyms(names: str) -> set[str]:
 
 def check_same_classes(ours: dict[int, str], theirs: dict[int, str]) -> None:
     """
-    Checks that UNet and classifier have the same classes. The names of a class must have one synonym in common. Upper and lower case
-    do not matter.
+    Checks that the UNet and the classifier have the same classes: the two names of each class must share a synonym, in upper or lower
+    case.
 
     Args:
         ours: Names of the UNet's classes.
         theirs: Names of the classifier's classes.
 
     Raises:
-        ValueError: If the names of a class have no synonym in common.
+        ValueError: If the two names of a class share no synonym.
     """
     for label in sorted(ours.keys() & theirs.keys()):
         if synonyms(ours[label].lower()).isdisjoint(synonyms(theirs[label].lower())):
             raise ValueError(
                 f"The classes of UNet and classifier differ: class {label} is {ours[label]!r} for the UNet and"
-                f" {theirs[label]!r} for the classifier. Train both on the same classes in the same order. If they only have"
-                " other names, load the classifier with id2label=None."
+                f" {theirs[label]!r} for the classifier. Train both on the same classes in the same order. If only the names"
+                " differ, load the classifier with id2label=None."
             )

@@ -46,8 +46,8 @@ class NoisyClassifierOutput(BaseOutput):
 
 class ADMAttentionPool(nn.Module):
     """
-    Attention pooling of CLIP: self-attention over all positions and one more token, the mean of the positions. The output at that
-    token gives the logits.
+    Attention pooling of CLIP: self-attention over all positions and one additional token, the mean of the positions. The output at the
+    additional token is the logits.
     """
 
     def __init__(self, resolution: int, channels: int, heads: int, num_classes: int):
@@ -119,8 +119,8 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
         resnet_time_scale_shift: Use of the timestep embedding in residual blocks: `"scale_shift"` (AdaGN) or `"default"` (added).
         downsample_type: Kind of downsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (a strided convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
-        timestep_scale: Factor of the timestep before it is embedded. It is `1000 / num_train_timesteps` for a model that was
-            trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        timestep_scale: Factor by which the timestep is multiplied before it is embedded. It is `1000 / num_train_timesteps` for a
+            model that was trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
         num_train_timesteps: Number of timesteps that the model was trained with. `None` if it is unknown.
         beta_schedule: Noise schedule that the model was trained with, by its name in diffusers. `None` if it is unknown.
         id2label: Name of each class by its number. Synonyms are separated by commas. `None` if the names are unknown.
@@ -131,7 +131,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMAttentionPool"]
-    # Without residual blocks, because torch would compile a graph for each of their some twenty widths, and its limit is eight.
+    # Residual blocks are left out: they have about twenty widths, and torch compiles one graph per width, but at most eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -217,7 +217,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
         Args:
             checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
                 copied only where their layout or data type differs.
-            flags: `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
+            flags: Flags `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
                 Most of the architecture is inferred from tensor shapes, and the given flags are checked against them.
                 Released files are recognised by name and need no flags.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.

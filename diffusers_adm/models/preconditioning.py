@@ -11,7 +11,8 @@ PRECONDITIONINGS = ("edm", "consistency")
 @dataclass(frozen=True)
 class Preconditioning:
     """
-    Scales of a network F in D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), which predicts x_0 from x = x_0 + sigma epsilon.
+    Coefficients of the denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise). F is the network. D predicts x_0 from
+    x = x_0 + sigma epsilon.
 
     Args:
         kind: Kind of preconditioning: `"edm"` (Karras et al. 2022, Table 1), or `"consistency"`, for which D(x; sigma_min) = x (Song
@@ -36,7 +37,7 @@ class Preconditioning:
             raise ValueError(f"`sigma_data` must be positive and finite, but got {self.sigma_data}.")
         if not 0 < self.sigma_min < self.sigma_max < float("inf"):
             raise ValueError(
-                "sigma_min and sigma_max must be positive and finite, the smaller first, but got"
+                "`sigma_min` and `sigma_max` must be positive and finite, and `sigma_min` must be the smaller one, but got"
                 f" {self.sigma_min} and {self.sigma_max}."
             )
 
@@ -45,7 +46,7 @@ class Preconditioning:
         return (sigma**2 + self.sigma_data**2).rsqrt()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the network's input for the noise level, of the shape of sigma."""
+        """Returns the noise level in the form in which the network is given it, of the shape of sigma."""
         return sigma.log() / 4
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:

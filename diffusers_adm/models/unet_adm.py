@@ -50,7 +50,7 @@ def build_decoder(
     blocks: ADMBlockFactory, skip_channels: list[int], layers_per_block: int, upsample_type: str
 ) -> nn.ModuleList:
     """
-    Builds the decoder, with one block per skip connection. The last skip connection comes first.
+    Builds the decoder, with one block per skip connection. Its first block takes the last skip connection.
 
     Args:
         blocks: Builder of the model's blocks.
@@ -68,7 +68,7 @@ def build_decoder(
             if level > 0 and layer == layers_per_block:
                 is_resnet = upsample_type == "resnet"
                 upsampler = blocks.resnet(channels, channels, "up") if is_resnet else ADMUpsample2D(channels)
-            # Built after the upsampler, because the initial weights of a seed depend on the order.
+            # Attention is built after the upsampler, because the initial weights that a seed gives depend on the order.
             up_blocks.append(ADMUpBlock(resnet, attention=blocks.attention_at(level), upsampler=upsampler))
     return up_blocks
 
@@ -92,7 +92,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         num_attention_heads: Number of heads of every attention layer. `None` if `attention_head_dim` is given.
         norm_num_groups: Number of groups of the group normalisation.
         num_class_embeds: Number of classes. `None` for an unconditional model.
-        use_null_class: Whether the class embedding has one more row, with index `num_class_embeds`, for the null class. It stands
+        use_null_class: Whether the class embedding has one more row, with index `num_class_embeds`, for the null class, which stands
             for "no class" (Ho & Salimans 2022).
         low_res_conditioning: Whether the model is an upsampler, whose second input is a low-resolution image with the same number
             of channels.
@@ -102,8 +102,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         upsample_type: Kind of upsampling: `"resnet"` (a BigGAN residual block) or `"conv"` (nearest neighbours, then a
             convolution).
         output_scale_factor: Divisor of every residual sum. `2 ** 0.5` is the paper's residual rescaling.
-        timestep_scale: Factor of the timestep before it is embedded. It is `1000 / num_train_timesteps` for a model that was
-            trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
+        timestep_scale: Factor by which the timestep is multiplied before it is embedded. It is `1000 / num_train_timesteps` for a
+            model that was trained with rescaled timesteps (`--rescale_timesteps True` in the original code).
         preconditioning: Kind of preconditioning of a model that is given the noise level sigma and predicts x_0: `"edm"`
             (Karras et al. 2022, arXiv 2206.00364) or `"consistency"` (Song et al. 2023, arXiv 2303.01469). `None` for a
             model that is given the timestep.
@@ -117,7 +117,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock2D", "ADMAttentionBlock", "ADMUpBlock"]
-    # Without residual blocks, because torch would compile a graph for each of their some twenty widths, and its limit is eight.
+    # Residual blocks are left out: they have about twenty widths, and torch compiles one graph per width, but at most eight.
     _repeated_blocks = ["ADMAttentionBlock"]
     _group_offload_block_modules = ["encoder"]
     _skip_layerwise_casting_patterns = ["norm", "embedding"]
@@ -240,7 +240,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         Converts the weights back to the names and layouts of the original code.
 
         Args:
-            use_new_attention_order: Value of the flag `--use_new_attention_order` with which the original code is to load them.
+            use_new_attention_order: Value of `--use_new_attention_order` that you will pass to the original code.
 
         Raises:
             ValueError: If the original code has no such model.
@@ -270,7 +270,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         """
         if self.preconditioner is not None:
             raise ValueError(
-                "epsilon_view() requires a model that predicts the noise, but this model predicts x_0"
+                "`epsilon_view` requires a model that predicts the noise, but this model predicts x_0"
                 f" (preconditioning={self.config.preconditioning!r})."
             )
         return EpsilonView(self, class_labels)
@@ -281,19 +281,24 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         check_sample(sample, self.config.in_channels, len(self.config.channel_mult))
         if self.class_embedding is None and class_labels is not None:
             raise ValueError(
-                "class_labels were given to an unconditional model (num_class_embeds=None). Leave them out."
+                "`class_labels` were given to an unconditional model (num_class_embeds=None). Leave them out."
             )
         if self.class_embedding is not None and class_labels is None and self.null_class is None:
-            raise ValueError("class_labels are missing, but the model is class-conditional and has no null class.")
-        if (low_res is not None) != self.config.low_res_conditioning:
             raise ValueError(
-                "low_res must be given if and only if low_res_conditioning is True, but low_res_conditioning is"
-                f" {self.config.low_res_conditioning}, and low_res is {'missing' if low_res is None else 'given'}."
+                "`class_labels` are required, because the model has classes and no null class, but got None."
+            )
+        if low_res is None and self.config.low_res_conditioning:
+            raise ValueError("`low_res` is required, because the model is an upsampler, but got None.")
+        if low_res is not None and not self.config.low_res_conditioning:
+            raise ValueError(
+                "`low_res` requires an upsampler (low_res_conditioning=True). Leave it out for this model."
             )
         if low_res is not None:
             check_images("low_res", low_res, self.config.in_channels)
             if low_res.shape[0] != sample.shape[0]:
-                raise ValueError(f"low_res has {low_res.shape[0]} images, but sample has {sample.shape[0]}.")
+                raise ValueError(
+                    f"`low_res` must have as many images as `sample`, {sample.shape[0]}, but got {low_res.shape[0]}."
+                )
 
     def _embed_classes(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
         """Returns the embedding of each image's class, `(batch or 1, 4 * model_channels)`."""
@@ -301,12 +306,12 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
             class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)  # (batch,)
         class_labels = one_per_image("class_labels", class_labels, sample)
         if class_labels.is_floating_point():
-            raise ValueError(f"class_labels must be integers, but got {class_labels.dtype}.")
+            raise ValueError(f"`class_labels` must be integers, but got {class_labels.dtype}.")
         try:
             return self.class_embedding(class_labels.long())
         except IndexError as error:  # only on the CPU, because reading labels on a GPU would wait for it
             last = self.class_embedding.num_embeddings - 1
-            raise ValueError(f"class_labels must be in [0, {last}], but got {class_labels.tolist()}.") from error
+            raise ValueError(f"`class_labels` must be in [0, {last}], but got {class_labels.tolist()}.") from error
 
     def forward(
         self,
@@ -390,8 +395,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
 class EpsilonView(nn.Module):
     """
-    View of a UNet without its learned variance. Its output has as many channels as the image. It shares the weights of the UNet.
-    Its `config` differs only in `out_channels`.
+    View of a UNet without its learned variance. The output of the view has as many channels as the image. View and UNet share their
+    weights, and their configs differ only in `out_channels`.
 
     Args:
         unet: UNet to wrap.

@@ -1,4 +1,4 @@
-"""Weights of a model: their completeness when they are loaded, and their data type."""
+"""Loading of a model, which refuses missing weights, and casts of its weights."""
 
 import inspect
 import os
@@ -26,7 +26,7 @@ ADDED_OPTIONS = (
 
 
 class CompleteWeightsMixin:
-    """Model of diffusers that refuses to load with missing weights. This class comes before `ModelMixin` among the bases."""
+    """Mixin that refuses to load missing weights. It must come before `ModelMixin` among the base classes."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self | tuple[Self, dict]:
@@ -76,20 +76,19 @@ def check_config_file(path: Path, model_class: type) -> None:
     required = inspect.signature(model_class.__init__).parameters.keys() - {"self", *ADDED_OPTIONS}
     # A derived class has another name, but all options of the class.
     if name not in known and not required <= config.keys():
-        described = "no class" if name is None else repr(name)
         raise ValueError(
-            f"The file {str(path)!r} must describe {model_class.__name__}, but it is that of {described}. Load it with that class."
+            f"The file {str(path)!r} must describe {model_class.__name__}, but its `_class_name` is {name!r}. Load it with that class."
         )
     try:
         check_types(model_class.__init__, config)
     except ValueError as error:
-        raise ValueError(f"The file {str(path)!r} has a wrong entry: {error}") from error
+        raise ValueError(f"The file {str(path)!r} has an invalid entry: {error}") from error
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
-    Casts the weights one after the other. Narrower weights are written into the memory of the old ones, so that a large checkpoint
-    needs no further memory. If a file is mapped into memory, the file itself does not change.
+    Casts the weights one after the other. Narrower weights are written into the memory of the old ones, so that casting a large
+    checkpoint needs no additional memory. If the weights are a file that is mapped into memory, the file does not change.
 
     Args:
         model: Model whose weights are cast.

@@ -1,4 +1,4 @@
-"""Solvers, which apply the classifier gradient in each step (Dhariwal & Nichol 2021, arXiv 2105.05233, Algorithms 1 and 2).
+"""Solvers that apply the classifier gradient in each step (Dhariwal & Nichol 2021, arXiv 2105.05233, Algorithms 1 and 2).
 
 A solver is one run of a diffusers scheduler. It works on a local copy and never changes the scheduler.
 """
@@ -82,7 +82,7 @@ class Solver:
         self.sigmas = schedule.sigma[self.visits].tolist()
         self.x_0_shifts = (schedule.sigma * schedule.noise_scale)[self.visits].tolist()
         self.prediction_type = config.get("prediction_type")
-        # A config keeps the options of another class that it was converted from, so `thresholding` alone proves nothing.
+        # A config that was converted from another class keeps options of that class. This class may not support `thresholding`.
         can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
         self.thresholds = bool(can_threshold and config.thresholding)
         # Schedulers without a clipping option clip too, because `clip_denoised` of the original code is on by default.
@@ -229,9 +229,9 @@ class EpsilonSolver(Solver):
     """
     One run of a scheduler other than DDPM. Guidance shifts epsilon (Algorithm 2).
 
-    The guided x_0 is the mean of the clean images of one class from which x_t may come. An exact gradient therefore keeps it in the
-    range of images. The gradient of a trained classifier does not vanish as the noise grows, and it is multiplied by sigma, which
-    reaches 20291 with the cosine schedule. Therefore the shift of x_0 is limited.
+    With an exact gradient, the guided x_0 is the mean of all clean images of the class from which x_t may come. This mean lies in the
+    range of images. The gradient of a trained classifier is not exact: it does not vanish as the noise grows. It is multiplied by
+    sigma, which reaches 20291 with the cosine schedule. Therefore the shift of x_0 is limited.
 
     Args:
         scheduler: Scheduler that the run belongs to.
@@ -298,7 +298,7 @@ class VarianceExplodingSolver(EpsilonSolver):
 
 
 class PNDMSolver(EpsilonSolver):
-    """One run of pseudo linear multistep, whose steps take epsilon."""
+    """One run of PNDM's pseudo linear multistep method. The scheduler's `step` is given epsilon instead of x_0."""
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""

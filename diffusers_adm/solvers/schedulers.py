@@ -52,13 +52,13 @@ SUPPORTED_SCHEDULERS = (
     PNDMScheduler,
     *VARIANCE_EXPLODING,
 )
-# Settings for guided sampling of pixels that the authors of fast solvers recommend: second order and dynamic thresholding (README of
-# github.com/LuChengTHU/dpm-solver, documentation of UniPC in diffusers). With the default `sample_max_value` of 1, thresholding would
-# be plain clipping.
+# Settings that the authors of fast solvers recommend for guided sampling of pixels: second order and dynamic thresholding (README of
+# github.com/LuChengTHU/dpm-solver, documentation of UniPC in diffusers). `sample_max_value` is raised, because its default of 1 would
+# turn thresholding into clipping.
 _THRESHOLDING = {"thresholding": True, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1000.0}
 GUIDED_SETTINGS = {
     DPMSolverMultistepScheduler: {"algorithm_type": "dpmsolver++", "solver_order": 2, **_THRESHOLDING},
-    # Without the corrector in the first step, because it is unstable there with strong guidance.
+    # The corrector is off in the first step, where it is unstable with strong guidance.
     UniPCMultistepScheduler: {"solver_type": "bh2", "solver_order": 2, "disable_corrector": [0], **_THRESHOLDING},
 }
 
@@ -90,7 +90,7 @@ def build_solver(
         num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM and DDIM place them as the original code does if
             `timestep_spacing` is `"leading"` or `"linspace"`. If it is `"trailing"`, the steps end at the last timestep.
         timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It overrides `num_inference_steps`.
-        eta: Noise of DDIM, in [0, 1]: 0 is deterministic, 1 is as noisy as DDPM.
+        eta: Noise of DDIM, in [0, 1]. 0 is deterministic, and 1 is as noisy as DDPM.
         timesteps: Training timesteps to visit, in the order of the run, for DDPM and DDIM. They override `num_inference_steps` and
             `timestep_respacing`.
 
@@ -172,7 +172,7 @@ def ddim_solver(
     )
     prepared.set_timesteps(len(schedule))
     if not scheduler.config.set_alpha_to_one:
-        # In float64, because rounding would make the last variance negative.
+        # float64: rounding to float32 would make the last variance negative.
         prepared.final_alpha_cumprod = NoiseSchedule.from_config(scheduler.config).alpha_bar[0]
     return EpsilonSolver(
         scheduler,
@@ -188,14 +188,14 @@ def ddim_solver(
 
 def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> EpsilonSolver:
     """
-    Returns a run of a scheduler that chooses its own noise levels (`sigmas`) and timesteps. Each evaluation of the network is one
-    step of the run.
+    Returns a run of a scheduler that chooses its noise levels (`sigmas`) and timesteps itself. One evaluation of the network counts
+    as one step of the run.
 
     Raises:
         ValueError: If the run would visit a timestep twice.
     """
     exploding = isinstance(scheduler, VARIANCE_EXPLODING)
-    # The copy is given x_0, or the epsilon that follows from it. It must neither clip nor split off a variance.
+    # The copy is given the guided x_0, or the epsilon that follows from it. It must neither clip x_0 nor expect a variance.
     off = {"variance_type": None, "clip_sample": False}
     changes = {name: value for name, value in off.items() if name in scheduler.config}
     if isinstance(scheduler, DPMSolverSinglestepScheduler):
@@ -236,7 +236,7 @@ def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:
     """Returns a copy of a scheduler with changes to its config. The steps of the copy are not set."""
     if not isinstance(scheduler, (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
         return type(scheduler).from_config(scheduler.config, **changes)
-    # Copied, because the constructors set one step per training timestep, which takes longer than a short run.
+    # These constructors set one step per training timestep, which takes longer than a short run. A deep copy avoids them.
     copied = copy.deepcopy(scheduler)
     copied.register_to_config(**changes)
     return copied
@@ -262,8 +262,8 @@ def make_ancestral_levels_exact(
 
 def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
     """
-    Returns the noise level of each evaluation of a run, and that of its end. Every second evaluation of DPM-Solver-2 is between two
-    steps.
+    Returns the noise level of each evaluation of a run, and the noise level at its end. Every second evaluation of DPM-Solver-2 lies
+    between two steps.
     """
     levels = scheduler.sigmas[: len(scheduler.timesteps) + 1].clone()
     if isinstance(scheduler, KDPM2DiscreteScheduler):
@@ -275,8 +275,8 @@ def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
 
 def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver:
     """
-    Returns a run of PNDM's pseudo linear multistep method. It takes the first step twice: first with the evaluation at its beginning,
-    then also with the evaluation at its end.
+    Returns a run of PNDM's pseudo linear multistep method. The method takes the first step twice. The second time, it also uses the
+    evaluation at the end of the step.
     """
     prepared = respaced_copy(
         scheduler,
@@ -294,8 +294,8 @@ def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver
 
 def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes) -> SchedulerMixin:
     """
-    Returns a copy of a scheduler whose training timesteps are only the visited ones, numbered from 0. The previous timestep of each
-    is then the previous one in the list. A stock scheduler computes other previous timesteps for most lists.
+    Returns a copy of a scheduler whose training timesteps are only the visited ones, numbered from 0. The previous timestep is then
+    always the previous entry of the list. A stock scheduler computes a different previous timestep for most lists.
     """
     respaced = type(scheduler).from_config(
         scheduler.config, num_train_timesteps=len(schedule), trained_betas=schedule.beta.tolist(), **changes
@@ -309,7 +309,7 @@ def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[
     Returns the indices into a schedule in the order of a run.
 
     Args:
-        schedule: Steps of the process.
+        schedule: Timesteps of the run, least noisy first.
         timesteps: Training timesteps in the order of the run. `None` means from the noisiest step down.
 
     Raises:
@@ -323,7 +323,7 @@ def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[
         if after < before - 1:
             skipped = schedule.timesteps[before - 1].item()
             raise ValueError(
-                "`timesteps` must go down to the next lower of all visited timesteps, but the step from"
+                "`timesteps` must not skip a timestep on the way down that they visit elsewhere, but the step from"
                 f" {schedule.timesteps[before]} to {schedule.timesteps[after]} skips {skipped}."
             )
     if visits[-1] != 0:

@@ -42,7 +42,7 @@ def test_split_folders_are_splits_and_the_log_says_so(tmp_path, caplog, validati
     folder = save(tmp_path, *names)
     images, held_out = load_images(arguments("--train_data_dir", folder, "--validation_split", "validation"))
     assert (len(images), len(held_out)) == (3, 2) and held_out.class_names == ["cat", "dog"]
-    assert "reading split train" in caplog.text and "reading split validation" in caplog.text
+    assert "Split train is used" in caplog.text and "Split validation is used" in caplog.text
 
 
 def test_split_folders_without_classes_have_no_labels(tmp_path):
@@ -53,12 +53,12 @@ def test_split_folders_without_classes_have_no_labels(tmp_path):
 
 def test_split_folders_beside_other_images_are_refused(tmp_path):
     folder = save(tmp_path, "train/cat/0.png", "extra/0.png")
-    with pytest.raises(ValueError, match=r"split folders \['train'\] beside other images \(\['extra'\]\)"):
+    with pytest.raises(ValueError, match=r"split folders, \['train'\], and other images, \['extra'\]"):
         load_images(arguments("--train_data_dir", folder))
 
 
 def test_difference_from_the_files_on_disk_is_refused(tmp_path):
     layout = find_layout(save(tmp_path, *PLAIN))
     layout.check_number(3)
-    with pytest.raises(ValueError, match="holds 3 image files, but 2 were loaded"):
+    with pytest.raises(ValueError, match="has 3 image files, but 2 were loaded"):
         layout.check_number(2)

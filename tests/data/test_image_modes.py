@@ -52,12 +52,12 @@ def test_sixteen_bits_are_scaled_without_rounding(factor):
     ],
 )
 def test_values_of_another_range_are_refused(values, value_range):
-    with pytest.raises(ValueError, match="of more than 8 bits has .* and values in .* such as --image_range="):
+    with pytest.raises(ValueError, match="of more than 8 bits is .*, but its values are in .* such as --image_range="):
         to_mode(PILImage.fromarray(values), 3, value_range)
 
 
 def test_a_range_that_files_of_16_bits_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="holds values up to 65535, but --image_range gives white as 655350"):
+    with pytest.raises(ValueError, match="--image_range must be at most 65535 for images of 16 bits, but got 655350"):
         to_mode(PILImage.fromarray((RAMP * 65535).astype(np.uint16)), 1, (0, 655350))
 
 
@@ -73,7 +73,7 @@ def scans(tmp_path):
 def test_option_says_the_range_of_a_dataset(scans, capsys):
     options = ["--train_data_dir", scans, "--in_channels", "1", "--crop", "center"]
     images, _ = load_images(arguments(*options))
-    with pytest.raises(ValueError, match=r"Image .*scan\.png: .*an unknown range, and values in \[0, 4095\]"):
+    with pytest.raises(ValueError, match=r"Image .*scan\.png: .* is unknown, but its values are in \[0, 4095\]"):
         images[0]
     images, _ = load_images(arguments(*options, "--image_range", "0,4095"))
     assert images[0]["image"].min() < -0.9 and images[0]["image"].max() > 0.9

@@ -42,10 +42,10 @@ def test_missing_labels_and_single_classes_are_refused(tmp_path):
     pictures = [picture(i) for i in range(2)]
     features = {"image": Image(), "label": ClassLabel(names=["only"])}
     images, _ = load_images(arguments("--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 0])))
-    with pytest.raises(ValueError, match="only"):
+    with pytest.raises(ValueError, match="at least 2 classes"):
         required_class_names(images)
     parquet(tmp_path, features, image=pictures, label=[0, -1])
-    with pytest.raises(ValueError, match="no label"):
+    with pytest.raises(ValueError, match="must have a label"):
         load_images(arguments("--dataset_name", str(tmp_path)))
     parquet(tmp_path, {"image": Image()}, image=pictures)
     images, _ = load_images(arguments("--dataset_name", str(tmp_path)))
@@ -67,7 +67,7 @@ def test_held_out_split_has_the_classes_of_the_training_split(tmp_path):
 
     held_out = load("fewer")
     assert held_out.class_names == ["a", "b", "c"] and [held_out[i]["label"] for i in range(2)] == [2, 0]
-    with pytest.raises(ValueError, match="'d'.*held-out"):
+    with pytest.raises(ValueError, match="held-out split must have the classes of the training split, but has .*'d'"):
         load("other")
 
 

@@ -89,9 +89,9 @@ def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkey
     source = parquet(tmp_path, {"image": Image(), "label": Value("int64")}, image=[picture(0)] * 2, label=[1, 4])
     with pytest.raises(ValueError, match="--num_classes"):
         stream(source, "--label_column", "label")
-    with pytest.raises(ValueError, match=r"has label 4, which is not in 0 \.\.\. 3"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 3\], but image .* has the label 4"):
         list(itertools.islice(stream(source, "--label_column", "label", "--num_classes", "4")[0], 2))
-    with pytest.raises(ValueError, match="goes with --streaming"):
+    with pytest.raises(ValueError, match="--num_classes requires --streaming"):
         load_images(arguments("--dataset_name", source, "--num_classes", "5"))
     images, _ = stream(source, "--label_column", "label", "--num_classes", "5")
     assert required_class_names(images) == ["0", "1", "2", "3", "4"]
@@ -101,12 +101,12 @@ def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--validation_fraction", "0.1"], "--validation_fraction needs all images"),
-        (["--max_train_samples", "3"], "--max_train_samples needs all images"),
-        (["--label_from", "filename_prefix"], "filename_prefix needs all names"),
-        (["--dataloader_num_workers", "3"], "does not divide the number of files that each process reads, 4"),
-        (["--num_classes", "0"], "--num_classes 0"),
-        (["--shuffle_buffer", "0"], "--shuffle_buffer 0"),
+        (["--validation_fraction", "0.1"], "--validation_fraction requires all images"),
+        (["--max_train_samples", "3"], "--max_train_samples requires all images"),
+        (["--label_from", "filename_prefix"], "filename_prefix requires all file names"),
+        (["--dataloader_num_workers", "3"], "--dataloader_num_workers must divide 4, .* but got 3"),
+        (["--num_classes", "0"], "--num_classes requires .* but got 0"),
+        (["--shuffle_buffer", "0"], "--shuffle_buffer"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(options, message, shards):

@@ -107,7 +107,7 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
     assert alone.features is None and np.array_equal(alone.gaussian.covariance, as_drawn.gaussian.covariance)
     picture = next((tmp_path / "png").rglob("000000.png"))
     picture = picture.rename(picture.with_name("cat.png"))
-    with pytest.raises(ValueError, match="called by their numbers: got .'cat'"):
+    with pytest.raises(ValueError, match="must be numbers, .* but got .'cat'"):
         open_images(tmp_path / "png")
     picture.rename(picture.with_name("000000.png"))
     (tmp_path / "png" / "manifest.jsonl").unlink()
@@ -151,7 +151,7 @@ def test_images_of_an_npz_file_are_not_changed_in_silence(words, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     digits_npz(tmp_path / "x.npz", random_images(9))
     assert run(*words, "--resolution", "16", "--source_resolution", "32") == 2
-    assert "--resolution, --source_resolution: for datasets only" in capsys.readouterr().err
+    assert "--resolution, --source_resolution must be left out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
@@ -171,11 +171,11 @@ def pictures_of_two_sizes(folder: Path) -> Path:
         (lambda folder: digits_npz(folder / "x.npz", random_images(9).astype(np.float32)), "uint8"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, channels=3)), "in colour"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, size=28)), "28x28"),
-        (lambda folder: digits_npz(folder / "x.npz", random_images(9)[..., 0]), "number, height, width"),
-        (lambda folder: digits_npz(folder / "x.npz", np.asfortranarray(random_images(9))), "by columns"),
-        (lambda folder: cut_off(folder / "x.npz"), "cut off"),
+        (lambda folder: digits_npz(folder / "x.npz", random_images(9)[..., 0]), "images, height, width"),
+        (lambda folder: digits_npz(folder / "x.npz", np.asfortranarray(random_images(9))), "Fortran order"),
+        (lambda folder: cut_off(folder / "x.npz"), "damaged, incomplete"),
         (lambda folder: pictures_of_two_sizes(folder / "x"), "--resolution"),
-        (lambda folder: folder / "x.npz", "no file"),
+        (lambda folder: folder / "x.npz", "does not exist"),
     ],
 )
 def test_samples_that_cannot_be_measured_are_refused_in_one_line(make, said, reference, tmp_path, capsys):

@@ -105,7 +105,7 @@ def test_an_upsampler_enlarges_samples_of_another_run(model, tmp_path):
     assert "arr_1" not in arrays_of(draw_samples(unlabelled, tmp_path / "unlabelled", 3, low_res=base))
     bare = tmp_path / "bare.npz"  # without labels
     np.savez(bare, arr_0=small["arr_0"])
-    with pytest.raises(ValueError, match="class_labels are missing"):
+    with pytest.raises(ValueError, match="`class_labels` are required"):
         draw_samples(ADMUpsamplePipeline.from_pretrained(tmp_path / "up"), tmp_path / "random", 3, low_res=bare)
     guided = ADMUpsamplePipeline(
         unet,

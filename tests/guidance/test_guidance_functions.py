@@ -119,8 +119,11 @@ def test_a_function_may_guide_images_without_labels():
     [
         (lambda x_t, *_: x_t.sum(), "returned ()"),
         (lambda x_t, *_: None, "returned NoneType"),
-        (lambda x_t, *_: torch.zeros(2), "does not depend on x_t or x_0"),
-        (lambda x_t, *_: torch.zeros(2, requires_grad=True) + 1, "does not depend on x_t or x_0"),
+        (lambda x_t, *_: torch.zeros(2), "from x_t or x_0, but the returned one depends on neither"),
+        (
+            lambda x_t, *_: torch.zeros(2, requires_grad=True) + 1,
+            "from x_t or x_0, but the returned one depends on neither",
+        ),
     ],
 )
 def test_a_function_that_returns_something_else_is_told(returned, said):
@@ -136,7 +139,7 @@ def test_a_gradient_that_is_no_number_is_told_with_its_step_and_image(value):
         gradient[1, 0, 0, 0] = value if timestep[1] <= 666 else 1.0
         return gradient
 
-    with pytest.raises(ValueError, match="guides image 1 is not finite at step 1 of 4, timestep 666"):
+    with pytest.raises(ValueError, match="guidance gradient of image 1 is not finite at step 1 of 4, timestep 666"):
         draw(pipeline_of(), guidance_fn=breaks, guidance_scale=1.0, guidance_options={"normalize": True})
 
 
@@ -149,7 +152,7 @@ def test_a_gradient_that_its_scale_makes_no_number_is_told(call):
 
     options = {"schedule": lambda fraction: 1.0 if fraction == 0 else 2.0, **call.get("guidance_options", {})}
     step = 0 if call["guidance_scale"] > 1 else 1
-    with pytest.raises(ValueError, match=f"guides image 0 is not finite at step {step} of 4"):
+    with pytest.raises(ValueError, match=f"guidance gradient of image 0 is not finite at step {step} of 4"):
         draw(pipeline_of(), guidance_fn=steep, **{**call, "guidance_options": options})
 
 

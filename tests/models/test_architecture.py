@@ -158,7 +158,7 @@ def test_label_changes_a_conditional_model_and_is_refused_by_an_unconditional_on
     assert conditional.null_class is None and unconditional.null_class is None
     assert relative_error(predict(conditional, labels=LABELS - 1), predict(conditional)) > 1e-2
     assert predict(unconditional, labels=None).isfinite().all()
-    with pytest.raises(ValueError, match="class_labels are missing"):
+    with pytest.raises(ValueError, match="`class_labels` are required"):
         predict(conditional, labels=None)
     with pytest.raises(ValueError, match="unconditional"):
         predict(unconditional)
@@ -178,9 +178,9 @@ def test_low_resolution_image_conditions_an_upsampler():
     assert relative_error(upsample(-small), upsample(small)) > 1e-2
     # It is resized bilinearly, so that a flat image is the same at any size.
     torch.testing.assert_close(upsample(torch.full((2, 3, 4, 2), 0.3)), upsample(torch.full((2, 3, 8, 8), 0.3)))
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match="`low_res` is required"):
         upsample(None)
-    with pytest.raises(ValueError, match="given"):
+    with pytest.raises(ValueError, match="`low_res` requires an upsampler"):
         tiny_unet()(sample, TIMESTEPS, LABELS, low_res=small)
 
 

@@ -74,7 +74,7 @@ def test_low_resolution_images_of_another_kind_are_refused(name):
 
 
 def test_another_number_of_low_resolution_images_is_refused():
-    with pytest.raises(ValueError, match="low_res has 1 images, but sample has 2"):
+    with pytest.raises(ValueError, match="`low_res` must have as many images as `sample`, 2, but got 1"):
         tiny_unet(low_res_conditioning=True)(images(), 5, LABELS, images(1))
 
 
@@ -97,7 +97,7 @@ def test_labels_of_another_kind_or_number_are_refused(labels):
 
 @pytest.mark.parametrize("label", [NUM_CLASSES, -1])
 def test_label_that_does_not_exist_is_refused(label):
-    with pytest.raises(ValueError, match=rf"class_labels must be in \[0, {NUM_CLASSES - 1}\], but got \[{label}\]"):
+    with pytest.raises(ValueError, match=rf"`class_labels` must be in \[0, {NUM_CLASSES - 1}\], but got \[{label}\]"):
         predict(tiny_unet(), labels=torch.tensor([label]))
 
 

@@ -81,7 +81,7 @@ def test_callback_is_given_x_0_and_the_gradient():
         ({"x_0_fn": lambda x_0, timestep: None}, "x_0_fn returned NoneType"),
         (
             {"x_0_fn": lambda x_0, timestep: x_0 / (timestep > 300)},
-            "x_0_fn returned for image 0 is not finite at step 2",
+            "output of `x_0_fn` for image 0 is not finite at step 2",
         ),
         ({"x_0_fn": 5}, "x_0_fn must be a function: got int"),
         ({"callback_on_step_start": lambda *_: None}, "callback_on_step_start returned NoneType"),
@@ -218,7 +218,7 @@ def test_renoising_composes_to_the_forward_process():
     beta = schedule.beta[401].item()
     expected = (1 - beta) ** 0.5 * x_0 + beta**0.5 * x_0  # one step: q(x_t | x_{t-1})
     torch.testing.assert_close(renoise(schedule, x_0, 400, 401, x_0), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="from step 5 to step 5"):
+    with pytest.raises(ValueError, match="to_index=5 and index=5"):
         renoise(schedule, x_0, 5, 5, x_0)
 
 

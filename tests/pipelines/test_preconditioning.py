@@ -294,7 +294,7 @@ def test_parts_that_do_not_fit_together_are_refused():
         ({"preconditioning": "vp"}, "`preconditioning` must be one of .* but got 'vp'"),
         ({"out_channels": 6}, "requires out_channels=3"),
         ({"sigma_data": 0.0}, "`sigma_data` must be positive"),
-        ({"sigma_min": 80.0}, "sigma_min and sigma_max must be positive and finite, the smaller first"),
+        ({"sigma_min": 80.0}, "`sigma_min` and `sigma_max` must be positive and finite"),
     ],
 )
 def test_preconditioning_that_is_none_is_refused(config, message):

@@ -157,7 +157,7 @@ def test_a_cascade_is_its_stages_one_after_the_other():
             draw_cascade(wrong, [1, 2])
     with pytest.raises(ValueError, match="1 calls"):
         draw_cascade(stages, [1, 2], [{}])
-    with pytest.raises(ValueError, match="class_labels are missing"):
+    with pytest.raises(ValueError, match="`class_labels` are required"):
         draw_cascade(stages)
     base.register_to_config(id2label={number: f"class {number}" for number in range(NUM_CLASSES)})
     named, numbered = (
@@ -180,7 +180,7 @@ def test_null_class_runs_without_labels():
     conditional = upsampler(tiny_unet(low_res_conditioning=True, use_null_class=True))
     expected = draw(conditional, image, [NUM_CLASSES - 1] * 2, condition_unet=False)
     torch.testing.assert_close(draw(conditional, image, None), expected)
-    with pytest.raises(ValueError, match="class_labels are missing"):
+    with pytest.raises(ValueError, match="`class_labels` are required"):
         draw(upsampler(), image, None)
     guided = upsampler(conditional.unet, classifier=tiny_classifier())
 
