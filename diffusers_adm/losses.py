@@ -2,6 +2,7 @@
 
 Sources:
 - hybrid loss: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1
+- loss of EDM: Karras et al. 2022 (arXiv 2206.00364), Table 1
 - classifier: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4.3 and appendix H
 - label dropout: Ho & Salimans 2022 (arXiv 2207.12598)
 """
@@ -142,6 +143,21 @@ def vlb_bits(
     kl = mean_bits(gaussian_kl(true_mean, true_log_variance, predicted_mean, log_variance))
     nll = mean_bits(-discretized_log_likelihood(x_0, predicted_mean, log_variance))
     return torch.where(index == 0, nll, kl)
+
+
+def edm_loss(denoised: torch.Tensor, x_0: torch.Tensor, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """
+    Returns the squared error of the predicted x_0 with the weight of EDM, 1 / sigma^2 + 1 / sigma_data^2, `(batch,)`
+    [Karras et al. 2022, Table 1]. This is the mean squared error of the network's output before the preconditioning.
+
+    Args:
+        denoised: Predicted x_0, `(batch, channels, height, width)`.
+        x_0: Clean images in [-1, 1], of the shape of `denoised`.
+        sigma: Noise level of each image, `(batch,)`.
+        sigma_data: Standard deviation of the clean images.
+    """
+    error = F.mse_loss(denoised, x_0, reduction="none").flatten(1).mean(dim=1)
+    return error * (sigma**-2 + sigma_data**-2)
 
 
 def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, entropy_weight: float = 0.0) -> torch.Tensor:

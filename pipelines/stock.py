@@ -30,7 +30,7 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
         )
     channels = unet.config.in_channels
     with torch.device("meta"):
-        plain = ADMUNet2DModel.from_config({**unet.config, "out_channels": channels})
+        plain = ADMUNet2DModel.from_config(unet.config, out_channels=channels)
     tensors = unet.state_dict()
     tensors |= {name: tensors[name][:channels] for name in ("conv_out.weight", "conv_out.bias")}
     plain.load_state_dict(tensors, assign=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from golden_cases import draw_weights, load_case, published_flags
-from tiny_models import tiny_unet
+from tiny_models import images, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.diffusion import (
@@ -17,7 +17,7 @@ from diffusers_adm.diffusion import (
     learned_log_variance,
     x_0_from_epsilon,
 )
-from diffusers_adm.losses import classifier_loss, drop_labels, hybrid_loss, vlb_bits, vlb_loss
+from diffusers_adm.losses import classifier_loss, drop_labels, edm_loss, hybrid_loss, vlb_bits, vlb_loss
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,17 @@ def test_an_output_of_odd_channels_is_refused(golden):
     _, schedule, io, x_t = golden
     with pytest.raises(ValueError, match="must have 3 channels.*but got 4"):
         hybrid_loss(torch.randn(3, 4, 32, 32), schedule, io["x_start"], x_t, io["timestep"], io["noise"])
+
+
+def test_loss_of_edm_is_that_of_the_network_before_its_scales():
+    sigma, sigma_data = torch.tensor([0.002, 0.3, 80.0], dtype=torch.float64), 0.7
+    unet = tiny_unet(out_channels=3, preconditioning="edm", sigma_data=sigma_data).double()
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    x_0, noise = (images(3, seed=seed).double() for seed in (0, 1))
+    level = sigma[:, None, None, None]
+    with torch.no_grad():  # the network returns zeros, so its target is what remains
+        denoised = unet(x_0 + level * noise, sigma, torch.zeros(3, dtype=torch.long)).sample
+    target = (sigma_data**2 * noise - level * x_0) / (sigma_data * (level**2 + sigma_data**2).sqrt())
+    expected = target.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(edm_loss(denoised, x_0, sigma, sigma_data), expected, rtol=1e-9, atol=0)

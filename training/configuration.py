@@ -157,9 +157,11 @@ def _plain(value: Any) -> Any:
 def as_command_line(options: TrainingOptions) -> list[str]:
     """Returns parts of a command line for all options that model cards show."""
     known, parts = options_of(type(options)), []
-    for name, value in yaml.safe_load(as_yaml(options)).items():
+    values = yaml.safe_load(as_yaml(options))
+    for name, value in values.items():
         notes = known[name].notes
-        if value is None or not notes.get("on_card", not notes.get("resumable", False)):
+        shown = notes.get("on_card", not notes.get("resumable", False))
+        if value is None or not (shown(values) if callable(shown) else shown):
             continue
         if isinstance(value, bool):
             if value or known[name].default is True:

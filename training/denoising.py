@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.losses import drop_labels
-from diffusers_adm.training.objective import DenoisingObjective
+from diffusers_adm.training.objective import DenoisingObjective, NoiseLevelObjective
 from diffusers_adm.training.options import ClassOptions, UNetTrainingOptions
 from diffusers_adm.training.publishing import BackgroundPush, print_results, publish, write_card
 from diffusers_adm.training.setup import build_validation_loader
@@ -26,7 +26,7 @@ def label_conditions(options: ClassOptions, unet: ADMUNet2DModel, batch: dict) -
 def train_pipeline(
     options: UNetTrainingOptions,
     trainer: Trainer,
-    objective: DenoisingObjective,
+    objective: DenoisingObjective | NoiseLevelObjective,
     pipeline: DiffusionPipeline,
     grid: SampleGrid,
     class_names: list[str] | None,

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import nn
 
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
-from diffusers_adm.losses import classifier_loss, hybrid_loss, vlb_loss
-from diffusers_adm.openai.flags import Flags, build_scheduler
-from diffusers_adm.training.options import DiffusionOptions, ObjectiveOptions
+from diffusers_adm.losses import classifier_loss, edm_loss, hybrid_loss, vlb_loss
+from diffusers_adm.openai.flags import Flags, build_scheduler, build_sigma_scheduler
+from diffusers_adm.training.objective_options import ObjectiveOptions
+from diffusers_adm.training.options import DiffusionOptions, UNetTrainingOptions
 from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
@@ -23,7 +25,7 @@ class LossTerms:
     Args:
         loss: Loss to minimise, `(batch,)`.
         logged: Additional values to log by name, `(batch,)` each.
-        timestep: Timestep of each image, `(batch,)`.
+        timestep: Timestep of each image, `(batch,)`, or the rank of its noise level among as many equally likely levels.
     """
 
     loss: torch.Tensor
@@ -49,6 +51,22 @@ def build_noise_scheduler(
         predict_xstart=predict_xstart,
     )
     return build_scheduler(flags, learn_sigma)
+
+
+def sampling_defaults(options: UNetTrainingOptions) -> dict[str, Any]:
+    """
+    Returns the scheduler of a UNet's pipeline, and its number of steps, as arguments of the pipeline. The scheduler of a UNet that is
+    given the timestep has the noise schedule of the training.
+
+    Raises:
+        ValueError: If the noise schedule needs more timesteps.
+    """
+    if options.noise_levels.preconditioning is not None:
+        flags = Flags(training_mode="edm")
+        return {"scheduler": build_sigma_scheduler(flags), "num_inference_steps": flags["steps"]}
+    objective = options.objective
+    scheduler = build_noise_scheduler(options.diffusion, objective.learn_sigma, objective.predicts_x_0)
+    return {"scheduler": scheduler, "num_inference_steps": 250}
 
 
 class DenoisingObjective:
@@ -87,9 +105,7 @@ class DenoisingObjective:
         """Computes the terms of the loss at given timesteps, `(batch,)`."""
         options, schedule = self.options, self.schedule
         x_0 = batch["image"]  # (batch, channels, resolution, resolution)
-        noise = torch.randn_like(x_0)
-        if options.noise_offset:
-            noise = noise + options.noise_offset * torch.randn_like(x_0[..., :1, :1])
+        noise = draw_noise(x_0, options.noise_offset)
         x_t = add_noise(schedule, x_0, timestep, noise)
         model_output = model(x_t, timestep, **self.conditions(batch)).sample  # (batch, (2 *) channels, ...)
         if options.loss == "vlb":
@@ -100,6 +116,74 @@ class DenoisingObjective:
         )
         logged = {"simple": loss.simple} if loss.vlb is None else {"simple": loss.simple, "vlb": loss.vlb}
         return LossTerms(loss.total, logged, timestep)
+
+    def held_out_terms(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the terms of the loss at uniformly drawn timesteps."""
+        x_0 = batch["image"]
+        return self.terms(model, batch, torch.randint(len(self.schedule), x_0.shape[:1], device=x_0.device))
+
+
+class NoiseLevelObjective:
+    """
+    Noises images at random noise levels and computes the loss of a UNet that is given the noise level. The logarithm of the noise
+    level is normally distributed (Karras et al. 2022, arXiv 2206.00364, Table 1).
+
+    Args:
+        options: Options of the run.
+        conditions: Function that returns the UNet's arguments for a batch, without the noised images and their noise levels.
+    """
+
+    sampler = None
+
+    def __init__(self, options: UNetTrainingOptions, conditions: Callable[[dict], dict]):
+        self.levels = options.noise_levels
+        self.noise_offset = options.objective.noise_offset
+        self.num_ranks = options.diffusion.num_train_timesteps
+        self.conditions = conditions
+
+    def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the loss at randomly drawn noise levels."""
+        x_0 = batch["image"]  # (batch, channels, resolution, resolution)
+        deviations = torch.randn(len(x_0), device=x_0.device)  # (batch,)
+        sigma = (self.levels.log_sigma_mean + self.levels.log_sigma_std * deviations).exp()  # (batch,)
+        x = x_0 + sigma[:, None, None, None] * draw_noise(x_0, self.noise_offset)
+        denoised = model(x, sigma, **self.conditions(batch)).sample  # (batch, channels, resolution, resolution)
+        rank = (self.num_ranks * torch.special.ndtr(deviations)).long().clamp(max=self.num_ranks - 1)
+        return LossTerms(edm_loss(denoised, x_0, sigma, self.levels.sigma_data), {}, rank)
+
+    held_out_terms = __call__
+
+
+def build_objective(
+    options: UNetTrainingOptions,
+    scheduler: SchedulerMixin,
+    accelerator: Accelerator,
+    conditions: Callable[[dict], dict],
+) -> DenoisingObjective | NoiseLevelObjective:
+    """
+    Builds the objective of a UNet that is given the timestep or the noise level.
+
+    Args:
+        options: Options of the run.
+        scheduler: Scheduler of the UNet.
+        accelerator: Accelerator of the script.
+        conditions: Function that returns the UNet's arguments for a batch, without the noised images and their noise.
+    """
+    if options.noise_levels.preconditioning is not None:
+        return NoiseLevelObjective(options, conditions)
+    return DenoisingObjective(options.objective, scheduler, accelerator, conditions)
+
+
+def draw_noise(x_0: torch.Tensor, offset: float) -> torch.Tensor:
+    """
+    Draws noise of the shape of images, `(batch, channels, height, width)`.
+
+    Args:
+        x_0: Clean images.
+        offset: Standard deviation of added noise that is the same at all pixels of a channel.
+    """
+    noise = torch.randn_like(x_0)
+    return noise + offset * torch.randn_like(x_0[..., :1, :1]) if offset else noise
 
 
 class ClassifierObjective:

@@ -4,7 +4,8 @@ Each field has a help text and a check (see `diffusers_adm.options`), and up to 
 
 - `resumable` says whether a resumed run may change the option. It may be a function of all values. Options that are not resumable
   decide what is trained, or the order of the images.
-- `on_card` says whether model cards show the option. By default, they show the options that are not resumable.
+- `on_card` says whether model cards show the option. It may be a function of all values. By default, they show the options that are
+  not resumable.
 - `saved` is `False` for options that checkpoints do not store.
 """
 
@@ -17,15 +18,13 @@ from diffusers.optimization import SchedulerType
 
 from diffusers_adm.data.images import ImageFormat
 from diffusers_adm.data.options import ImageSelection, ImageSource
-from diffusers_adm.diffusion import PREDICTION_TYPES
 from diffusers_adm.models.noisy_classifier import POOLS
 from diffusers_adm.openai.flags import BETA_SCHEDULES
 from diffusers_adm.options import Check, above, at_least, in_range, option, option_group
+from diffusers_adm.training.objective_options import NoiseLevelOptions, ObjectiveOptions, check_objective
 from diffusers_adm.training.output_options import HubOptions, OutputOptions
-from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
-LOSSES = ("hybrid", "vlb")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 # Schedules of diffusers. The piecewise constant one is left out, because it needs rules.
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
@@ -129,7 +128,7 @@ class ArchitectureOptions:
 
 @dataclass
 class DiffusionOptions:
-    """Noise schedule of the training timesteps."""
+    """Noise schedule of the training timesteps. It has no effect on a UNet that is given the noise level."""
 
     noise_schedule: str = option("linear", help="Noise schedule.", choices=BETA_SCHEDULES)
     num_train_timesteps: int = option(1000, help="Number of training timesteps.", check=at_least(1))
@@ -260,38 +259,6 @@ class ClassOptions:
 
 
 @dataclass
-class ObjectiveOptions:
-    """Prediction and loss of a UNet."""
-
-    learn_sigma: bool = option(True, help="Train a UNet with learned variance.")
-    prediction_type: str = option(
-        "epsilon", help="Prediction of the UNet. sample means x_0.", choices=PREDICTION_TYPES
-    )
-    loss: str = option(
-        "hybrid", help="Loss. Without learned variance, hybrid is the simple loss alone.", choices=LOSSES
-    )
-    vlb_weight: float | None = option(
-        None,
-        help="Weight of the variational bound in the hybrid loss. Default: --num_train_timesteps / 1000.",
-        check=at_least(0),
-    )
-    noise_offset: float = option(
-        0.0,
-        help="Standard deviation of added noise that is the same at all pixels of a channel. It avoids grey backgrounds in"
-        " samples of few steps.",
-        check=at_least(0),
-    )
-    schedule_sampler: str = option(
-        "uniform", help="Distribution that timesteps are drawn from.", choices=tuple(SAMPLERS)
-    )
-
-    @property
-    def predicts_x_0(self) -> bool:
-        """Whether the UNet predicts x_0 instead of epsilon."""
-        return self.prediction_type == "sample"
-
-
-@dataclass
 class AverageOptions:
     """Moving averages of the weights."""
 
@@ -339,10 +306,12 @@ class UNetTrainingOptions(TrainingOptions):
     preset: str | None = preset_option("unet")
     classes: ClassOptions = option_group(ClassOptions, "classes")
     objective: ObjectiveOptions = option_group(ObjectiveOptions, "objective")
+    noise_levels: NoiseLevelOptions = option_group(NoiseLevelOptions, "noise levels")
     averages: AverageOptions = option_group(AverageOptions, "moving averages")
     validation: ValidationOptions = option_group(ValidationOptions, "validation")
 
     def __post_init__(self):
+        check_objective(self.objective, self.noise_levels)
         push_every, validation_steps = self.push_every, self.output.validation_steps
         if push_every is not None and not self.hub.push_to_hub:
             raise ValueError("--push_every requires --push_to_hub.")

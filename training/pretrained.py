@@ -68,6 +68,13 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     theirs["attention_resolutions"] = [pixels * scale for pixels in theirs["attention_resolutions"]]
     differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
     differing -= FREE_OPTIONS
+    if (theirs.get("preconditioning"), ours.get("preconditioning")) == ("consistency", "edm"):
+        # The same network under scales that differ by about sigma_min.
+        differing.remove("preconditioning")
+        logger.warning(
+            "%s is a consistency model. The trained model is no longer one: it needs many steps, such as 40 of Heun's method.",
+            name,
+        )
     if differing - CLASS_OPTIONS - SIZE_OPTIONS:
         pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
         raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")

@@ -159,6 +159,10 @@ def build_unet(
         use_null_class=options.classes.label_dropout > 0,
         low_res_conditioning=low_res_conditioning,
         upsample_type=options.architecture.resample_type,
+        preconditioning=options.noise_levels.preconditioning,
+        sigma_data=options.noise_levels.sigma_data,
+        sigma_min=options.noise_levels.sigma_min,
+        sigma_max=options.noise_levels.sigma_max,
         **model_config(options.architecture, options.format),
     )
 

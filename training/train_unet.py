@@ -1,7 +1,8 @@
 """Trains an ADM UNet on labelled images.
 
 The loss is the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), and the weights are averaged at constant rates. With
-`--label_dropout`, the UNet also learns a null class, so that one UNet is both the conditional and the unconditional model.
+`--label_dropout`, the UNet also learns a null class, so that one UNet is both the conditional and the unconditional model. With
+`--preconditioning edm`, the UNet is given the noise level, and the loss is that of Karras et al. 2022 (arXiv 2206.00364).
 """
 
 from diffusers_adm.command_line import reporting_missing_packages
@@ -12,7 +13,7 @@ with reporting_missing_packages(__name__):
     from diffusers_adm.data.datasets import required_class_names
     from diffusers_adm.training.configuration import parse, run_script
     from diffusers_adm.training.denoising import label_conditions, train_pipeline
-    from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
+    from diffusers_adm.training.objective import build_objective, sampling_defaults
     from diffusers_adm.training.options import UNetTrainingOptions
     from diffusers_adm.training.plan import print_plan
     from diffusers_adm.training.publishing import check_hub
@@ -52,15 +53,13 @@ def main(options: UNetTrainingOptions) -> None:
             print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
         check_hub(options.hub, accelerator, options.dry_run)
 
-        scheduler = build_noise_scheduler(
-            options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0
-        )
-        objective = DenoisingObjective(
-            options.objective, scheduler, accelerator, lambda batch: label_conditions(options.classes, unet, batch)
+        sampling = sampling_defaults(options)
+        objective = build_objective(
+            options, sampling["scheduler"], accelerator, lambda batch: label_conditions(options.classes, unet, batch)
         )
         trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
         id2label = dict(enumerate(names)) if names else None
-        pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
+        pipeline = ClassifierGuidedPipeline(unet=unet, id2label=id2label, **sampling)
 
         def inputs(numbers: list[int]) -> dict:
             return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}

@@ -15,7 +15,7 @@ with reporting_missing_packages(__name__):
     from diffusers_adm.data.datasets import required_class_names
     from diffusers_adm.training.configuration import parse, run_script
     from diffusers_adm.training.denoising import label_conditions, train_pipeline
-    from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
+    from diffusers_adm.training.objective import build_objective, sampling_defaults
     from diffusers_adm.training.options import UpsamplerTrainingOptions
     from diffusers_adm.training.plan import print_plan
     from diffusers_adm.training.publishing import check_hub
@@ -66,13 +66,11 @@ def main(options: UpsamplerTrainingOptions) -> None:
                 low_res = low_res + deviation * torch.randn_like(low_res)
             return {**label_conditions(options.classes, unet, batch), "low_res": low_res}
 
-        scheduler = build_noise_scheduler(
-            options.diffusion, options.objective.learn_sigma, options.objective.predicts_x_0
-        )
-        objective = DenoisingObjective(options.objective, scheduler, accelerator, conditions)
+        sampling = sampling_defaults(options)
+        objective = build_objective(options, sampling["scheduler"], accelerator, conditions)
         trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
         id2label = dict(enumerate(names)) if names else None
-        pipeline = ADMUpsamplePipeline(unet=unet, scheduler=scheduler, id2label=id2label, low_res_size=low_resolution)
+        pipeline = ADMUpsamplePipeline(unet=unet, id2label=id2label, low_res_size=low_resolution, **sampling)
 
         num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
         examples = (images if held_out is None else held_out).examples(num_images)

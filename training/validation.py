@@ -14,7 +14,12 @@ from diffusers_adm.atomic_files import atomic_folder, atomic_write
 from diffusers_adm.data.grids import grid_of
 from diffusers_adm.training.calibration import expected_calibration_error
 from diffusers_adm.training.metrics import NUM_QUARTERS, LossMeans, quarter_of
-from diffusers_adm.training.objective import ClassifierObjective, DenoisingObjective, LossTerms
+from diffusers_adm.training.objective import (
+    ClassifierObjective,
+    DenoisingObjective,
+    LossTerms,
+    NoiseLevelObjective,
+)
 from diffusers_adm.training.pretrained import save_adapter
 from diffusers_adm.training.publishing import BackgroundPush
 from diffusers_adm.training.trainer import Trainer
@@ -36,7 +41,7 @@ def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 class HeldOutLoss:
     """
-    Logs the losses of the averaged weights on held-out images. Timesteps and noise are the same each time.
+    Logs the losses of the averaged weights on held-out images. Noise and its levels are the same each time.
 
     Args:
         objective: Objective of the training.
@@ -46,20 +51,19 @@ class HeldOutLoss:
 
     action = "measures losses on held-out images"
 
-    def __init__(self, objective: DenoisingObjective, loader: DataLoader, seed: int):
+    def __init__(self, objective: DenoisingObjective | NoiseLevelObjective, loader: DataLoader, seed: int):
         self.objective = objective
         self.loader = loader
         self.seed = seed
 
     @torch.no_grad()
     def __call__(self, trainer: Trainer) -> None:
-        accelerator, num_timesteps = trainer.accelerator, len(self.objective.schedule)
-        means, device = LossMeans(num_timesteps), accelerator.device
+        accelerator, device = trainer.accelerator, trainer.accelerator.device
+        means = LossMeans(trainer.options.diffusion.num_train_timesteps)
         seed = self.seed + accelerator.process_index
         with trainer.averages.applied(trainer.averages.decays[0]), own_random_state(seed, device):
             for batch in self.loader:
-                timestep = torch.randint(num_timesteps, batch["image"].shape[:1], device=device)  # (batch,)
-                terms = self.objective.terms(trainer.model, batch, timestep)
+                terms = self.objective.held_out_terms(trainer.model, batch)
                 gathered = accelerator.gather_for_metrics((terms.loss, terms.logged, terms.timestep))
                 means.add(LossTerms(*gathered))
                 if trainer.stop.agreed():
@@ -120,7 +124,8 @@ class SampleGrid:
 
     Args:
         accelerator: Accelerator of the script.
-        pipeline: Pipeline of the model. Images are drawn with DDIM.
+        pipeline: Pipeline of the model. Images are drawn with DDIM, or by the pipeline's scheduler if the UNet is given the noise
+            level.
         inputs: Function that returns the arguments of the pipeline for images with given numbers, which begin at 0.
         num_images: Number of images.
         batch_size: Number of images drawn per batch. They must fit in memory with the training state.
@@ -138,7 +143,10 @@ class SampleGrid:
     ):
         self.accelerator = accelerator
         self.pipeline = copy.copy(pipeline)  # a copy, because the saved pipeline keeps its scheduler
-        self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.num_steps = 20  # of Heun's method, which evaluates the UNet twice in each
+        if pipeline.unet.config.preconditioning is None:
+            self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+            self.num_steps = min(50, pipeline.scheduler.config.num_train_timesteps)
         self.pipeline.set_progress_bar_config(disable=True)
         self.inputs = inputs
         self.num_images = num_images
@@ -182,7 +190,7 @@ class SampleGrid:
             drawn.append(
                 self.pipeline(
                     **self.inputs(batch),
-                    num_inference_steps=min(50, self.pipeline.scheduler.config.num_train_timesteps),
+                    num_inference_steps=self.num_steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in batch],
                     output_type="pt",
                     callback_on_step_end=interrupt,

@@ -16,11 +16,13 @@ from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Each released checkpoint's flags and tensors, recorded from the published code.
 RELEASED = json.loads(gzip.decompress((GOLDEN / "released.json.gz").read_bytes()))
+# And those of other repositories of the family.
+FAMILY = json.loads(gzip.decompress((GOLDEN / "family.json.gz").read_bytes()))
 
 
 def meta_state_dict(file: str) -> dict[str, torch.Tensor]:
     """A released checkpoint's tensors without their values."""
-    return {name: torch.empty(shape, device="meta") for name, shape in RELEASED[file]["parameters"]}
+    return {name: torch.empty(shape, device="meta") for name, shape in (RELEASED | FAMILY)[file]["parameters"]}
 
 
 def load_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -1,20 +1,15 @@
 """Values of consistency_models: networks, denoisers and whole runs of its samplers."""
 
-import gzip
-import json
-
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, HeunDiscreteScheduler
-from golden_cases import GOLDEN, RELEASED, draw_weights, load_case, published_flags
+from golden_cases import draw_weights, load_case, meta_state_dict, published_flags
 
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.released import RELEASED_BY_NAME
 
-
-FAMILY = json.loads(gzip.decompress((GOLDEN / "family.json.gz").read_bytes()))
 
 TRAINING_MODES = {"edm": "edm", "cd": "consistency_distillation"}
 RUNS = (
@@ -87,9 +82,7 @@ def test_released_files_sample_as_in_the_original_list_of_commands():
         ("cd-lsun-cat-lpips", CMStochasticIterativeScheduler, 1, None),
     ):
         released = RELEASED_BY_NAME[name]
-        parameters = FAMILY[released.file]["parameters"]
-        weights = {tensor: torch.empty(shape, device="meta") for tensor, shape in parameters}
-        checkpoint = PublishedCheckpoint(weights, released.flags)
+        checkpoint = PublishedCheckpoint(meta_state_dict(released.file), released.flags)
         assert isinstance(checkpoint.scheduler(), scheduler)
         assert (checkpoint.num_inference_steps, checkpoint.timestep_respacing) == (steps, ts)
 
@@ -97,9 +90,7 @@ def test_released_files_sample_as_in_the_original_list_of_commands():
 def test_released_classifiers_know_the_noise_that_they_were_trained_with():
     for name, beta_schedule in (("imagenet-64", "squaredcos_cap_v2"), ("imagenet-256", "linear")):
         classifier = RELEASED_BY_NAME[f"{name}-classifier"]
-        parameters = RELEASED[classifier.file]["parameters"]
-        weights = {tensor: torch.empty(shape, device="meta") for tensor, shape in parameters}
-        config = NoisyClassifier.from_openai(weights, classifier.flags).config
+        config = NoisyClassifier.from_openai(meta_state_dict(classifier.file), classifier.flags).config
         assert (config.num_train_timesteps, config.beta_schedule) == (1000, beta_schedule)
 
 

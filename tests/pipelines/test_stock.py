@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMPipeline
 from tiny_models import SIZE, images, tiny_pipeline, tiny_unet
 
+from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.pipelines.stock import as_ddpm_pipeline
 
 
@@ -34,6 +35,11 @@ assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 
     with torch.no_grad():
         expected = pipeline.unet(sample, torch.tensor([7, 900])).sample[:, :3]
     torch.testing.assert_close(torch.load(tmp_path / "sample.pt", weights_only=True), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unet_of_default_channels_loses_its_variance_too():
+    unet = ADMUNet2DModel(num_class_embeds=None, model_channels=32, channel_mult=(1, 2), attention_resolutions=())
+    assert as_ddpm_pipeline(tiny_pipeline(unet, with_classifier=False)).unet.config.out_channels == 3
 
 
 def test_pipeline_stays_as_it_is():
