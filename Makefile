@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-lowest test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
+.PHONY: install demo demo-cascade test test-lowest test-page test-page-api test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,23 @@ test-lowest: install
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q -e ".[train,eval,test]" $$($(BIN)/python tests/helpers/lowest_versions.py)
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+
+# gradio requires an older Pillow than the newest. It and its packages lie in an environment that finds the rest in the usual one.
+PAGE := .venv-page
+$(PAGE)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(PAGE)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	    > $$($(PAGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/usual.pth
+	$(PAGE)/bin/python -m pip install -q -e ".[page,test-page]"
+	touch $@
+
+# gradio leaves event loops and their sockets to the garbage collector.
+TEST_PAGE := $(PAGE)/bin/python -m pytest -W ignore:unclosed:ResourceWarning tests/page
+test-page: $(PAGE)/.installed
+	$(TEST_PAGE) -m page
+
+test-page-api: $(PAGE)/.installed
+	$(TEST_PAGE) -m "page and not browser"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -9,7 +9,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 # What a source distribution holds beside the package.
-SOURCES = ("docs", "tests", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile")
+SOURCES = ("docs", "spaces", "tests", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile")
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_adm" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 
@@ -82,6 +82,7 @@ setup(
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
         "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
         "lora": ["peft>=0.18"],
+        "page": ["gradio>=6,<7"],
         "transformers": ["transformers>=5.6"],
         "docs": [
             "myst-parser>=5",
@@ -100,6 +101,7 @@ setup(
             "setuptools>=77.0.1",
             "transformers>=5.6",
         ],
+        "test-page": ["playwright>=1.49", "pytest>=8"],
     },
     entry_points={"console_scripts": ["diffusers-adm=diffusers_adm.cli:main"]},
 )

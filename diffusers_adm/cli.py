@@ -74,6 +74,12 @@ LAZY_COMMANDS = {
         "sweep",
         "metrics of samples over guidance scales, steps, schedulers",
     ),
+    "page": (
+        "page.command",
+        "add_page_arguments",
+        "serve_page",
+        "open a page that shows in a browser what guidance does",
+    ),
 }
 
 

@@ -12,7 +12,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 
-INSTALL_COMMAND = 'pip install -e ".[train,eval]"'
+INSTALL_COMMAND = 'pip install -e ".[{extra}]"'
+# Extra of each package that is not in the usual ones.
+EXTRAS = {"gradio": "page"}
+USUAL_EXTRAS = "train,eval"
 
 # Errors whose message is for the user. All other errors, except those of full memory, are faults of the program.
 USER_ERRORS = (ValueError, OSError, SafetensorError)
@@ -87,7 +90,8 @@ def describe_missing_package(error: ModuleNotFoundError) -> str:
     """Returns the message about a package that is not installed. Raises the error again if a module of this package is missing."""
     if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
         raise error
-    return f"the package {error.name} is not installed: run {INSTALL_COMMAND} in a checkout of the repository of diffusers-adm"
+    command = INSTALL_COMMAND.format(extra=EXTRAS.get(error.name, USUAL_EXTRAS))
+    return f"the package {error.name} is not installed: run {command} in a checkout of the repository of diffusers-adm"
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:

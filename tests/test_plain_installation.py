@@ -10,7 +10,17 @@ from documents import ROOT
 
 
 # Import names of what the extras add to a plain installation.
-EXTRAS = {"datasets", "matplotlib", "peft", "pytest", "tensorboard", "torch_fidelity", "transformers", "xdist"}
+EXTRAS = {
+    "datasets",
+    "gradio",
+    "matplotlib",
+    "peft",
+    "pytest",
+    "tensorboard",
+    "torch_fidelity",
+    "transformers",
+    "xdist",
+}
 SAMPLE = "sample --output run --num_samples 3 --batch_size 2 --num_inference_steps 2 --scheduler DDIM"
 OTHERS = (
     "evaluate a.npz b.npz",
@@ -19,11 +29,12 @@ OTHERS = (
     "nll a --output b",
     "inspect-data --dataset_name a",
 )
+PAGE = "page --port 7860"
 SCRIPT = f"""
 from diffusers_adm.cli import main
 
 assert main({SAMPLE!r}.split()) == 0
-for words in {OTHERS!r}:
+for words in {(*OTHERS, PAGE)!r}:
     assert main(words.split()) == 2, words
 """
 
@@ -65,7 +76,10 @@ def test_a_plain_installation_draws_and_says_what_the_rest_needs(plain, tmp_path
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run" / "samples_3x32x32x1.npz").is_file()
     errors = [line for line in run.stderr.splitlines() if "error" in line]
-    assert len(errors) == len(OTHERS), run.stderr
+    assert len(errors) == len(OTHERS) + 1, run.stderr
+    assert errors.pop().endswith(
+        'gradio is not installed: run pip install -e ".[page]" in a checkout of the repository of diffusers-adm'
+    )
     for line, words in zip(errors, OTHERS):
         assert line.startswith(f"diffusers-adm {words.split()[0]}: error: the package ")
         assert 'run pip install -e ".[train,eval]" in a checkout' in line

@@ -35,6 +35,7 @@ COMMAND_LINE = {
     "diffusers_adm.evaluation.commands.sweep",
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",
+    "diffusers_adm.page.command",
     "diffusers_adm.benchmarks.metrics",
     "diffusers_adm.benchmarks.overhead",
     "diffusers_adm.benchmarks.sampling",
@@ -54,7 +55,7 @@ LAYERS = (
     {"pipelines"},
     {"diffusers_adm"},
     {"demo", "denoiser", "evaluation", "examples", "training"},
-    {"benchmarks"},
+    {"benchmarks", "page"},
     {"cli"},
 )
 

@@ -31,7 +31,7 @@ def load_pipeline(
     variant: str | None = None,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
-    upsampler: bool = False,
+    upsampler: bool | None = None,
 ) -> SamplingPipeline:
     """
     Loads a pipeline without a progress bar.
@@ -42,7 +42,7 @@ def load_pipeline(
         variant: Variant of the weight files, such as `"fp16"`.
         dtype: Data type of the weights.
         device: Device of the networks.
-        upsampler: Whether it is an upsampler.
+        upsampler: Whether it is an upsampler. `None` for commands that run none.
 
     Raises:
         ValueError: If the pipeline is of another class, or the variant or the id cannot be one.
@@ -68,12 +68,12 @@ def load_pipeline(
             f"There is no folder {str(model)!r}, and the Hub gave no pipeline with this id. Ids look like 'owner/name'. {error}"
         ) from error
     except OtherPipelineError as error:
-        advice = (
-            "--low_res is for upsamplers: leave it out, or"
-            if upsampler
-            else "An upsampler needs --low_res: give it, or"
-        )
-        raise ValueError(f"{error} {advice} choose another --model.") from error
+        advice = {
+            True: "--low_res is for upsamplers: leave it out, or choose another --model.",
+            False: "An upsampler needs --low_res: give it, or choose another --model.",
+            None: "Choose another --model.",
+        }
+        raise ValueError(f"{error} {advice[upsampler]}") from error
     pipeline.to(device).set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,0 +1,66 @@
+"""Buttons that run and stop a function of the page, and what a user sees of its errors."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+
+import gradio as gr
+from gradio.components import Component
+
+
+logger = logging.getLogger(__name__)
+
+# Runs that sample at the same time, of all users and tabs together. Others wait in the queue.
+SAMPLING = {"concurrency_id": "sampling", "concurrency_limit": 2}
+
+
+def reporting_errors(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+    """
+    Wraps a generator function so that its errors are shown in the page as one sentence. A fault of the program is logged with its
+    traceback, which the user is not shown.
+
+    Args:
+        function: Generator function, each of whose results is shown while it goes on.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            yield from function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        except Exception as error:
+            logger.exception("A run of the page failed.")
+            raise gr.Error("This run failed. Details are in the server's log.", print_exception=False) from error
+
+    return run
+
+
+def add_run_buttons(
+    label: str,
+    function: Callable[..., Iterator],
+    inputs: list[Component],
+    outputs: list[Component],
+    api_name: str,
+) -> gr.Button:
+    """
+    Adds a button that runs a generator function, and one that stops it.
+
+    Args:
+        label: Text of the button that runs.
+        function: Generator function of the values of `inputs`. It yields values of `outputs`.
+        inputs: Controls whose values are its arguments.
+        outputs: Components that show its results.
+        api_name: Name for clients of the API.
+
+    Returns:
+        The button that runs.
+    """
+    with gr.Row():
+        run = gr.Button(label, variant="primary")
+        stop = gr.Button("Stop", variant="secondary")
+    running = run.click(reporting_errors(function), inputs, outputs, api_name=api_name, **SAMPLING)
+    stop.click(None, cancels=running, api_visibility="private")
+    return run

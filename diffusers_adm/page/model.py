@@ -1,0 +1,59 @@
+"""The model that all users of a page share."""
+
+from collections import Counter
+
+from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.evaluation.schedulers import PRECONDITIONED_SCHEDULERS, SCHEDULERS, set_scheduler
+from diffusers_adm.pipelines.class_labels import known_classes, known_names
+
+
+class PageModel:
+    """
+    Pipeline that all users of a page share. Its networks are only read, so that runs of several users do not touch each other.
+
+    Args:
+        pipeline: Pipeline to sample with.
+
+    Attributes:
+        classes: Names of the classes, each of which means one class. The list is empty for a model without classes.
+        schedulers: Names of the schedulers that the model supports. The first one is the default.
+        is_told_timesteps: Whether the UNet is told timesteps. Otherwise it is told noise levels, and cannot invert.
+        is_told_classes: Whether the UNet can be told the class.
+        can_forget_classes: Whether the UNet can be run without a class.
+        is_guided: Whether there is a classifier.
+        size: Height and width of the images in pixels.
+        channels: Number of channels of the images.
+    """
+
+    def __init__(self, pipeline: ClassifierGuidedPipeline):
+        self._pipeline = pipeline
+        unet = pipeline.unet.config
+        self.classes = class_names(pipeline)
+        self.is_told_timesteps = unet.get("preconditioning") is None
+        names = SCHEDULERS if self.is_told_timesteps else PRECONDITIONED_SCHEDULERS
+        self.schedulers = sorted(names, key=lambda name: (name != "DDIM", name))
+        self.is_told_classes = unet.num_class_embeds is not None
+        self.can_forget_classes = not self.is_told_classes or pipeline.unet.null_class is not None
+        self.is_guided = pipeline.classifier is not None
+        self.size, self.channels = unet.sample_size, unet.in_channels
+
+    def pipeline(self, scheduler: str | None = None) -> ClassifierGuidedPipeline:
+        """
+        Returns a pipeline of one run, which shares the networks and nothing that a run changes.
+
+        Args:
+            scheduler: Name of the scheduler. `None` means that of the model.
+        """
+        shared = self._pipeline
+        own = ClassifierGuidedPipeline(**shared.components, id2label=shared.config.id2label)
+        own.set_progress_bar_config(disable=True)
+        set_scheduler(own, scheduler)
+        return own
+
+
+def class_names(pipeline: ClassifierGuidedPipeline) -> list[str]:
+    """Returns a name per class. A name that several classes share, such as crane of ImageNet, is followed by the number."""
+    known = known_names(pipeline) or {}
+    names = [known.get(number, str(number)).split(",")[0] for number in range(known_classes(pipeline) or 0)]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
