@@ -1,15 +1,17 @@
 """Sampling with a UNet that is given the noise level: Karras et al. 2022 (arXiv 2206.00364) and Song et al. 2023 (arXiv 2303.01469).
 
-The class of the scheduler selects the method. The scheduler itself takes no step, because stock schedulers compute the noise levels
-from betas, or add noise after the UNet has been evaluated.
+The class of the scheduler selects the method. Only `EDMDPMSolverMultistepScheduler` takes the steps itself. Other stock schedulers
+compute the noise levels from betas, or add noise after the UNet has been evaluated.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -31,8 +33,11 @@ SIGMA_SCHEDULERS = (
     EulerDiscreteScheduler,
     EulerAncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    EDMDPMSolverMultistepScheduler,
     CMStochasticIterativeScheduler,
 )
+# Schedulers that have noise levels of their own.
+EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,31 @@ class ConsistencySolver(KarrasSolver):
         return x_0 / math.sqrt(1 + self.evaluations[index].target ** 2)
 
 
+class MultistepSolver(KarrasSolver):
+    """
+    One run of DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), whose steps a copy of the scheduler takes.
+
+    Args:
+        scheduler: Scheduler that the run belongs to.
+        levels: Noise levels of the run, including its end.
+    """
+
+    def __init__(self, scheduler: EDMDPMSolverMultistepScheduler, levels: list[float]):
+        super().__init__(scheduler, [Evaluation(*step) for step in zip(levels, levels[1:])], levels[0])
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(len(levels) - 1)
+        self.scheduler.set_begin_index(0)
+        # The copy is given x_0, because the UNet applies the preconditioning itself.
+        self.scheduler.precondition_outputs = lambda sample, model_output, sigma: model_output
+
+    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
+        """Returns the images at the target of an evaluation, from the guided x_0."""
+        evaluation = self.evaluations[index]
+        x = x_t * math.sqrt(1 + evaluation.sigma**2)
+        stepped = self.scheduler.step(x_0, self.timesteps[index], x, **step_kwargs).prev_sample
+        return stepped / math.sqrt(1 + evaluation.target**2)
+
+
 def build_sigma_solver(
     scheduler: SchedulerMixin,
     sigma_range: tuple[float, float],
@@ -203,16 +233,15 @@ def build_sigma_solver(
 
     Args:
         scheduler: One of `SIGMA_SCHEDULERS`. It is not changed.
-        sigma_range: Lowest and highest noise level of the UNet. `EDMEulerScheduler` and `CMStochasticIterativeScheduler` use the
-            noise levels of their config instead.
+        sigma_range: Lowest and highest noise level of the UNet. `EDM_SCHEDULERS` and `CMStochasticIterativeScheduler` use the noise
+            levels of their config instead.
         num_inference_steps: Number of steps.
         timestep_respacing: Steps of `CMStochasticIterativeScheduler` in the format of `--ts` of the original code, such as
             `"0,22,39"`. The last number has no effect if there are several. The string overrides `num_inference_steps`.
         timesteps: Steps of `CMStochasticIterativeScheduler` in the format of the scheduler, such as `[22, 0]`. They override
             `num_inference_steps` and `timestep_respacing`.
         eta: Noise of DDIM, which must be 0.
-        churn: Noise that is added before each step. `CMStochasticIterativeScheduler` and `EulerAncestralDiscreteScheduler` do not
-            support it.
+        churn: Noise that is added before each step of Euler's and Heun's method and DPM-Solver-2.
 
     Raises:
         ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
@@ -221,9 +250,9 @@ def build_sigma_solver(
     name, churn = type(scheduler).__name__, Churn.parse(churn)
     if eta:
         raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")
-    is_stochastic = isinstance(scheduler, (CMStochasticIterativeScheduler, EulerAncestralDiscreteScheduler))
-    if is_stochastic and churn.s_churn:
-        raise ValueError(f"`churn` must not be given with {name}, which adds its own noise, but got {churn}.")
+    without_churn = (CMStochasticIterativeScheduler, EulerAncestralDiscreteScheduler, EDMDPMSolverMultistepScheduler)
+    if isinstance(scheduler, without_churn) and churn.s_churn:
+        raise ValueError(f"`churn` must not be given with {name}, which does not support it, but got {churn}.")
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         return consistency_solver(scheduler, num_inference_steps, timestep_respacing, timesteps)
     for argument, given in (("timesteps", timesteps), ("timestep_respacing", timestep_respacing)):
@@ -231,7 +260,9 @@ def build_sigma_solver(
             raise ValueError(f"`{argument}` requires CMStochasticIterativeScheduler, but got {given!r} with {name}.")
     _check_number(num_inference_steps, scheduler.config.num_train_timesteps)
     levels = karras_levels(scheduler, sigma_range, num_inference_steps)
-    if is_stochastic:
+    if isinstance(scheduler, EDMDPMSolverMultistepScheduler):
+        return MultistepSolver(scheduler, levels)
+    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
         evaluations = ancestral_evaluations(levels)
     else:
         evaluations = churned_evaluations(levels, churn, _second_evaluation(scheduler))
@@ -242,8 +273,8 @@ def karras_levels(
     scheduler: SchedulerMixin, sigma_range: tuple[float, float], num_inference_steps: int
 ) -> list[float]:
     """Returns the `num_inference_steps + 1` noise levels of a run, including its end [Karras et al. 2022, eq. 5]."""
-    if isinstance(scheduler, EDMEulerScheduler):
-        prepared = EDMEulerScheduler.from_config(scheduler.config)
+    if isinstance(scheduler, EDM_SCHEDULERS):
+        prepared = copy.deepcopy(scheduler)
     else:
         prepared = EDMEulerScheduler(sigma_min=sigma_range[0], sigma_max=sigma_range[1])
     prepared.set_timesteps(num_inference_steps)
@@ -315,7 +346,7 @@ def consistency_solver(
         _check_number(num_inference_steps, config.num_train_timesteps)
         stride = config.num_train_timesteps // num_inference_steps
         places = [step * stride for step in range(num_inference_steps)]
-    prepared = CMStochasticIterativeScheduler.from_config(config)
+    prepared = copy.deepcopy(scheduler)
     prepared.set_timesteps(timesteps=places[::-1])
     levels, lowest = prepared.sigmas[: len(places)].double().tolist(), config.sigma_min
     noises = [None, *(math.sqrt(max(sigma**2 - lowest**2, 0)) for sigma in levels[1:])]
@@ -331,10 +362,15 @@ def check_sigma_scheduler(scheduler: SchedulerMixin) -> None:
             f"{type(scheduler).__name__} is not supported for a UNet with preconditioning, which is given the noise level. Use one of"
             f" {names}."
         )
-    if isinstance(scheduler, CMStochasticIterativeScheduler) and scheduler.config.num_train_timesteps < 2:
+    config = scheduler.config
+    if config.get("algorithm_type") == "sde-dpmsolver++" and config.solver_order > 2:
+        raise ValueError(
+            f"algorithm_type='sde-dpmsolver++' requires a `solver_order` of 1 or 2, but got {config.solver_order}."
+        )
+    if isinstance(scheduler, CMStochasticIterativeScheduler) and config.num_train_timesteps < 2:
         raise ValueError(
             "`num_train_timesteps` of CMStochasticIterativeScheduler must be at least 2, because the noise levels lie between two"
-            f" ends, but got {scheduler.config.num_train_timesteps}."
+            f" ends, but got {config.num_train_timesteps}."
         )
 
 

@@ -1,5 +1,7 @@
 """Sampling with UNets that are told the noise level and predict x_0."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import (
@@ -7,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -64,6 +67,7 @@ def predict_with(pipeline, function):
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         KDPM2DiscreteScheduler,
+        EDMDPMSolverMultistepScheduler,
         CMStochasticIterativeScheduler,
     ],
 )
@@ -118,23 +122,48 @@ def test_noise_of_the_first_step_is_added_to_the_noise_of_the_start():
     torch.testing.assert_close(x_t * (1 + sigma**2).sqrt(), 80 * x_T + 2 * 80 * noise, rtol=1e-5, atol=1e-3)
 
 
-def test_order_of_heun_and_dpm_is_the_second():
+def test_order_of_all_but_eulers_method_is_the_second():
     # For the normal distribution of deviation 1 the path is known: x / sqrt(1 + sigma^2) is constant.
     errors = {}
-    for scheduler_class in (EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler):
-        scheduler = scheduler_class.from_config(scheduler_class().config | {"clip_sample": False})
+    schedulers = (EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, EDMDPMSolverMultistepScheduler)
+    for scheduler_class in schedulers:
+        scheduler = scheduler_class()
+        scheduler.register_to_config(clip_sample=False)
         for steps in (40, 80):
             pipeline = edm_pipeline(scheduler)
             predict_with(pipeline, lambda x, sigma: x / (1 + sigma**2))
-            small = 0.01 * images()  # so that nothing is clipped
+            small = 0.01 * images()
             drawn = draw(pipeline, latents=small, num_inference_steps=steps)
             exact = small * 80 / (1 + 80**2) ** 0.5
             errors[scheduler_class, steps] = ((drawn - exact).norm() / exact.norm()).item()
-    euler, heun, dpm = (
-        errors[one, 40] / errors[one, 80] for one in (EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler)
-    )
+    euler, *others = (errors[one, 40] / errors[one, 80] for one in schedulers)
     assert 1.7 < euler < 2.3
-    assert 3.4 < heun < 4.6 and 3.4 < dpm < 4.6
+    assert all(3.4 < other < 4.6 for other in others)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EDMEulerScheduler(sigma_schedule="exponential", final_sigmas_type="sigma_min"),
+        EDMDPMSolverMultistepScheduler(),
+        EDMDPMSolverMultistepScheduler(solver_order=3, sigma_max=40.0),
+        EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    ],
+)
+def test_schedulers_of_edm_draw_what_they_draw_with_a_network_without_scales(scheduler, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    scheduler.register_to_config(clip_sample=False)
+    pipeline, labels, generator = edm_pipeline(scheduler), torch.tensor([1, 2]), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        drawn = draw(pipeline, num_inference_steps=5)
+        scheduler.set_timesteps(5)
+        x = scheduler.sigmas[0] * torch.randn(drawn.shape, generator=generator)
+        for t in scheduler.timesteps:
+            output = pipeline.unet._network(scheduler.scale_model_input(x, t), t, labels, None)
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-4)
+    assert "not expected" not in caplog.text
 
 
 def test_image_is_the_same_in_any_batch():
@@ -250,6 +279,7 @@ def test_saved_pipeline_draws_the_same(tmp_path):
             "`churn` must not be given with EulerAncestral",
         ),
         (CMStochasticIterativeScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with CMStoch"),
+        (EDMDPMSolverMultistepScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with EDMDPMSolver"),
         (CMStochasticIterativeScheduler(), {"timesteps": [0, 22]}, "timesteps=.0, 22. must be steps of"),
         (CMStochasticIterativeScheduler(), {"timesteps": [22]}, "that include 0, the highest noise level"),
         (CMStochasticIterativeScheduler(), {"timesteps": 3}, "timesteps=3 must be steps of"),
@@ -275,6 +305,8 @@ def test_parts_that_do_not_fit_together_are_refused():
         edm_pipeline(DDIMScheduler())
     with pytest.raises(ValueError, match="CMStochasticIterativeScheduler must be at least 2, .* but got 1"):
         edm_pipeline(CMStochasticIterativeScheduler(num_train_timesteps=1))
+    with pytest.raises(ValueError, match="requires a `solver_order` of 1 or 2, but got 3"):
+        edm_pipeline(EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3))
     with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
         tiny_pipeline(scheduler=EDMEulerScheduler())
     with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
