@@ -138,14 +138,24 @@ def check_classifier(pipeline: DiffusionPipeline) -> None:
         check_same_classes(pipeline.config.id2label, classifier["id2label"])
 
 
-def check_guiding_unet(guiding_unet: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
-    """Raises a ValueError unless one UNet's predictions, with or without a class, can be weighed against the other's."""
-    names = [type(unwrap_module(one)).__name__ for one in (guiding_unet, unet)]  # of a compiled one, the model's
-    if names[0] != names[1]:  # by name: saved code has classes of its own
-        raise ValueError(f"guiding_unet must be an {names[1]}: got {names[0]}.")
-    if not told_class and guiding_unet.config.num_class_embeds is not None and guiding_unet.null_class is None:
-        raise ValueError("guiding_unet has no null class (use_null_class), and the UNet is told no class.")
+def check_weaker_unet(weaker: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
+    """
+    Checks that the predictions of a weaker UNet can be weighed against those of the pipeline's UNet.
+
+    Args:
+        weaker: Weaker UNet.
+        unet: UNet of the pipeline.
+        told_class: Whether the UNet is given the class of each image.
+
+    Raises:
+        ValueError: If the UNets differ in their classes or images.
+    """
+    names = [type(unwrap_module(network)).__name__ for network in (weaker, unet)]  # of a compiled one, the model's
+    if names[0] != names[1]:  # by name, because saved code has classes of its own
+        raise ValueError(f"`weaker` must be an {names[1]}, but got {names[0]}.")
+    if not told_class and weaker.config.num_class_embeds is not None and weaker.null_class is None:
+        raise ValueError("`weaker` has no null class (use_null_class), and the UNet is given no class.")
     for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning", "preconditioning"):
-        ours, theirs = unet.config.get(name), guiding_unet.config.get(name)
+        ours, theirs = unet.config.get(name), weaker.config.get(name)
         if ours != theirs and not (name == "num_class_embeds" and theirs is None):
-            raise ValueError(f"guiding_unet differs from the UNet in {name}: {theirs} and {ours}.")
+            raise ValueError(f"`weaker` differs from the UNet in {name}: {theirs} and {ours}.")

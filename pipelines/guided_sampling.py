@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
-from diffusers_adm.guidance import Denoiser, GuidanceOptions, Guider
+from diffusers_adm.guidance import GuidanceOptions, Guider, RunDenoiser
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
@@ -16,7 +16,6 @@ from diffusers_adm.pipelines.checks import (
     check_classifier,
     check_data,
     check_finite,
-    check_guiding_unet,
     check_no_dropout,
     check_parts,
     check_scheduler_fits,
@@ -31,6 +30,7 @@ from diffusers_adm.pipelines.class_labels import (
     known_names,
 )
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.predictions import check_weaker
 from diffusers_adm.pipelines.runs import Runs, RunStateMixin
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
@@ -142,21 +142,11 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         if guidance_options.entropy_scaling and guidance_fn is not None:
             raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
         scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
-        weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
-        told_class = has_labels and options.unet_takes_labels(self)
-        if any(weights) and options.guiding_unet is None and (self.unet.null_class is None or not told_class):
-            raise ValueError(
-                f"cfg_weight={options.cfg_weight} needs a UNet that has a null class (use_null_class) and is told the class,"
-                " or a guiding_unet."
-            )
-        if options.guiding_unet is not None:
-            check_guiding_unet(options.guiding_unet, self.unet, told_class)
-            if not any(weights):
-                raise ValueError("guiding_unet guides by cfg_weight, which is 0.")
+        weaker_guides = check_weaker(self, options, has_labels, batch_size)
         if any(scales) and guidance_fn is None and self.classifier is None:
             raise ValueError(f"guidance_scale={options.guidance_scale} needs a classifier, and the pipeline has none.")
         factors = guidance_options.factors(solver.sigmas)
-        if (any(scales) or any(weights)) and not any(factors):
+        if (any(scales) or weaker_guides) and not any(factors):
             raise ValueError(f"{guidance_options} let guidance act at none of the {len(factors)} steps.")
         return factors
 
@@ -204,26 +194,6 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         elif options.guidance_fn is None and any(scales):
             raise ValueError(f"guidance_scale={given} needs class_labels to guide to.")
 
-    def _prepare_denoiser(
-        self,
-        options: SamplingOptions,
-        factors: list[float],
-        labels: list[int] | None,
-        batch_size: int,
-        device: torch.device,
-        low_res: torch.Tensor | None = None,
-    ) -> Denoiser:
-        """Returns the prediction of a run: the UNet, with classifier-free guidance or autoguidance."""
-        class_labels, cfg_weight = None, None
-        if labels is not None and options.unet_takes_labels(self):
-            class_labels = torch.tensor(labels, device=device)
-        elif self.unet.null_class is not None and not options.condition_unet:
-            class_labels = torch.full((batch_size,), self.unet.null_class, device=device)
-        weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
-        if any(weights):
-            cfg_weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
-        return Denoiser(self.unet, class_labels, low_res, cfg_weight, factors, options.guiding_unet)
-
     def _prepare_latents(
         self,
         batch_size: int,
@@ -249,7 +219,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         x_t: torch.Tensor,
         options: SamplingOptions,
         solver: Solver,
-        denoiser: Denoiser,
+        denoiser: RunDenoiser,
         guider: Guider,
         hooks: StepHooks,
         generator: Generators,
@@ -411,7 +381,8 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         """Raises a ValueError unless the inputs fit that need neither the timesteps nor the labels to be checked."""
         check_types(type(self).__call__, {"condition_unet": options.condition_unet, "return_dict": return_dict})
         self._check_components()
-        check_no_dropout(unet=self.unet, classifier=self.classifier, guiding_unet=options.guiding_unet)
+        weaker = options.weaker if isinstance(options.weaker, torch.nn.Module) else None
+        check_no_dropout(unet=self.unet, classifier=self.classifier, weaker=weaker)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
         if output_type == "pil" and self.unet.config.in_channels not in MODES:

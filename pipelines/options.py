@@ -1,9 +1,11 @@
 """Arguments of a pipeline's call that hold for a whole run, declared once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+from diffusers import ConfigMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel
@@ -37,7 +39,9 @@ class SamplingOptions:
     cfg_weight: float | list[float] | torch.Tensor = field(
         default=0.0, metadata={"help": "Weight w of classifier-free guidance; 0 is none."}
     )
-    guiding_unet: ADMUNet2DModel | None = None
+    weaker: str | dict | ADMUNet2DModel | Callable | None = field(
+        default=None, metadata={"help": "Weaker prediction that `cfg_weight` moves away from: a name, or options as JSON."}
+    )
     guidance_fn: GuidanceFunction | None = None
     guidance_options: GuidanceOptions | dict | None = field(
         default=None, metadata={"help": "Options that say when guidance acts, and how strongly, as JSON."}
@@ -48,6 +52,11 @@ class SamplingOptions:
     )
     churn: Churn | dict | None = field(
         default=None, metadata={"help": "Noise added before each step, for a UNet with preconditioning, as JSON."}
+    )
+    guider: ConfigMixin | None = None
+    epsilon_scale: float | tuple[float, float] | None = field(
+        default=None,
+        metadata={"help": "Divisor of the predicted noise, or as JSON the pair (k, b) for k t + b at timestep t."},
     )
 
     @classmethod

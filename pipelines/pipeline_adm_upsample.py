@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import load_image
 from PIL import Image
 
@@ -18,6 +18,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.predictions import build_denoiser
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
 
@@ -118,13 +119,15 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         cfg_weight: float | list[float] | torch.Tensor = 0.0,
-        guiding_unet: ADMUNet2DModel | None = None,
+        weaker: str | dict | ADMUNet2DModel | Callable | None = None,
         guidance_fn: GuidanceFunction | None = None,
         guidance_options: GuidanceOptions | dict | None = None,
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
         churn: Churn | dict | None = None,
+        guider: ConfigMixin | None = None,
+        epsilon_scale: float | tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one large image for each small one.
@@ -154,7 +157,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`, `"x_0"` and
                 `"gradient"`.
             cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
-            guiding_unet: Weaker upsampler for autoguidance, see [`ClassifierGuidedPipeline.__call__`].
+            weaker: Weaker prediction that `cfg_weight` moves away from, see [`ClassifierGuidedPipeline.__call__`].
             guidance_fn: Function that guides in the classifier's place, see [`ClassifierGuidedPipeline.__call__`].
             guidance_options: Options that say when guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict.
             timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
@@ -162,6 +165,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
             churn: Noise that is added before each step, for a UNet with preconditioning, see
                 [`ClassifierGuidedPipeline.__call__`].
+            guider: Guider of diffusers in place of `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
+            epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -184,7 +189,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             condition_unet=condition_unet,
             eta=eta,
             cfg_weight=cfg_weight,
-            guiding_unet=guiding_unet,
+            weaker=weaker,
+            guider=guider,
+            epsilon_scale=epsilon_scale,
             guidance_fn=guidance_fn,
             guidance_options=guidance_options,
             timesteps=timesteps,
@@ -206,7 +213,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
         guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = self._prepare_denoiser(options, factors, labels, batch_size, device, low_res.to(device))
+        denoiser = build_denoiser(
+            self, options, solver, factors, labels, batch_size, generator, low_res.to(device)
+        )
 
         # 4. Prepare x_T.
         x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
@@ -13,6 +13,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.pipelines.predictions import build_denoiser
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
 
@@ -120,13 +121,15 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         cfg_weight: float | list[float] | torch.Tensor = 0.0,
-        guiding_unet: ADMUNet2DModel | None = None,
+        weaker: str | dict | ADMUNet2DModel | Callable | None = None,
         guidance_fn: GuidanceFunction | None = None,
         guidance_options: GuidanceOptions | dict | None = None,
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
         churn: Churn | dict | None = None,
+        guider: ConfigMixin | None = None,
+        epsilon_scale: float | tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws one image per label.
@@ -166,8 +169,12 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             cfg_weight: Weight w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022,
                 eq. 6), one number or one per image; 0 is none. What diffusers calls `guidance_scale` of classifier-free
                 guidance is 1 + w. It needs a UNet that has a null class, and works with and without a classifier.
-            guiding_unet: Weaker UNet, such as a smaller or less trained one, whose prediction replaces epsilon(x):
-                autoguidance (Karras et al. 2024, arXiv 2406.02507), whose weight is 1 + w.
+            weaker: Weaker prediction, which replaces epsilon(x) in classifier-free guidance. `None` or `"null_class"` means
+                the prediction without a class. Other names are `"random_class"`, `"perturbed_attention"` and
+                `"smoothed_attention"`; a dict such as `{"kind": "perturbed_attention", "layers": [...]}` has options too, see
+                [`~diffusers_adm.guidance.WeakerPrediction`]. A UNet, such as a smaller or less trained one, is autoguidance (Karras et al.
+                2024, arXiv 2406.02507), whose weight is 1 + w. A function `weaker(x_t, timestep, class_labels)` returns a
+                prediction itself.
             guidance_fn: Function that guides in the classifier's place, scaled by `guidance_scale`. It takes x_t, timestep,
                 predicted x_0 and labels, and returns a log-probability per image, or a gradient. The docstring of
                 `diffusers_adm.guidance` says more.
@@ -182,6 +189,11 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             churn: Noise that is added before each step of Euler's and Heun's method and KDPM2, for a UNet with
                 preconditioning: [`~diffusers_adm.solvers.Churn`], or a dict such as `{"s_churn": 40, "s_tmin": 0.05, "s_tmax":
                 50, "s_noise": 1.003}` (Karras et al. 2022, arXiv 2206.00364).
+            guider: Guider of diffusers that combines the two predictions in place of `cfg_weight`: `ClassifierFreeGuidance`,
+                `AdaptiveProjectedGuidance`, `AdaptiveProjectedMixGuidance`, `ClassifierFreeZeroStarGuidance` or
+                `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w.
+            epsilon_scale: Divisor of the predicted noise before x_0 is formed, or the pair (k, b) for k t + b at timestep t.
+                Numbers such as 1.005 make up for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -197,7 +209,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             condition_unet=condition_unet,
             eta=eta,
             cfg_weight=cfg_weight,
-            guiding_unet=guiding_unet,
+            weaker=weaker,
+            guider=guider,
+            epsilon_scale=epsilon_scale,
             guidance_fn=guidance_fn,
             guidance_options=guidance_options,
             timesteps=timesteps,
@@ -222,7 +236,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
         labels = self._prepare_labels(labels, options, batch_size, generator)
         guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = self._prepare_denoiser(options, factors, labels, batch_size, device)
+        denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator)
 
         # 4. Prepare x_T.
         x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)

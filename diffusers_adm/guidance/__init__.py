@@ -24,22 +24,28 @@ Tensors are `(batch, channels, height, width)` unless a docstring says otherwise
 
 from diffusers_adm.diffusion import shift_epsilon, shift_mean
 
-from .denoiser import Denoiser, combine_predictions
+from .combination import GuiderCombination, WeightedCombination, check_guider, combine_predictions
+from .denoiser import RunDenoiser
 from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance, classifier_gradient
 from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
 from .guider import FiniteCheck, Guider
 from .options import GuidanceOptions
+from .weaker import WeakerPrediction
 
 
 __all__ = [
     "CLIPGuidance",
     "ClassifierGuidance",
     "CleanClassifierGuidance",
-    "Denoiser",
     "FiniteCheck",
     "GuidanceFunction",
     "GuidanceOptions",
     "Guider",
+    "GuiderCombination",
+    "RunDenoiser",
+    "WeakerPrediction",
+    "WeightedCombination",
+    "check_guider",
     "classifier_gradient",
     "combine_predictions",
     "differentiable",

@@ -1,22 +1,25 @@
-"""Denoiser of one run: the UNet, with classifier-free guidance or autoguidance if they are on."""
+"""Prediction of one run: the UNet, with classifier-free guidance and its relatives."""
 
 import torch
 
+from diffusers_adm.guidance.combination import GuiderCombination, WeightedCombination
+from diffusers_adm.guidance.weaker import Predictions
 from diffusers_adm.models import ADMUNet2DModel
 
 
-class Denoiser:
+class RunDenoiser:
     """
-    UNet of one run, with classifier-free guidance or autoguidance if they are on. It predicts epsilon from x_t and t. With
-    preconditioning, it predicts x_0 from x_t and sigma.
+    Prediction epsilon(x_t, t), or x_0(x_t, sigma) with preconditioning, including guidance by a weaker prediction.
 
     Args:
-        unet: UNet of the pipeline.
+        unet: UNet that predicts.
         class_labels: Class of each image, `(batch,)`, or `None`.
         low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
-        cfg_weight: Weight w of each image, `(batch, 1, 1, 1)`. `None` turns guidance off.
-        factors: Factor of the weight at each step of the run. It is 0 at steps without guidance.
-        guiding_unet: UNet that makes the weaker prediction. `None` means the UNet itself, with the null class.
+        sigmas: Noise level of each step of the run.
+        predicts_x_0: Whether the UNet predicts x_0, and not epsilon.
+        predictions: Stronger and weaker prediction of a step. `None` means the prediction of the UNet alone.
+        combination: Combination of the two predictions. It knows the steps at which it acts.
+        epsilon_scales: Divisor of epsilon at each step of the run. `None` means that epsilon is not scaled.
     """
 
     def __init__(
@@ -24,20 +27,22 @@ class Denoiser:
         unet: ADMUNet2DModel,
         class_labels: torch.Tensor | None = None,
         low_res: torch.Tensor | None = None,
-        cfg_weight: torch.Tensor | None = None,
-        factors: list[float] | None = None,
-        guiding_unet: ADMUNet2DModel | None = None,
+        sigmas: list[float] | None = None,
+        predicts_x_0: bool = False,
+        predictions: Predictions | None = None,
+        combination: WeightedCombination | GuiderCombination | None = None,
+        epsilon_scales: list[float] | None = None,
     ):
         self.unet = unet
         self.class_labels = class_labels
         self.low_res = low_res
-        self.cfg_weight = cfg_weight
-        self.factors = factors
-        self.guiding_unet = guiding_unet
-        self.takes_sigma = unet.config.get("preconditioning") is not None
-        # Read once per run, because a model walks over all its modules to find its dtype.
-        self.dtype = unet.dtype
-        self.guiding_dtype = None if guiding_unet is None else guiding_unet.dtype
+        self.sigmas = sigmas
+        self.predicts_x_0 = predicts_x_0
+        self.predictions = predictions
+        self.combination = combination
+        self.epsilon_scales = epsilon_scales
+        self.told_sigma = unet.config.get("preconditioning") is not None
+        self.dtypes: dict[int, torch.dtype] = {}
 
     def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor, step: int) -> torch.Tensor:
         """
@@ -48,52 +53,40 @@ class Denoiser:
             timestep: Training timestep of each image, `(batch,)`, or its noise level for a UNet with preconditioning.
             step: Number of the step in the run.
         """
-        model_input = self._model_input(x_t, timestep, self.dtype)
-        if self.cfg_weight is None or not self.factors[step]:
-            return self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
-        if self.guiding_unet is None:
-            output, weaker = self._with_and_without_class(model_input, timestep)
+        if self.combination is None or not self.combination.acts(step):
+            output = self.output(self.unet, x_t, timestep, self.class_labels, self.low_res)
         else:
-            output = self.unet(model_input, timestep, self.class_labels, self.low_res).sample.float()
-            weaker = self._guiding_output(x_t, timestep)
-        return combine_predictions(output, weaker, self.cfg_weight * self.factors[step], x_t.shape[1])
+            stronger, weaker = self.predictions(self, x_t, timestep, step)
+            output = self.combination(self, stronger, weaker, x_t, step)
+        return output if self.epsilon_scales is None else self._with_scaled_epsilon(output, x_t, step)
 
-    def _model_input(self, x_t: torch.Tensor, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if not self.takes_sigma:
-            return x_t.to(dtype)
-        return x_t * (1 + timestep**2).sqrt()[:, None, None, None]  # x_0 + sigma * epsilon, in float32
+    def output(
+        self,
+        unet: ADMUNet2DModel,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the output of a UNet, `(batch, channels or 2 * channels, height, width)`, float32."""
+        if self.told_sigma:
+            model_input = x_t * (1 + timestep**2).sqrt()[:, None, None, None]  # x_0 + sigma * epsilon, in float32
+        else:
+            if id(unet) not in self.dtypes:  # read once per run, because a model walks over all its modules to find it
+                self.dtypes[id(unet)] = unet.dtype
+            model_input = x_t.to(self.dtypes[id(unet)])
+        return unet(model_input, timestep, class_labels, low_res).sample.float()
 
-    def _with_and_without_class(
-        self, model_input: torch.Tensor, timestep: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the output with the class and the output with the null class, from one batch of twice the size."""
-        both = self.unet(
-            torch.cat([model_input, model_input]),
-            torch.cat([timestep, timestep]),
-            torch.cat([self.class_labels, torch.full_like(self.class_labels, self.unet.null_class)]),
-            None if self.low_res is None else torch.cat([self.low_res, self.low_res]),
-        ).sample.float()  # (2 * batch, channels or 2 * channels, height, width)
-        return both.chunk(2)
+    def x_0_and_epsilon(self, output: torch.Tensor, x_t: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the predicted x_0 and noise, both of the shape of `x_t`."""
+        sigma, prediction = self.sigmas[step], output[:, : x_t.shape[1]]
+        x = x_t * (1 + sigma**2) ** 0.5  # x_0 + sigma * epsilon
+        if self.predicts_x_0:
+            return prediction, (x - prediction) / sigma
+        return x - sigma * prediction, prediction
 
-    def _guiding_output(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        labels = self.class_labels if self.guiding_unet.config.num_class_embeds is not None else None
-        model_input = self._model_input(x_t, timestep, self.guiding_dtype)
-        return self.guiding_unet(model_input, timestep, labels, self.low_res).sample.float()
-
-
-def combine_predictions(
-    prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
-) -> torch.Tensor:
-    """
-    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is for the null class (Ho &
-    Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if a worse network made the weaker output (Karras et al. 2024, arXiv
-    2406.02507).
-
-    Args:
-        prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. Its learned variance is returned unchanged.
-        weaker: Weaker output, of the same shape.
-        weight: Weight w, one number or `(batch, 1, 1, 1)`.
-        channels: Number of channels of the images.
-    """
-    combined = (1 + weight) * prediction[:, :channels] - weight * weaker[:, :channels]
-    return torch.cat([combined, prediction[:, channels:]], dim=1)
+    def _with_scaled_epsilon(self, output: torch.Tensor, x_t: torch.Tensor, step: int) -> torch.Tensor:
+        sigma, channels = self.sigmas[step], x_t.shape[1]
+        epsilon = self.x_0_and_epsilon(output, x_t, step)[1] / self.epsilon_scales[step]
+        prediction = x_t * (1 + sigma**2) ** 0.5 - sigma * epsilon if self.predicts_x_0 else epsilon
+        return torch.cat([prediction, output[:, channels:]], dim=1)

@@ -52,16 +52,16 @@ def test_both_kinds_of_guidance_together(scheduler_class):
 def test_a_weaker_unet_takes_the_place_of_no_class():
     pipeline, x_t = pipeline_of(DDIMScheduler, clip_sample=False), images()
     weaker = tiny_unet(seed=7)
-    found = draw(pipeline, cfg_weight=2.0, guiding_unet=weaker, num_inference_steps=1, latents=x_t)
+    found = draw(pipeline, cfg_weight=2.0, weaker=weaker, num_inference_steps=1, latents=x_t)
     epsilon = 3 * epsilon_of(pipeline.unet, x_t, LABELS) - 2 * epsilon_of(weaker, x_t, LABELS)
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, epsilon), rtol=1e-4, atol=1e-5)
     weaker = torch.compile(weaker, backend="eager")
-    again = draw(pipeline, cfg_weight=2.0, guiding_unet=weaker, num_inference_steps=1, latents=x_t)
+    again = draw(pipeline, cfg_weight=2.0, weaker=weaker, num_inference_steps=1, latents=x_t)
     torch.testing.assert_close(again, found)
-    itself = draw(pipeline, cfg_weight=2.0, guiding_unet=pipeline.unet)
+    itself = draw(pipeline, cfg_weight=2.0, weaker=pipeline.unet)
     torch.testing.assert_close(itself, draw(pipeline), rtol=1e-3, atol=1e-3)
     unlabelled = tiny_unet(num_class_embeds=None)
-    assert draw(pipeline, cfg_weight=1.0, guiding_unet=unlabelled).isfinite().all()
+    assert draw(pipeline, cfg_weight=1.0, weaker=unlabelled).isfinite().all()
 
 
 def test_an_upsampler_with_a_null_class_is_guided_too():

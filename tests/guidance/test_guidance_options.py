@@ -45,7 +45,7 @@ def test_options_say_when_classifier_free_guidance_acts_too():
         ({"cfg_weight": [1.0]}, "1 numbers were given as cfg_weight for 2 images"),
         ({"cfg_weight": math.nan}, "cfg_weight must be finite, at most 1.8e+19 in size, but got nan"),
         ({"cfg_weight": "strong"}, "cfg_weight='strong' is neither"),
-        ({"cfg_weight": 1.0, "guiding_unet": tiny_unet(sample_size=16, attention_resolutions=(8,))}, "sample_size"),
+        ({"cfg_weight": 1.0, "weaker": tiny_unet(sample_size=16, attention_resolutions=(8,))}, "sample_size"),
         ({"guidance_options": {"intervals": (0, 1)}}, "but got ['intervals']"),
         ({"guidance_options": "interval"}, "`guidance_options` must be"),
         (
@@ -60,8 +60,8 @@ def test_options_say_when_classifier_free_guidance_acts_too():
         ({"guidance_options": {"schedule": "steep"}}, "a function, but got 'steep'"),
         ({"guidance_options": {"schedule": ["linear"]}}, "a function, but got ['linear']"),
         (
-            {"cfg_weight": 1.0, "guiding_unet": tiny_unet(seed=7), "condition_unet": False},
-            "guiding_unet has no null class",
+            {"cfg_weight": 1.0, "weaker": tiny_unet(seed=7), "condition_unet": False},
+            "weaker has no null class",
         ),
         ({"guidance_options": {"every": 0}}, "`every` must be an integer of at least 1, but got 0"),
         ({"guidance_options": {"skipped": "forget"}}, "`skipped` must be one of ('reuse', 'sum'), but got 'forget'"),

@@ -66,11 +66,11 @@ def test_bad_call_is_refused_with_what_was_given_and_what_is_allowed(name):
     refused(tiny_pipeline(id2label=NAMES), *messages, **call)
 
 
-@pytest.mark.parametrize("name", ["unet", "classifier", "guiding_unet"])
+@pytest.mark.parametrize("name", ["unet", "classifier", "weaker"])
 def test_dropout_is_refused(name):
     model = tiny_classifier(dropout=0.1) if name == "classifier" else tiny_unet(use_null_class=True, dropout=0.1)
-    parts = {} if name == "guiding_unet" else {name: model}
-    pipeline, call = tiny_pipeline(**parts), {"guiding_unet": model, "cfg_weight": 1.0} if not parts else {}
+    parts = {} if name == "weaker" else {name: model}
+    pipeline, call = tiny_pipeline(**parts), {"weaker": model, "cfg_weight": 1.0} if not parts else {}
     assert draw(pipeline, **call).isfinite().all()
     model.train()
     refused(pipeline, f"The {name} is in training mode", **call)

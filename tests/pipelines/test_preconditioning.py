@@ -227,7 +227,7 @@ def test_prediction_without_a_class_and_of_another_unet_guide():
     weaker = edm_unet(seed=5, use_null_class=True)
     for call, unet, other_labels in (
         ({}, pipeline.unet, torch.tensor([5, 5])),
-        ({"guiding_unet": weaker}, weaker, labels),
+        ({"weaker": weaker}, weaker, labels),
     ):
         drawn, x = one_step(pipeline, cfg_weight=0.5, **call)
         with torch.no_grad():
@@ -311,8 +311,8 @@ def test_parts_that_do_not_fit_together_are_refused():
         tiny_pipeline(scheduler=EDMEulerScheduler())
     with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
         edm_pipeline(classifier=tiny_classifier())
-    with pytest.raises(ValueError, match="guiding_unet differs from the UNet in preconditioning"):
-        draw(edm_pipeline(), cfg_weight=1.0, guiding_unet=tiny_unet())
+    with pytest.raises(ValueError, match="weaker differs from the UNet in preconditioning"):
+        draw(edm_pipeline(), cfg_weight=1.0, weaker=tiny_unet())
     with pytest.raises(ValueError, match="`churn` requires a UNet with preconditioning"):
         draw(tiny_pipeline(), num_inference_steps=2, churn={"s_churn": 8})
     for method, call in (("predict", (images(), 3, [1, 2])), ("invert", (images(), [1, 2]))):

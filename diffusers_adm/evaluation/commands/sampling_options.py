@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_adm.evaluation.schedulers import PRECONDITIONED_SCHEDULERS, SCHEDULERS
+from diffusers_adm.guidance.weaker import WEAKER_KINDS
 from diffusers_adm.options import text_as
 from diffusers_adm.pipelines.options import SamplingOptions
 
@@ -35,6 +36,13 @@ class Value:
         raise argparse.ArgumentTypeError(f"{text!r} is not {self.description}")
 
 
+def weaker_prediction(text: str) -> str | dict | None:
+    """Parses the name of a weaker prediction, or its options in JSON."""
+    if text in WEAKER_KINDS:
+        return text
+    return Value((dict,), f"one of {', '.join(WEAKER_KINDS)}, or an object in JSON with the entry kind")(text)
+
+
 NUMBER = Value((int, float), "one number, which holds for the whole run")
 PARSERS = {
     "guidance_scale": NUMBER,
@@ -45,6 +53,8 @@ PARSERS = {
     "guidance_options": Value((dict,), 'an object in JSON, such as {"every": 2}'),
     "timesteps": Value((list,), "a list in JSON, such as [90,60]"),
     "timestep_respacing": text_as(str),
+    "weaker": weaker_prediction,
+    "epsilon_scale": Value((int, float, list), "a number, or a pair in JSON, such as [0.0001,1.0]"),
     "churn": Value((dict,), 'an object in JSON, such as {"s_churn": 40}'),
 }
 

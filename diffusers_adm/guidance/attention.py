@@ -1,0 +1,67 @@
+"""Attention layers that are changed for a weaker prediction, without a change to the network itself."""
+
+import copy
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+
+class IdentityAttnProcessor:
+    """
+    Attention in which each token attends to itself alone: its output is its value. This is the perturbed attention of Ahn et al.
+    2024 (arXiv 2403.17377).
+    """
+
+    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        value = attn.to_qkv(hidden_states).chunk(3, dim=-1)[2]  # (batch, tokens, channels)
+        return attn.to_out(value)  # (batch, tokens, out_channels)
+
+
+class RecordingAttnProcessor:
+    """
+    Attention that keeps its map of the last call.
+
+    Attributes:
+        attention: Weight of each key, `(batch, heads, queries, keys)`.
+    """
+
+    attention: torch.Tensor
+
+    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = attn.to_qkv(hidden_states)  # (batch, tokens, 3 * channels)
+        query, key, value = (
+            qkv.unflatten(-1, (3, attn.heads, -1)).transpose(1, 3).unbind(2)
+        )  # (batch, heads, tokens, dim)
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # (batch, heads, queries, keys)
+        self.attention = scores.softmax(dim=-1)
+        attended = (self.attention @ value).transpose(1, 2).flatten(2)  # (batch, tokens, channels)
+        return attn.to_out(attended)  # (batch, tokens, out_channels)
+
+
+def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns the attention layers of a network by name, such as `"encoder.mid_blocks.0"`."""
+    layers = {}
+    for name, module in unwrap_module(network).named_modules():
+        if hasattr(module, "to_qkv"):
+            layers[name.removesuffix(".attention.attn")] = module
+    return layers
+
+
+def with_processor(network: nn.Module, layers: tuple[str, ...], processor: object) -> nn.Module:
+    """
+    Returns a network with the same weights, not copies of them, in which some attention layers have another processor. The given
+    network does not change, so that other threads may use it.
+
+    Args:
+        network: Network.
+        layers: Names of attention layers, see `attention_layers`.
+        processor: Processor of these layers.
+    """
+    network = unwrap_module(network)
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, shared)
+    for layer, module in attention_layers(twin).items():
+        if layer in layers:
+            module.set_processor(processor)
+    return twin

@@ -1,0 +1,122 @@
+"""Combination of a stronger and a weaker prediction: classifier-free guidance, or the arithmetic of a guider of diffusers."""
+
+import copy
+
+import torch
+from diffusers import ConfigMixin
+
+
+# Guiders of diffusers that can act here, by the name of the class.
+GUIDERS = (
+    "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "TangentialClassifierFreeGuidance",
+)
+# Adaptive projected guidance is defined for predictions of x_0 (Sadat et al. 2024, arXiv 2410.02416), the others for the noise.
+GUIDERS_OF_X_0 = GUIDERS[:2]
+# Why the other guiders of diffusers cannot act here.
+REFUSED_GUIDERS = {
+    "AutoGuidance": "it drops layers of transformers. Pass the weaker UNet as `weaker` with `cfg_weight`.",
+    "FrequencyDecoupledGuidance": "it requires the package kornia.",
+    "MagnitudeAwareGuidance": "its norm does not accept images.",
+    "PerturbedAttentionGuidance": "it changes layers of transformers. Pass weaker='perturbed_attention' with `cfg_weight`.",
+    "SkipLayerGuidance": "it skips layers of transformers.",
+    "SmoothedEnergyGuidance": "it changes layers of transformers. Pass weaker='smoothed_attention' with `cfg_weight`.",
+}
+
+
+def combine_predictions(
+    prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
+) -> torch.Tensor:
+    """
+    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is that of the null class
+    (Ho & Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if the weaker output is that of a worse network (Karras et
+    al. 2024, arXiv 2406.02507).
+
+    Args:
+        prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. A learned variance is taken from it.
+        weaker: Weaker output, of the same shape or without variance.
+        weight: Weight w, one number or `(batch, 1, 1, 1)`.
+        channels: Number of channels of the images.
+    """
+    combined = (1 + weight) * prediction[:, :channels] - weight * weaker[:, :channels]
+    return torch.cat([combined, prediction[:, channels:]], dim=1)
+
+
+class WeightedCombination:
+    """
+    Classifier-free guidance with the weight of each image.
+
+    Args:
+        weight: Weight w of each image, `(batch, 1, 1, 1)`.
+        factors: Factor of the weight at each step of the run.
+    """
+
+    def __init__(self, weight: torch.Tensor, factors: list[float]):
+        self.weight = weight
+        self.factors = factors
+
+    def acts(self, step: int) -> bool:
+        """Returns whether a step needs a weaker prediction."""
+        return self.factors[step] != 0
+
+    def __call__(
+        self, run, prediction: torch.Tensor, weaker: torch.Tensor, x_t: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """Returns the guided output, `(batch, channels or 2 * channels, height, width)`."""
+        return combine_predictions(prediction, weaker, self.weight * self.factors[step], x_t.shape[1])
+
+
+class GuiderCombination:
+    """
+    Arithmetic of a guider of diffusers over one run. The given guider does not change.
+
+    Args:
+        guider: Guider, one of `GUIDERS`.
+        timesteps: Training timestep of each step of the run.
+        factors: Factor of the guider's shift of the prediction at each step of the run.
+    """
+
+    def __init__(self, guider: ConfigMixin, timesteps: list[float], factors: list[float]):
+        self.guider = copy.deepcopy(guider)
+        self.timesteps = timesteps
+        self.factors = factors
+        self._begin_step(0)
+        self.guider.prepare_inputs({})  # forgets the momentum of an earlier run
+
+    def _begin_step(self, step: int) -> None:
+        self.guider.set_state(step, len(self.timesteps), self.timesteps[step])
+
+    def acts(self, step: int) -> bool:
+        """Returns whether a step needs a weaker prediction."""
+        self._begin_step(step)
+        return self.factors[step] != 0 and self.guider.num_conditions > 1
+
+    def __call__(
+        self, run, prediction: torch.Tensor, weaker: torch.Tensor, x_t: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """Returns the guided output, `(batch, channels or 2 * channels, height, width)`."""
+        channels, of_x_0 = x_t.shape[1], type(self.guider).__name__ in GUIDERS_OF_X_0
+        pair = [run.x_0_and_epsilon(output, x_t, step)[0 if of_x_0 else 1] for output in (prediction, weaker)]
+        guided = pair[0] + self.factors[step] * (self.guider.forward(*pair).pred - pair[0])
+        if of_x_0 != run.predicts_x_0:  # x_0 = x - sigma * epsilon
+            sigma = run.sigmas[step]
+            x = x_t * (1 + sigma**2) ** 0.5
+            guided = (x - guided) / sigma if of_x_0 else x - sigma * guided
+        return torch.cat([guided, prediction[:, channels:]], dim=1)
+
+
+def check_guider(guider: object) -> None:
+    """Raises a `ValueError` unless a guider of diffusers can combine predictions of images."""
+    name = type(guider).__name__
+    if name in REFUSED_GUIDERS:
+        raise ValueError(f"`guider` must not be {name}: {REFUSED_GUIDERS[name]}")
+    if name not in GUIDERS:
+        raise ValueError(f"`guider` must be a guider of diffusers, one of {GUIDERS}, but got {guider!r}.")
+    if getattr(guider, "zero_init_steps", 0):
+        raise ValueError(
+            "`guider` must have zero_init_steps=0, because a prediction of zero noise is an error in diffusion models, but got"
+            f" {guider.zero_init_steps}."
+        )

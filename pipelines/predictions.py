@@ -1,0 +1,151 @@
+"""Prediction of a run: the UNet, and the weaker prediction that guides it."""
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_adm.checks import is_number
+from diffusers_adm.guidance import GuiderCombination, RunDenoiser, WeakerPrediction, WeightedCombination, check_guider
+from diffusers_adm.guidance.attention import IdentityAttnProcessor, with_processor
+from diffusers_adm.guidance.weaker import FunctionPrediction, OtherClass, OtherUNet, Predictions, SmoothedAttention
+from diffusers_adm.pipelines.checks import check_weaker_unet
+from diffusers_adm.pipelines.class_labels import draw_labels
+from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.solvers import Solver
+
+
+def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labels: bool, batch_size: int) -> bool:
+    """
+    Checks guidance by a weaker prediction.
+
+    Args:
+        pipeline: Pipeline of the run.
+        options: Resolved options of the run.
+        has_labels: Whether each image has a label, given or drawn.
+        batch_size: Number of images.
+
+    Returns:
+        Whether a weaker prediction guides.
+
+    Raises:
+        ValueError: If the UNet cannot make the weaker prediction, or the options contradict one another.
+    """
+    weighted = any(per_image(options.cfg_weight, batch_size, "cfg_weight"))
+    weaker = WeakerPrediction.parse(options.weaker)
+    if options.guider is not None:
+        check_guider(options.guider)
+        if weighted:
+            raise ValueError(f"`cfg_weight` must be 0 with `guider`, which has its own scale, but got {options.cfg_weight}.")
+    guides = weighted or options.guider is not None
+    if options.weaker is not None and not guides:
+        raise ValueError("`weaker` requires a `cfg_weight` that is not 0, or a `guider`.")
+    if not guides:
+        return False
+    told_class = has_labels and options.unet_takes_labels(pipeline)
+    if isinstance(weaker, torch.nn.Module):
+        check_weaker_unet(weaker, pipeline.unet, told_class)
+    elif isinstance(weaker, WeakerPrediction):
+        lacks_null = weaker.kind == "null_class" and pipeline.unet.null_class is None
+        if weaker.needs_class and (lacks_null or not told_class):
+            needed = "has a null class (use_null_class) and is given the class" if lacks_null else "is given the class"
+            raise ValueError(
+                f"Guidance by weaker={weaker.kind!r} requires a UNet that {needed}. Without one, 'random_class' requires classes"
+                " alone, and 'perturbed_attention' requires nothing."
+            )
+        if not weaker.needs_class:
+            weaker.layers_of(pipeline.unet)
+    return True
+
+
+def build_denoiser(
+    pipeline: DiffusionPipeline,
+    options: SamplingOptions,
+    solver: Solver,
+    factors: list[float],
+    labels: list[int] | None,
+    batch_size: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    low_res: torch.Tensor | None = None,
+) -> RunDenoiser:
+    """
+    Returns the prediction of a run.
+
+    Args:
+        pipeline: Pipeline of the run.
+        options: Resolved options of the run.
+        solver: Run of the scheduler.
+        factors: Factor of guidance at each step.
+        labels: Class of each image, or `None`.
+        batch_size: Number of images.
+        generator: Generator of random classes, one for all images or one per image.
+        low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
+    """
+    unet, device, class_labels = pipeline.unet, pipeline._execution_device, None
+    if labels is not None and options.unet_takes_labels(pipeline):
+        class_labels = torch.tensor(labels, device=device)
+    elif unet.null_class is not None and not options.condition_unet:
+        class_labels = torch.full((batch_size,), unet.null_class, device=device)
+    weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
+    predictions, combination = None, None
+    if any(weights) or options.guider is not None:
+        predictions = _predictions(pipeline, options, class_labels, generator)
+    if any(weights):
+        weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
+        combination = WeightedCombination(weight, factors)
+    elif options.guider is not None:
+        combination = GuiderCombination(options.guider, solver.schedule.timesteps[solver.visits].tolist(), factors)
+    return RunDenoiser(
+        unet,
+        class_labels,
+        low_res,
+        solver.sigmas,
+        solver.prediction_type == "sample",
+        predictions,
+        combination,
+        epsilon_scales(options.epsilon_scale, solver.schedule.timesteps[solver.visits].tolist()),
+    )
+
+
+def _predictions(
+    pipeline: DiffusionPipeline,
+    options: SamplingOptions,
+    class_labels: torch.Tensor | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> Predictions:
+    """Returns the stronger and the weaker prediction of a run."""
+    unet, weaker = pipeline.unet, WeakerPrediction.parse(options.weaker)
+    if isinstance(weaker, torch.nn.Module):
+        return OtherUNet(weaker)
+    if not isinstance(weaker, WeakerPrediction):
+        return FunctionPrediction(weaker)
+    if weaker.kind == "perturbed_attention":
+        return OtherUNet(with_processor(unet, weaker.layers_of(unet), IdentityAttnProcessor()))
+    if weaker.kind == "smoothed_attention":
+        return SmoothedAttention(unet, weaker)
+    if weaker.kind == "null_class":
+        return OtherClass(lambda: torch.full_like(class_labels, unet.null_class))
+    return OtherClass(
+        lambda: class_labels.new_tensor(draw_labels(unet.config.num_class_embeds, len(class_labels), generator))
+    )
+
+
+def epsilon_scales(epsilon_scale: float | tuple[float, float] | None, timesteps: list[float]) -> list[float] | None:
+    """
+    Returns the divisor of epsilon at each step of a run, or `None`.
+
+    Args:
+        epsilon_scale: Divisor, or the pair (k, b) for k t + b at timestep t.
+        timesteps: Timestep of each step of the run.
+
+    Raises:
+        ValueError: If it is neither, or a divisor is not above 0.
+    """
+    if epsilon_scale is None:
+        return None
+    is_pair = isinstance(epsilon_scale, (tuple, list)) and len(epsilon_scale) == 2 and all(map(is_number, epsilon_scale))
+    if not is_pair and not is_number(epsilon_scale):
+        raise ValueError(f"`epsilon_scale` must be a number, or a pair of them, but got {epsilon_scale!r}.")
+    slope, offset = epsilon_scale if is_pair else (0.0, epsilon_scale)
+    scales = [slope * timestep + offset for timestep in timesteps]
+    if not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"`epsilon_scale` must be above 0 and finite at each step, but got {epsilon_scale}.")
+    return scales
