@@ -40,7 +40,8 @@ class SamplingOptions:
         default=0.0, metadata={"help": "Weight w of classifier-free guidance; 0 is none."}
     )
     weaker: str | dict | ADMUNet2DModel | Callable | None = field(
-        default=None, metadata={"help": "Weaker prediction that `cfg_weight` moves away from: a name, or options as JSON."}
+        default=None,
+        metadata={"help": "Weaker prediction that `cfg_weight` moves away from: a name, or options as JSON."},
     )
     guidance_fn: GuidanceFunction | None = None
     guidance_options: GuidanceOptions | dict | None = field(

@@ -213,9 +213,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
         guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = build_denoiser(
-            self, options, solver, factors, labels, batch_size, generator, low_res.to(device)
-        )
+        denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res.to(device))
 
         # 4. Prepare x_T.
         x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)

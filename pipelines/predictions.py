@@ -34,7 +34,9 @@ def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labe
     if options.guider is not None:
         check_guider(options.guider)
         if weighted:
-            raise ValueError(f"`cfg_weight` must be 0 with `guider`, which has its own scale, but got {options.cfg_weight}.")
+            raise ValueError(
+                f"`cfg_weight` must be 0 with `guider`, which has its own scale, but got {options.cfg_weight}."
+            )
     guides = weighted or options.guider is not None
     if options.weaker is not None and not guides:
         raise ValueError("`weaker` requires a `cfg_weight` that is not 0, or a `guider`.")
@@ -44,12 +46,15 @@ def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labe
     if isinstance(weaker, torch.nn.Module):
         check_weaker_unet(weaker, pipeline.unet, told_class)
     elif isinstance(weaker, WeakerPrediction):
-        lacks_null = weaker.kind == "null_class" and pipeline.unet.null_class is None
-        if weaker.needs_class and (lacks_null or not told_class):
-            needed = "has a null class (use_null_class) and is given the class" if lacks_null else "is given the class"
+        if weaker.kind == "null_class" and pipeline.unet.null_class is None:
             raise ValueError(
-                f"Guidance by weaker={weaker.kind!r} requires a UNet that {needed}. Without one, 'random_class' requires classes"
-                " alone, and 'perturbed_attention' requires nothing."
+                "Classifier-free guidance requires a UNet with a null class (use_null_class), or another `weaker`, such as"
+                " 'random_class' or 'perturbed_attention'."
+            )
+        if weaker.needs_class and not told_class:
+            raise ValueError(
+                f"weaker={weaker.kind!r} requires a UNet that is given the class of each image. Pass class_labels, or"
+                " weaker='perturbed_attention', which requires no class."
             )
         if not weaker.needs_class:
             weaker.layers_of(pipeline.unet)
@@ -141,7 +146,9 @@ def epsilon_scales(epsilon_scale: float | tuple[float, float] | None, timesteps:
     """
     if epsilon_scale is None:
         return None
-    is_pair = isinstance(epsilon_scale, (tuple, list)) and len(epsilon_scale) == 2 and all(map(is_number, epsilon_scale))
+    is_pair = (
+        isinstance(epsilon_scale, (tuple, list)) and len(epsilon_scale) == 2 and all(map(is_number, epsilon_scale))
+    )
     if not is_pair and not is_number(epsilon_scale):
         raise ValueError(f"`epsilon_scale` must be a number, or a pair of them, but got {epsilon_scale!r}.")
     slope, offset = epsilon_scale if is_pair else (0.0, epsilon_scale)

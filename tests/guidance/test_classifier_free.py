@@ -76,7 +76,7 @@ def test_an_upsampler_with_a_null_class_is_guided_too():
     guided = enlarged(class_labels=LABELS, cfg_weight=2.0)
     assert (guided - enlarged(class_labels=LABELS)).abs().max() > 1e-3
     torch.testing.assert_close(enlarged(class_labels=LABELS, cfg_weight=-1.0), enlarged(), rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="told the class"):
+    with pytest.raises(ValueError, match="is given the class"):
         enlarged(cfg_weight=1.0)
 
 

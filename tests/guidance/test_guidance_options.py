@@ -41,7 +41,7 @@ def test_options_say_when_classifier_free_guidance_acts_too():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ({"cfg_weight": 1.0, "condition_unet": False}, "null class"),
+        ({"cfg_weight": 1.0, "condition_unet": False}, "class"),
         ({"cfg_weight": [1.0]}, "1 numbers were given as cfg_weight for 2 images"),
         ({"cfg_weight": math.nan}, "cfg_weight must be finite, at most 1.8e+19 in size, but got nan"),
         ({"cfg_weight": "strong"}, "cfg_weight='strong' is neither"),
@@ -61,7 +61,7 @@ def test_options_say_when_classifier_free_guidance_acts_too():
         ({"guidance_options": {"schedule": ["linear"]}}, "a function, but got ['linear']"),
         (
             {"cfg_weight": 1.0, "weaker": tiny_unet(seed=7), "condition_unet": False},
-            "weaker has no null class",
+            "`weaker` has no null class",
         ),
         ({"guidance_options": {"every": 0}}, "`every` must be an integer of at least 1, but got 0"),
         ({"guidance_options": {"skipped": "forget"}}, "`skipped` must be one of ('reuse', 'sum'), but got 'forget'"),

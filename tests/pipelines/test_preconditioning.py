@@ -311,7 +311,7 @@ def test_parts_that_do_not_fit_together_are_refused():
         tiny_pipeline(scheduler=EDMEulerScheduler())
     with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
         edm_pipeline(classifier=tiny_classifier())
-    with pytest.raises(ValueError, match="weaker differs from the UNet in preconditioning"):
+    with pytest.raises(ValueError, match="`weaker` differs from the UNet in preconditioning"):
         draw(edm_pipeline(), cfg_weight=1.0, weaker=tiny_unet())
     with pytest.raises(ValueError, match="`churn` requires a UNet with preconditioning"):
         draw(tiny_pipeline(), num_inference_steps=2, churn={"s_churn": 8})
