@@ -1,4 +1,4 @@
-"""Sampling that both pipelines share: the loop of Algorithms 1 and 2 of Dhariwal & Nichol 2021 (arXiv 2105.05233), and what it needs."""
+"""Sampling that both pipelines share: checks and preparation of a run, predictions and inversion."""
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
-from diffusers_adm.guidance import GuidanceOptions, Guider, RunDenoiser
+from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
@@ -29,9 +29,10 @@ from diffusers_adm.pipelines.class_labels import (
     known_classes,
     known_names,
 )
+from diffusers_adm.pipelines.denoising import DenoisingMixin, Generators
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.predictions import check_weaker
-from diffusers_adm.pipelines.runs import Runs, RunStateMixin
+from diffusers_adm.pipelines.runs import Runs
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
@@ -40,10 +41,8 @@ from diffusers_adm.solvers import DDPMSolver, Solver, build_solver
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Generators = torch.Generator | list[torch.Generator] | None
 
-
-class GuidedSamplingMixin(SavingMixin, RunStateMixin):
+class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
     """
     Sampling of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. It is not a
     pipeline by itself, because diffusers takes the one class of a file that is.
@@ -214,58 +213,6 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
             raise ValueError("latents must be finite in float32, but some values are NaN or infinite.")
         return latents
 
-    def _denoise(
-        self,
-        x_t: torch.Tensor,
-        options: SamplingOptions,
-        solver: Solver,
-        denoiser: RunDenoiser,
-        guider: Guider,
-        hooks: StepHooks,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """
-        Returns x_0, `(batch, channels, height, width)`, from x_T.
-
-        Args:
-            x_t: x_T, `(batch, channels, height, width)`, float32.
-            options: Resolved options of the run.
-            solver: Run of the scheduler.
-            denoiser: Prediction of the run.
-            guider: Guidance of the run.
-            hooks: Functions of the caller.
-            generator: Generator of the noise, one for all images or one per image.
-        """
-        batch_size, visits = len(x_t), solver.visits
-        timesteps = solver.schedule.timesteps.to(x_t.device)  # (steps,), least noisy first
-        with (
-            self._runs.running(options.guidance_scale, len(visits)) as run,
-            self.progress_bar(total=len(visits)) as progress_bar,
-        ):
-            x_t = solver.begin(x_t, generator)
-            for step, index in enumerate(visits):
-                if run.interrupt:
-                    continue
-                t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
-                x_t = hooks.start(step, t, x_t)
-                guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
-
-                with guider.tracking(x_t) as x_in:  # x_0 and Sigma, from the UNet at x_t
-                    denoised = solver.predict(denoiser(x_in, timestep, step), index, x_in)
-                    denoised = hooks.x_0(step, t, denoised)
-                gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
-                denoised = denoised.detach()
-                x_t = solver.step(denoised, index, x_t, gradient, generator)  # Algorithm 1 or 2
-
-                x_t = hooks.end(step, t, {"latents": x_t, "x_0": denoised.x_0, "gradient": gradient})
-                x_t = solver.renoise(x_t, step, generator)
-                progress_bar.update()
-        visited = solver.schedule.timesteps[visits].tolist()
-        hooks.finite.check(visited)
-        guider.finite.check(visited)
-        check_finite(x_t)
-        return x_t
-
     def predict(
         self,
         sample: torch.Tensor,
@@ -379,7 +326,7 @@ class GuidedSamplingMixin(SavingMixin, RunStateMixin):
         return_dict: bool,
     ) -> None:
         """Raises a ValueError unless the inputs fit that need neither the timesteps nor the labels to be checked."""
-        check_types(type(self).__call__, {"condition_unet": options.condition_unet, "return_dict": return_dict})
+        check_types(type(self).steps, {"condition_unet": options.condition_unet, "return_dict": return_dict})
         self._check_components()
         weaker = options.weaker if isinstance(options.weaker, torch.nn.Module) else None
         check_no_dropout(unet=self.unet, classifier=self.classifier, weaker=weaker)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 
 from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
+from diffusers_adm.guidance.gradient import without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -19,6 +21,7 @@ from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.predictions import build_denoiser
+from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
 
@@ -99,9 +102,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             low_res_size=published.flags["small_size"],
         )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __call__(
+    @without_gradients()
+    def steps(
         self,
         image: LowResImage | list[LowResImage],
         class_labels: ClassLabels | None = None,
@@ -128,9 +130,13 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> SamplingSteps:
         r"""
-        Draws one large image for each small one.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
+        and x_T are drawn, at once. Each step is taken when the iterator is asked for it.
+
+        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving
+        a `for` loop over `pipe.steps(...)` does that too.
 
         Args:
             image: Small images: what [`ClassifierGuidedPipeline`] returns under any `output_type` but `"latent"`. One, or a
@@ -154,8 +160,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
                 step, see [`ClassifierGuidedPipeline.__call__`].
-            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`, `"x_0"` and
-                `"gradient"`.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`, `"x_0"`,
+                `"gradient"` and `"log_probabilities"`.
             cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
             weaker: Weaker prediction that `cfg_weight` moves away from, see [`ClassifierGuidedPipeline.__call__`].
             guidance_fn: Function that guides in the classifier's place, see [`ClassifierGuidedPipeline.__call__`].
@@ -169,7 +175,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
-            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
+            is that of the call. After the last step, `step.images` are the images of the call.
 
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
@@ -216,15 +223,26 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res.to(device))
 
         # 4. Prepare x_T.
-        x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = solver.begin(x_T, generator)
 
-        # 5. Denoise (Algorithm 1 or 2).
-        x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)
+        # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
+        make_images = partial(self.image_processor.postprocess, output_type=output_type)
+        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images)
+        return self._finish(steps, make_images, return_dict)
 
-        # 6. Make images of x_0.
-        images = self.image_processor.postprocess(x_0, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    @with_arguments_of(steps)
+    def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:
+        """
+        Draws one large image for each small one.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError: If an argument is out of its range, or does not fit the models.
+        """
+        return take_all(self.steps(*args, **kwargs))
 
     def _check_low_res_size(self, low_res: torch.Tensor, height: int, width: int) -> None:
         """Raises a ValueError unless large images of a size can be drawn from the small ones."""

@@ -1,11 +1,13 @@
 """Class-guided sampling with ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
+from diffusers_adm.guidance.gradient import without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -14,6 +16,7 @@ from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.predictions import build_denoiser
+from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
 
@@ -101,9 +104,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             timestep_respacing=published.timestep_respacing,
         )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __call__(
+    @without_gradients()
+    def steps(
         self,
         class_labels: ClassLabels | None = None,
         guidance_scale: float | list[float] | torch.Tensor | None = None,
@@ -130,9 +132,13 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> SamplingSteps:
         r"""
-        Draws one image per label.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
+        and x_T are drawn, at once. Each step is taken when the iterator is asked for it.
+
+        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving
+        a `for` loop over `pipe.steps(...)` does that too.
 
         Args:
             class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
@@ -165,7 +171,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 networks are read when a run begins, so another `pipeline.unet` takes effect in the next.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
                 predicted clean images, before guidance; `"gradient"`, which guided the step, with scale and options, or
-                `None` where the step was not guided.
+                `None` where the step was not guided; `"log_probabilities"`, log p(y | x_t) of each class by the classifier,
+                see [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`].
             cfg_weight: Weight w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022,
                 eq. 6), one number or one per image; 0 is none. What diffusers calls `guidance_scale` of classifier-free
                 guidance is 1 + w. It needs a UNet that has a null class, and works with and without a classifier.
@@ -196,7 +203,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 Numbers such as 1.005 make up for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
 
         Returns:
-            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
+            is that of the call. After the last step, `step.images` are the images of the call.
 
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
@@ -239,15 +247,26 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator)
 
         # 4. Prepare x_T.
-        x_t = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = solver.begin(x_T, generator)
 
-        # 5. Denoise (Algorithm 1 or 2).
-        x_0 = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator)
+        # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
+        make_images = partial(self.image_processor.postprocess, output_type=output_type)
+        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images)
+        return self._finish(steps, make_images, return_dict)
 
-        # 6. Make images of x_0.
-        images = self.image_processor.postprocess(x_0, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    @with_arguments_of(steps)
+    def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:
+        """
+        Draws one image per label.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError: If an argument is out of its range, or does not fit the models.
+        """
+        return take_all(self.steps(*args, **kwargs))
 
     def _check_components(self) -> None:
         super()._check_components()

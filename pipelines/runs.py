@@ -66,7 +66,7 @@ class Runs:
     @contextlib.contextmanager
     def running(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Iterator[Run]:
         """
-        Yields the state of a new run of this thread, which is the current one for as long as the context lasts.
+        Yields the state of a new run, which goes on for as long as the context lasts. Each of its steps enters [`Runs.step_of`].
 
         Args:
             guidance_scale: Guidance scale of the call. It is copied, because a callback may change it in place, and a
@@ -75,17 +75,29 @@ class Runs:
         """
         is_tensor = isinstance(guidance_scale, torch.Tensor)
         scale = guidance_scale.to("cpu", copy=True) if is_tensor else copy.copy(guidance_scale)
-        outer: Run | None = getattr(self._own, "run", None)
         run = Run(scale, num_timesteps)
         self.active.append(run)
-        self._own.run = run
         try:
             yield run
         finally:
             run.active = False
             self.active.remove(run)
-            if outer is not None and outer.active:
-                self._own.run = outer  # a callback of the outer run has called the pipeline
+            outer: Run | None = getattr(self._own, "run", None)
+            if outer is None or not outer.active:  # otherwise a callback of the outer run has called the pipeline
+                self._own.run = run
+
+    @contextlib.contextmanager
+    def step_of(self, run: Run) -> Iterator[None]:
+        """
+        Makes a run this thread's own for one step. Between two steps it belongs to no thread, because each step may be taken in
+        another one, and several runs may take turns in one.
+        """
+        outer: Run | None = getattr(self._own, "run", None)
+        self._own.run = run
+        try:
+            yield
+        finally:
+            self._own.run = outer
 
 
 class RunStateMixin:

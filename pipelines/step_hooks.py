@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_adm.guidance import FiniteCheck
 from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.pipelines.sampling_steps import SamplingStep
 from diffusers_adm.solvers import Denoised
 
 
@@ -29,7 +30,7 @@ class StepHooks:
         ValueError: If a hook is not a function, or a tensor has another name.
     """
 
-    TENSORS = ["latents", "x_0", "gradient"]
+    TENSORS = ["latents", "x_0", "gradient", "log_probabilities"]
 
     def __init__(
         self,
@@ -73,13 +74,13 @@ class StepHooks:
         self.finite.see(x_0, step)
         return replace(denoised, x_0=x_0)
 
-    def end(self, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    def end(self, taken: SamplingStep) -> torch.Tensor:
         """Returns the latents, or what `callback_on_step_end` puts in their place, `(batch, channels, height, width)`."""
         if self.on_step_end is None:
-            return tensors["latents"]
-        given = {name: tensors[name] for name in self.end_inputs}
-        returned = self.on_step_end(self.pipeline, step, timestep, given)
-        return returned_latents(returned, tensors["latents"], "callback_on_step_end")
+            return taken.latents
+        given = {name: getattr(taken, name) for name in self.end_inputs}
+        returned = self.on_step_end(self.pipeline, taken.index, taken.timestep, given)
+        return returned_latents(returned, taken.latents, "callback_on_step_end")
 
 
 def check_function(name: str, function: Callable | None) -> None:

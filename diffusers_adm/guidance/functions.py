@@ -38,20 +38,29 @@ class ClassifierGuidance:
         """Data type of the classifier's weights. `None` if the classifier has no `dtype`."""
         return getattr(self.classifier, "dtype", None)
 
+    def log_probabilities(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the log-probability of each class, `(batch, num_classes)`, float32.
+
+        Args:
+            x_t: Noised images, `(batch, channels, height, width)`.
+            timestep: Timestep of each image, `(batch,)`.
+        """
+        return self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits.float().log_softmax(dim=-1)
+
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         """Returns the log-probability of each image's class, `(batch,)`."""
         x_t = x_t.view_as(x_t)  # a new tensor object, because the hook below must not stay on the caller's tensor
-        logits = self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits.float()  # (batch, num_classes)
-        log_probabilities = logits.log_softmax(dim=-1)
-        log_probability = log_probabilities.gather(1, class_labels[:, None])[:, 0]  # (batch,)
+        log_probabilities = self.log_probabilities(x_t, timestep)  # (batch, num_classes)
         if self.max_entropy_scale is not None and x_t.requires_grad:
             entropy = torch.special.entr(log_probabilities.detach().exp()).sum(dim=1)  # (batch,)
-            factor = (math.log(logits.shape[1]) / entropy).clamp(max=self.max_entropy_scale)[:, None, None, None]
+            largest = math.log(log_probabilities.shape[1])
+            factor = (largest / entropy).clamp(max=self.max_entropy_scale)[:, None, None, None]
             # The gradient is scaled, not the log-probability, because a float16 classifier could not hold such large gradients.
             x_t.register_hook(lambda gradient: factor * gradient)
-        return log_probability
+        return log_probabilities.gather(1, class_labels[:, None])[:, 0]
 
 
 class RunClassifierGuidance(ClassifierGuidance):
@@ -70,10 +79,12 @@ class RunClassifierGuidance(ClassifierGuidance):
         dtype: Data type of the classifier's weights. `None` if the classifier has no `dtype`.
         weights_may_move: Whether the classifier's weights may be replaced between the forward and the backward pass.
         independent_rows: Whether the value of an image does not depend on the other images, so that some can be left out.
+        last_log_probabilities: Log-probability of each class in the last evaluation, `(batch, num_classes)`.
     """
 
     dtype: torch.dtype | None = None
     independent_rows = True
+    last_log_probabilities: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -86,13 +97,13 @@ class RunClassifierGuidance(ClassifierGuidance):
         self.dtype = getattr(classifier, "dtype", None)
         self.weights_may_move = moves_weights(classifier)
 
-    def __call__(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns the log-probability of each image's class, `(batch,)`."""
+    def log_probabilities(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Returns the log-probability of each class, `(batch, num_classes)`. The arguments are those of [`ClassifierGuidance`]."""
         if self.schedule is not None:
             timestep = timestep_at(self.schedule, timestep)
-        return super().__call__(x_t, timestep, x_0, class_labels)
+        log_probabilities = super().log_probabilities(x_t, timestep)
+        self.last_log_probabilities = log_probabilities.detach()
+        return log_probabilities
 
 
 def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSchedule:

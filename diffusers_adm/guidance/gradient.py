@@ -52,6 +52,13 @@ def differentiable(weights_may_move: bool = True):
         yield
 
 
+@contextlib.contextmanager
+def without_gradients():
+    """Turns off gradients. Tensors are still made outside of inference mode, so that later gradients may use them."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def moves_weights(network: Callable) -> bool:
     """Returns whether a network may replace its weights in a forward pass, as the hooks of offloading and layerwise casting do."""
     if not isinstance(network, torch.nn.Module):

@@ -1,11 +1,13 @@
 """Guidance during one run: the steps at which it acts, its strength, and the images that it guides."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 
+from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.guidance.gradient import (
     GuidanceFunction,
     differentiable,
@@ -13,6 +15,7 @@ from diffusers_adm.guidance.gradient import (
     leaf,
     normalized,
     shortened,
+    without_gradients,
 )
 from diffusers_adm.guidance.options import GuidanceOptions
 from diffusers_adm.solvers import Solver
@@ -58,6 +61,8 @@ class Guider:
         self.scales: list[float] | None = None  # one per image
         self.rows: list[int] = []  # indices of the guided images
         self.last_gradient: torch.Tensor | None = None  # not yet multiplied by scale and factor
+        # Of this step's gradient, if it has evaluated the classifier for all images.
+        self.log_probabilities: torch.Tensor | None = None
         self.finite = FiniteCheck("The guidance gradient of")
 
     def _limited_factors(self, factors: list[float]) -> list[float]:
@@ -85,6 +90,7 @@ class Guider:
             x_t: Noised images, on the device and of the dtype of the gradients.
         """
         self.step = step
+        self.log_probabilities = None
         if scales != self.scales:
             self._take_scales(scales, x_t)
         self.acts = bool(self.rows) and self.factors[step] != 0
@@ -165,11 +171,32 @@ class Guider:
             timestep = torch.full_like(timestep, self.solver.schedule.timesteps[max(index - 1, 0)].item())
         if self.asked_rows is None:
             gradient = guidance_gradient(self.guidance_fn, x_t, timestep, x_0, self.class_labels, self.through_half)
+            self.log_probabilities = getattr(self.guidance_fn, "last_log_probabilities", None)
         else:
             asked = [tensor[self.asked_rows] for tensor in (x_t, timestep, x_0, self.class_labels)]
             gradient = torch.zeros_like(x_t)
             gradient[self.asked_rows] = guidance_gradient(self.guidance_fn, *asked)
         return normalized(gradient) if self.options.normalize else gradient
+
+    def classification(self, x_t: torch.Tensor, timestep: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        """
+        Returns a function that returns the log-probability of each class at this step, `(batch, num_classes)`, or `None` without
+        a classifier. If the step's gradient has not evaluated the classifier for all images, the first call does.
+
+        Args:
+            x_t: Noised images of the step, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`.
+        """
+        known, guidance_fn = self.log_probabilities, self.guidance_fn
+        if known is not None or not isinstance(guidance_fn, RunClassifierGuidance):
+            return lambda: known
+
+        @functools.cache
+        @without_gradients()
+        def classify() -> torch.Tensor:
+            return guidance_fn.log_probabilities(x_t, timestep).detach()
+
+        return classify
 
 
 class FiniteCheck:

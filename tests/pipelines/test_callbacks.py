@@ -102,7 +102,7 @@ def test_callback_is_given_only_what_it_asks_for():
         callback_on_step_end_tensor_inputs=[],
     )
     assert seen == [{}] * STEPS
-    assert pipeline._callback_tensor_inputs == ["latents", "x_0", "gradient"]
+    assert pipeline._callback_tensor_inputs == ["latents", "x_0", "gradient", "log_probabilities"]
     with pytest.raises(ValueError, match=r"among .*'latents'.*, but got \['noise'\]"):
         draw(pipeline, callback_on_step_end_tensor_inputs=["noise"])
 

@@ -20,6 +20,7 @@ from diffusers_adm.guidance import GuidanceOptions, classifier_gradient
 from diffusers_adm.losses import HybridLoss, hybrid_loss
 from diffusers_adm.models import ADMUNet2DOutput, NoisyClassifierOutput
 from diffusers_adm.pipelines.cascade import draw_cascade
+from diffusers_adm.pipelines.sampling_steps import SamplingStep
 from diffusers_adm.respacing import respaced_timesteps
 
 
@@ -47,6 +48,12 @@ output = pipe(class_labels=[1, "two"], guidance_scale=[1.0, 2.0], guidance_optio
 assert_type(output, ImagePipelineOutput | tuple)
 pipe(class_labels=3, guidance_scale=1, generator=[torch.Generator().manual_seed(0)], return_dict=False)
 upsample("small.png", class_labels=[7])
+for step in pipe.steps(class_labels=[1, "two"], guidance_scale=[1.0, 2.0], output_type="pt"):
+    assert_type(step, SamplingStep)
+    assert_type(step.log_probabilities, torch.Tensor | None)
+upsample.steps("small.png", 7).close()
+pipe(no_such_argument=1)  # pyright: ignore[reportCallIssue]
+pipe.steps(no_such_argument=1)  # pyright: ignore[reportCallIssue]
 draw_cascade([pipe, upsample], [7], [{"guidance_scale": 1.0}, {"num_inference_steps": 25}])
 assert_type(pipe.class_ids(["2", 3]), list[int])
 assert_type(pipe.label2id, dict[str, list[int]])
