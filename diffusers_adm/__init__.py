@@ -1,9 +1,14 @@
 """ADM and classifier guidance (Dhariwal & Nichol 2021) for diffusers."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .models import ADMUNet2DModel, NoisyClassifier
-from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from .lazy_modules import defer_module, lazy_attributes
+
+
+if TYPE_CHECKING:
+    from .models import ADMUNet2DModel, NoisyClassifier
+    from .pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
 
 
 __version__ = "0.1.0"
@@ -15,6 +20,19 @@ __all__ = [
     "default_cascade",
     "default_model",
 ]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "ADMUNet2DModel": f"{__name__}.models",
+        "ADMUpsamplePipeline": f"{__name__}.pipelines",
+        "ClassifierGuidedPipeline": f"{__name__}.pipelines",
+        "NoisyClassifier": f"{__name__}.models",
+    },
+)
+# diffusers looks for the classes of a saved pipeline in modules that have been imported: those that the pipeline's index names.
+for _name in ("noisy_classifier", "unet_adm"):
+    defer_module(f"{__name__}.models.{_name}", Path(__file__).parent / "models" / f"{_name}.py")
 
 
 def default_model() -> str:

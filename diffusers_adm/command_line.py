@@ -8,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 
@@ -21,6 +20,10 @@ USUAL_EXTRAS = "train,eval"
 USER_ERRORS = (ValueError, OSError, SafetensorError)
 
 MAX_CHARACTERS = 1000  # limit of a message, because some quote a whole file
+
+
+class RunFailed(RuntimeError):
+    """Failure that ends a training run, such as a loss that is not finite. The message gives the reason."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -63,27 +66,17 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         print(f"{name}: error: {textwrap.shorten(describe_error(error), MAX_CHARACTERS)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        if not isinstance(error, MemoryError) and not _says_that_memory_is_full(error):
             raise
         print(f"{name}: error: the memory is full: choose a smaller batch size", file=sys.stderr)
         return 2
     return 0
 
 
-@contextlib.contextmanager
-def reporting_missing_packages(module: str) -> Iterator[None]:
-    """
-    Ends a program in one line if a package that it imports inside the context is not installed.
+def _says_that_memory_is_full(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size  # imports torch
 
-    Args:
-        module: `__name__` of the importing module. If it is not run as a program, the error is raised unchanged.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if module != "__main__":
-            raise
-        sys.exit(f"error: {describe_missing_package(error)}")
+    return should_reduce_batch_size(error)
 
 
 def describe_missing_package(error: ModuleNotFoundError) -> str:

@@ -14,10 +14,8 @@ import torch
 
 from diffusers_adm.betas import betas_from_config, checked_betas
 from diffusers_adm.checks import as_numbers, check_images, is_integer
+from diffusers_adm.choices import PREDICTION_TYPES
 from diffusers_adm.respacing import respaced_timesteps
-
-
-PREDICTION_TYPES = ("epsilon", "sample")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Arguments of a pipeline's call that hold for a whole run, declared once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,52 +18,21 @@ LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """
-    Arguments of a pipeline's call that hold for a whole run, as [`ClassifierGuidedPipeline`] documents them.
+    """Arguments of a pipeline's call that hold for a whole run, as [`ClassifierGuidedPipeline`] documents them."""
 
-    The fields with `help` in their metadata can be written on a command line and recorded as JSON; the others are objects.
-    """
-
-    guidance_scale: float | list[float] | torch.Tensor | None = field(
-        default=None, metadata={"help": "Scale of classifier guidance; 0 is no guidance."}
-    )
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Number of steps."})
-    timestep_respacing: str | None = field(
-        default=None,
-        metadata={
-            "help": "Steps of DDPM or DDIM as a respacing string, such as ddim25, or of a consistency model, such as 0,22,39."
-        },
-    )
-    condition_unet: bool = field(default=True, metadata={"help": "Whether the UNet is told the class."})
-    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM, in [0, 1]."})
-    cfg_weight: float | list[float] | torch.Tensor = field(
-        default=0.0, metadata={"help": "Weight w of classifier-free guidance; 0 is none."}
-    )
-    weaker: str | dict | ADMUNet2DModel | Callable | None = field(
-        default=None,
-        metadata={"help": "Weaker prediction that `cfg_weight` moves away from: a name, or options as JSON."},
-    )
+    guidance_scale: float | list[float] | torch.Tensor | None = None
+    num_inference_steps: int | None = None
+    timestep_respacing: str | None = None
+    condition_unet: bool = True
+    eta: float = 0.0
+    cfg_weight: float | list[float] | torch.Tensor = 0.0
+    weaker: str | dict | ADMUNet2DModel | Callable | None = None
     guidance_fn: GuidanceFunction | None = None
-    guidance_options: GuidanceOptions | dict | None = field(
-        default=None, metadata={"help": "Options that say when guidance acts, and how strongly, as JSON."}
-    )
-    timesteps: list[int] | None = field(
-        default=None,
-        metadata={"help": "Training timesteps that DDPM or DDIM visits, or steps of CMStochasticIterative, as JSON."},
-    )
-    churn: Churn | dict | None = field(
-        default=None, metadata={"help": "Noise added before each step, for a UNet with preconditioning, as JSON."}
-    )
+    guidance_options: GuidanceOptions | dict | None = None
+    timesteps: list[int] | None = None
+    churn: Churn | dict | None = None
     guider: ConfigMixin | None = None
-    epsilon_scale: float | tuple[float, float] | None = field(
-        default=None,
-        metadata={"help": "Divisor of the predicted noise, or as JSON the pair (k, b) for k t + b at timestep t."},
-    )
-
-    @classmethod
-    def recorded(cls) -> dict[str, str]:
-        """Returns the help of each option that can be written on a command line and recorded, by name."""
-        return {option.name: option.metadata["help"] for option in fields(cls) if "help" in option.metadata}
+    epsilon_scale: float | tuple[float, float] | None = None
 
     def resolved(self, pipeline) -> "SamplingOptions":
         """

@@ -27,6 +27,10 @@ MAX_FILE_LINES = 450
 COMMAND_LINE = {
     "diffusers_adm.cli",
     "diffusers_adm.command_line",
+    "diffusers_adm.commands.convert",
+    "diffusers_adm.commands.demo",
+    "diffusers_adm.commands.inspect_data",
+    "diffusers_adm.commands.released",
     "diffusers_adm.evaluation.commands.evaluate",
     "diffusers_adm.evaluation.commands.make_reference",
     "diffusers_adm.evaluation.commands.nll",
@@ -42,20 +46,19 @@ COMMAND_LINE = {
     "diffusers_adm.benchmarks.step",
     "diffusers_adm.benchmarks.training",
     "diffusers_adm.training.configuration",
-    "diffusers_adm.training.inspection",
 }
 
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
 LAYERS = (
-    {"checks"},
+    {"checks", "choices", "lazy_modules"},
     {"atomic_files", "betas", "command_line", "launch", "options", "progress", "quiet", "respacing", "saved_folders"},
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},
     {"guidance"},
     {"pipelines"},
     {"diffusers_adm"},
-    {"demo", "denoiser", "evaluation", "examples", "training"},
-    {"benchmarks", "page"},
+    {"conversion", "demo", "denoiser", "evaluation", "examples", "training"},
+    {"benchmarks", "commands", "page"},
     {"cli"},
 )
 

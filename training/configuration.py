@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from diffusers_adm.command_line import CommandParser, suggest_nearest
+from diffusers_adm.command_line import CommandParser, RunFailed, describe_missing_package, suggest_nearest
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.training.options import TrainingOptions
-from diffusers_adm.training.stopping import RunFailed
 
 
 Options = TypeVar("Options", bound=TrainingOptions)
@@ -199,9 +198,14 @@ def _may_differ(option: OptionInfo, values: dict[str, Any]) -> bool:
 
 
 def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options]) -> None:
-    """Entry point of a training script. Reports invalid input, a full disk and a failed run in one line instead of a traceback."""
+    """
+    Entry point of a training script. Reports invalid input, a full disk, a missing package and a failed run in one line instead of
+    a traceback.
+    """
     try:
         main(parse_args())
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {describe_missing_package(error)}")
     except (ValueError, OSError, RunFailed) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

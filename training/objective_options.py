@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from diffusers_adm.diffusion import PREDICTION_TYPES
+from diffusers_adm.choices import PREDICTION_TYPES, TIMESTEP_SAMPLERS
 from diffusers_adm.options import above, at_least, option
-from diffusers_adm.training.timestep_sampling import SAMPLERS
 
 
 LOSSES = ("hybrid", "vlb")
@@ -33,7 +32,7 @@ class ObjectiveOptions:
         check=at_least(0),
     )
     schedule_sampler: str = option(
-        "uniform", help="Distribution that timesteps are drawn from.", choices=tuple(SAMPLERS)
+        "uniform", help="Distribution that timesteps are drawn from.", choices=TIMESTEP_SAMPLERS
     )
 
     @property

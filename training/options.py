@@ -14,12 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers.optimization import SchedulerType
-
-from diffusers_adm.data.images import ImageFormat
-from diffusers_adm.data.options import ImageSelection, ImageSource
-from diffusers_adm.models.noisy_classifier import POOLS
-from diffusers_adm.openai.flags import BETA_SCHEDULES
+from diffusers_adm.choices import BETA_SCHEDULES, POOLS
+from diffusers_adm.data.options import ImageFormat, ImageSelection, ImageSource
 from diffusers_adm.options import Check, above, at_least, in_range, option, option_group
 from diffusers_adm.training.objective_options import NoiseLevelOptions, ObjectiveOptions, check_objective
 from diffusers_adm.training.output_options import HubOptions, OutputOptions
@@ -27,7 +23,7 @@ from diffusers_adm.training.output_options import HubOptions, OutputOptions
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 # Schedules of diffusers. The piecewise constant one is left out, because it needs rules.
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 RATE = Check("in [0, 1)", lambda rate: 0 <= rate < 1)
 
 

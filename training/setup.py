@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.data.datasets import LabelledImages, load_images
-from diffusers_adm.data.images import ImageFormat
+from diffusers_adm.data.options import ImageFormat
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.launch import join_processes
 from diffusers_adm.quiet import without_warning

@@ -10,10 +10,6 @@ import torch
 from accelerate import Accelerator
 
 
-class RunFailed(RuntimeError):
-    """Failure that ends a run, such as a loss that is not finite. The message gives the reason."""
-
-
 class StopRequest:
     """
     Catches the signals that ask a run to stop: SIGTERM, SIGUSR1 (which batch systems send) and Ctrl-C. They would otherwise end

@@ -6,6 +6,8 @@ Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3.
 import torch
 from torch import nn
 
+from diffusers_adm.choices import TIMESTEP_SAMPLERS
+
 
 class UniformSampler(nn.Module):
     """
@@ -101,4 +103,4 @@ class LossSecondMomentSampler(nn.Module):
         self.counts += drawn
 
 
-SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
+SAMPLERS = dict(zip(TIMESTEP_SAMPLERS, (UniformSampler, LossSecondMomentSampler)))

@@ -4,31 +4,8 @@ The loss is the cross-entropy on noised images at uniformly drawn timesteps. Ada
 linearly (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
 """
 
-from diffusers_adm.command_line import reporting_missing_packages
-
-
-with reporting_missing_packages(__name__):
-    from diffusers_adm.atomic_files import atomic_folder
-    from diffusers_adm.data.datasets import required_class_names
-    from diffusers_adm.diffusion import NoiseSchedule
-    from diffusers_adm.hub.bundle import save_model
-    from diffusers_adm.models import NoisyClassifier
-    from diffusers_adm.training.configuration import parse, run_script
-    from diffusers_adm.training.objective import ClassifierObjective, build_noise_scheduler
-    from diffusers_adm.training.options import ClassifierTrainingOptions
-    from diffusers_adm.training.plan import print_plan
-    from diffusers_adm.training.pretrained import save_adapter
-    from diffusers_adm.training.publishing import check_hub, print_results, publish, write_card
-    from diffusers_adm.training.run_folder import reserved_folder
-    from diffusers_adm.training.setup import (
-        build_validation_loader,
-        load_training_images,
-        model_config,
-        resolve_steps,
-        set_up_accelerator,
-    )
-    from diffusers_adm.training.trainer import Trainer
-    from diffusers_adm.training.validation import HeldOutAccuracy
+from diffusers_adm.training.configuration import parse, run_script
+from diffusers_adm.training.options import ClassifierTrainingOptions
 
 
 EXAMPLES = (
@@ -49,6 +26,27 @@ def main(options: ClassifierTrainingOptions) -> None:
     Raises:
         ValueError: If the options contradict each other or the dataset.
     """
+    # Imported here, because the help of the script needs none of it.
+    from diffusers_adm.atomic_files import atomic_folder
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.diffusion import NoiseSchedule
+    from diffusers_adm.hub.bundle import save_model
+    from diffusers_adm.models import NoisyClassifier
+    from diffusers_adm.training.objective import ClassifierObjective, build_noise_scheduler
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.pretrained import save_adapter
+    from diffusers_adm.training.publishing import check_hub, print_results, publish, write_card
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import (
+        build_validation_loader,
+        load_training_images,
+        model_config,
+        resolve_steps,
+        set_up_accelerator,
+    )
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import HeldOutAccuracy
+
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):
         with accelerator.main_process_first():

@@ -5,22 +5,8 @@ The loss is the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672), and th
 `--preconditioning edm`, the UNet is given the noise level, and the loss is that of Karras et al. 2022 (arXiv 2206.00364).
 """
 
-from diffusers_adm.command_line import reporting_missing_packages
-
-
-with reporting_missing_packages(__name__):
-    from diffusers_adm import ClassifierGuidedPipeline
-    from diffusers_adm.data.datasets import required_class_names
-    from diffusers_adm.training.configuration import parse, run_script
-    from diffusers_adm.training.denoising import label_conditions, train_pipeline
-    from diffusers_adm.training.objective import build_objective, sampling_defaults
-    from diffusers_adm.training.options import UNetTrainingOptions
-    from diffusers_adm.training.plan import print_plan
-    from diffusers_adm.training.publishing import check_hub
-    from diffusers_adm.training.run_folder import reserved_folder
-    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
-    from diffusers_adm.training.trainer import Trainer
-    from diffusers_adm.training.validation import SampleGrid
+from diffusers_adm.training.configuration import parse, run_script
+from diffusers_adm.training.options import UNetTrainingOptions
 
 
 EXAMPLES = (
@@ -41,6 +27,18 @@ def main(options: UNetTrainingOptions) -> None:
     Raises:
         ValueError: If the options contradict each other or the dataset.
     """
+    # Imported here, because the help of the script needs none of it.
+    from diffusers_adm import ClassifierGuidedPipeline
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.training.denoising import label_conditions, train_pipeline
+    from diffusers_adm.training.objective import build_objective, sampling_defaults
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import SampleGrid
+
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):
         class_conditional = options.classes.class_conditional

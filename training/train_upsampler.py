@@ -4,25 +4,8 @@ The UNet is given the noised image, and the image shrunk by averages and enlarge
 appendix A). Losses, moving averages and classes are the same as in the training of a UNet.
 """
 
-from diffusers_adm.command_line import reporting_missing_packages
-
-
-with reporting_missing_packages(__name__):
-    import torch
-    import torch.nn.functional as F
-
-    from diffusers_adm import ADMUpsamplePipeline
-    from diffusers_adm.data.datasets import required_class_names
-    from diffusers_adm.training.configuration import parse, run_script
-    from diffusers_adm.training.denoising import label_conditions, train_pipeline
-    from diffusers_adm.training.objective import build_objective, sampling_defaults
-    from diffusers_adm.training.options import UpsamplerTrainingOptions
-    from diffusers_adm.training.plan import print_plan
-    from diffusers_adm.training.publishing import check_hub
-    from diffusers_adm.training.run_folder import reserved_folder
-    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
-    from diffusers_adm.training.trainer import Trainer
-    from diffusers_adm.training.validation import SampleGrid, as_grid
+from diffusers_adm.training.configuration import parse, run_script
+from diffusers_adm.training.options import UpsamplerTrainingOptions
 
 
 EXAMPLES = (
@@ -43,6 +26,22 @@ def main(options: UpsamplerTrainingOptions) -> None:
     Raises:
         ValueError: If the options contradict each other or the dataset.
     """
+    # Imported here, because the help of the script needs none of it.
+    import torch
+    import torch.nn.functional as F
+
+    from diffusers_adm import ADMUpsamplePipeline
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.training.denoising import label_conditions, train_pipeline
+    from diffusers_adm.training.low_res import draw_low_res, shrink
+    from diffusers_adm.training.objective import build_objective, sampling_defaults
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import build_unet, load_training_images, resolve_steps, set_up_accelerator
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import SampleGrid, as_grid
+
     accelerator = set_up_accelerator(options)
     with reserved_folder(options, accelerator):
         class_conditional = options.classes.class_conditional
@@ -55,27 +54,21 @@ def main(options: UpsamplerTrainingOptions) -> None:
             print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
         check_hub(options.hub, accelerator, options.dry_run)
 
-        low_resolution = options.upsampler.low_resolution
-
         def conditions(batch: dict) -> dict[str, torch.Tensor]:
-            low_res = shrink(batch["image"], low_resolution)  # (batch, channels, low_resolution, low_resolution)
-            if options.upsampler.low_res_noise:
-                deviation = options.upsampler.low_res_noise * torch.rand_like(
-                    low_res[:, :1, :1, :1]
-                )  # (batch, 1, 1, 1)
-                low_res = low_res + deviation * torch.randn_like(low_res)
+            low_res = draw_low_res(batch["image"], options.upsampler)
             return {**label_conditions(options.classes, unet, batch), "low_res": low_res}
 
         sampling = sampling_defaults(options)
         objective = build_objective(options, sampling["scheduler"], accelerator, conditions)
         trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
         id2label = dict(enumerate(names)) if names else None
-        pipeline = ADMUpsamplePipeline(unet=unet, id2label=id2label, low_res_size=low_resolution, **sampling)
+        size = options.upsampler.low_resolution
+        pipeline = ADMUpsamplePipeline(unet=unet, id2label=id2label, low_res_size=size, **sampling)
 
         num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
         examples = (images if held_out is None else held_out).examples(num_images)
-        low_res = shrink(torch.stack([example["image"] for example in examples]), low_resolution)
-        low_res = ((low_res + 1) / 2).clamp(0, 1)  # (examples, channels, low_resolution, low_resolution)
+        low_res = shrink(torch.stack([example["image"] for example in examples]), size)
+        low_res = ((low_res + 1) / 2).clamp(0, 1)  # (examples, channels, size, size)
 
         def inputs(numbers: list[int]) -> dict:
             rows = [i % len(examples) for i in numbers]
@@ -85,11 +78,6 @@ def main(options: UpsamplerTrainingOptions) -> None:
         enlarged = as_grid(pipeline, F.interpolate(low_res, options.format.resolution, mode="nearest"))
         grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size, shown=enlarged)
         train_pipeline(options, trainer, objective, pipeline, grid, names, held_out)
-
-
-def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Shrinks images, `(batch, channels, height, width)`, to `size` x `size` pixels by averages."""
-    return F.interpolate(image, (size, size), mode="area")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_adm.atomic_files import naming_write_errors
+from diffusers_adm.command_line import RunFailed
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.options import option_values
@@ -35,7 +36,7 @@ from diffusers_adm.training.setup import (
     check_number_of_images,
     prepare_model,
 )
-from diffusers_adm.training.stopping import RunFailed, StopRequest
+from diffusers_adm.training.stopping import StopRequest
 
 
 logger = get_logger(__name__)

@@ -18,16 +18,16 @@ from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.command_line import CommandParser, run_command
-from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
-from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
+from diffusers_adm.data.options import NO_DATASET, ImageSetOptions
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.evaluation.features import load_extractor
 from diffusers_adm.evaluation.metrics import check_shape
-from diffusers_adm.evaluation.options import MAX_IMAGES, ModelOptions, RunOptions
+from diffusers_adm.evaluation.options import MAX_IMAGES, NEIGHBOUR, SCHEDULERS, ModelOptions, RunOptions
 from diffusers_adm.evaluation.plots import Line, save_lines
-from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
 from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
 from diffusers_adm.evaluation.report import metric_label, write_tables
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
-from diffusers_adm.evaluation.schedulers import SCHEDULERS, SamplingPipeline, set_scheduler
+from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, folder_name
 from diffusers_adm.launch import join_processes
 from diffusers_adm.options import add_options, build_options, in_range, option, option_values, text_as

@@ -13,9 +13,9 @@ from datasets import Image as ImageFeature
 from pyarrow import ArrowException
 
 from diffusers_adm.data.folders import find_layout
-from diffusers_adm.data.images import NO_READABLE_IMAGE, Columns, ImageFormat, ImageReader
+from diffusers_adm.data.images import NO_READABLE_IMAGE, Columns, ImageReader
 from diffusers_adm.data.labels import MAX_CLASSES, as_class_label, label_by_file_name, stream_as_class_label
-from diffusers_adm.data.options import ImageSelection, ImageSource
+from diffusers_adm.data.options import ImageFormat, ImageSelection, ImageSource
 from diffusers_adm.data.streams import StreamedImages
 
 

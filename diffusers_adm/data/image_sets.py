@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,39 +11,9 @@ from PIL import Image
 
 from diffusers_adm.data.datasets import load_rows
 from diffusers_adm.data.image_modes import is_deep, to_mode
-from diffusers_adm.data.images import ImageFormat, UnreadableImage, decode, file_name
+from diffusers_adm.data.images import UnreadableImage, decode, file_name, fit_image
 from diffusers_adm.data.npz_images import NpzImages
-from diffusers_adm.data.options import ImageSource
-from diffusers_adm.options import option, option_group
-
-
-DEFAULT_SPLIT = "train"
-NO_DATASET = ("dataset_name", "train_data_dir")  # options that commands leave out, because a dataset is their argument
-
-
-@dataclass(frozen=True)
-class ImageSetOptions:
-    """Split, place and format of the images of a dataset. By default, images keep their size and channels."""
-
-    split: str = option(DEFAULT_SPLIT, help="Split of a dataset.")
-    source: ImageSource = option_group(ImageSource, "dataset")
-    format: ImageFormat = option_group(ImageFormat, "image format", resolution=None, in_channels=None)
-
-    def check(self, *sources: str | Path) -> None:
-        """
-        Checks that options which convert images apply to at least one of the sources.
-
-        Raises:
-            ValueError: If all sources are `.npz` files, whose images are not converted.
-        """
-        names = ("resolution", "source_resolution", "in_channels", "image_range")
-        given = [name for name in names if getattr(self.format, name)]
-        if self.split != DEFAULT_SPLIT:
-            given.append("split")
-        if given and all(Path(source).suffix == ".npz" for source in sources):
-            raise ValueError(
-                f"{', '.join(f'--{name}' for name in given)} must be left out, because images of .npz files are not converted."
-            )
+from diffusers_adm.data.options import ImageSetOptions
 
 
 class DatasetImages:
@@ -126,7 +96,7 @@ class DatasetImages:
         try:
             image = to_mode(image, self.channels, self.format.image_range)
             if self.format.resolution is not None:
-                image = self.format.fit(image)
+                image = fit_image(image, self.format)
         except ValueError as error:
             raise ValueError(f"Image {self._file_name(number)}: {error}") from error
         return np.asarray(image).reshape(image.height, image.width, self.channels)

@@ -13,72 +13,12 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.options import Check, in_range, option
+from diffusers_adm.data.options import ImageFormat
 
 
 logger = logging.getLogger(__name__)
 
-CROPS = ("center", "random", "pad")
-UNREADABLE = ("stop", "skip")
 NO_READABLE_IMAGE = "The dataset has no image that can be read."
-MAX_RESOLUTION = 2**13
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """
-    Size and channels to which images are converted. Without `resolution`, images keep their size. Without `in_channels`, the first
-    image decides.
-
-    Raises:
-        ValueError: If `source_resolution` is not a larger multiple of `resolution`.
-    """
-
-    resolution: int | None = option(
-        64, help="Height and width of the images, in pixels.", check=in_range(1, MAX_RESOLUTION)
-    )
-    in_channels: int | None = option(3, choices=(1, 3), help="Number of channels: 1 for grey images, 3 for colour.")
-    crop: str = option(
-        "center",
-        choices=CROPS,
-        help="Crop of the images. center: central square, as the paper's UNets were trained. random: random square, as its"
-        " classifiers were trained. pad: whole image on a black background, for small images.",
-    )
-    source_resolution: int | None = option(
-        None,
-        help="Crop to this multiple of --resolution, in pixels, then shrink by averaging, as for the small images of an"
-        " upsampler. Default: none.",
-        check=in_range(1, MAX_RESOLUTION),
-    )
-    image_range: tuple[float, float] | None = option(
-        None,
-        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Integers require it."
-        " Default for floats: 0,1.",
-        metavar="BLACK,WHITE",
-        check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
-        resumable=True,
-        on_card=True,
-    )
-
-    def __post_init__(self):
-        source, target = self.source_resolution, self.resolution
-        if source is not None and not (target is not None and source > target and source % target == 0):
-            raise ValueError(
-                f"--source_resolution must be a multiple of --resolution {target} and larger, but got {source}."
-            )
-
-    def fit(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        """
-        Crops and resizes an image.
-
-        Args:
-            image: Image of any size.
-            rng: Random numbers of a random crop. `None` means a central crop.
-
-        Raises:
-            ValueError: If the image is too large to be padded.
-        """
-        return fit_image(image, self.resolution, self.crop, rng, self.source_resolution)
 
 
 @dataclass(frozen=True)
@@ -139,7 +79,7 @@ class ImageReader:
         rng = random.Random(key)
         try:
             image = to_mode(image, self.format.in_channels, self.format.image_range)
-            image = self.format.fit(image, rng if self.augment else None)
+            image = fit_image(image, self.format, rng if self.augment else None)
         except ValueError as error:
             raise ValueError(f"Image {name}: {error}") from error
         if self.augment and self.random_flip and rng.random() < 0.5:
@@ -193,34 +133,32 @@ def decode(value: dict | None) -> Image.Image:
         raise UnreadableImage(str(error)) from error
 
 
-def fit_image(
-    image: Image.Image, resolution: int, crop: str, rng: random.Random | None, source_resolution: int | None = None
-) -> Image.Image:
+def fit_image(image: Image.Image, format: ImageFormat, rng: random.Random | None = None) -> Image.Image:
     """
-    Returns a square image of the given resolution.
+    Crops and resizes an image to the resolution of a format.
 
     Args:
         image: Image of any size.
-        resolution: Height and width in pixels.
-        crop: One of `CROPS`.
+        format: Format with a resolution.
         rng: Random numbers of a random crop. `None` means a central crop.
-        source_resolution: Resolution of the crop. It is then reduced to `resolution` by averaging blocks of pixels.
 
     Raises:
         ValueError: If the image is too large to be padded.
     """
-    if source_resolution is not None:
-        return fit_image(image, source_resolution, crop, rng).reduce(source_resolution // resolution)
-    if crop == "pad":
+    resolution = format.source_resolution or format.resolution
+    if format.crop == "pad":
         if max(image.size) > resolution:
             size = f"{image.width}x{image.height}"
             raise ValueError(
                 f"--crop pad requires images of at most {resolution}x{resolution} pixels, but got {size}."
             )
-        return TF.center_crop(image, [resolution, resolution])
-    if crop == "random" and rng is not None:
-        return random_crop(image, resolution, rng)
-    return center_crop(image, resolution)
+        image = TF.center_crop(image, [resolution, resolution])
+    elif format.crop == "random" and rng is not None:
+        image = random_crop(image, resolution, rng)
+    else:
+        image = center_crop(image, resolution)
+    # With a source resolution, each pixel is the mean of a block of pixels.
+    return image if format.source_resolution is None else image.reduce(resolution // format.resolution)
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:

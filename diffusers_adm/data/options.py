@@ -1,11 +1,16 @@
 """Options of image data: place, format and selection of images."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from diffusers_adm.data.images import UNREADABLE
-from diffusers_adm.options import at_least, in_range, option
+from diffusers_adm.options import Check, at_least, in_range, option, option_group
 
 
+CROPS = ("center", "random", "pad")
+UNREADABLE = ("stop", "skip")
+MAX_RESOLUTION = 2**13
+DEFAULT_SPLIT = "train"
+NO_DATASET = ("dataset_name", "train_data_dir")  # options that commands leave out, because a dataset is their argument
 LABEL_SOURCES = ("column", "filename_prefix")
 
 
@@ -45,6 +50,75 @@ class ImageSource:
         choices=LABEL_SOURCES,
         help="Place of the labels. filename_prefix: the part of each image's file name before the first _.",
     )
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """
+    Size and channels to which images are converted. Without `resolution`, images keep their size. Without `in_channels`, the first
+    image decides.
+
+    Raises:
+        ValueError: If `source_resolution` is not a larger multiple of `resolution`.
+    """
+
+    resolution: int | None = option(
+        64, help="Height and width of the images, in pixels.", check=in_range(1, MAX_RESOLUTION)
+    )
+    in_channels: int | None = option(3, choices=(1, 3), help="Number of channels: 1 for grey images, 3 for colour.")
+    crop: str = option(
+        "center",
+        choices=CROPS,
+        help="Crop of the images. center: central square, as the paper's UNets were trained. random: random square, as its"
+        " classifiers were trained. pad: whole image on a black background, for small images.",
+    )
+    source_resolution: int | None = option(
+        None,
+        help="Crop to this multiple of --resolution, in pixels, then shrink by averaging, as for the small images of an"
+        " upsampler. Default: none.",
+        check=in_range(1, MAX_RESOLUTION),
+    )
+    image_range: tuple[float, float] | None = option(
+        None,
+        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Integers require it."
+        " Default for floats: 0,1.",
+        metavar="BLACK,WHITE",
+        check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
+        resumable=True,
+        on_card=True,
+    )
+
+    def __post_init__(self):
+        source, target = self.source_resolution, self.resolution
+        if source is not None and not (target is not None and source > target and source % target == 0):
+            raise ValueError(
+                f"--source_resolution must be a multiple of --resolution {target} and larger, but got {source}."
+            )
+
+
+@dataclass(frozen=True)
+class ImageSetOptions:
+    """Split, place and format of the images of a dataset. By default, images keep their size and channels."""
+
+    split: str = option(DEFAULT_SPLIT, help="Split of a dataset.")
+    source: ImageSource = option_group(ImageSource, "dataset")
+    format: ImageFormat = option_group(ImageFormat, "image format", resolution=None, in_channels=None)
+
+    def check(self, *sources: str | Path) -> None:
+        """
+        Checks that options which convert images apply to at least one of the sources.
+
+        Raises:
+            ValueError: If all sources are `.npz` files, whose images are not converted.
+        """
+        names = ("resolution", "source_resolution", "in_channels", "image_range")
+        given = [name for name in names if getattr(self.format, name)]
+        if self.split != DEFAULT_SPLIT:
+            given.append("split")
+        if given and all(Path(source).suffix == ".npz" for source in sources):
+            raise ValueError(
+                f"{', '.join(f'--{name}' for name in given)} must be left out, because images of .npz files are not converted."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Evaluation: samples at scale, the paper's metrics, likelihood. Most of it needs the extra `[eval]`."""
 
-import importlib
+from diffusers_adm.lazy_modules import lazy_attributes
 
 
 # Names are imported when they are first used, because sampling needs no package of the extra.
@@ -20,13 +20,4 @@ _MODULES = {
     "frechet_distance": "diffusers_adm.evaluation.statistics",
 }
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_MODULES]
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)

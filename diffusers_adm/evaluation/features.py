@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from diffusers_adm.evaluation.feature_options import INCEPTION, FeatureOptions
 
-INCEPTION = "inception-v3-compat"
+
 # Channels of the network's 192 x 17 x 17 features that sFID uses [Nash et al. 2021, arXiv 2103.03841].
 SPATIAL_CHANNELS = 7
 
@@ -125,6 +126,21 @@ class FeatureExtractor:
 def spatial_features(maps: torch.Tensor) -> torch.Tensor:
     """Returns the features of sFID: from `(images, channels, height, width)` to `(images, height * width * 7)`."""
     return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+def load_extractor(options: FeatureOptions) -> FeatureExtractor:
+    """
+    Loads an extractor on the fastest device that it supports.
+
+    Raises:
+        ValueError: If there is no extractor of that name, or its weights do not fit.
+        OSError: If its weights cannot be downloaded.
+    """
+    if options.register is not None:
+        register_from(options.register)
+    # Apple's accelerators have no float64.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return FeatureExtractor(options.feature_extractor, options.feature_extractor_weights, device)
 
 
 def register_from(path: str | Path) -> None:

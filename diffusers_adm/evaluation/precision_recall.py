@@ -2,9 +2,8 @@
 
 import torch
 
+from diffusers_adm.evaluation.options import NEIGHBOUR
 
-# The paper's manifolds reach to the third nearest other image.
-NEIGHBOUR = 3
 
 # Rounding error of a squared distance as a share of the squared norms that it is made of, with room to spare.
 ROUNDING = 64 * torch.finfo(torch.float32).eps

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from diffusers_adm.data.image_sets import ImageSet, ImageSetOptions, NpzImages, open_images
+from diffusers_adm.data.image_sets import ImageSet, NpzImages, open_images
 from diffusers_adm.data.npz import NpzFile, Rows, write_npz
-from diffusers_adm.evaluation.features import INCEPTION, FeatureExtractor
+from diffusers_adm.data.options import ImageSetOptions
+from diffusers_adm.evaluation.feature_options import INCEPTION
+from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.metrics import Summary, summarise
 from diffusers_adm.evaluation.statistics import GaussianStatistics
 

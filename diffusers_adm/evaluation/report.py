@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError
 
 from diffusers_adm.atomic_files import atomic_write, check_can_write, write_json
-from diffusers_adm.evaluation.features import INCEPTION
+from diffusers_adm.evaluation.feature_options import INCEPTION
 
 
 # Names of the metrics with Inception's features, and with any others: a distance of those is no FID.

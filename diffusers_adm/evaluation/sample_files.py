@@ -16,7 +16,6 @@ from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.evaluation.shards import Shards
 
 
-FORMATS = ("npz", "png")
 IMAGES_OF_A_GRID = 100
 
 
@@ -28,7 +27,7 @@ def sample_path(folder: Path, num_images: int, size: tuple[int, int, int], forma
         folder: Folder of the run.
         num_images: Number of images.
         size: `(height, width, channels)` of the images.
-        format: One of `FORMATS`.
+        format: One of `evaluation.options.FORMATS`.
 
     Raises:
         ValueError: If the images have neither 1 nor 3 channels, and PNG files are wanted.

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.labels import Labels
+from diffusers_adm.evaluation.options import SAMPLING_OPTIONS
 from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_samples
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
@@ -104,7 +105,7 @@ def given_options(call: dict | None) -> dict:
         ValueError: If an argument does not hold for a whole run.
     """
     call = {name: value for name, value in (call or {}).items() if value is not None}
-    unknown = sorted(call.keys() - SamplingOptions.recorded().keys())
+    unknown = sorted(call.keys() - SAMPLING_OPTIONS.keys())
     if unknown:
         raise ValueError(f"The pipelines take no {', '.join(unknown)} for a whole run.")
     return call
@@ -136,7 +137,7 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
 
 def option_record(options: SamplingOptions) -> dict:
     """Returns the options of a run for its settings."""
-    values = {name: getattr(options, name) for name in SamplingOptions.recorded()}
+    values = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
 

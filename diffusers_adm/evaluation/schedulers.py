@@ -1,28 +1,12 @@
 """Schedulers by name, for the command line and for sweeps."""
 
+import diffusers
 from diffusers import DDPMScheduler, PNDMScheduler
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
-from diffusers_adm.solvers import GUIDED_SETTINGS, SIGMA_SCHEDULERS, SUPPORTED_SCHEDULERS
+from diffusers_adm.evaluation.options import PRECONDITIONED_SCHEDULERS
+from diffusers_adm.solvers import GUIDED_SETTINGS
 
-
-# Class of each scheduler, and settings beside those of the noise schedule.
-SCHEDULERS = {scheduler.__name__.removesuffix("Scheduler"): (scheduler, {}) for scheduler in SUPPORTED_SCHEDULERS}
-SCHEDULERS["PNDM"] = (PNDMScheduler, {"skip_prk_steps": True})
-SCHEDULERS |= {
-    scheduler.__name__.removesuffix("Scheduler") + "-guided": (scheduler, settings)
-    for scheduler, settings in GUIDED_SETTINGS.items()
-}
-# Few of their steps, which are straight in sigma, go astray unless placed as by Karras et al. 2022 (arXiv 2206.00364, eq. 5).
-SCHEDULERS |= {
-    f"{name}-Karras": (SCHEDULERS[name][0], {"use_karras_sigmas": True}) for name in ("HeunDiscrete", "KDPM2Discrete")
-}
-# Schedulers of UNets with preconditioning alone.
-PRECONDITIONED_SCHEDULERS = {
-    scheduler.__name__.removesuffix("Scheduler"): (scheduler, {})
-    for scheduler in SIGMA_SCHEDULERS
-    if scheduler not in SUPPORTED_SCHEDULERS
-}
 
 SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
 
@@ -33,11 +17,19 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
 
     Args:
         pipeline: Pipeline to change.
-        name: Name in `SCHEDULERS` or `PRECONDITIONED_SCHEDULERS`. `None` keeps the scheduler.
+        name: Name in `SCHEDULERS` or `PRECONDITIONED_SCHEDULERS` of `evaluation.options`. `None` keeps the scheduler.
     """
     if name is None:
         return
-    scheduler_class, settings = (SCHEDULERS | PRECONDITIONED_SCHEDULERS)[name]
+    kind, _, variant = name.partition("-")
+    scheduler_class = getattr(diffusers, f"{kind}Scheduler")
+    settings = {}
+    if variant == "guided":
+        settings = GUIDED_SETTINGS[scheduler_class]
+    elif variant == "Karras":
+        settings = {"use_karras_sigmas": True}
+    elif scheduler_class is PNDMScheduler:
+        settings = {"skip_prk_steps": True}
     if type(pipeline.scheduler) is scheduler_class and not settings:
         return
     if scheduler_class is DDPMScheduler:

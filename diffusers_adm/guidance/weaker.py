@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_adm.checks import check_types
+from diffusers_adm.choices import WEAKER_KINDS
 from diffusers_adm.guidance.attention import (
     RecordingAttnProcessor,
     attention_layers,
     with_processor,
 )
-
-
-WEAKER_KINDS = ("null_class", "random_class", "perturbed_attention", "smoothed_attention")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from diffusers_adm.choices import POOLS
 from diffusers_adm.models.adapters import AdapterMixin
 from diffusers_adm.models.blocks import (
     ADMAttention,
@@ -28,7 +29,6 @@ from diffusers_adm.openai.tensors import to_published
 from diffusers_adm.quiet import QuietCastMixin
 
 
-POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 SPATIAL_POOL_CHANNELS = 2048
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_adm.openai.flags import BETA_SCHEDULES, Flags, check_timestep_scale, preconditioning_config
+from diffusers_adm.choices import BETA_SCHEDULES
+from diffusers_adm.openai.flags import Flags, check_timestep_scale, preconditioning_config
 
 
 PUBLISHED_NORM_GROUPS = 32  # fixed in the original code

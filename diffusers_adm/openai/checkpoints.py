@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
+from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
 from diffusers_adm.openai.flags import (
-    BETA_SCHEDULES,
     Flags,
     build_scheduler,
     build_sigma_scheduler,

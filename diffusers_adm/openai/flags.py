@@ -20,10 +20,10 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.respacing import consistency_steps, respaced_timesteps
 
 
-BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 # Preconditioning of the models of consistency_models by their training mode, which cannot be inferred from the weights.
 PRECONDITIONING_OF = {"edm": "edm", "consistency_distillation": "consistency", "consistency_training": "consistency"}
 CONSISTENCY_SAMPLERS = ("onestep", "multistep")

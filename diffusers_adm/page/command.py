@@ -4,8 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 from diffusers_adm.evaluation.options import ModelOptions
-from diffusers_adm.evaluation.sampling import load_pipeline
-from diffusers_adm.launch import join_processes
 from diffusers_adm.options import add_examples, add_options, build_options, in_range, option, option_values
 
 
@@ -40,6 +38,9 @@ def serve_page(args: argparse.Namespace) -> None:
         OSError: If the model does not exist, or no page can be served at the address.
     """
     options, model = build_options(PageOptions, args), build_options(ModelOptions, args)
+
+    from diffusers_adm.evaluation.sampling import load_pipeline
+    from diffusers_adm.launch import join_processes
     from diffusers_adm.page.model import PageModel
     from diffusers_adm.page.page import build_page, launch_page
 

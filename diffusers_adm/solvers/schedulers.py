@@ -26,7 +26,8 @@ from diffusers import (
 
 from diffusers_adm.betas import betas_from_config
 from diffusers_adm.checks import check_types, is_integer
-from diffusers_adm.diffusion import PREDICTION_TYPES, NoiseSchedule
+from diffusers_adm.choices import PREDICTION_TYPES
+from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
 from diffusers_adm.solvers.algorithms import (
     HIGH_NOISE_LEVEL,

@@ -12,7 +12,7 @@ from tiny_models import tiny_pipeline, tiny_scheduler
 
 from diffusers_adm.benchmarks import sampling as bench_sampling
 from diffusers_adm.benchmarks.sampling import FAST_EVALUATIONS, Bench, evaluations
-from diffusers_adm.evaluation.schedulers import SCHEDULERS
+from diffusers_adm.evaluation.options import SCHEDULERS
 
 
 def test_evaluations_are_counted():

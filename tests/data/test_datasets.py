@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from diffusers_adm.cli import main
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.training.train_upsampler import shrink
+from diffusers_adm.training.low_res import shrink
 
 
 def test_held_out_fraction_is_of_each_class(folder):

@@ -7,8 +7,8 @@ from PIL import Image as PILImage
 
 from diffusers_adm.cli import main
 from diffusers_adm.data.image_modes import to_mode
-from diffusers_adm.data.image_sets import DatasetImages, ImageSetOptions
-from diffusers_adm.data.images import ImageFormat
+from diffusers_adm.data.image_sets import DatasetImages
+from diffusers_adm.data.options import ImageFormat, ImageSetOptions
 from diffusers_adm.training import train_unet
 from diffusers_adm.training.configuration import as_command_line, as_yaml
 

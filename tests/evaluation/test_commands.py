@@ -1,6 +1,7 @@
 """Words of the command line, and schedulers by their names."""
 
 import shlex
+from dataclasses import fields
 
 import pytest
 from command_line import command_parsers
@@ -8,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline
 
 from diffusers_adm.evaluation.commands.sampling_options import PARSERS
+from diffusers_adm.evaluation.options import PRECONDITIONED_SCHEDULERS, SAMPLING_OPTIONS, SCHEDULERS
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.pipelines.options import SamplingOptions
-from diffusers_adm.solvers import GUIDED_SETTINGS
+from diffusers_adm.solvers import GUIDED_SETTINGS, SIGMA_SCHEDULERS, SUPPORTED_SCHEDULERS
 
 
 def test_schedulers_are_set_as_they_are_named():
@@ -32,11 +34,20 @@ def test_schedulers_are_set_as_they_are_named():
     assert pipeline.scheduler.config.variance_type == "learned_range"
 
 
+def test_all_supported_schedulers_have_a_name():
+    assert {f"{name}Scheduler" for name in SCHEDULERS if "-" not in name} == {
+        scheduler_class.__name__ for scheduler_class in SUPPORTED_SCHEDULERS
+    }
+    assert {f"{name}Scheduler" for name in PRECONDITIONED_SCHEDULERS} == {
+        scheduler_class.__name__ for scheduler_class in SIGMA_SCHEDULERS if scheduler_class not in SUPPORTED_SCHEDULERS
+    }
+    guided = {name.removesuffix("-guided") for name in SCHEDULERS if name.endswith("-guided")}
+    assert guided == {scheduler_class.__name__.removesuffix("Scheduler") for scheduler_class in GUIDED_SETTINGS}
+
+
 def test_whatever_a_call_takes_is_an_option():
-    assert {"guidance_scale", "num_inference_steps", "timestep_respacing", "condition_unet", "eta"} <= set(
-        SamplingOptions.recorded()
-    )
-    assert PARSERS.keys() == SamplingOptions.recorded().keys()
+    objects = {"guidance_fn", "guider"}
+    assert PARSERS.keys() == SAMPLING_OPTIONS.keys() == {field.name for field in fields(SamplingOptions)} - objects
     for name, word, value in (
         ("guidance_scale", "-1.5", -1.5),
         ("guidance_scale", "1e-1", 0.1),

@@ -12,7 +12,8 @@ from torch_fidelity import FeatureExtractorInceptionV3
 from diffusers_adm.evaluation import (
     FeatureExtractor,
 )
-from diffusers_adm.evaluation.features import INCEPTION, spatial_features
+from diffusers_adm.evaluation.feature_options import INCEPTION
+from diffusers_adm.evaluation.features import spatial_features
 
 
 def test_spatial_features_run_over_rows_then_columns_then_seven_channels():

@@ -11,7 +11,7 @@ from image_files import digits_npz, random_images
 from diffusers_adm.evaluation import (
     FeatureExtractor,
 )
-from diffusers_adm.evaluation.features import INCEPTION
+from diffusers_adm.evaluation.feature_options import INCEPTION
 
 
 def test_a_reference_holds_statistics_of_all_and_some_of_the_images(tmp_path):

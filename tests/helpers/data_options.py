@@ -9,8 +9,7 @@ from PIL import Image as PILImage
 
 from diffusers_adm.data import datasets
 from diffusers_adm.data.datasets import LabelledImages
-from diffusers_adm.data.images import ImageFormat
-from diffusers_adm.data.options import ImageSelection, ImageSource
+from diffusers_adm.data.options import ImageFormat, ImageSelection, ImageSource
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.options import add_options, build_options
 

@@ -5,12 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_adm.atomic_files import check_can_write, write_json
-from diffusers_adm.data.image_sets import DEFAULT_SPLIT, NO_DATASET, ImageSetOptions, open_images
-from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
-from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
-from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
-from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
-from diffusers_adm.evaluation.report import add_to_card, read_card
+from diffusers_adm.data.options import DEFAULT_SPLIT, NO_DATASET, ImageSetOptions
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.evaluation.options import NEIGHBOUR
 from diffusers_adm.options import add_examples, add_options, build_options, option, text_as
 
 
@@ -66,6 +63,13 @@ def evaluate(args: argparse.Namespace) -> None:
     check_splits(args, images, options)
     if options.output is not None:
         check_can_write(options.output)
+
+    from diffusers_adm.data.image_sets import open_images
+    from diffusers_adm.evaluation.features import load_extractor
+    from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
+    from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+    from diffusers_adm.evaluation.report import add_to_card, read_card
+
     card = None if options.model_card is None else read_card(options.model_card)
     # Samples have the small size already.
     format = replace(images.format, source_resolution=None)

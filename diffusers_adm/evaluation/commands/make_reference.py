@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_adm.atomic_files import check_can_write
-from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
-from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
-from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
-from diffusers_adm.evaluation.reference import write_reference
+from diffusers_adm.data.options import NO_DATASET, ImageSetOptions
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.evaluation.options import NEIGHBOUR
 from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values, text_as
 
 
@@ -53,6 +52,11 @@ def make_reference(args: argparse.Namespace) -> None:
     check_can_write(output)
     options, kept, features = (build_options(cls, args) for cls in (ImageSetOptions, ReferenceOptions, FeatureOptions))
     options.check(args.dataset)
+
+    from diffusers_adm.data.image_sets import open_images
+    from diffusers_adm.evaluation.features import load_extractor
+    from diffusers_adm.evaluation.reference import write_reference
+
     images = open_images(args.dataset, options)
     count = write_reference(
         output,

@@ -4,11 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions, open_images
-from diffusers_adm.evaluation.likelihood import evaluate_likelihood
+from diffusers_adm.data.options import NO_DATASET, ImageSetOptions
 from diffusers_adm.evaluation.options import ModelOptions, RunOptions
-from diffusers_adm.evaluation.sampling import load_pipeline
-from diffusers_adm.launch import join_processes
 from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values, text_as
 
 
@@ -50,6 +47,12 @@ def nll(args: argparse.Namespace) -> None:
         build_options(cls, args) for cls in (ImageSetOptions, LikelihoodOptions, ModelOptions, RunOptions)
     )
     images.check(args.dataset)
+
+    from diffusers_adm.data.image_sets import open_images
+    from diffusers_adm.evaluation.likelihood import evaluate_likelihood
+    from diffusers_adm.evaluation.sampling import load_pipeline
+    from diffusers_adm.launch import join_processes
+
     pipeline = load_pipeline(**option_values(model), device=join_processes().device)
     labelled = pipeline.unet.config.num_class_embeds is not None and not options.unconditional
     evaluate_likelihood(

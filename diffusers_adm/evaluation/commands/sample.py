@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_adm.evaluation.commands.sampling_options import add_sampling_options, given_sampling_options
-from diffusers_adm.evaluation.options import MAX_IMAGES, ModelOptions, RunOptions
-from diffusers_adm.evaluation.sample_files import FORMATS
-from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
-from diffusers_adm.evaluation.schedulers import set_scheduler
-from diffusers_adm.launch import join_processes
+from diffusers_adm.evaluation.options import FORMATS, MAX_IMAGES, ModelOptions, RunOptions
 from diffusers_adm.options import add_examples, add_options, build_options, in_range, option, option_values
 
 
@@ -56,6 +52,11 @@ def sample(args: argparse.Namespace) -> None:
         ValueError: If the run is impossible, or the folder belongs to a run of other settings.
     """
     options, model, run = (build_options(cls, args) for cls in (SampleOptions, ModelOptions, RunOptions))
+
+    from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
+    from diffusers_adm.evaluation.schedulers import set_scheduler
+    from diffusers_adm.launch import join_processes
+
     state = join_processes()
     pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=options.low_res is not None)
     set_scheduler(pipeline, args.scheduler)

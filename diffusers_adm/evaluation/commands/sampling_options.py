@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_adm.evaluation.schedulers import PRECONDITIONED_SCHEDULERS, SCHEDULERS
-from diffusers_adm.guidance.weaker import WEAKER_KINDS
+from diffusers_adm.choices import WEAKER_KINDS
+from diffusers_adm.evaluation.options import PRECONDITIONED_SCHEDULERS, SAMPLING_OPTIONS, SCHEDULERS
 from diffusers_adm.options import text_as
-from diffusers_adm.pipelines.options import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,13 @@ def add_sampling_options(
     group = parser.add_argument_group(title, description)
     group.add_argument(
         "--scheduler",
-        choices=sorted(SCHEDULERS | PRECONDITIONED_SCHEDULERS),
+        choices=sorted(SCHEDULERS + PRECONDITIONED_SCHEDULERS),
         default=None if nargs is None else [None],
         nargs=nargs,
         help="Scheduler, instead of the pipeline's. -guided: as its authors advise for guided sampling; -Karras: with the noise"
         " levels of Karras et al. 2022.",
     )
-    for name, text in SamplingOptions.recorded().items():
+    for name, text in SAMPLING_OPTIONS.items():
         group.add_argument(
             f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=text
         )
@@ -88,4 +87,4 @@ def add_sampling_options(
 
 def given_sampling_options(args: argparse.Namespace) -> dict:
     """Returns the options of `add_sampling_options` that the command line gives, except for the scheduler."""
-    return {name: getattr(args, name) for name in SamplingOptions.recorded() if hasattr(args, name)}
+    return {name: getattr(args, name) for name in SAMPLING_OPTIONS if hasattr(args, name)}

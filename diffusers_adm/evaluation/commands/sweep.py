@@ -4,16 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_adm.data.image_sets import NO_DATASET, ImageSetOptions
+from diffusers_adm.data.options import NO_DATASET, ImageSetOptions
 from diffusers_adm.evaluation.commands.sampling_options import add_sampling_options, given_sampling_options
-from diffusers_adm.evaluation.feature_options import FeatureOptions, load_extractor
-from diffusers_adm.evaluation.metrics import check_shape
-from diffusers_adm.evaluation.options import MAX_IMAGES, ModelOptions, RunOptions
-from diffusers_adm.evaluation.precision_recall import NEIGHBOUR
-from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
-from diffusers_adm.evaluation.sampling import load_pipeline
-from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
-from diffusers_adm.launch import join_processes
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.evaluation.options import MAX_IMAGES, NEIGHBOUR, ModelOptions, RunOptions
 from diffusers_adm.options import add_examples, add_options, build_options, in_range, option, option_values, text_as
 
 
@@ -58,6 +52,14 @@ def sweep(args: argparse.Namespace) -> None:
     images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
     options, model, run = (build_options(cls, args) for cls in (SweepOptions, ModelOptions, RunOptions))
     images.check(args.reference)
+
+    from diffusers_adm.evaluation.features import load_extractor
+    from diffusers_adm.evaluation.metrics import check_shape
+    from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+    from diffusers_adm.evaluation.sampling import load_pipeline
+    from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
+    from diffusers_adm.launch import join_processes
+
     check_extractor(args.reference, features.feature_extractor)
     state = join_processes()
     pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=options.low_res is not None)

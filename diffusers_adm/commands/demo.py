@@ -1,0 +1,37 @@
+"""`diffusers-adm demo`."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, in_range, option
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Picture to draw."""
+
+    cascade: bool = option(False, help="Draw small digits, and enlarge them.")
+    output: Path = option(Path("demo.png"), metavar="FILE", help="Picture to write.")
+    steps: int = option(25, help="Number of DDIM steps.", check=at_least(1))
+    seed: int = option(0, help="Seed of the first column.", check=in_range(0, 2**32))
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `demo`."""
+    add_options(parser, DemoOptions)
+    add_examples(
+        parser,
+        "diffusers-adm demo --output demo.png",
+        "diffusers-adm demo --cascade --steps 50 --output cascade.png",
+    )
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Draws the picture of the default model, or of the default cascade."""
+    options = build_options(DemoOptions, args)
+
+    from diffusers_adm.demo import draw_cascade_demo, draw_demo
+
+    draw = draw_cascade_demo if options.cascade else draw_demo
+    draw(options.output, options.steps, options.seed)
