@@ -86,6 +86,26 @@ def check_images(name: str, images: torch.Tensor, channels: int | str = "channel
     )
 
 
+def one_per_level(name: str, given: int | tuple[int, ...], num_levels: int) -> list[int]:
+    """
+    Returns a number of each level of a model.
+
+    Args:
+        name: Name of the argument.
+        given: One number for all levels, or one per level, at least 1.
+        num_levels: Number of levels.
+
+    Raises:
+        ValueError: If a number is below 1, or their number is not `num_levels`.
+    """
+    numbers = [given] * num_levels if is_integer(given) else list(given)
+    if len(numbers) != num_levels or min(numbers) < 1:
+        raise ValueError(
+            f"`{name}` must be one number of at least 1 for all levels or one for each of {num_levels}, but got {given}."
+        )
+    return numbers
+
+
 def as_numbers(name: str, given: torch.Tensor | float | list) -> torch.Tensor:
     """
     Returns timesteps or labels as a tensor.

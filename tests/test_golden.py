@@ -9,7 +9,7 @@ from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassif
 from diffusers_adm.guidance import classifier_gradient
 
 
-UNETS = ("unet_class_conditional", "unet_unconditional_plain", "upsampler")
+UNETS = ("unet_class_conditional", "unet_unconditional_plain", "upsampler", "difface_unet")
 CLASSIFIERS = ("classifier_attention", "classifier_adaptive", "classifier_spatial", "classifier_spatial_v2")
 RUNS = (
     "sampling_guided_ddpm",

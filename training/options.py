@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers_adm.choices import BETA_SCHEDULES, POOLS
 from diffusers_adm.data.options import ImageFormat, ImageSelection, ImageSource
-from diffusers_adm.options import Check, above, at_least, in_range, option, option_group
+from diffusers_adm.options import Check, above, at_least, comma_separated, in_range, option, option_group
 from diffusers_adm.training.objective_options import NoiseLevelOptions, ObjectiveOptions, check_objective
 from diffusers_adm.training.output_options import HubOptions, OutputOptions
 
@@ -59,6 +59,15 @@ def batch_is_divided_anew(values: dict) -> bool:
     return values["total_batch_size"] is not None
 
 
+def number_or_numbers(text: str) -> int | tuple[int, ...]:
+    """Parses one integer, or several that are separated by commas."""
+    numbers = comma_separated(int)(text)
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+number_or_numbers.__name__ = comma_separated(int).__name__  # for the message on other texts
+
+
 @dataclass
 class ArchitectureOptions:
     """Architecture of the model, and the model that training starts from."""
@@ -69,7 +78,13 @@ class ArchitectureOptions:
         help="Factors of the number of channels, one per resolution.",
         check=Check("one or more factors above 0", lambda factors: factors and min(factors) > 0),
     )
-    layers_per_block: int = option(2, help="Number of residual blocks per resolution.", check=at_least(1))
+    layers_per_block: int | tuple[int, ...] = option(
+        2,
+        help="Number of residual blocks per resolution, one for all or one per resolution, such as 1,2,2,3.",
+        parse=number_or_numbers,
+        metavar="INT,...",
+        check=Check("at least 1", lambda layers: min(layers if isinstance(layers, tuple) else [layers]) >= 1),
+    )
     attention_resolutions: tuple[int, ...] = option((32, 16, 8), help="Resolutions with self-attention, in pixels.")
     attention_head_dim: int = option(64, help="Number of channels per attention head.", check=at_least(1))
     num_attention_heads: int | None = option(

@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from diffusers_adm.checks import check_images, check_types, one_per_image
+from diffusers_adm.checks import check_images, check_types, one_per_image, one_per_level
 
 
 TIME_SCALE_SHIFTS = ("scale_shift", "default")
@@ -378,11 +378,17 @@ class ADMBlockFactory:
 class ADMEncoder(nn.Module):
     """Encoder and middle of the UNet. The classifier consists of this encoder and a pooling head."""
 
-    def __init__(self, blocks: ADMBlockFactory, in_channels: int, layers_per_block: int, downsample_type: str):
+    def __init__(
+        self,
+        blocks: ADMBlockFactory,
+        in_channels: int,
+        layers_per_block: int | tuple[int, ...],
+        downsample_type: str,
+    ):
         super().__init__()
-        for name, count in (("in_channels", in_channels), ("layers_per_block", layers_per_block)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {count}.")
+        if in_channels < 1:
+            raise ValueError(f"`in_channels` must be at least 1, but got {in_channels}.")
+        layers = one_per_level("layers_per_block", layers_per_block, len(blocks.channels))
         if downsample_type not in RESAMPLE_TYPES:
             raise ValueError(f"`downsample_type` must be one of {RESAMPLE_TYPES}, but got {downsample_type!r}.")
         self.gradient_checkpointing = False
@@ -391,7 +397,7 @@ class ADMEncoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         self.skip_channels = [channels]  # output channels of conv_in, then those of each down block
         for level, level_channels in enumerate(blocks.channels):
-            for _ in range(layers_per_block):
+            for _ in range(layers[level]):
                 resnet = blocks.resnet(channels, level_channels)
                 self.down_blocks.append(ADMBlock(resnet, blocks.attention_at(level)))
                 channels = level_channels

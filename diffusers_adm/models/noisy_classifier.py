@@ -110,7 +110,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
             normalisation between the two layers.
         model_channels: Base width, which is multiplied by `channel_mult`.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
-        layers_per_block: Number of residual blocks per level.
+        layers_per_block: Number of residual blocks per level, one for all levels or one per level.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
         attention_head_dim: Number of channels per attention head. `None` if `num_attention_heads` is given.
         num_attention_heads: Number of heads of every attention layer. `None` if `attention_head_dim` is given.
@@ -145,7 +145,7 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
         pool: str = "attention",
         model_channels: int = 128,
         channel_mult: tuple[float, ...] = (1, 2, 3, 4),
-        layers_per_block: int = 4,
+        layers_per_block: int | tuple[int, ...] = 4,
         attention_resolutions: tuple[int, ...] = (32, 16, 8),
         attention_head_dim: int | None = 64,
         num_attention_heads: int | None = None,

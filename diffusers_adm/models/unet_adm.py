@@ -10,7 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from diffusers_adm.checks import as_numbers, check_images, one_per_image
+from diffusers_adm.checks import as_numbers, check_images, one_per_image, one_per_level
 from diffusers_adm.models.adapters import AdapterMixin
 from diffusers_adm.models.blocks import (
     RESAMPLE_TYPES,
@@ -47,7 +47,10 @@ class ADMUNet2DOutput(BaseOutput):
 
 
 def build_decoder(
-    blocks: ADMBlockFactory, skip_channels: list[int], layers_per_block: int, upsample_type: str
+    blocks: ADMBlockFactory,
+    skip_channels: list[int],
+    layers_per_block: int | tuple[int, ...],
+    upsample_type: str,
 ) -> nn.ModuleList:
     """
     Builds the decoder, with one block per skip connection. Its first block takes the last skip connection.
@@ -55,17 +58,18 @@ def build_decoder(
     Args:
         blocks: Builder of the model's blocks.
         skip_channels: Number of channels of each skip connection, in the order in which the encoder makes them.
-        layers_per_block: Number of residual blocks per level of the encoder.
+        layers_per_block: Number of residual blocks per level of the encoder, one for all levels or one per level.
         upsample_type: Kind of upsampling: `"resnet"` or `"conv"`.
     """
     up_blocks, skip_channels = nn.ModuleList(), list(skip_channels)
     channels = blocks.channels[-1]
+    layers = one_per_level("layers_per_block", layers_per_block, len(blocks.channels))
     for level in reversed(range(len(blocks.channels))):
-        for layer in range(layers_per_block + 1):
+        for layer in range(layers[level] + 1):
             resnet = blocks.resnet(channels + skip_channels.pop(), blocks.channels[level])
             channels = blocks.channels[level]
             upsampler = None
-            if level > 0 and layer == layers_per_block:
+            if level > 0 and layer == layers[level]:
                 is_resnet = upsample_type == "resnet"
                 upsampler = blocks.resnet(channels, channels, "up") if is_resnet else ADMUpsample2D(channels)
             # Attention is built after the upsampler, because the initial weights that a seed gives depend on the order.
@@ -86,7 +90,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
             Dhariwal 2021, eq. 15).
         model_channels: Base width, which is multiplied by `channel_mult`.
         channel_mult: Width of each level, highest resolution first, as multiples of `model_channels`.
-        layers_per_block: Number of residual blocks per level. The decoder has one more.
+        layers_per_block: Number of residual blocks per level, one for all levels or one per level. The decoder has one more.
         attention_resolutions: Resolutions with self-attention, in pixels of a `sample_size` image.
         attention_head_dim: Number of channels per attention head. `None` if `num_attention_heads` is given.
         num_attention_heads: Number of heads of every attention layer. `None` if `attention_head_dim` is given.
@@ -130,7 +134,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         out_channels: int = 6,
         model_channels: int = 192,
         channel_mult: tuple[float, ...] = (1, 2, 3, 4),
-        layers_per_block: int = 3,
+        layers_per_block: int | tuple[int, ...] = 3,
         attention_resolutions: tuple[int, ...] = (32, 16, 8),
         attention_head_dim: int | None = 64,
         num_attention_heads: int | None = None,

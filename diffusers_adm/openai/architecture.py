@@ -63,15 +63,16 @@ def read_shapes(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
 
 class _EncoderLayout(NamedTuple):
     channels: tuple[int, ...]  # per level
-    layers_per_block: int
+    layers_per_block: int | tuple[int, ...]
     attended: tuple[bool, ...]  # per level, whether it has attention
     downsample_type: str | None  # None for a single level
 
 
 def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
     """
-    Returns all divisions of the encoder's blocks into levels that fit the shapes. A residual block that ends a level has the shapes
-    of any other residual block. However, no attention follows it, and the number of channels changes only after it.
+    Returns all divisions of the encoder's blocks into levels that fit the shapes. A convolution ends a level. A residual block that
+    ends a level has the shapes of any other residual block, so all levels are then taken to have the same length. However, no
+    attention follows it, and the number of channels changes only after it.
     """
     blocks = {int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.", name)}
     convs = {index for index in blocks if f"input_blocks.{index}.0.op.weight" in shapes}
@@ -82,18 +83,19 @@ def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
         layer = "op" if index in convs else "out_layers.3"
         channels[index] = shapes.size(f"input_blocks.{index}.0.{layer}.weight", 0)
 
+    divisions = [range(0, total, length) for length in range(2, total + 1) if total % length == 0]
     layouts = []
-    for length in (number for number in range(2, total + 1) if total % number == 0):
-        starts = range(0, total, length)
-        downs = set(starts[1:])
-        widths = [{channels[i] for i in range(start + 1, min(start + length + 1, total))} for start in starts]
-        attention = [{i in attended for i in range(start + 1, start + length)} for start in starts]
+    for starts in [[0, *sorted(convs)]] if convs else divisions:
+        ends, downs = [*starts[1:], total], set(starts[1:])
+        widths = [{channels[i] for i in range(start + 1, min(end + 1, total))} for start, end in zip(starts, ends)]
+        attention = [{i in attended for i in range(start + 1, end)} for start, end in zip(starts, ends)]
         uniform = all(len(values) == 1 for values in (*widths, *attention))
-        if uniform and not downs & attended and convs in (set(), downs):
+        if uniform and not downs & attended:
+            layers = tuple(end - start - 1 for start, end in zip(starts, ends))
             layouts.append(
                 _EncoderLayout(
                     channels=tuple(values.pop() for values in widths),
-                    layers_per_block=length - 1,
+                    layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
                     attended=tuple(values.pop() for values in attention),
                     downsample_type=("conv" if convs else "resnet") if downs else None,
                 )

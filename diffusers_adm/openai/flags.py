@@ -43,13 +43,19 @@ def _multipliers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if text else ()
 
 
+def _blocks(text: str) -> int | tuple[int, ...]:
+    """Parses one number for all levels, or one per level, which only DifFace has."""
+    numbers = _integers(text)
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
 # Flags of the model and its diffusion process: the type of the value, and the default of the original scripts.
 _FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "image_size": (int, 64),
     "large_size": (int, 256),
     "small_size": (int, 64),
     "num_channels": (int, 128),
-    "num_res_blocks": (int, 2),
+    "num_res_blocks": (_blocks, 2),
     "num_heads": (int, 4),
     "num_heads_upsample": (int, -1),
     "num_head_channels": (int, -1),
@@ -101,6 +107,7 @@ _KINDS = {
     float: "a number",
     _boolean: "True or False",
     _integers: "integers separated by commas",
+    _blocks: "an integer, or one per level separated by commas",
     _multipliers: "numbers separated by commas",
 }
 # Flags of the run, which do not change the model or its diffusion process. Flags with one of the suffixes are also flags of the run.

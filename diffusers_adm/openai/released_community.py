@@ -302,9 +302,9 @@ DIFFACE = (
     _difface(
         "difface-ffhq-512",
         "iddpm_ffhq512_ema500000.pth",
-        "--image_size 512 --num_channels 32 --channel_mult 1,2,4,8,8,16,16 --attention_resolutions 32,16,8",
+        "--image_size 512 --num_channels 32 --channel_mult 1,2,4,8,8,16,16 --num_res_blocks 1,2,2,2,2,3,4"
+        " --attention_resolutions 32,16,8",
         TensorLayout("e17ba1aac82a5cfc", 159_788_454),
-        unsupported="its levels have different numbers of residual blocks",
     ),
 )
 

@@ -55,7 +55,7 @@ def published_flags(case: dict) -> str:
     return " ".join(f"--{name} {value}" for name, value in case["flags"].items())
 
 
-UNET_CASES = ("unet_class_conditional", "unet_unconditional_plain", "upsampler")
+UNET_CASES = ("unet_class_conditional", "unet_unconditional_plain", "upsampler", "difface_unet")
 CLASSIFIER_CASES = ("classifier_attention", "classifier_adaptive", "classifier_spatial", "classifier_spatial_v2")
 
 

@@ -14,7 +14,7 @@ WRONG_TYPES = {
     "dropout": ["0.1", None, True, float("nan"), 1.5, -0.1],
     "output_scale_factor": ["2", None, 0, -1.0, float("nan"), float("inf"), [1.0]],
     "timestep_scale": ["1", None, 0, float("inf")],
-    "layers_per_block": [2.5, "1", True, 0],
+    "layers_per_block": [2.5, "1", True, 0, (1, 2, 3), (1, 0), (), [1, 2.5]],
     "in_channels": [0, -1, "3", 3.0],
     "norm_num_groups": ["4", 2.0, 0],
     "attention_head_dim": ["8", 2.0, [8]],

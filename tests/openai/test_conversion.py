@@ -98,6 +98,7 @@ def test_no_way_back_for_what_the_published_code_does_not_know(options):
         {"channel_mult": (1, 1, 1), "layers_per_block": 2, "attention_resolutions": ()},
         {"channel_mult": (2,), "layers_per_block": 2, "attention_resolutions": (32,)},
         {"channel_mult": (1, 2), "layers_per_block": 1, "downsample_type": "conv", "upsample_type": "conv"},
+        {"channel_mult": (1, 2, 2), "layers_per_block": (1, 3, 2), "downsample_type": "conv", "upsample_type": "conv"},
         {"in_channels": 1, "out_channels": 2, "num_class_embeds": 10},
         {"in_channels": 1, "out_channels": 1, "num_class_embeds": None, "resnet_time_scale_shift": "default"},
         {"in_channels": 1, "out_channels": 2, "low_res_conditioning": True},

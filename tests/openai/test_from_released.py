@@ -277,7 +277,7 @@ def test_disk_without_room_is_named_before_the_download(server, tmp_path):
 
 
 def test_checkpoint_that_cannot_be_converted_says_why(tmp_path):
-    check_refused("difface-ffhq-512 cannot be converted, because its levels have", tmp_path, "difface-ffhq-512")
+    check_refused("openimages-512 cannot be converted, because it predicts v", tmp_path, "openimages-512")
 
 
 # --- Commands ---
@@ -366,6 +366,6 @@ def test_listing_has_a_line_for_each_checkpoint(capsys):
         "imagenet-256": ("256", "1000", "2.2 GB", "MIT", "trained on ImageNet", "guided by imagenet-256-classifier"),
         "repaint-places": ("none", "CC BY-NC-SA 4.0, non-commercial", "Places2"),
         "edm-imagenet-64": ("for research",),
-        "difface-ffhq-512": ("cannot be converted",),
+        "openimages-512": ("cannot be converted",),
     }.items():
         assert all(text in listed[name] for text in texts)

@@ -69,6 +69,16 @@ def test_another_resolution_keeps_layers_and_is_said(start, dataset, tmp_path, c
         train(dataset, tmp_path, name="other")
 
 
+def test_numbers_of_blocks_of_each_level_are_an_option(start, dataset, tmp_path):
+    start(layers_per_block=(1, 2))
+    with pytest.raises(ValueError, match=r"layers_per_block \[1, 2\] instead of 1"):
+        train(dataset, tmp_path)
+    folder = train(dataset, tmp_path, "--layers_per_block", "1,2")
+    assert draw(ClassifierGuidedPipeline.from_pretrained(folder / "pipeline")).shape == (2, 1, 16, 16)
+    options = train_unet.parse_args(["--config", str(folder / "checkpoint-1" / "options.yaml")])
+    assert options.architecture.layers_per_block == (1, 2)
+
+
 def test_rescaled_timesteps_are_an_option(start, dataset, tmp_path):
     start(timestep_scale=0.25)
     with pytest.raises(ValueError, match="timestep_scale 0.25 instead of 1.0"):
