@@ -10,6 +10,7 @@ import sys
 
 from diffusers_adm import __version__
 from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.options import add_examples
 
 
 # Module of each command, function that adds its options, function that runs it, purpose.
@@ -85,11 +86,19 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
         command_name: Name of the command that will be parsed. The options of the others are left out. `None` means all options of
             all commands.
     """
-    parser = CommandParser(prog="diffusers-adm", description="ADM and classifier guidance for diffusers.")
+    parser = CommandParser(
+        prog="diffusers-adm",
+        description="ADM and classifier guidance for diffusers. `diffusers-adm COMMAND --help` shows the options of a command.",
+    )
+    add_examples(
+        parser,
+        "diffusers-adm demo --output demo.png",
+        "diffusers-adm convert --released imagenet-64 --output adm-64x64",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, (module, add_arguments, function, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
         if command_name in (None, name):
             implementation = importlib.import_module(f"diffusers_adm.{module}")
             getattr(implementation, add_arguments)(command)

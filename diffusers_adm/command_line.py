@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import os
 import sys
 import textwrap
@@ -26,8 +27,30 @@ class RunFailed(RuntimeError):
     """Failure that ends a training run, such as a loss that is not finite. The message gives the reason."""
 
 
+class CommandHelp(argparse.RawDescriptionHelpFormatter):
+    """Help with a short usage line. Paragraphs fit the terminal, and examples keep their lines, because they are to be copied."""
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        """Adds the usage line, which names the required arguments only."""
+        if usage is None and prefix is None:
+            required = [action for action in actions if action.required]
+            words = [[*action.option_strings[:1], str(action.metavar or action.dest)] for action in required]
+            usage = " ".join(["%(prog)s", "[options]", *itertools.chain(*words)])
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n  " in text:
+            return super()._fill_text(text, width, indent)
+        parts = (" ".join(part.split()) for part in text.split("\n\n"))
+        filled = (textwrap.fill(part, width, initial_indent=indent, subsequent_indent=indent) for part in parts)
+        return "\n\n".join(filled)
+
+
 class CommandParser(argparse.ArgumentParser):
     """Parser that reports an error in one line, because the usage of many options would hide it."""
+
+    def __init__(self, *args, formatter_class: type[argparse.HelpFormatter] = CommandHelp, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         """Parses as `argparse` does, and reports unknown options together with the nearest known one, also for subcommands."""

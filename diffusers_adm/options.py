@@ -61,6 +61,7 @@ class OptionInfo:
     parse: Callable[[str], Any] | None
     check: Check | None
     negatable: bool
+    unset: str
     notes: dict[str, Any]
     kind: Any = None
 
@@ -93,6 +94,7 @@ def option(
     parse: Callable[[str], Any] | None = None,
     check: Check | None = None,
     negatable: bool = False,
+    unset: str = "none",
     **notes: Any,
 ) -> Any:
     """
@@ -109,9 +111,10 @@ def option(
         parse: Function that parses a word, instead of the type of the annotation.
         check: Condition on values that are not `None`.
         negatable: Whether a switch that is off by default has a `--no-` form. Switches that are on by default always have it.
+        unset: Meaning of the default `None`, which the help shows.
         notes: Further facts for the code that uses the options.
     """
-    info = OptionInfo(default, help, choices, metavar, parse, check, negatable or default is True, notes)
+    info = OptionInfo(default, help, choices, metavar, parse, check, negatable or default is True, unset, notes)
     return dataclasses.field(default=default, metadata={"option": info})
 
 
@@ -194,8 +197,8 @@ def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
         words["type"] = info.parse or (text_as(kind) if kind in (str, Path) and default != "" else kind)
         words["choices"] = info.choices
         words["metavar"] = info.metavar or (None if info.choices else metavar)
-    shown = "Required." if required else _shown_default(default)
-    target.add_argument(f"--{name}", help=f"{info.help} {shown}".strip().replace("%", "%%"), **words)
+    shown = "Required." if required else f"Default: {info.unset if default is None else _as_text(default)}."
+    target.add_argument(f"--{name}", help=f"{info.help} {shown}".replace("%", "%%"), **words)
 
 
 def _first_type(hint: Any) -> Any:
@@ -204,19 +207,14 @@ def _first_type(hint: Any) -> Any:
     return hint
 
 
-def _shown_default(default: Any) -> str:
-    if default is None or default is argparse.SUPPRESS:
-        return ""
+def _as_text(default: Any) -> str:
     if isinstance(default, bool):
-        default = "on" if default else "off"
-    elif isinstance(default, (tuple, list)):
-        default = ",".join(map(str, default))
-    return f"Default: {default}."
+        return "on" if default else "off"
+    return ",".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
 
 
 def add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
     """Adds examples below the help of a command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n  ".join(["examples:", *commands])
 
 

@@ -34,7 +34,7 @@ def parse(
         ValueError: If a configuration file is not a table of options, or the options contradict each other.
     """
     parser = CommandParser(description=description, allow_abbrev=False)
-    add_options(parser, options)
+    add_options(parser, options, title="run")
     add_examples(parser, *examples)
     argv = sys.argv[1:] if argv is None else argv
     words = [*configured_words(options, argv), *argv]

@@ -22,7 +22,8 @@ class ObjectiveOptions:
     )
     vlb_weight: float | None = option(
         None,
-        help="Weight of the variational bound in the hybrid loss. Default: --num_train_timesteps / 1000.",
+        help="Weight of the variational bound in the hybrid loss.",
+        unset="--num_train_timesteps / 1000",
         check=at_least(0),
     )
     noise_offset: float = option(
@@ -52,8 +53,8 @@ class NoiseLevelOptions:
 
     preconditioning: str | None = option(
         None,
-        help="Preconditioning of a UNet that is given the noise level and predicts x_0. It is trained with the loss of EDM."
-        " Default: none, for a UNet that is given the timestep.",
+        help="Preconditioning of a UNet that is given the noise level and predicts x_0. It is trained with the loss of EDM.",
+        unset="none, for a UNet that is given the timestep",
         choices=("edm",),
     )
     sigma_data: float = option(

@@ -47,7 +47,7 @@ def preset_option(kind: str | None = None) -> Any:
     """Makes the option `--preset` for one kind of model."""
     return option(
         None,
-        help=f"Preset that sets the defaults of all options. Default: none. Choices: {', '.join(preset_names(kind))}.",
+        help=f"Preset that sets the defaults of all options. Choices: {', '.join(preset_names(kind))}.",
         choices=preset_names(kind),
         metavar="NAME",
         resumable=True,
@@ -89,7 +89,8 @@ class ArchitectureOptions:
     attention_head_dim: int = option(64, help="Number of channels per attention head.", check=at_least(1))
     num_attention_heads: int | None = option(
         None,
-        help="Number of attention heads. Default: as --attention_head_dim implies.",
+        help="Number of attention heads.",
+        unset="as --attention_head_dim implies",
         check=at_least(1),
     )
     norm_num_groups: int = option(32, help="Number of groups of each group normalisation.", check=at_least(1))
@@ -114,25 +115,28 @@ class ArchitectureOptions:
     pretrained_model_name_or_path: str | None = option(
         None,
         help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, or a .pt file of the original code."
-        " Its architecture must be the same, but classes, channels and resolution may differ. Default: random weights.",
+        " Its architecture must be the same, but classes, channels and resolution may differ.",
+        unset="random weights",
         metavar="NAME_OR_PATH",
         resumable=True,
     )
     pretrained_subfolder: str | None = option(
         None,
-        help="Folder of the model inside a pipeline. Default: unet or classifier.",
+        help="Folder of the model inside a pipeline.",
+        unset="unet or classifier",
         metavar="FOLDER",
         resumable=True,
     )
     pretrained_flags: str | None = option(
         None,
-        help="Model flags of the original command line, for a .pt file that is not a released checkpoint. Default: none.",
+        help="Model flags of the original command line, for a .pt file that is not a released checkpoint.",
         resumable=True,
     )
     lora_rank: int | None = option(
         None,
         help="Rank of adapters on attention and convolutions (LoRA), which are trained instead of the weights of the"
-        " pretrained model. Default: no adapters.",
+        " pretrained model.",
+        unset="no adapters",
         check=at_least(1),
     )
 
@@ -165,8 +169,8 @@ class OptimisationOptions:
     )
     total_batch_size: int | None = option(
         None,
-        help="Batch size of one optimizer step over all processes, in images. It sets --gradient_accumulation_steps. Default:"
-        " as the other options imply.",
+        help="Batch size of one optimizer step over all processes, in images. It sets --gradient_accumulation_steps.",
+        unset="as the other options imply",
         check=at_least(1),
     )
     max_train_steps: int | None = option(
@@ -200,14 +204,16 @@ class OptimisationOptions:
     use_8bit_adam: bool = option(False, help="Use AdamW of bitsandbytes, whose state takes 8 bits per value.")
     max_grad_norm: float | None = option(
         None,
-        help="Largest norm of the gradient. Larger gradients are scaled down to it. Default: no clipping.",
+        help="Largest norm of the gradient. Larger gradients are scaled down to it.",
+        unset="no clipping",
         resumable=True,
         on_card=True,
         check=above(0),
     )
     mixed_precision: str | None = option(
         None,
-        help="Precision of the forward pass. Default: that of the launcher, or no.",
+        help="Precision of the forward pass.",
+        unset="that of the launcher, or no",
         choices=MIXED_PRECISIONS,
         resumable=True,
         on_card=True,
@@ -233,7 +239,7 @@ class TrainingOptions:
     preset: str | None = preset_option()
     config: Path | None = option(
         None,
-        help="YAML file of options. The command line takes precedence over it, and the file over --preset. Default: none.",
+        help="YAML file of options. The command line takes precedence over it, and the file over --preset.",
         resumable=True,
         saved=False,
     )
@@ -299,7 +305,8 @@ class ValidationOptions:
     push_every: int | None = option(
         None,
         help="Number of steps between uploads of the pipeline during training. It must be a multiple of --validation_steps, if"
-        " that is given. Default: one upload, at the end.",
+        " that is given.",
+        unset="one upload, at the end",
         check=at_least(1),
         resumable=True,
     )

@@ -13,7 +13,8 @@ class OutputOptions:
     output_dir: Path = option(help="Folder of the run.", resumable=True)
     checkpointing_steps: int | None = option(
         None,
-        help="Number of steps between checkpoints. Default: a tenth of the run, at most 5000, and one early checkpoint.",
+        help="Number of steps between checkpoints.",
+        unset="a tenth of the run, at most 5000, and one early checkpoint",
         check=at_least(1),
         resumable=True,
     )
@@ -22,31 +23,35 @@ class OutputOptions:
     )
     keep_every: int | None = option(
         None,
-        help="Keep all checkpoints at multiples of this number of steps. Default: none of them.",
+        help="Keep all checkpoints at multiples of this number of steps.",
+        unset="none of them",
         check=at_least(1),
         resumable=True,
     )
     resume_from_checkpoint: str | None = option(
         None,
-        help='Folder of a checkpoint to resume from, or "latest". Default: begin a new run.',
+        help='Folder of a checkpoint to resume from, or "latest".',
+        unset="begin a new run",
         metavar="FOLDER",
         resumable=True,
     )
     logging_steps: int | None = option(
         None,
-        help="Number of steps between log entries. Default: a tenth of the run, at most 50.",
+        help="Number of steps between log entries.",
+        unset="a tenth of the run, at most 50",
         check=at_least(1),
         resumable=True,
     )
     validation_steps: int | None = option(
         None,
-        help="Number of steps between validations. Default: a tenth of the run, at most 5000, and one early validation.",
+        help="Number of steps between validations.",
+        unset="a tenth of the run, at most 5000, and one early validation",
         check=at_least(1),
         resumable=True,
     )
     report_to: str | None = option(
         None,
-        help="Tracker that accelerate supports, such as tensorboard or wandb. Default: none.",
+        help="Tracker that accelerate supports, such as tensorboard or wandb.",
         metavar="TRACKER",
         resumable=True,
     )
@@ -59,20 +64,22 @@ class HubOptions:
     push_to_hub: bool = option(False, help="Upload the trained model at the end.", resumable=True)
     hub_model_id: str | None = option(
         None,
-        help="Repository to upload to, such as me/my-model. --push_to_hub requires it. Default: none.",
+        help="Repository to upload to, such as me/my-model. --push_to_hub requires it.",
         metavar="REPOSITORY",
         resumable=True,
     )
     hub_token: str | None = option(
         None,
-        help="Access token of the Hub. Default: the token of `hf auth login`.",
+        help="Access token of the Hub.",
+        unset="the token of `hf auth login`",
         metavar="TOKEN",
         resumable=True,
         saved=False,
     )
     hub_revision: str | None = option(
         None,
-        help="Branch to upload to. It is created if it does not exist. Default: main.",
+        help="Branch to upload to. It is created if it does not exist.",
+        unset="main",
         metavar="BRANCH",
         resumable=True,
     )

@@ -21,24 +21,24 @@ class ConvertOptions:
     accept_license: bool = option(
         False, help="Accept the restrictions of the released checkpoint's license, where they must be accepted."
     )
-    unet: Path | None = option(None, metavar="FILE", help="Checkpoint of a UNet or an upsampler.")
-    classifier: Path | None = option(None, metavar="FILE", help="Checkpoint of a classifier.")
+    unet: Path | None = option(None, metavar="FILE", help="Checkpoint (.pt) of a UNet or an upsampler.")
+    classifier: Path | None = option(None, metavar="FILE", help="Checkpoint (.pt) of a classifier.")
     flags: str | None = option(
         None,
         metavar="FLAGS",
         parse=str,
-        help='Model flags of the original command line, as one string such as "--image_size 64 ...". Released files, which are'
-        " recognised by name, need none.",
+        help='Model flags of the original command line, as one string such as "--image_size 64 ...". Released files are'
+        " recognised by name and need no flags.",
     )
-    dtype: str | None = option(None, choices=DTYPES, help="Data type of the weights, instead of the stored one.")
+    dtype: str | None = option(None, choices=DTYPES, help="Data type of the weights.", unset="as stored")
     variant: str | None = option(
-        None, metavar="NAME", help="Part of the weight files' names, such as fp16. None by default."
+        None, metavar="NAME", help="Variant of the weight files, such as fp16, which is part of their names."
     )
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `convert`."""
-    add_options(parser, ConvertOptions)
+    add_options(parser, ConvertOptions, title="conversion")
     add_examples(
         parser,
         "diffusers-adm convert --released imagenet-64 --output adm-64x64",

@@ -11,15 +11,17 @@ from diffusers_adm.options import add_examples, add_options, at_least, build_opt
 class DemoOptions:
     """Picture to draw."""
 
-    cascade: bool = option(False, help="Draw small digits, and enlarge them.")
-    output: Path = option(Path("demo.png"), metavar="FILE", help="Picture to write.")
+    cascade: bool = option(False, help="Draw digits of 16x16 pixels, and enlarge them to 32x32.")
+    output: Path = option(Path("demo.png"), metavar="FILE", help="Picture to write, such as demo.png or demo.jpg.")
     steps: int = option(25, help="Number of DDIM steps.", check=at_least(1))
-    seed: int = option(0, help="Seed of the first column.", check=in_range(0, 2**32))
+    seed: int = option(
+        0, help="Seed of the first column. Each further column has the next seed.", check=in_range(0, 2**32)
+    )
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `demo`."""
-    add_options(parser, DemoOptions)
+    add_options(parser, DemoOptions, title="picture")
     add_examples(
         parser,
         "diffusers-adm demo --output demo.png",

@@ -21,7 +21,7 @@ class InspectionOptions:
 
 def add_inspection_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `inspect-data`."""
-    add_options(parser, InspectionOptions)
+    add_options(parser, InspectionOptions, title="random choice")
     add_examples(
         parser,
         "diffusers-adm inspect-data --train_data_dir my_images --resolution 64",

@@ -25,26 +25,26 @@ class ImageSource:
 
     dataset_name: str | None = option(
         None,
-        help="Hub id, local folder, or format (parquet, webdataset; with --data_files) of a dataset. Default: none.",
+        help="Hub id, local folder, or format (parquet, webdataset; with --data_files) of a dataset.",
         resumable=True,
     )
     train_data_dir: str | None = option(
         None,
-        help="Folder of images in one subfolder per class, instead of --dataset_name. Default: none.",
+        help="Folder of images in one subfolder per class, instead of --dataset_name.",
         resumable=True,
     )
     dataset_config_name: str | None = option(
-        None, help="Name of the configuration of the dataset. Default: the only one."
+        None, help="Name of the configuration of the dataset.", unset="the only one"
     )
-    dataset_revision: str | None = option(None, help="Branch, tag or commit of the dataset on the Hub. Default: main.")
+    dataset_revision: str | None = option(None, help="Branch, tag or commit of the dataset on the Hub.", unset="main")
     data_files: list[str] | dict[str, str] | None = option(
-        None, help="Files of the dataset, or patterns of them. Default: all files.", resumable=True
+        None, help="Files of the dataset, or patterns of them.", unset="all files", resumable=True
     )
     cache_dir: str | None = option(
-        None, help="Folder of downloads and prepared data. Default: the cache of datasets.", resumable=True
+        None, help="Folder of downloads and prepared data.", unset="the cache of datasets", resumable=True
     )
-    image_column: str | None = option(None, help="Name of the image column. Default: the only one.")
-    label_column: str | None = option(None, help="Name of the label column. Default: the only one of type ClassLabel.")
+    image_column: str | None = option(None, help="Name of the image column.", unset="the only one")
+    label_column: str | None = option(None, help="Name of the label column.", unset="the only one of type ClassLabel")
     label_from: str = option(
         "column",
         choices=LABEL_SOURCES,
@@ -63,9 +63,14 @@ class ImageFormat:
     """
 
     resolution: int | None = option(
-        64, help="Height and width of the images, in pixels.", check=in_range(1, MAX_RESOLUTION)
+        64,
+        help="Height and width of the images, in pixels.",
+        unset="those of each image",
+        check=in_range(1, MAX_RESOLUTION),
     )
-    in_channels: int | None = option(3, choices=(1, 3), help="Number of channels: 1 for grey images, 3 for colour.")
+    in_channels: int | None = option(
+        3, choices=(1, 3), help="Number of channels: 1 for grey images, 3 for colour.", unset="that of the first image"
+    )
     crop: str = option(
         "center",
         choices=CROPS,
@@ -75,13 +80,13 @@ class ImageFormat:
     source_resolution: int | None = option(
         None,
         help="Crop to this multiple of --resolution, in pixels, then shrink by averaging, as for the small images of an"
-        " upsampler. Default: none.",
+        " upsampler.",
         check=in_range(1, MAX_RESOLUTION),
     )
     image_range: tuple[float, float] | None = option(
         None,
-        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Integers require it."
-        " Default for floats: 0,1.",
+        help="Values of black and white in grey images of more than 8 bits, such as 0,4095 for 12 bits. Integers require it.",
+        unset="0,1 for floats",
         metavar="BLACK,WHITE",
         check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
         resumable=True,
@@ -100,7 +105,7 @@ class ImageFormat:
 class ImageSetOptions:
     """Split, place and format of the images of a dataset. By default, images keep their size and channels."""
 
-    split: str = option(DEFAULT_SPLIT, help="Split of a dataset.")
+    split: str = option(DEFAULT_SPLIT, help="Split of the dataset, such as train or train[:90%].")
     source: ImageSource = option_group(ImageSource, "dataset")
     format: ImageFormat = option_group(ImageFormat, "image format", resolution=None, in_channels=None)
 
@@ -126,11 +131,11 @@ class ImageSelection:
     """Splits of a dataset to train and to validate on, and the order and state of their images."""
 
     train_split: str = option("train", help="Split to train on, such as train or train[:90%].")
-    validation_split: str | None = option(None, help="Split of held-out images, to validate on. Default: none.")
+    validation_split: str | None = option(None, help="Split of held-out images, to validate on.")
     validation_fraction: float | None = option(
-        None, help="Share of each class that is held out, in (0, 1), instead of --validation_split. Default: none."
+        None, help="Share of each class that is held out, in (0, 1), instead of --validation_split."
     )
-    max_train_samples: int | None = option(None, help="Number of images to train on, chosen by --seed. Default: all.")
+    max_train_samples: int | None = option(None, help="Number of images to train on, chosen by --seed.", unset="all")
     streaming: bool = option(
         False, help="Fetch images during training, instead of all before. For datasets of many files."
     )
@@ -139,7 +144,8 @@ class ImageSelection:
     )
     num_classes: int | None = option(
         None,
-        help="Number of classes of a stream whose labels are numbers without names. Default: the classes that the dataset names.",
+        help="Number of classes of a stream whose labels are numbers without names.",
+        unset="the classes that the dataset names",
     )
     on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.", resumable=True)
     random_flip: bool = option(True, help="Mirror every second image, at random.")

@@ -13,10 +13,12 @@ class FeatureOptions:
     """Feature extractor to load."""
 
     feature_extractor: str = option(
-        INCEPTION, help="Name in torch-fidelity's registry. The default is the published evaluator's."
+        INCEPTION,
+        metavar="NAME",
+        help="Feature extractor, by its name in torch-fidelity's registry. The default is that of the published evaluator.",
     )
     feature_extractor_weights: str | None = option(
-        None, metavar="FILE", help="File of the extractor's weights, instead of a download."
+        None, metavar="FILE", help="File of the weights of the feature extractor.", unset="they are downloaded"
     )
     register: str | None = option(
         None,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffusers_adm.choices import DTYPES
+from diffusers_adm.choices import DTYPES, WEAKER_KINDS
 from diffusers_adm.options import at_least, in_range, option
 
 
@@ -31,19 +31,42 @@ SCHEDULERS = (
 # Schedulers of UNets with preconditioning alone.
 PRECONDITIONED_SCHEDULERS = ("EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")
 
-# Arguments of a pipeline's call that can be written on a command line, and their help.
+# Arguments of a pipeline's call that can be written on a command line: type of the value, and help.
 SAMPLING_OPTIONS = {
-    "guidance_scale": "Scale of classifier guidance; 0 is no guidance.",
-    "num_inference_steps": "Number of steps.",
-    "timestep_respacing": "Steps of DDPM or DDIM as a respacing string, such as ddim25, or of a consistency model, such as 0,22,39.",
-    "condition_unet": "Whether the UNet is told the class.",
-    "eta": "Noise of DDIM, in [0, 1].",
-    "cfg_weight": "Weight w of classifier-free guidance; 0 is none.",
-    "weaker": "Weaker prediction that `cfg_weight` moves away from: a name, or options as JSON.",
-    "guidance_options": "Options that say when guidance acts, and how strongly, as JSON.",
-    "timesteps": "Training timesteps that DDPM or DDIM visits, or steps of CMStochasticIterative, as JSON.",
-    "churn": "Noise added before each step, for a UNet with preconditioning, as JSON.",
-    "epsilon_scale": "Divisor of the predicted noise, or as JSON the pair (k, b) for k t + b at timestep t.",
+    "guidance_scale": ("FLOAT", "Scale of classifier guidance. 0 means no guidance. Default: the pipeline's."),
+    "num_inference_steps": ("INT", "Number of steps. Default: the pipeline's."),
+    "timestep_respacing": (
+        "TEXT",
+        "Steps of DDPM or DDIM as a respacing string, such as ddim25, or of a consistency model, such as 0,22,39. Default: the"
+        " pipeline's.",
+    ),
+    "condition_unet": ("true|false", "Whether the UNet is given the labels. Default: true."),
+    "eta": ("FLOAT", "Noise of DDIM, in [0, 1]. Default: 0."),
+    "cfg_weight": ("FLOAT", "Weight w of classifier-free guidance. 0 means no guidance. Default: 0."),
+    "weaker": (
+        "NAME|JSON",
+        f"Weaker prediction that --cfg_weight moves away from: {', '.join(WEAKER_KINDS)}, or options in JSON, such as"
+        ' {"kind": "smoothed_attention", "blur_sigma": 2}. Default: null_class.',
+    ),
+    "guidance_options": (
+        "JSON",
+        "Options that say when guidance acts, and how strongly, as an object in JSON, such as"
+        ' {"interval": [0.28, 2.9], "every": 2}. Default: guidance at all steps.',
+    ),
+    "timesteps": (
+        "JSON",
+        "Training timesteps that DDPM or DDIM visits, or steps of CMStochasticIterative, as a list in JSON, such as [900,500,100]."
+        " Default: none.",
+    ),
+    "churn": (
+        "JSON",
+        "Noise added before each step, for a UNet with preconditioning, as an object in JSON, such as"
+        ' {"s_churn": 40, "s_noise": 1.003}. Default: none.',
+    ),
+    "epsilon_scale": (
+        "FLOAT|JSON",
+        "Divisor of the predicted noise, or a pair [k, b] in JSON for the divisor k t + b at timestep t. Default: none.",
+    ),
 }
 
 FORMATS = ("npz", "png")  # of samples
@@ -58,10 +81,11 @@ class ModelOptions:
 
     model: str | None = option(
         None,
-        help="Folder or Hub id of a pipeline, or released:NAME of a released checkpoint. By default the one of digits that ships"
-        " with this package.",
+        metavar="NAME_OR_PATH",
+        help="Pipeline: a folder, a Hub id, or released:NAME for a released checkpoint.",
+        unset="the digits of 32x32 pixels that ship with this package",
     )
-    revision: str | None = option(None, help="Branch, tag or commit on the Hub.")
+    revision: str | None = option(None, help="Branch, tag or commit of the pipeline on the Hub.", unset="main")
     variant: str | None = option(None, help="Variant of the weight files, such as fp16.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
 

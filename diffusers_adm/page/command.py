@@ -13,13 +13,13 @@ class PageOptions:
 
     host: str = option("127.0.0.1", metavar="HOST", help="Address to listen at. 0.0.0.0 serves other machines too.")
     port: int | None = option(
-        None, help="Port to listen at. By default the first free one from 7860.", check=in_range(1, 65535)
+        None, help="Port to listen at.", unset="the first free one from 7860", check=in_range(1, 65535)
     )
 
 
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `page`."""
-    add_options(parser, PageOptions)
+    add_options(parser, PageOptions, title="address")
     add_options(parser, ModelOptions, title="model")
     add_examples(
         parser,

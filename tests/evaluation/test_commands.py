@@ -1,10 +1,7 @@
 """Words of the command line, and schedulers by their names."""
 
-import shlex
 from dataclasses import fields
 
-import pytest
-from command_line import command_parsers
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline
 
@@ -59,14 +56,3 @@ def test_whatever_a_call_takes_is_an_option():
         ("guidance_options", '{"schedule": "Linear"}', {"schedule": "Linear"}),
     ):
         assert PARSERS[name](word) == value
-
-
-@pytest.mark.parametrize("command", ["sample", "evaluate", "make-reference", "nll", "sweep"])
-def test_examples_of_a_command_are_understood(command):
-    parser = command_parsers(command)[command]
-    title, *examples = parser.epilog.splitlines()
-    assert title == "examples:" and len(examples) == 2
-    for example in examples:
-        program, name, *words = shlex.split(example)
-        assert (program, name) == ("diffusers-adm", command)
-        parser.parse_args(words)

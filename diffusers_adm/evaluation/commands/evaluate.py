@@ -15,22 +15,32 @@ from diffusers_adm.options import add_examples, add_options, build_options, opti
 class EvaluateOptions:
     """Samples to evaluate, and files to write."""
 
-    samples_split: str = option(DEFAULT_SPLIT, help="Split of a dataset of samples.")
-    output: Path | None = option(None, metavar="FILE", help="JSON file to write the metrics to.")
+    samples_split: str = option(DEFAULT_SPLIT, help="Split of the samples, if they are a dataset.")
+    output: Path | None = option(
+        None, metavar="FILE", help="JSON file to write the metrics to.", unset="they are only printed"
+    )
     model_card: Path | None = option(
-        None, metavar="FILE", help="Model card, README.md, to write the metrics to as EvalResults."
+        None, metavar="FILE", help="Model card (README.md) of a pipeline to write the metrics to."
     )
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `evaluate`."""
     parser.add_argument(
-        "reference", type=text_as(), help="Reference batch (.npz), or the images themselves, as for the samples."
+        "reference",
+        type=text_as(),
+        metavar="REFERENCE",
+        help="Reference batch of make-reference (.npz), or images, as for SAMPLES. Required.",
     )
-    parser.add_argument("samples", type=text_as(), help=".npz with arr_0, folder of images, or dataset.")
-    add_options(parser, EvaluateOptions)
+    parser.add_argument(
+        "samples",
+        type=text_as(),
+        metavar="SAMPLES",
+        help="Samples: an .npz file with arr_0, a folder of images, or the Hub id or folder of a dataset. Required.",
+    )
+    add_options(parser, EvaluateOptions, title="evaluation")
     add_options(parser, FeatureOptions, title="features")
-    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_options(parser, ImageSetOptions, without=NO_DATASET, title="images")
     add_examples(
         parser,
         "diffusers-adm evaluate reference.npz samples/samples_50000x64x64x3.npz --output metrics.json",

@@ -17,21 +17,24 @@ class ReferenceOptions:
 
     num_neighbours: int = option(
         10_000,
-        help="Number of images in the file, for precision and recall. Statistics are of all images.",
+        help="Number of images that are kept in the file, for precision and recall. The statistics are those of all images.",
         check=at_least(NEIGHBOUR + 1),
     )
-    seed: int = option(0, help="Seed of their choice.", check=at_least(0))
+    seed: int = option(0, help="Seed that chooses the images that are kept.", check=at_least(0))
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `make_reference`."""
     parser.add_argument(
-        "dataset", type=text_as(), help="Hub id, folder of images, dataset's folder, or .npz with arr_0."
+        "dataset",
+        type=text_as(),
+        metavar="DATASET",
+        help="Images: the Hub id or folder of a dataset, a folder of images, or an .npz file with arr_0. Required.",
     )
-    parser.add_argument("output", type=text_as(), help=".npz file to write.")
-    add_options(parser, ReferenceOptions)
+    parser.add_argument("output", type=text_as(), metavar="OUTPUT", help="New .npz file to write. Required.")
+    add_options(parser, ReferenceOptions, title="reference")
     add_options(parser, FeatureOptions, title="features")
-    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_options(parser, ImageSetOptions, without=NO_DATASET, title="images")
     add_examples(
         parser,
         "diffusers-adm make-reference my_images reference.npz --resolution 64",

@@ -13,22 +13,30 @@ from diffusers_adm.options import add_examples, add_options, at_least, build_opt
 class LikelihoodOptions:
     """Images and steps of the bound."""
 
-    output: Path = option(metavar="DIR", help="Folder of the run: a new one, or of a run to continue.")
-    num_images: int | None = option(None, help="Number of images, the first ones. All by default.", check=at_least(1))
-    timestep_respacing: str = option("", help="Steps of the process as a published string. All by default.")
-    unconditional: bool = option(False, help="Give the UNet its null class for all images.")
+    output: Path = option(metavar="DIR", help="Folder of the run: a new one, or that of a run to continue.")
+    num_images: int | None = option(
+        None, help="Number of images, beginning with the first.", unset="all", check=at_least(1)
+    )
+    timestep_respacing: str = option(
+        "",
+        help="Timesteps of the bound as a respacing string, such as 250. An empty string means all training timesteps.",
+    )
+    unconditional: bool = option(False, help="Give the UNet its null class instead of the labels.")
     clip_denoised: bool = option(True, help="Clip the predicted x_0 to [-1, 1].")
 
 
 def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `nll`."""
     parser.add_argument(
-        "dataset", type=text_as(), help="Hub id, folder of images, dataset's folder, or .npz with arr_0."
+        "dataset",
+        type=text_as(),
+        metavar="DATASET",
+        help="Images: the Hub id or folder of a dataset, a folder of images, or an .npz file with arr_0. Required.",
     )
-    add_options(parser, LikelihoodOptions)
+    add_options(parser, LikelihoodOptions, title="bound")
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
-    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_options(parser, ImageSetOptions, without=NO_DATASET, title="images")
     add_examples(
         parser,
         "diffusers-adm nll my_images --resolution 64 --model me/my-model --output likelihood",

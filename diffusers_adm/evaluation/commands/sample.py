@@ -14,29 +14,30 @@ from diffusers_adm.options import add_examples, add_options, build_options, in_r
 class SampleOptions:
     """Samples to draw."""
 
-    output: Path = option(metavar="DIR", help="Folder of the run: a new one, or of a run to continue.")
+    output: Path = option(metavar="DIR", help="Folder of the run: a new one, or that of a run to continue.")
     num_samples: int = option(50_000, help="Number of images.", check=in_range(1, MAX_IMAGES))
     labels: str | None = option(
         None,
         metavar="POLICY",
-        help="random, balanced, or a file: .npz with arr_1, or a text of one number or name per line. By default random, and"
-        " for an upsampler the labels of --low_res, or no labels if there are none.",
+        help="Labels of the samples: random, balanced, or a file. A file is an .npz file with arr_1, or a text file with one class"
+        " number or name per line.",
+        unset="random for a base model, and the labels of --low_res, if any, for an upsampler",
     )
-    format: str = option("npz", choices=FORMATS, help="npz: one file; png: one folder per class.")
+    format: str = option(
+        "npz", choices=FORMATS, help="Format of the samples. npz: one file. png: one folder of images per class."
+    )
     remove_shards: bool = option(False, help="Delete the shards after the samples have been written.")
     low_res: Path | None = option(
-        None, metavar="FILE", help="Samples (.npz), with their labels, that an upsampler enlarges."
+        None, metavar="FILE", help="Small samples (.npz), with their labels, that an upsampler enlarges."
     )
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sample`."""
-    add_options(parser, SampleOptions)
+    add_options(parser, SampleOptions, title="samples")
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
-    add_sampling_options(
-        parser, "sampling", "Arguments of the pipeline's call. Its own defaults apply to those that are not given."
-    )
+    add_sampling_options(parser, "sampling", "Arguments of the pipeline's call.")
     add_examples(
         parser,
         "diffusers-adm sample --output samples --num_samples 1000 --scheduler DDIM --num_inference_steps 25",

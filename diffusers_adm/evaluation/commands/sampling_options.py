@@ -71,17 +71,19 @@ def add_sampling_options(
         nargs: `"+"` for several values of each option.
     """
     group = parser.add_argument_group(title, description)
+    names = sorted(SCHEDULERS + PRECONDITIONED_SCHEDULERS)
     group.add_argument(
         "--scheduler",
-        choices=sorted(SCHEDULERS + PRECONDITIONED_SCHEDULERS),
+        choices=names,
         default=None if nargs is None else [None],
         nargs=nargs,
-        help="Scheduler, instead of the pipeline's. -guided: as its authors advise for guided sampling; -Karras: with the noise"
-        " levels of Karras et al. 2022.",
+        metavar="NAME",
+        help=f"Scheduler of diffusers: {', '.join(names)}. -guided: with the settings that its authors advise for guided sampling."
+        " -Karras: with the noise levels of Karras et al. 2022. Default: the pipeline's.",
     )
-    for name, text in SAMPLING_OPTIONS.items():
+    for name, (metavar, text) in SAMPLING_OPTIONS.items():
         group.add_argument(
-            f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar="VALUE", help=text
+            f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text
         )
 
 

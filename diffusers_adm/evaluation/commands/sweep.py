@@ -15,26 +15,35 @@ from diffusers_adm.options import add_examples, add_options, build_options, in_r
 class SweepOptions:
     """Samples to draw at each point."""
 
-    output: Path = option(metavar="DIR", help="Folder of the sweep: a new one, or of a sweep to continue.")
+    output: Path = option(metavar="DIR", help="Folder of the sweep: a new one, or that of a sweep to continue.")
     num_samples: int = option(2000, help="Number of images per point.", check=in_range(NEIGHBOUR + 1, MAX_IMAGES))
-    labels: str = option("random", metavar="POLICY", help="Labels, as for sample.")
-    low_res: Path | None = option(None, metavar="FILE", help="Samples that an upsampler enlarges, as for sample.")
+    labels: str = option(
+        "random", metavar="POLICY", help="Labels of the samples: random, balanced, or a file, as for sample."
+    )
+    low_res: Path | None = option(
+        None, metavar="FILE", help="Small samples (.npz) that an upsampler enlarges, as for sample."
+    )
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sweep`."""
-    parser.add_argument("reference", type=text_as(), help="Reference batch (.npz), or images, as for evaluate.")
-    add_options(parser, SweepOptions)
+    parser.add_argument(
+        "reference",
+        type=text_as(),
+        metavar="REFERENCE",
+        help="Reference batch of make-reference (.npz), or images, as for evaluate. Required.",
+    )
+    add_options(parser, SweepOptions, title="samples")
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_sampling_options(
         parser,
         "points",
-        "One value or more of each. Every combination is a point. The pipeline's defaults apply to those that are not given.",
+        "Arguments of the pipeline's call, each with one value or more. Every combination of values is a point.",
         nargs="+",
     )
     add_options(parser, FeatureOptions, title="features")
-    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_options(parser, ImageSetOptions, without=NO_DATASET, title="images")
     add_examples(
         parser,
         "diffusers-adm sweep reference.npz --output sweep --guidance_scale 0 1 2.5 5",
