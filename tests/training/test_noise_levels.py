@@ -93,7 +93,7 @@ def test_run_starts_from_a_trained_model(preconditioning, dataset, tmp_path, cap
         (["--preconditioning", "edm"], "requires --no-learn_sigma"),
         ([*EDM, "--loss", "vlb"], "--loss has no effect with --preconditioning edm. Leave out --loss vlb."),
         ([*EDM, "--schedule_sampler", "loss-second-moment"], "--schedule_sampler has no effect"),
-        ([*EDM, "--sigma_min", "90"], "sigma_min and sigma_max must be positive and finite, the smaller first"),
+        ([*EDM, "--sigma_min", "90"], "`sigma_min` must be the smaller one, but got 90.0"),
         (["--log_sigma_std", "2"], "--log_sigma_std requires a UNet with --preconditioning"),
     ],
 )
