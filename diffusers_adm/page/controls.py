@@ -37,9 +37,9 @@ def scale_control(model: PageModel, value: float, label: str = "Guidance scale")
     return gr.Slider(0, MAX_SCALE, value=value if shown else 0, step=0.1, label=label, visible=shown)
 
 
-def steps_control(value: int, maximum: int = MAX_STEPS, minimum: int = 1) -> gr.Slider:
+def steps_control(value: int, maximum: int = MAX_STEPS, minimum: int = 1, label: str = "Steps") -> gr.Slider:
     """Returns a control for the number of steps."""
-    return gr.Slider(minimum, maximum, value=value, step=1, precision=0, label="Steps")
+    return gr.Slider(minimum, maximum, value=value, step=1, precision=0, label=label)
 
 
 def seed_control(label: str = "Seed", value: int = 0) -> gr.Number:
@@ -52,10 +52,10 @@ def scheduler_control(model: PageModel, label: str = "Solver") -> gr.Dropdown:
     return gr.Dropdown(model.schedulers, value=model.schedulers[0], label=label)
 
 
-def told_control(model: PageModel, value: bool = True) -> gr.Checkbox:
+def told_control(model: PageModel, value: bool = True, label: str = "Tell the UNet the class") -> gr.Checkbox:
     """Returns a control for whether the UNet is told the class. It is shown for a UNet that can be run with and without."""
     shown = model.is_told_classes and model.can_forget_classes
-    return gr.Checkbox(value or not model.can_forget_classes, label="Tell the UNet the class", visible=shown)
+    return gr.Checkbox(value or not model.can_forget_classes, label=label, visible=shown)
 
 
 def result_picture(label: str) -> gr.Image:

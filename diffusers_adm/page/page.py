@@ -3,11 +3,12 @@
 import gradio as gr
 
 from diffusers_adm.page.about import build_about
+from diffusers_adm.page.compare import build_compare
 from diffusers_adm.page.edit import build_edit
 from diffusers_adm.page.model import PageModel
 
 
-TABS = {"Edit": build_edit, "About": build_about}
+TABS = {"Edit": build_edit, "Compare": build_compare, "About": build_about}
 
 # System fonts, because others would be fetched from elsewhere.
 THEME = gr.themes.Default(
