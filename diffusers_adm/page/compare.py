@@ -28,6 +28,7 @@ from diffusers_adm.page.pictures import enlarged
 
 MAX_IMAGES = 16
 COLUMNS = 4
+GRID_SIDE = 512  # pixels
 
 
 def build_compare(model: PageModel) -> None:
@@ -124,6 +125,10 @@ def side_by_side(left: Iterator[tuple], right: Iterator[tuple]) -> Iterator[tupl
     a = b = None
     for next_a, next_b in zip_longest(left, right):
         a, b = next_a or a, next_b or b
-        yield enlarged(a[0]), enlarged(b[0]), f"A: {a[2].lower()}. B: {b[2].lower()}."
+        yield enlarged(a[0], GRID_SIDE), enlarged(b[0], GRID_SIDE), f"A: {a[2].lower()}. B: {b[2].lower()}."
     difference = (a[1] - b[1]).abs().mean() / 2
-    yield enlarged(a[0]), enlarged(b[0]), f"Done. The images differ by {difference:.1%} per pixel on average."
+    yield (
+        enlarged(a[0], GRID_SIDE),
+        enlarged(b[0], GRID_SIDE),
+        f"Done. The images differ by {difference:.1%} per pixel on average.",
+    )

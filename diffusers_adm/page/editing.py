@@ -8,7 +8,7 @@ from PIL import Image
 from diffusers_adm.examples.ddnm import agreeing_with, enlarge, shrink
 from diffusers_adm.examples.repaint import jumping_timesteps, pasting
 from diffusers_adm.page.model import PageModel
-from diffusers_adm.page.pictures import enlarged, image_tensor, model_picture
+from diffusers_adm.page.pictures import enlarged, model_input
 from diffusers_adm.pipelines.sampling_steps import SamplingStep
 
 
@@ -55,7 +55,7 @@ def invert(model: PageModel, picture: Image.Image, label: int | None, steps: int
     Yields:
         Noise, picture so far, and what it is.
     """
-    pipeline, x_0 = model.pipeline("DDIM"), image_tensor(model_picture(picture, model))
+    pipeline, x_0 = model.pipeline("DDIM"), model_input(picture, model)
     labels = None if label is None else [label]
     noise = pipeline.invert(x_0, labels, steps)
     (noise_picture,) = pipeline.image_processor.postprocess(noise / 3)
@@ -90,7 +90,7 @@ def counterfactual(
         guidance_scale: Guidance scale towards it.
         steps: Number of steps each way.
     """
-    pipeline, x_0 = model.pipeline("DDIM"), image_tensor(model_picture(picture, model))
+    pipeline, x_0 = model.pipeline("DDIM"), model_input(picture, model)
     call = class_arguments(model, target, guidance_scale)
     noise = pipeline.invert(x_0, None if label is None else [label], steps)
     for step in pipeline.steps(latents=noise, num_inference_steps=steps, **call):
@@ -121,8 +121,8 @@ def inpaint(
         rounds: Number of times that each stretch of steps is run, which fits the new part to the old one.
         seed: Seed of the noise.
     """
-    pipeline, known = model.pipeline("DDPM"), image_tensor(model_picture(picture, model))
-    mask = (image_tensor(model_picture(region, model))[:, :1] < 0).float()
+    pipeline, known = model.pipeline("DDPM"), model_input(picture, model)
+    mask = (model_input(region, model)[:, :1] < 0).float()
     generator = torch.Generator().manual_seed(seed)
     timesteps = jumping_timesteps(steps, JUMP_LENGTH, rounds, pipeline.scheduler.config.num_train_timesteps)
     call = class_arguments(model, label, guidance_scale)
@@ -151,7 +151,7 @@ def super_resolve(
         Shrunk picture, picture so far, and what it is.
     """
     pipeline = model.pipeline("DDIM")
-    small = shrink(image_tensor(model_picture(picture, model)), factor)
+    small = shrink(model_input(picture, model), factor)
     (small_picture,) = pipeline.image_processor.postprocess(enlarge(small, factor))
     call = {"eta": ETA, "x_0_fn": agreeing_with(small, factor), **class_arguments(model, label)}
     generator = torch.Generator().manual_seed(seed)

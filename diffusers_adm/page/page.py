@@ -15,8 +15,8 @@ THEME = gr.themes.Default(
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "Consolas", "monospace"],
 )
-# Small images are shown by their pixels.
-CSS = ".pixelated img { image-rendering: pixelated; }"
+# Small images are shown by their pixels, below the label of their frame.
+CSS = ".pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }"
 MAX_UPLOAD = "5mb"
 MAX_WAITING = 32  # runs in the queue
 HOUR = 3600

@@ -45,14 +45,20 @@ def model_picture(picture: Image.Image, model: PageModel) -> Image.Image:
     return ImageOps.fit(picture, (model.size, model.size), Image.Resampling.BOX)
 
 
-def image_tensor(picture: Image.Image) -> torch.Tensor:
-    """Returns a picture as a batch of one image in [-1, 1], `(1, channels, height, width)`."""
-    return 2 * to_tensor(picture)[None] - 1
+def model_input(picture: Image.Image, model: PageModel) -> torch.Tensor:
+    """Returns a picture as a batch of one image of a model, in [-1, 1], `(1, channels, height, width)`."""
+    return 2 * to_tensor(model_picture(picture, model))[None].to(model.device) - 1
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """Returns a picture for the page. It is enlarged by an integer factor, so that every pixel of the model can be seen."""
-    factor = max(1, -(-SHOWN_SIDE // max(picture.size)))
+def enlarged(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
+    """
+    Returns a picture for the page, enlarged by an integer factor, so that every pixel of the model can be seen.
+
+    Args:
+        picture: Picture of the model's pixels.
+        side: Number of pixels that its longer side has at least.
+    """
+    factor = max(1, -(-side // max(picture.size)))
     shown = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
     # gradio names a file by its content. Equal pictures would be one file, which is written again while it is read.
     shown.info["Title"] = uuid.uuid4().hex
