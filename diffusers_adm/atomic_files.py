@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders. After a crash, the old or the new version exists, but no part of one."""
+"""Atomic writing of files and folders. After a crash, either the old or the new version exists completely."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Turns errors of writing a file or a folder into an `OSError` that names it, because most errors of a full disk name none."""
+    """Makes errors of writing a file or a folder an `OSError` that names it, because most errors of a full disk name no file."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # errors without a number have their own message
+        if error.filename is None and error.errno is not None:  # errors without a number are custom messages
             error.filename = str(path)
         raise
     except SafetensorError as error:
@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Yields a temporary path to write a file to. After the context, the file is flushed to the disk and renamed to `path`.
 
     Raises:
-        OSError: If the file cannot be written. The message names it.
+        OSError: If the file cannot be written. The message names the file.
     """
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
@@ -47,13 +47,16 @@ def check_can_write(path: Path) -> None:
     Checks that a file can be written, so that an error comes before long work and not after it.
 
     Raises:
-        ValueError: If the path is that of a folder or a device, or its folder does not exist.
-        OSError: If no file can be written to the folder.
+        ValueError: If the path is a folder or a device, or its folder does not exist.
+        OSError: If the folder is not writable.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'a device'}: give the name of a file to write.")
+        kind = "a folder" if path.is_dir() else "a device"
+        raise ValueError(f"The output must be a file, but {path} is {kind}.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
+        raise ValueError(
+            f"{path.name} cannot be written, because there is no folder {path.absolute().parent}. Create it."
+        )
     try:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
@@ -71,7 +74,7 @@ def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> Non
         sort_keys: Whether keys are sorted, as in the configs that diffusers writes.
 
     Raises:
-        ValueError: If a number is not finite, because JSON has no such numbers.
+        ValueError: If a number is not finite, because JSON does not support such numbers.
     """
     with atomic_write(path) as partial:
         partial.write_text(
@@ -82,7 +85,7 @@ def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> Non
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """
-    Yields a temporary path to create and fill a folder at. After the context, the folder is flushed to the disk and renamed to
+    Yields a temporary path at which to create and fill a folder. After the context, the folder is flushed to the disk and renamed to
     `folder`.
 
     Raises:
@@ -116,7 +119,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Replaces a folder by a finished and flushed one. The old folder is removed last."""
+    """Replaces a folder by a complete and flushed folder. The old folder is removed last."""
     old = folder.with_name("old-" + folder.name)
     shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed
     if folder.exists():
@@ -127,7 +130,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Renames a folder and then removes it, so that an interruption leaves no part of it under its name."""
+    """Renames a folder, then removes it, so that an interruption leaves no incomplete folder under its name."""
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     os.replace(folder, partial)

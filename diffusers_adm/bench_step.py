@@ -1,4 +1,4 @@
-"""Moved to `diffusers_adm.benchmarks.step`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.benchmarks.step`. This name will be removed in the next release."""
 
 from diffusers_adm.benchmarks.step import main
 

@@ -1,4 +1,4 @@
-"""Moved to `diffusers_adm.hub.cards`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.hub.cards`. This name will be removed in the next release."""
 
 import sys
 

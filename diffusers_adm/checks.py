@@ -115,7 +115,7 @@ def as_numbers(name: str, given: torch.Tensor | float | list) -> torch.Tensor:
         given: Number, list, array or tensor.
 
     Raises:
-        ValueError: If they are not real numbers.
+        ValueError: If the values are not real numbers.
     """
     try:
         numbers = given if isinstance(given, torch.Tensor) else torch.as_tensor(given)
@@ -138,12 +138,12 @@ def one_per_image(name: str, given: torch.Tensor | float | list, images: torch.T
         images: Images, `(batch, ...)`.
 
     Raises:
-        ValueError: If they are not real numbers, or are neither one number nor one per image.
+        ValueError: If the values are not real numbers, or are neither one number nor one number per image.
     """
     numbers = as_numbers(name, given)
     if numbers.ndim > 1 or (numbers.ndim == 1 and numbers.shape[0] not in (1, images.shape[0])):
         raise ValueError(
-            f"`{name}` must be one number for all images or one per image of {images.shape[0]}, but got"
+            f"`{name}` must be one number for all images or one per image, ({images.shape[0]},), but got the shape"
             f" {tuple(numbers.shape)}."
         )
     return numbers.to(images.device)

@@ -1,7 +1,7 @@
 """Pictures of the models that ship with this package.
 
-The picture of the default model shows what guidance does to ten digits, in the manner of Figure 3 of Dhariwal & Nichol 2021. The
-picture of the default cascade shows what each stage draws.
+The picture of the default model shows the effect of guidance on ten digits, as Figure 3 of Dhariwal & Nichol 2021 does. The picture of
+the default cascade shows the images of each stage.
 """
 
 import time
@@ -27,10 +27,10 @@ ROWS = (
 
 def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) -> None:
     """
-    Draws the ten digits in four ways, from the same noise in each column, and writes the labelled grid.
+    Draws the ten digits with four settings, and writes a labelled grid. All images of a column begin with the same noise.
 
     Args:
-        output: File to write. Its suffix names the format.
+        output: File to write. Its suffix decides the format.
         num_inference_steps: Number of DDIM steps.
         seed: Seed of the first column. Each further column has the next seed.
 
@@ -62,10 +62,10 @@ def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) 
 
 def draw_cascade_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) -> None:
     """
-    Draws the ten digits at 16x16 pixels, enlarges them to 32x32, and writes the labelled grid.
+    Draws the ten digits at 16x16 pixels, enlarges them to 32x32, and writes a labelled grid.
 
     Args:
-        output: File to write. Its suffix names the format.
+        output: File to write. Its suffix decides the format.
         num_inference_steps: Number of DDIM steps per stage.
         seed: Seed of the first column. Each further column has the next seed.
 
@@ -101,19 +101,19 @@ def checked_output(output: str | Path) -> Path:
     """
     output = Path(output).absolute()
     if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{output.name}: pictures cannot be written as {output.suffix!r}; .png and .jpg can.")
+        raise ValueError(f"The picture must have a supported suffix, such as .png or .jpg, but got {output.name}.")
     check_can_write(output)
     return output
 
 
 def save_picture(picture: Image.Image, output: Path) -> None:
-    """Writes a picture, whole or not at all."""
+    """Writes a picture. If writing fails, no file is left."""
     with atomic_write(output) as partial:
         picture.save(partial)
 
 
 def load_with_ddim(pipeline_class: type[DiffusionPipeline], folder: str) -> DiffusionPipeline:
-    """Loads a pipeline with DDIM, which needs few steps."""
+    """Loads a pipeline and replaces its scheduler by DDIM, which needs few steps."""
     pipeline = pipeline_class.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     return pipeline

@@ -1,3 +1,3 @@
-"""Moved to `diffusers_adm.guidance`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.guidance`. This name will be removed in the next release."""
 
 from diffusers_adm.guidance import CleanClassifierGuidance, CLIPGuidance

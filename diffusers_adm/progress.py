@@ -18,14 +18,14 @@ def with_progress(
     items: Iterable[Item], total: int, description: str, unit: str, seconds: float = SECONDS_BETWEEN_LINES
 ) -> Iterator[Item]:
     """
-    Yields items, and shows on stderr how many are done.
+    Yields items and shows progress on stderr.
 
     Args:
         items: Items to yield. An item counts as done when the next one is requested.
         total: Number of items.
         description: Name of the work.
         unit: Name of the items, in the plural.
-        seconds: Seconds between two lines if stderr is not a terminal. Shorter work then shows nothing.
+        seconds: Seconds between two lines if stderr is not a terminal. Work that takes less time then shows no line.
     """
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=description, unit=f" {unit}")

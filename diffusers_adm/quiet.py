@@ -1,4 +1,4 @@
-"""Suppression of log records of diffusers that are useless to users."""
+"""Suppression of log messages of diffusers that do not apply."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def without_warning(text: str) -> Iterator[None]:
     """
-    Drops the log records of diffusers' models that contain a text.
+    Drops log messages of diffusers' models that contain a text.
 
     Args:
         text: Part of the messages to drop.
@@ -26,7 +26,7 @@ def without_warning(text: str) -> Iterator[None]:
 
 
 class QuietCastMixin:
-    """Model of diffusers that is cast without a needless warning. This class comes first among the bases."""
+    """Mixin that suppresses a warning that does not apply when a model is cast. It must come first among the base classes."""
 
     def to(self, *args, **kwargs):
         """Moves and casts the model, see `ModelMixin.to`."""

@@ -1,4 +1,4 @@
-"""Files of saved models and pipelines, checked before diffusers reads them, so that an error names the damaged file."""
+"""Checks of the files of saved models and pipelines. They come before diffusers reads the files, so that errors name a file."""
 
 import contextlib
 import json
@@ -20,23 +20,25 @@ def read_config(path: Path) -> dict:
         OSError: If the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
-        reason = "save or download it again"
+        advice = "Save or download it again."
         if (path.parent / "model_index.json").is_file():
-            reason = "it holds a pipeline, of which `subfolder`, such as 'unet', names one model"
+            advice = "It holds a pipeline. Pass the name of one of its models as `subfolder`, such as 'unet'."
         elif path.name == "model_index.json" and (path.parent / "config.json").is_file():
-            reason = "it holds a model, not a pipeline"
-        raise OSError(f"The folder {str(path.parent)!r} has no {path.name}: {reason}.")
+            advice = "It holds a model, not a pipeline."
+        raise OSError(f"The folder {str(path.parent)!r} has no {path.name}. {advice}")
     try:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
     except (ValueError, RecursionError) as error:
-        raise OSError(f"The file {str(path)!r} is damaged (no JSON object): save or download it again.") from error
+        raise OSError(
+            f"The file {str(path)!r} must hold a JSON object, but is damaged. Save or download it again."
+        ) from error
     return config
 
 
 def weight_files(variant: str | None) -> list[str]:
-    """Returns patterns of the weight files that `save_pretrained` writes, which may be one file or several."""
+    """Returns patterns for the weight files that `save_pretrained` writes: one file, or several shards and their index."""
     suffix = "" if variant is None else f".{variant}"
     return [
         f"{WEIGHTS}{suffix}.safetensors",
@@ -58,7 +60,7 @@ def check_weights(folder: Path, variant: str | None) -> None:
     """
     files = [path for pattern in weight_files(variant) for path in sorted(folder.glob(pattern)) if path.is_file()]
     if not files and (variant is not None or not any(path.is_file() for path in folder.glob(f"{WEIGHTS}*"))):
-        raise OSError(f"The folder {str(folder)!r} has no {weight_files(variant)[0]}: save or download it again.")
+        raise OSError(f"The folder {str(folder)!r} has no {weight_files(variant)[0]}. Save or download it again.")
     for path in files:
         if path.suffix == ".json":
             read_config(path)
@@ -68,7 +70,7 @@ def check_weights(folder: Path, variant: str | None) -> None:
                 pass
         except Exception as error:  # a damaged file raises errors of several types
             raise OSError(
-                f"The file {str(path)!r} is damaged or incomplete, or a mere pointer of Git LFS: save or download it again."
+                f"The file {str(path)!r} is damaged, incomplete, or only a pointer of Git LFS. Save or download it again."
             ) from error
 
 
@@ -90,6 +92,6 @@ def loading(class_name: str, place: str) -> Iterator[None]:
     except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # Without diffusers' advice for weights of wrong shapes, because it would leave them uninitialised.
+        # The advice of diffusers for weights of wrong shapes is left out, because it would leave the weights uninitialised.
         cause = " ".join(str(error).split()).split(" If you want to instead")[0]
         raise ValueError(f"{class_name} cannot be loaded from {place!r}: {cause}") from error

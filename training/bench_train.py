@@ -1,4 +1,4 @@
-"""Moved to `diffusers_adm.benchmarks.training`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.benchmarks.training`. This name will be removed in the next release."""
 
 from diffusers_adm.benchmarks.training import main
 

@@ -1,1 +1,1 @@
-"""Measurements of time, memory and quality, each a command: `python -m diffusers_adm.benchmarks.<name>`."""
+"""Benchmarks of time, memory and quality. Each module is a command: `python -m diffusers_adm.benchmarks.<name>`."""

@@ -1,8 +1,8 @@
-"""Time of the parts of an evaluation, against straightforward implementations: `python -m diffusers_adm.benchmarks.metrics`.
+"""Time of the parts of an evaluation, compared with plain implementations: `python -m diffusers_adm.benchmarks.metrics`.
 
-Each part handles the features of 10,000 images, as many numbers as Inception gives. Both ways of a part take turns, and the median
-counts. The straightforward ones are NumPy's covariance, a matrix square root by general eigenvectors, and torch-fidelity's
-precision and recall. The floor of the last is the time of its three matrix products alone.
+By default, each part is computed for 10,000 images with as many features as Inception has. The two implementations of a part take
+turns, and the median time counts. The plain implementations are NumPy's covariance, a matrix square root by general eigenvectors, and
+precision and recall of torch-fidelity. The time of the three matrix products alone is a lower bound for precision and recall.
 """
 
 import sys
@@ -25,11 +25,11 @@ class MetricsOptions:
 
     images: int = option(10_000, help="Number of images of each set.", check=at_least(4))
     features: int = option(2048, help="Number of features per image.", check=at_least(1))
-    rounds: int = option(3, help="Number of rounds. The median counts.", check=at_least(1))
+    rounds: int = option(3, help="Number of rounds. The median time counts.", check=at_least(1))
 
 
 def running_statistics(features: torch.Tensor, batch_size: int = 64) -> GaussianStatistics:
-    """Returns the statistics, as `summarise` computes them."""
+    """Returns the statistics of features, computed as in `summarise`."""
     running = RunningStatistics()
     for batch in features.split(batch_size):
         running.update(batch)
@@ -37,7 +37,7 @@ def running_statistics(features: torch.Tensor, batch_size: int = 64) -> Gaussian
 
 
 def plain_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """Returns the distance by the square root of the product of the covariances, from its eigenvectors."""
+    """Returns the Frechet distance. The square root of the product of the covariances is computed from eigenvectors."""
     values, vectors = np.linalg.eig(first.covariance @ second.covariance)
     root = (vectors * np.sqrt(values.astype(complex))) @ np.linalg.inv(vectors)
     difference = first.mean - second.mean
@@ -45,7 +45,7 @@ def plain_distance(first: GaussianStatistics, second: GaussianStatistics) -> flo
 
 
 def random_features(images: int, features: int) -> list[torch.Tensor]:
-    """Returns two sets of features with the size and the spread of Inception's: not negative, and few of them large."""
+    """Returns two sets of random features, distributed as Inception's: not negative, and few of them large."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(features, generator=generator) + 0.1
     return [(torch.randn(images, features, generator=generator) * spread).relu() for _ in range(2)]
@@ -79,7 +79,7 @@ def main() -> None:
         ours, plain, *floor = median_seconds(calls, args.rounds)
         print(f"{name:<24}{ours:>10.2f}{plain:>10.2f}{plain / ours:>14.2f}", flush=True)
         for products in floor:
-            print(f"{'  three products alone':<24}{products:>10.2f}: ours takes {ours / products:.2f} times that")
+            print(f"{'  three products alone':<24}{products:>10.2f}, ours takes {ours / products:.2f} times as long")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time that the pipeline adds to its networks, per step: `python -m diffusers_adm.benchmarks.overhead`.
 
-A run of the default model takes turns with a loop that does nothing but evaluate the networks as often: the UNet, and where the run
-is guided the classifier with its gradient. The difference is the pipeline's own code: the scheduler's step, guidance, hooks, noise.
+A run of the default model takes turns with a loop that only evaluates the networks, as often as the run does: the UNet, and in guided
+runs the classifier with its gradient. The difference is the time of the pipeline's own code: scheduler steps, guidance, hooks, noise.
 """
 
 import sys
@@ -23,9 +23,7 @@ class OverheadOptions:
 
     batch_size: int = option(1, help="Number of images per batch.", check=at_least(1))
     steps: int = option(50, help="Number of steps per run.", check=at_least(1))
-    rounds: int = option(
-        7, help="Number of rounds, after one that is not counted. The median counts.", check=at_least(1)
-    )
+    rounds: int = option(7, help="Number of rounds, after one for warm-up. The median time counts.", check=at_least(1))
 
 
 SCHEDULERS = (DDPMScheduler, DDIMScheduler)
@@ -34,7 +32,7 @@ SCHEDULERS = (DDPMScheduler, DDIMScheduler)
 def networks_alone(
     pipeline: ClassifierGuidedPipeline, batch_size: int, steps: int, guided: bool
 ) -> Callable[[], None]:
-    """Returns a function that evaluates the networks as often as a run does, and nothing else."""
+    """Returns a function that only evaluates the networks, as often as a run does."""
     unet, classifier, device = pipeline.unet, pipeline.classifier, pipeline.device
     shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     x_t = torch.randn(shape, device=device, dtype=unet.dtype)
@@ -55,7 +53,7 @@ def networks_alone(
 
 
 def main() -> None:
-    """Measures runs with and without guidance, and prints what the pipeline adds."""
+    """Times runs with and without guidance, and prints the time that the pipeline adds."""
     parser = CommandParser(description=__doc__)
     add_options(parser, OverheadOptions)
     args = build_options(OverheadOptions, parser.parse_args())
@@ -63,8 +61,9 @@ def main() -> None:
     pipeline = ClassifierGuidedPipeline.from_pretrained(default_model()).to(device)
     pipeline.set_progress_bar_config(disable=True)
     print(
-        f"Default model, {args.batch_size} image(s), {args.steps} steps, {str(pipeline.unet.dtype).removeprefix('torch.')},"
-        f" {torch.get_num_threads()} threads on {device.type}, median of {args.rounds} rounds; milliseconds per step"
+        f"Milliseconds per step of the default model: batch size {args.batch_size}, {args.steps} steps,"
+        f" {str(pipeline.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads on {device.type}, median of"
+        f" {args.rounds} rounds"
     )
     for scheduler_class in SCHEDULERS:
         pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
@@ -83,8 +82,8 @@ def main() -> None:
             whole, networks = (1000 * time / args.steps for time in median_seconds(calls, args.rounds))
             name = f"{scheduler_class.__name__}, {'guided' if guided else 'unguided'}"
             print(
-                f"{name:<26} whole {whole:7.2f}   networks {networks:7.2f}   pipeline {whole - networks:6.2f}"
-                f"   share of the networks {whole / networks - 1:6.1%}"
+                f"{name:<26} total {whole:7.2f}   networks {networks:7.2f}   pipeline {whole - networks:6.2f}"
+                f"   pipeline / networks {whole / networks - 1:6.1%}"
             )
 
 

@@ -1,9 +1,9 @@
-"""Quality against cost, of solvers and of ways to guide: `python -m diffusers_adm.benchmarks.sampling REFERENCE`.
+"""Quality and cost of solvers and kinds of guidance: `python -m diffusers_adm.benchmarks.sampling REFERENCE`.
 
-DDPM and DDIM are evaluated once at 250 steps, and each solver with at most 5 to 25 evaluations of the UNet. The two best solvers are
-then guided within an interval, by entropy, and with skipped classifier calls. At last, DDPM and the best fast settings are evaluated
-with two more seeds. All points have the same labels, and are guided. A run that was stopped continues where it stopped. All processes
-of a launch draw.
+First, DDPM and DDIM are evaluated at 250 steps, and each solver with at most 5, 10, 15, 20 and 25 evaluations of the UNet. Then the two
+best solvers are evaluated with other kinds of guidance: within an interval, with entropy scaling, and with skipped gradients. Finally,
+DDPM and the best fast settings are evaluated with two more seeds. All points are guided and have the same labels. An interrupted run
+continues where it stopped. All launched processes draw.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from diffusers_adm.solvers import build_solver
 
 FAST_EVALUATIONS = (5, 10, 15, 20, 25)
 SLOW_STEPS = 250
-RECOMMENDED_EVALUATIONS = 20  # at most
+MAX_RECOMMENDED_EVALUATIONS = 20
 EVERY_STEP = "every step"
 GUIDANCE = {
     EVERY_STEP: {},
@@ -52,7 +52,7 @@ GUIDANCE = {
 class BenchOptions:
     """Samples of each point."""
 
-    output: Path = option(metavar="DIR", help="Folder of the run: new, or of one to continue.")
+    output: Path = option(metavar="DIR", help="Folder of the run: a new folder, or that of an interrupted run.")
     num_samples: int = option(1000, help="Number of images per point.", check=in_range(NEIGHBOUR + 1, MAX_IMAGES))
     guidance_scale: float = option(1.0, help="Guidance scale.")
 
@@ -65,7 +65,7 @@ class Settings:
     Args:
         num_images: Number of images per point.
         batch_size: Number of images per batch.
-        seed: Seed of most points.
+        seed: Seed of the points. The best points are also evaluated with the next two seeds.
         guidance_scale: Guidance scale.
         model_name: Folder or Hub id of the pipeline, for the record.
     """
@@ -79,12 +79,12 @@ class Settings:
 
 class Bench:
     """
-    Points of quality against cost, which are kept in a folder.
+    Evaluation of points of quality and cost, whose results are saved in a folder.
 
     Args:
-        pipeline: Guided pipeline on this process's device.
-        evaluator: Evaluator of samples, which judges labels.
-        folder: Folder of the run, on a disk that all processes see.
+        pipeline: Pipeline with a classifier, on this process's device.
+        evaluator: Evaluator of samples with `judged=True`.
+        folder: Folder of the run, on a disk that all processes can read and write.
         settings: Settings that all points share.
     """
 
@@ -100,7 +100,7 @@ class Bench:
         self.results: list[dict] = []
 
     def steps_within(self, scheduler: str, evaluations: int) -> int:
-        """Returns the largest number of steps of a scheduler within a number of evaluations of the UNet."""
+        """Returns the largest number of steps of a scheduler that takes at most `evaluations` evaluations of the UNet."""
         self.set_scheduler(scheduler)
         return next(
             steps
@@ -115,16 +115,16 @@ class Bench:
 
     def evaluate(self, scheduler: str, steps: int, guidance: str = EVERY_STEP, seed: int | None = None) -> dict:
         """
-        Draws and evaluates a point's samples, and writes the table so far.
+        Draws and evaluates the samples of a point, and writes the table of all points so far.
 
         Args:
             scheduler: Name in `SCHEDULERS`.
-            steps: Number of its steps.
+            steps: Number of steps.
             guidance: Name in `GUIDANCE`.
-            seed: Seed of the samples. The default is that of the settings.
+            seed: Seed of the samples. `None` means the seed of the settings.
 
         Returns:
-            The point and its metrics.
+            Point and its metrics.
         """
         settings = self.settings if seed is None else dataclasses.replace(self.settings, seed=seed)
         point = {"solver": scheduler, "steps": steps, "guidance": guidance, "seed": settings.seed}
@@ -146,7 +146,7 @@ class Bench:
         )
         unet, classifier = evaluations(self.pipeline, call)
         metrics = [self.evaluator(samples) if self.state.is_main_process else None]
-        broadcast_object_list(metrics)  # all processes choose the same points by them
+        broadcast_object_list(metrics)  # all processes need them to choose the same points
         result = {**metrics[0], "point": {**point, "UNet": unet, "classifier": classifier}}
         self.results.append(result)
         if self.state.is_main_process:
@@ -154,13 +154,13 @@ class Bench:
         return result
 
     def evaluate_again(self, result: dict, **changes) -> dict:
-        """Evaluates a point with another kind of guidance, or another seed."""
+        """Evaluates a point with another kind of guidance or another seed."""
         point = result["point"]
         same = {"scheduler": point["solver"], "steps": point["steps"], "guidance": point["guidance"]}
         return self.evaluate(**{**same, **changes})
 
     def evaluate_spread(self, result: dict) -> dict:
-        """Evaluates a point with two more seeds, and returns the mean and the standard deviation of the distances."""
+        """Evaluates a point with two more seeds, and returns the mean and standard deviation of the three distances."""
         seeds = [self.settings.seed + number for number in range(3)]
         distances = [distance(result), *(distance(self.evaluate_again(result, seed=seed)) for seed in seeds[1:])]
         return {
@@ -173,8 +173,8 @@ class Bench:
 
     def plot(self) -> None:
         """
-        Draws the distance against the number of evaluations of UNet and classifier: `quality.png` compares the solvers, and
-        `guidance.png` the kinds of guidance. Distances above ten times the smallest are cut off.
+        Plots the distance over the number of evaluations of UNet and classifier. `quality.png` compares solvers, and `guidance.png`
+        compares kinds of guidance. Distances above ten times the smallest are cut off.
         """
         seed, most = self.settings.seed, max(FAST_EVALUATIONS)
         shown = [
@@ -197,17 +197,17 @@ class Bench:
 
 
 def distance(result: dict) -> float:
-    """Returns the Frechet distance of a point, by which points are chosen."""
+    """Returns the Frechet distance of a point, which decides what the best points are."""
     return result["metrics"]["frechet_distance"]
 
 
 def best(results: list[dict], count: int) -> list[dict]:
-    """Returns the points of the smallest distances."""
+    """Returns the points with the smallest distances."""
     return sorted(results, key=distance)[:count]
 
 
 def evaluations(pipeline: SamplingPipeline, call: dict) -> tuple[int, int]:
-    """Returns how often the UNet and the classifier are evaluated for one image."""
+    """Returns the number of evaluations of the UNet and of the classifier per image."""
     counts = []
     for model in (pipeline.unet, pipeline.classifier):
         count = []
@@ -221,7 +221,7 @@ def evaluations(pipeline: SamplingPipeline, call: dict) -> tuple[int, int]:
 
 
 def evaluate_all(bench: Bench) -> list[dict]:
-    """Evaluates all points, and returns the spread of DDPM and of the best fast points over three seeds."""
+    """Evaluates all points. Returns the spread over three seeds of DDPM and of the best fast points."""
     solvers = [name for name in SCHEDULERS if name != "DDPM"]
     fast = {
         count: [bench.evaluate(name, bench.steps_within(name, count)) for name in solvers]
@@ -233,12 +233,14 @@ def evaluate_all(bench: Bench) -> list[dict]:
             fast[count] += [
                 bench.evaluate_again(result, guidance=guidance) for guidance in GUIDANCE if guidance != EVERY_STEP
             ]
-    candidates = [result for count, points in fast.items() if count <= RECOMMENDED_EVALUATIONS for result in points]
+    candidates = [
+        result for count, points in fast.items() if count <= MAX_RECOMMENDED_EVALUATIONS for result in points
+    ]
     return [bench.evaluate_spread(result) for result in (slow[0], *best(candidates, 3))]
 
 
 def main() -> None:
-    """Evaluates all points, and prints the table, and the spread of the best."""
+    """Evaluates all points, then prints the table and the spread of the best points."""
     parser = CommandParser(description=__doc__)
     parser.add_argument(
         "reference", type=text_as(), help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`."
@@ -259,7 +261,9 @@ def main() -> None:
     pipeline = load_pipeline(**option_values(model), device=state.device)
     extractor = load_extractor(features)
     if pipeline.classifier is None or not extractor.has_logits:
-        raise ValueError("The bench is of a pipeline with a classifier, by an extractor that knows its classes.")
+        raise ValueError(
+            "The benchmark requires a pipeline with a classifier, and a feature extractor that is a classifier."
+        )
     reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
     config = pipeline.unet.config
     check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))

@@ -1,10 +1,10 @@
-"""Time and memory of one step of sampling, at the shape of the released 64x64 models with random weights:
-`python -m diffusers_adm.benchmarks.step`.
+"""Time and memory of one sampling step: `python -m diffusers_adm.benchmarks.step`.
 
-The UNet takes turns with diffusers' `UNet2DModel` of the same shape, a guided step with an unguided one, and the classifier's
-gradient with its forward pass. Peak memory is that of a process that loads one of the two UNets and evaluates it. What a UNet's
-operations take is shown beside the time that its multiplications would take at the speed of one large matrix product. The UNet is
-timed in bfloat16 too, and, with `--packed`, compiled with weights that are packed once for the CPU, which takes minutes to compile.
+The models have the architecture of the released 64x64 models and random weights. Three pairs are compared, and the two of a pair take
+turns: the UNet with diffusers' `UNet2DModel` of the same shape, the classifier's gradient with its forward pass, and a guided step with
+an unguided one. Peak memory is measured in a process that loads one UNet and evaluates it. The time of the UNet's operations is shown
+next to the time that its multiplications would take at the speed of one large matrix product. The UNet is also timed in bfloat16. With
+`--packed`, it is also timed after compilation with weights that are packed for the CPU. This compilation takes minutes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from diffusers_adm.training.plan import forward_cost
 
 LABEL = 207
 TIMESTEP = 500
-# Parts of a UNet's time, by words in the names of their operations.
+# Kinds of operations of a UNet, by words in the operations' names.
 PARTS = {
     "convolutions": ("convolution",),
     "matrix products": ("addmm", "bmm", "mm"),
@@ -42,15 +42,13 @@ class StepOptions:
     """Size and number of the measurements."""
 
     batch_size: int = option(2, help="Number of images per batch.", check=at_least(1))
-    rounds: int = option(
-        5, help="Number of rounds, after one that is not counted. The median counts.", check=at_least(1)
-    )
-    steps: int = option(2, help="Number of steps of a run of the pipeline.", check=at_least(1))
-    packed: bool = option(False, help="Time the UNet compiled with packed weights too. Takes minutes.")
+    rounds: int = option(5, help="Number of rounds, after one for warm-up. The median time counts.", check=at_least(1))
+    steps: int = option(2, help="Number of steps per run of the pipeline.", check=at_least(1))
+    packed: bool = option(False, help="Also time the UNet compiled with packed weights, which takes minutes.")
 
 
 def build_adm() -> ADMUNet2DModel:
-    """Builds a UNet of the released class-conditional UNet's shape, which is the default."""
+    """Builds a UNet with the default arguments, which describe the released class-conditional 64x64 UNet."""
     return ADMUNet2DModel().eval()
 
 
@@ -78,31 +76,31 @@ BUILDERS = {"ADMUNet2DModel": build_adm, "UNet2DModel": build_stock}
 
 @torch.inference_mode()
 def evaluate(unet: torch.nn.Module, sample: torch.Tensor) -> torch.Tensor:
-    """Evaluates a UNet at noised images of one class."""
+    """Evaluates a UNet for noised images of one class."""
     labels = torch.full((len(sample),), LABEL, device=sample.device)
     return unet(sample, torch.tensor(TIMESTEP, device=sample.device), class_labels=labels).sample
 
 
 def peak_memory(name: str, batch_size: int) -> float:
-    """Returns the peak memory, in GB, of a process that loads a UNet and evaluates it."""
+    """Starts a process that loads a UNet and evaluates it. Returns its peak memory in GB."""
     return float(last_line_of(__spec__.name, ["--memory_of", name, "--batch_size", str(batch_size)]))
 
 
 def own_peak_memory(name: str, batch_size: int, device: torch.device) -> float:
-    """Loads a UNet, evaluates it, and returns the peak memory of this process in GB."""
+    """Loads a UNet and evaluates it. Returns the peak memory of this process in GB."""
     evaluate(BUILDERS[name]().to(device), torch.randn(batch_size, 3, 64, 64, device=device))
     return peak_memory_bytes() / 1e9
 
 
 def times_of_parts(unet: torch.nn.Module, sample: torch.Tensor) -> dict[str, float]:
-    """Returns the seconds that the kinds of operations take in one evaluation."""
+    """Returns the time of each kind of operations in one evaluation, in seconds."""
     cuda = sample.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
         evaluate(unet, sample)
     parts = dict.fromkeys((*PARTS, "all else"), 0.0)
     for event in profiler.key_averages():
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel, whose time its operation has too
+            continue  # a kernel. Its time is part of its operation's time
         part = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "all else")
         parts[part] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     return parts
@@ -110,12 +108,12 @@ def times_of_parts(unet: torch.nn.Module, sample: torch.Tensor) -> dict[str, flo
 
 def compare(calls: dict[str, Callable], rounds: int, unit: int = 1) -> list[float]:
     """
-    Times calls that take turns, and prints the times.
+    Times calls that take turns, and prints their times.
 
     Args:
         calls: Calls by their names.
-        rounds: Number of rounds, after one that is not counted.
-        unit: Number of units in one call. The times are those of a unit.
+        rounds: Number of rounds, after one for warm-up.
+        unit: Number of units of work in one call. Times are per unit.
     """
     median_seconds(list(calls.values()), 1)
     times = [time / unit for time in median_seconds(list(calls.values()), rounds)]
@@ -125,7 +123,7 @@ def compare(calls: dict[str, Callable], rounds: int, unit: int = 1) -> list[floa
 
 
 def compare_unets(unets: dict[str, torch.nn.Module], sample: torch.Tensor, rounds: int) -> float:
-    """Compares the UNets, and returns the time of the first."""
+    """Compares two UNets. Returns the time of the first one in seconds."""
     ours, stock = compare(
         {
             f"{name} ({unet.num_parameters() / 1e6:.1f} million)": lambda unet=unet: evaluate(unet, sample)
@@ -133,9 +131,9 @@ def compare_unets(unets: dict[str, torch.nn.Module], sample: torch.Tensor, round
         },
         rounds,
     )
-    print(f"  {stock / ours:.2f} times UNet2DModel's speed")
+    print(f"  ADMUNet2DModel is {stock / ours:.2f} times as fast as UNet2DModel")
     memory = [peak_memory(name, len(sample)) for name in unets]
-    print(f"  peak memory {memory[0]:.2f} GB, UNet2DModel's {memory[1]:.2f} GB")
+    print(f"  peak memory: ADMUNet2DModel {memory[0]:.2f} GB, UNet2DModel {memory[1]:.2f} GB")
     return ours
 
 
@@ -147,7 +145,7 @@ def compare_formats(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, pac
         unet: UNet in float32.
         sample: Noised images.
         rounds: Number of rounds.
-        packed: Whether to compare it compiled with packed weights too.
+        packed: Whether to also time the UNet compiled with packed weights.
     """
     labels = torch.full((len(sample),), LABEL, device=sample.device)
     timestep = torch.tensor(TIMESTEP, device=sample.device)
@@ -164,11 +162,11 @@ def compare_formats(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, pac
     times = dict(zip(calls, compare(calls, rounds)))
     for name, time in times.items():
         if name != "float32":
-            print(f"  {name}: {times['float32'] / time:.2f} times float32's speed")
+            print(f"  {name} is {times['float32'] / time:.2f} times as fast as float32")
 
 
 def compare_guidance(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, steps: int) -> None:
-    """Compares the classifier's gradient with its forward pass, and a guided step with an unguided one."""
+    """Compares the classifier's gradient with its forward pass, and a guided step with an unguided step."""
     labels = torch.full((len(sample),), LABEL, device=sample.device)
     timestep = torch.full((len(sample),), TIMESTEP, device=sample.device)
     classifier = NoisyClassifier().eval().to(sample.device)
@@ -179,7 +177,7 @@ def compare_guidance(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, st
         },
         rounds,
     )
-    print(f"  the gradient takes {gradient / forward:.2f} forward passes")
+    print(f"  the gradient takes {gradient / forward:.2f} times as long as the forward pass")
 
     pipeline = ClassifierGuidedPipeline(unet, DDIMScheduler(), classifier)
     pipeline.set_progress_bar_config(disable=True)
@@ -192,18 +190,19 @@ def compare_guidance(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, st
         rounds,
         unit=steps,
     )
-    print(f"  a guided step takes {guided / unguided:.2f} unguided ones")
+    print(f"  a guided step takes {guided / unguided:.2f} times as long as an unguided step")
 
 
 def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: float) -> None:
     """
-    Prints the time of the parts of a UNet, beside that of its multiplications at the speed of a large matrix product.
+    Prints the time of each kind of operations of a UNet, and the time that its multiplications would take at the speed of a large
+    matrix product.
 
     Args:
         unet: UNet to evaluate.
         sample: Noised images.
         rounds: Number of rounds.
-        total: Time of one evaluation.
+        total: Time of one evaluation in seconds.
     """
     operations = len(sample) * forward_cost(unet)[0]
     side = 2048
@@ -212,9 +211,9 @@ def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: 
     speed = 2 * side**3 / product
     ideal = operations / speed
     print(
-        f"{operations / 1e9:.0f} GFLOPs an evaluation; a matrix product of {side} runs at {speed / 1e9:.0f}"
-        f" GFLOPs a second.\nAt that speed the UNet would take {ideal:.3f} s, {ideal / total:.0%} of what it takes. Its"
-        " operations take"
+        f"One evaluation has {operations / 1e9:.0f} GFLOPs, and a matrix product of size {side} runs at {speed / 1e9:.0f}"
+        f" GFLOPs per second.\nAt this speed, the UNet would take {ideal:.3f} s, {ideal / total:.0%} of its time. Its operations"
+        " take:"
     )
     for part, time in times_of_parts(unet, sample).items():
         print(f"  {part:<32}{time:>8.3f} s{time / total:>8.0%}")
@@ -224,7 +223,9 @@ def main() -> None:
     """Times all parts of a step, and prints the times."""
     parser = CommandParser(description=__doc__)
     add_options(parser, StepOptions)
-    parser.add_argument("--memory_of", choices=BUILDERS, help=argparse.SUPPRESS)  # of a process that measures
+    parser.add_argument(
+        "--memory_of", choices=BUILDERS, help=argparse.SUPPRESS
+    )  # for the process that measures memory
     parsed = parser.parse_args()
     args = build_options(StepOptions, parsed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

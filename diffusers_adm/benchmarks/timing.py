@@ -1,4 +1,4 @@
-"""Times and memory of what is compared."""
+"""Measurements of time and memory for benchmarks."""
 
 import resource
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 
 def median_seconds(calls: list[Callable], rounds: int) -> list[float]:
-    """Returns the median time of each call. The calls take turns."""
+    """Returns the median time of each call in seconds. The calls take turns."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, own_times in zip(calls, times):
@@ -24,7 +24,7 @@ def median_seconds(calls: list[Callable], rounds: int) -> list[float]:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak memory of this process, on its GPU if there is one."""
+    """Returns the peak memory of this process. On a machine with a GPU, it is the memory of the GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -32,11 +32,11 @@ def peak_memory_bytes() -> int:
 
 def last_line_of(module: str, words: list[str]) -> str:
     """
-    Runs a module as a process of its own, and returns the last line that it prints.
+    Runs a module in a new process, and returns the last line that it prints.
 
     Args:
         module: Name of the module.
-        words: Words of its command line.
+        words: Arguments of its command line.
     """
     run = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
     if run.returncode != 0:

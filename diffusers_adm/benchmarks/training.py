@@ -1,8 +1,8 @@
-"""Images per second and peak memory of training, against a plain loop: `python -m diffusers_adm.benchmarks.training`.
+"""Images per second and peak memory of training, compared with a plain loop: `python -m diffusers_adm.benchmarks.training`.
 
-Each measurement is a process of its own, and the two loops take turns. Both read the same images, in the same precision.
-The suite's is `train_unet.py` itself. The plain one has an optimizer that goes from tensor to tensor, a moving average that
-does too, and attention of separate matrix products.
+Each measurement runs in a new process, and the two loops take turns. Both read the same images and use the same precision. The loop
+"suite" is the script `train_unet.py`. In the loop "plain", the optimizer and the moving average update one tensor after the other, and
+attention consists of separate matrix products.
 """
 
 import argparse
@@ -47,7 +47,7 @@ NUM_CLASSES = 10
 class LoopOptions:
     """Length, number and precision of the measurements."""
 
-    steps: int = option(6, help="Number of steps that are timed, after as many that are not.", check=at_least(1))
+    steps: int = option(6, help="Number of timed steps. As many steps for warm-up come before.", check=at_least(1))
     rounds: int = option(
         3, help="Number of rounds, in which both loops take turns. The median counts.", check=at_least(1)
     )
@@ -55,10 +55,12 @@ class LoopOptions:
 
 
 def main() -> None:
-    """Compares the two loops in all configurations, and prints a table."""
+    """Compares the two loops in each configuration, and prints a table."""
     parser = CommandParser(description=__doc__)
     add_options(parser, LoopOptions)
-    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # of a process that measures
+    parser.add_argument(
+        "--loop", choices=LOOPS, help=argparse.SUPPRESS
+    )  # for the process that measures, as the next two
     parser.add_argument("--configuration", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def compare_loops(configuration: str, rounds: int) -> list[dict[str, float]]:
-    """Returns the median figures of each loop. Each run is a process of its own with this process's options."""
+    """Returns the median figures of each loop. Each run is a new process with the options of this process."""
     results: dict[str, list[dict]] = {loop: [] for loop in LOOPS}
     with tempfile.TemporaryDirectory() as folder:
         save_images(Path(folder) / "images", 28 if "32x32" in configuration else 80)
@@ -97,7 +99,7 @@ def compare_loops(configuration: str, rounds: int) -> list[dict[str, float]]:
 
 
 def save_images(folder: Path, size: int) -> None:
-    """Writes a parquet file of coloured images of noise in ten classes."""
+    """Writes a parquet file of random colour images in ten classes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     images = [PILImage.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(2048)]
@@ -108,14 +110,14 @@ def save_images(folder: Path, size: int) -> None:
 
 def run_loop(loop: str, configuration: str, folder: Path, steps: int, mixed_precision: str) -> dict[str, float]:
     """
-    Runs one loop, and returns its images per second and peak memory, and the images per second of its loader alone.
+    Runs one loop. Returns its images per second, its peak memory, and the images per second of its loader alone.
 
     Args:
-        loop: One of `LOOPS`.
+        loop: Name of the loop, one of `LOOPS`.
         configuration: Name in `CONFIGURATIONS`.
         folder: Folder of the images.
-        steps: Number of steps that are timed, after as many that are not.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+        steps: Number of timed steps. As many steps for warm-up come before.
+        mixed_precision: Precision of the forward pass: `"no"`, `"fp16"` or `"bf16"`.
     """
     output = folder / "output"
     words = f"--dataset_name {folder / 'images'} --cache_dir {folder / 'cache'} --output_dir {output} --ema_decay 0.9"
@@ -138,7 +140,7 @@ def run_loop(loop: str, configuration: str, folder: Path, steps: int, mixed_prec
 
 
 def plain_loop(options: UNetTrainingOptions, steps: int) -> float:
-    """Returns the images per second of a straightforward loop."""
+    """Returns the images per second of the plain loop."""
     accelerator = Accelerator(mixed_precision=options.optimisation.mixed_precision)
     images, _ = load_training_images(options)
     unet = build_unet(options, NUM_CLASSES)

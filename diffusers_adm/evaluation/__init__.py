@@ -1,9 +1,9 @@
-"""Evaluation: samples at scale, the paper's metrics, likelihood. Most of it needs the extra `[eval]`."""
+"""Evaluation: sampling of many images, the metrics of the paper, and likelihood. Most modules require the extra `[eval]`."""
 
 from diffusers_adm.lazy_modules import lazy_attributes
 
 
-# Names are imported when they are first used, because sampling needs no package of the extra.
+# Names are imported at their first use, because sampling works without the packages of the extra.
 _MODULES = {
     "DatasetImages": "diffusers_adm.data.image_sets",
     "NpzImages": "diffusers_adm.data.npz_images",

@@ -1,4 +1,4 @@
-"""Moved to `diffusers_adm.benchmarks.metrics`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.benchmarks.metrics`. This name will be removed in the next release."""
 
 from diffusers_adm.benchmarks.metrics import main
 

@@ -1,4 +1,4 @@
-"""Moved to `diffusers_adm.benchmarks.sampling`; this name will be removed in the next release."""
+"""Moved to `diffusers_adm.benchmarks.sampling`. This name will be removed in the next release."""
 
 from diffusers_adm.benchmarks.sampling import Bench, main
 

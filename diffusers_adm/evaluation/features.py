@@ -1,4 +1,4 @@
-"""Features of images: torch-fidelity's extractors, any that a user registers there, and the spatial features of sFID."""
+"""Features of images, from torch-fidelity's extractors or from an extractor that you register, and the spatial features of sFID."""
 
 import contextlib
 import os
@@ -25,9 +25,9 @@ class Features:
     Features of images.
 
     Args:
-        pooled: `(images, features)`.
-        spatial: `(images, spatial features)`, or `None` if the extractor has none.
-        logits: `(images, classes)`, or `None` if the extractor knows no classes.
+        pooled: Pooled features, `(images, features)`.
+        spatial: Spatial features, `(images, spatial features)`, or `None` if the extractor has none.
+        logits: Logits, `(images, classes)`, or `None` if the extractor is not a classifier.
     """
 
     pooled: torch.Tensor
@@ -43,36 +43,38 @@ class Features:
 
 class FeatureExtractor:
     """
-    Feature extractor of torch-fidelity, or one that was registered by `torch_fidelity.register_feature_extractor`.
+    Feature extractor of torch-fidelity, or one that you register with `torch_fidelity.register_feature_extractor`.
 
-    The method `get_default_feature_layer_for_metric` of a registered extractor names its features for `"fid"` and, if it
-    classifies, for `"isc"`. Its features called `"spatial"` are used for sFID. Inception's spatial features are the first
-    seven channels of the first branch of the fourth block at 17 x 17, rows before columns before channels, as in the
-    published evaluator.
+    A registered extractor names its layers in the method `get_default_feature_layer_for_metric`: the pooled features for `"fid"`,
+    and the logits for `"isc"` if it is a classifier. A layer called `"spatial"` is used for sFID. The spatial features of Inception
+    are the first seven channels of the first branch of the fourth block at 17 x 17, flattened in the order rows, columns, channels,
+    as in the evaluator of the original code.
 
     Args:
-        name: Name in the registry. `"inception-v3-compat"` is the published evaluator's.
-        weights_path: File of the weights. By default they are downloaded, or read from torch's cache.
+        name: Name in the registry. The evaluator of the original code uses `"inception-v3-compat"`.
+        weights_path: File of the weights. By default, they are downloaded, or read from torch's cache.
         device: Device of the network.
 
     Raises:
-        ValueError: If there is no extractor of that name, or the file does not hold its weights.
-        OSError: If the weights cannot be fetched.
+        ValueError: If no extractor has this name, or the file does not hold its weights.
+        OSError: If the weights cannot be downloaded.
     """
 
     def __init__(
         self, name: str = INCEPTION, weights_path: str | Path | None = None, device: torch.device | str = "cpu"
     ):
         if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise ValueError(f"Feature extractor {name!r} is not one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}.")
+            raise ValueError(
+                f"The feature extractor must be one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}, but got {name!r}."
+            )
         if weights_path is not None and not Path(weights_path).is_file():
-            raise ValueError(f"There is no file {weights_path} of the weights of {name}.")
+            raise ValueError(f"The file of the weights of {name} does not exist: {weights_path}")
         self.name = name
         self.device = torch.device(device)
         cls = FEATURE_EXTRACTORS_REGISTRY[name]
         layers = {"pooled": cls.get_default_feature_layer_for_metric("fid")}
         logits = cls.get_default_feature_layer_for_metric("isc")
-        if logits != layers["pooled"]:  # where they are the same, it knows no classes
+        if logits != layers["pooled"]:  # an extractor that is no classifier names the same layer for both
             layers["logits"] = logits
         if "spatial" in cls.get_provided_features_list():
             layers["spatial"] = "spatial"
@@ -82,11 +84,13 @@ class FeatureExtractor:
             with _weights_only():
                 network = cls(name, list(layers.values()), feature_extractor_weights_path=path, verbose=False)
         except OSError as error:
-            raise OSError(f"The weights of {name} cannot be fetched ({error}): give their file.") from error
-        except Exception as error:  # a damaged file raises errors of a dozen types
+            raise OSError(
+                f"The weights of {name} cannot be downloaded ({error}). Pass their file with --feature_extractor_weights."
+            ) from error
+        except Exception as error:  # a damaged file raises errors of many types
             raise ValueError(
-                f"{weights_path or 'The file in the cache of torch'} holds no weights of {name}: it is damaged, of another"
-                " network, or holds code or objects, which are not loaded."
+                f"{weights_path or 'The file in the cache of torch'} must hold the weights of {name}, but it is damaged, of another"
+                " network, or holds code or objects, which are never loaded."
             ) from error
         self.network = network.requires_grad_(False).eval().to(self.device)
         self._spatial: torch.Tensor | None = None
@@ -95,7 +99,7 @@ class FeatureExtractor:
 
     @property
     def has_logits(self) -> bool:
-        """Whether the extractor knows classes."""
+        """Whether the extractor is a classifier."""
         return "logits" in self._layers
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -107,7 +111,7 @@ class FeatureExtractor:
         Returns the features of images.
 
         Args:
-            images: `(images, height, width, 1 or 3)`, 8-bit. Grey images are repeated to three channels.
+            images: 8-bit images, `(images, height, width, 1 or 3)`. Grey images are repeated to three channels.
 
         Raises:
             ValueError: If the images have another shape or type.
@@ -115,7 +119,7 @@ class FeatureExtractor:
         images = torch.as_tensor(images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(
-                f"Images must be 8-bit, (images, height, width, 1 or 3): they are {images.dtype} {tuple(images.shape)}."
+                f"Images must be uint8, (images, height, width, 1 or 3), but got {images.dtype} {tuple(images.shape)}."
             )
         pixels = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(self.device)  # (images, 3, height, width)
         features = dict(zip(self._layers, self.network(pixels.contiguous())))
@@ -124,7 +128,7 @@ class FeatureExtractor:
 
 
 def spatial_features(maps: torch.Tensor) -> torch.Tensor:
-    """Returns the features of sFID: from `(images, channels, height, width)` to `(images, height * width * 7)`."""
+    """Returns the features of sFID, `(images, height * width * 7)`, from feature maps `(images, channels, height, width)`."""
     return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
@@ -133,31 +137,31 @@ def load_extractor(options: FeatureOptions) -> FeatureExtractor:
     Loads an extractor on the fastest device that it supports.
 
     Raises:
-        ValueError: If there is no extractor of that name, or its weights do not fit.
+        ValueError: If no extractor has this name, or its weights do not fit.
         OSError: If its weights cannot be downloaded.
     """
     if options.register is not None:
         register_from(options.register)
-    # Apple's accelerators have no float64.
+    # Apple's accelerators are not used, because they do not support float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FeatureExtractor(options.feature_extractor, options.feature_extractor_weights, device)
 
 
 def register_from(path: str | Path) -> None:
     """
-    Runs a Python file that registers feature extractors. It can import modules from its own folder, as a script can.
+    Runs a Python file that registers feature extractors. The file can import modules from its folder, as a script can.
 
     Raises:
-        ValueError: If there is no such file, or it fails.
+        ValueError: If the file does not exist, or raises an error.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--register {path}: there is no such file.")
+        raise ValueError(f"--register must be a Python file, but there is no file {path}.")
     beside = str(path.resolve().parent)
     sys.path.insert(0, beside)
     try:
         runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # it is code of the user, which may raise anything
+    except (Exception, SystemExit) as error:  # code of the user may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         place = f" in line {lines[-1]}" if lines else ""
         raise ValueError(f"--register {path} failed{place}: {type(error).__name__}: {error}") from error

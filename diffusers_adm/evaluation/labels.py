@@ -13,7 +13,7 @@ from diffusers_adm.pipelines.class_labels import known_classes
 from diffusers_adm.pipelines.options import SamplingOptions
 
 
-NUMBER = re.compile("[0-9]{1,18}")  # longer ones are of no class, and would be slow to read
+NUMBER = re.compile("[0-9]{1,18}")  # a limit, because no class has a longer number and Python reads long ones slowly
 
 
 class Labels:
@@ -21,17 +21,17 @@ class Labels:
     Labels of the images of a sampling run.
 
     Args:
-        policy: `"random"`, `"balanced"` or the path of a file. `None` means no labels.
+        policy: Choice of the labels: `"random"`, `"balanced"` or the path of a file. `None` means no labels.
         pipeline: Pipeline of the run.
-        options: Resolved options of its call.
+        options: Resolved options of the pipeline's call.
         seed: Seed of the run.
         num_images: Number of images.
 
     Attributes:
-        policy: Description of the labels for the run's settings.
+        policy: Choice of the labels, for the settings of the run. A hash represents the labels of a file.
 
     Raises:
-        ValueError: If there is no such file, or it has too few labels, or unknown ones.
+        ValueError: If the file does not exist, or has too few or unknown labels.
     """
 
     def __init__(
@@ -42,20 +42,24 @@ class Labels:
         num_classes = options.num_classes(pipeline)
         self.num_classes = None if policy is None else num_classes
         self.listed: list[int] | None = None
-        # A pipeline that knows classes draws labels if it is given none. That would shift the noise of a run in which no
-        # network takes labels, and it would differ from the noise of a guided run of the same seed.
+        # A pipeline with classes draws random labels if it is given none. In a run without guidance, no network needs them, but
+        # drawing them would change the noise, which must be that of a guided run with the same seed. So it is given a placeholder.
         self.placeholder = 0 if num_classes is None and known_classes(pipeline) is not None else None
         if policy not in ("random", "balanced", None):
             self.listed = self._read(Path(policy), pipeline)
             self.policy = f"listed, {hashlib.sha256(str(self.listed).encode()).hexdigest()[:16]}"
             if len(self.listed) < num_images:
-                raise ValueError(f"--labels {policy} has {len(self.listed)} labels for {num_images} images.")
+                raise ValueError(
+                    f"--labels must have at least {num_images} labels, one per image, but {policy} has {len(self.listed)}."
+                )
 
     def _read(self, path: Path, pipeline: SamplingPipeline) -> list[int]:
         if self.num_classes is None:
-            raise ValueError(f"--labels {path}: nothing in this run takes labels.")
+            raise ValueError(
+                f"--labels requires a network with classes in this run, but there is none. Leave out {path}."
+            )
         if not path.is_file():
-            raise ValueError(f"--labels {path} is not random, balanced or a file.")
+            raise ValueError(f"--labels must be random, balanced or a file, but got {path}.")
         if path.suffix == ".npz":
             given = NpzFile(path).read("arr_1")
         else:
@@ -66,9 +70,7 @@ class Labels:
             raise ValueError(f"--labels {path}: {error}") from error
         unknown = sorted({label for label in labels if not 0 <= label < self.num_classes})
         if unknown:
-            raise ValueError(
-                f"--labels {path} has labels {unknown[:5]}, which are not in 0 ... {self.num_classes - 1}."
-            )
+            raise ValueError(f"--labels must be in [0, {self.num_classes - 1}], but {path} has {unknown[:5]}.")
         return labels
 
     @staticmethod
@@ -76,21 +78,23 @@ class Labels:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"--labels {path} is neither a text nor an .npz file.") from error
+            raise ValueError(f"--labels must be a text file or an .npz file, but {path} is neither.") from error
         return [line.strip() for line in lines if line.strip()]
 
     def of_images(self, numbers: range) -> list[int] | None:
-        """Returns the labels of images by their numbers, or `None` if no network takes labels."""
+        """Returns the labels of the images with these numbers, or `None` if no network takes labels."""
         if self.num_classes is None:
             return None
         if self.listed is not None:
-            return [self.listed[number % len(self.listed)] for number in numbers]  # beyond the end none is kept
+            return [
+                self.listed[number % len(self.listed)] for number in numbers
+            ]  # images beyond the end are dropped later
         if self.policy == "balanced":
             return [number % self.num_classes for number in numbers]
         generators = (image_generator(self.seed, number, purpose=1) for number in numbers)
         return [torch.randint(self.num_classes, (), generator=generator).item() for generator in generators]
 
     def for_call(self, numbers: range) -> list[int] | None:
-        """Returns the labels that the pipeline is given for images. No network takes placeholders."""
+        """Returns the labels to pass to the pipeline for the images with these numbers. No network sees placeholders."""
         labels = self.of_images(numbers)
         return [self.placeholder] * len(numbers) if labels is None and self.placeholder is not None else labels

@@ -1,5 +1,5 @@
-"""Likelihood: the variational bound of images in bits per dimension, and its terms by timestep (Nichol & Dhariwal 2021, arXiv
-2102.09672, section 3)."""
+"""Variational bound on the negative log-likelihood of images, in bits per dimension, and its term at each timestep (Nichol &
+Dhariwal 2021, arXiv 2102.09672, section 3)."""
 
 import csv
 import hashlib
@@ -35,12 +35,12 @@ from diffusers_adm.progress import with_progress
 @dataclass
 class VariationalBound:
     """
-    Variational bound of images and its terms in bits per dimension. Steps run from the least noisy to the noisiest.
+    Variational bound of images and its terms, in bits per dimension. The least noisy step comes first.
 
     Args:
-        total: The bound, `(batch,)`.
+        total: Variational bound, `(batch,)`: the sum of `prior` and all `terms`.
         prior: KL divergence from the prior at the last timestep, `(batch,)`.
-        terms: Term of each step, `(batch, steps)`. The first is the negative log-likelihood, the others are KL divergences.
+        terms: Term of each step, `(batch, steps)`. The first term is a negative log-likelihood, and the others are KL divergences.
         x_0_mse: Mean squared error of the predicted x_0, `(batch, steps)`.
         epsilon_mse: Mean squared error of the noise that the predicted x_0 implies, `(batch, steps)`.
     """
@@ -64,18 +64,18 @@ def variational_bound(
     clip_denoised: bool = True,
 ) -> VariationalBound:
     """
-    Computes the variational bound. The network is evaluated once at every step, each time with new noise.
+    Computes the variational bound. The network is evaluated once at each step, with new noise each time.
 
     Args:
         unet: UNet to evaluate.
-        schedule: Schedule with all training timesteps, or of a respaced process.
-        x_0: 8-bit images in [-1, 1], `(batch, channels, height, width)`.
+        schedule: Noise schedule over all training timesteps, or over the timesteps of a respaced process.
+        x_0: 8-bit images, scaled to [-1, 1], `(batch, channels, height, width)`.
         class_labels: Class of each image, `(batch,)`.
-        generator: Source of the noise, which is drawn from the last step to the first. A list of one generator per image
-            makes an image's terms independent of its batch.
-        prediction_type: Prediction of the network, `"epsilon"` or `"sample"` (x_0).
-        variance_type: `"fixed_large"` or `"fixed_small"`, for a network without learned variance.
-        clip_denoised: Whether the predicted x_0 is clipped to [-1, 1], as published.
+        generator: Generator of the noise, which is drawn from the last step to the first. With a list of one generator per image,
+            the terms of an image do not depend on its batch.
+        prediction_type: Kind of the prediction: `"epsilon"`, or `"sample"` for x_0.
+        variance_type: Variance of a network without learned variance: `"fixed_large"` or `"fixed_small"`.
+        clip_denoised: Whether the predicted x_0 is clipped to [-1, 1], as in the original code.
     """
     terms, x_0_mse, epsilon_mse = [], [], []
     for step in reversed(range(len(schedule))):
@@ -115,37 +115,40 @@ def evaluate_likelihood(
     image_settings: dict | None = None,
 ) -> None:
     """
-    Computes a model's bound on images, on all processes of a launch, and writes `nll.json`, `terms.csv` and `terms.png`.
+    Computes the variational bound of images, on all launched processes, and writes `nll.json`, `terms.csv` and `terms.png`.
 
     Args:
         pipeline: Pipeline on this process's device.
         images: Images, with their labels if the UNet takes labels.
-        folder: Folder of the run, on a disk that all processes see.
-        num_images: Number of images, the first ones. All by default.
-        timestep_respacing: Steps of the process as a published string. All by default.
-        unconditional: Whether the UNet takes its null class for all images.
-        clip_denoised: Whether the predicted x_0 is clipped to [-1, 1], as published.
+        folder: Folder of the run, on a disk that all processes can read and write.
+        num_images: Number of images. The first ones are used. `None` means all.
+        timestep_respacing: Respacing string of the original code. `""` means all timesteps.
+        unconditional: Whether the UNet is given its null class for all images.
+        clip_denoised: Whether the predicted x_0 is clipped to [-1, 1], as in the original code.
         seed: Seed of the run. The seed of each image is derived from it.
         batch_size: Number of images per batch.
         model_name: Folder or Hub id of the pipeline, for the record.
         image_settings: Settings of the images, for the record.
 
     Raises:
-        ValueError: If model and images do not fit together, or the folder belongs to a run of other settings.
+        ValueError: If model and images do not fit together, or the folder belongs to a run with other settings.
     """
     unet, config = pipeline.unet, pipeline.unet.config
     check_told_timesteps(unet, "likelihood")
     size = (config.sample_size, config.sample_size, config.in_channels)
     if images.shape != size:
-        raise ValueError(f"Images are {images.shape} (height, width, channels), and the UNet's {size}.")
+        raise ValueError(
+            f"Images must be {size} (height, width, channels), the size of the UNet, but got {images.shape}. Pass --resolution and"
+            " --in_channels."
+        )
     num_images = images.num_images if num_images is None else num_images
     if not 1 <= num_images <= images.num_images:
-        raise ValueError(f"--num_images {num_images} is not in 1 ... {images.num_images}.")
+        raise ValueError(f"--num_images must be in [1, {images.num_images}], but got {num_images}.")
     labels = labels_for_unet(unet, images, unconditional)
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, timestep_respacing)
     settings = {
         **model_settings(pipeline, model_name),
-        "weights": weights_digest({"unet": unet}),  # no classifier takes part, nor a solver
+        "weights": weights_digest({"unet": unet}),  # classifier and scheduler have no effect on the bound
         "scheduler": None,
         "images": {"name": images.name, "fingerprint": images.fingerprint, **(image_settings or {})},
         "labels": None if labels is None else hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],
@@ -163,7 +166,7 @@ def evaluate_likelihood(
 
 def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool) -> np.ndarray | None:
     """
-    Returns the UNet's label of each image, `(num_images,)`, or `None` for a UNet without classes.
+    Returns the label of each image for the UNet, `(num_images,)`, or `None` for a UNet without classes.
 
     Args:
         unet: UNet that takes the labels.
@@ -171,22 +174,24 @@ def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool)
         unconditional: Whether to use the null class for all images.
 
     Raises:
-        ValueError: If the UNet needs labels, and there are none, or unknown ones.
+        ValueError: If the UNet requires labels, but labels are missing or unknown.
     """
     num_classes = unet.config.num_class_embeds
     if num_classes is None:
         return None
     if unconditional:
         if unet.null_class is None:
-            raise ValueError("--unconditional needs a UNet that has a null class, or no classes.")
+            raise ValueError(
+                "--unconditional requires a UNet with a null class or without classes, but this UNet has neither."
+            )
         return np.full(images.num_images, unet.null_class)
     labels = images.labels
     if labels is None:
         raise ValueError(
-            "The UNet is class-conditional, and the images have no labels: give --unconditional or labels."
+            "Labels are required, because the UNet is class-conditional, but the images have none. Pass labels or --unconditional."
         )
     if not (0 <= labels.min() and labels.max() < num_classes):
-        raise ValueError(f"Labels from {labels.min()} to {labels.max()} are not in 0 ... {num_classes - 1}.")
+        raise ValueError(f"Labels must be in [0, {num_classes - 1}], but range from {labels.min()} to {labels.max()}.")
     return labels
 
 
@@ -206,7 +211,7 @@ def evaluate_batches(
     config, device, settings = pipeline.scheduler.config, shards.state.device, shards.settings
     shards.report_found("evaluating")
     batches = shards.assigned()
-    # Beyond the end the last image is repeated, so that all batches have one size. Its results are dropped.
+    # The last image is repeated to fill the last batch, so that all batches have the same size. The repeats are dropped later.
     numbers = [np.minimum(shards.numbers(batch), images.num_images - 1) for batch in batches]
     pixels = images.chosen(np.unique(np.concatenate(numbers)) if numbers else np.arange(0), shards.batch_size)
     work = zip(batches, numbers, pixels)
@@ -228,14 +233,14 @@ def evaluate_batches(
         failed = np.unique(rows[~bound.total.isfinite().cpu().numpy()])
         if len(failed):
             raise ValueError(
-                f"The bound of images {failed.tolist()[:5]} is not finite: look for NaN or infinity in the weights, and for a"
-                " UNet that overflows float16."
+                f"The bound must be finite, but it is not for images {failed.tolist()[:5]}. Check the weights for NaN and infinity,"
+                " and use --dtype float32 if the UNet overflows float16."
             )
         shards.save(batch, {name: value.cpu().numpy() for name, value in vars(bound).items()})
 
 
 def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
-    """Writes the means over all images, and prints the bound."""
+    """Writes the mean terms over all images, and prints the bound."""
     total, prior = (np.concatenate(list(shards.rows(name))) for name in ("total", "prior"))
     means = {}
     for name in ("terms", "x_0_mse", "epsilon_mse"):
@@ -266,6 +271,6 @@ def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
     )
     error = "" if figures["standard_error"] is None else f" +- {figures['standard_error']:.4f}"
     print(
-        f"{figures['bits_per_dim']:.4f}{error} bits per dimension ({figures['num_images']} images, {len(schedule)} steps;"
-        f" {figures['prior_bits_per_dim']:.4f} of them for the last timestep): {shards.folder}"
+        f"{figures['bits_per_dim']:.4f}{error} bits per dimension, of which {figures['prior_bits_per_dim']:.4f} are the prior"
+        f" ({figures['num_images']} images, {len(schedule)} steps): {shards.folder}"
     )

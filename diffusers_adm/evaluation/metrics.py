@@ -1,4 +1,4 @@
-"""Metrics of the paper (Dhariwal & Nichol 2021, arXiv 2105.05233, section 2.2) for samples against a reference."""
+"""Metrics of the paper that compare samples with a reference (Dhariwal & Nichol 2021, arXiv 2105.05233, section 2.2)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,16 @@ IMAGES_OF_A_SUBSET = 1000
 @dataclass
 class Summary:
     """
-    Statistics and features of a set of images, as the metrics need them.
+    Statistics and features of a set of images, from which metrics are computed.
 
     Args:
         name: Name of the set.
         gaussian: Statistics of the features.
         spatial: Statistics of the spatial features, or `None`.
-        num_images: Number of images behind `gaussian` and `spatial`, or `None` if it is not known.
-        features: Features of single images, or `None` if there are none.
-        shape: `(height, width, channels)` of the images, or `None` if there are none.
-        metadata: Record of the file about itself.
+        num_images: Number of images in the statistics, or `None` if it is unknown.
+        features: Features of each image, or `None` for statistics without images.
+        shape: Shape of the images, `(height, width, channels)`, or `None` for statistics without images.
+        metadata: Metadata that the file of the images stores.
         mixed: Whether the order of the images is independent of their classes.
     """
 
@@ -48,14 +48,14 @@ class Summary:
 
 def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 64, keep: bool = True) -> Summary:
     """
-    Extracts the features of all images. Features of single images are kept for neighbours and scores, except for the spatial
-    ones.
+    Extracts the features of all images and computes their statistics.
 
     Args:
         images: Images to summarise.
         extractor: Extractor of the features.
         batch_size: Number of images per batch.
-        keep: Whether to keep the features of single images. Statistics need none, and those of a million do not fit.
+        keep: Whether to keep the features of each image, except the spatial ones. Precision, recall, Inception score and kernel
+            distance need them. The features of a million images do not fit into memory.
 
     Raises:
         ValueError: If there are fewer than two images, or their features are all the same or not finite.
@@ -73,7 +73,7 @@ def summarise(images: ImageSet, extractor: FeatureExtractor, batch_size: int = 6
             kept.append(features)
     gaussian = gaussian.finish()
     if not gaussian.covariance.any():
-        raise ValueError(f"Features of the {images.name} are all the same.")
+        raise ValueError(f"The features of {images.name} must differ, but all are the same.")
     return Summary(
         images.name,
         gaussian,
@@ -96,7 +96,7 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
         extractor_name: Extractor of both summaries.
 
     Raises:
-        ValueError: If images differ in size or channels, or are too few.
+        ValueError: If samples and reference differ in size or channels, or there are too few images.
     """
     check_shape(reference, samples.shape)
     notes = []
@@ -104,8 +104,8 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
     counts = [count for count in (samples.num_images, reference.num_images) if count is not None]
     if min(counts) <= len(samples.gaussian.mean):
         notes.append(
-            f"{min(counts)} images are no more than there are features, {len(samples.gaussian.mean)}: the covariance is"
-            " singular, and distances are too large."
+            f"Distances are too large, because {min(counts)} images are too few for {len(samples.gaussian.mean)} features: the"
+            " covariance is singular."
         )
     if reference.spatial is not None and samples.spatial is not None:
         metrics["spatial_frechet_distance"] = frechet_distance(reference.spatial, samples.spatial)
@@ -113,21 +113,25 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
         logits = samples.features.logits
         if not samples.mixed and len(logits) > IMAGES_OF_A_SCORE:
             logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
-            notes.append("IS: the images are in no order of their own; its parts of 5000 are of a random one.")
+            notes.append("IS is computed from random parts of 5000 images, because the images may be sorted by class.")
         metrics["inception_score"] = inception_score(logits)
     if reference.features is None:
-        notes.append("Precision, recall and the kernel distance are left out: the reference has no images (arr_0).")
+        notes.append(
+            "Precision, recall and kernel distance are left out, because the reference has no images (arr_0)."
+        )
     else:
         real, drawn = reference.features.pooled, samples.features.pooled
         metrics["precision"], metrics["recall"] = precision_and_recall(real, drawn)
         metrics["kernel_distance"], metrics["kernel_distance_std"], subset = kernel_distance(real, drawn)
-        notes.append(f"Kernel distance: mean and standard deviation over 100 subsets of {subset} images.")
+        notes.append(
+            f"The kernel distance is the mean over 100 subsets of {subset} images, with its standard deviation."
+        )
     settings = comparison_settings(reference, samples, extractor_name)
     return Evaluation({metric: metrics[metric] for metric in METRICS if metric in metrics}, settings, notes)
 
 
 def comparison_settings(reference: Summary, samples: Summary, extractor_name: str) -> dict:
-    """Returns the record of what was compared."""
+    """Returns the extractor, reference and samples of a comparison, for its record."""
     return {
         "feature_extractor": extractor_name,
         "reference": {
@@ -149,23 +153,24 @@ def kernel_distance(real: torch.Tensor, drawn: torch.Tensor) -> tuple[float, flo
 
 def inception_score(logits: torch.Tensor) -> float:
     """
-    Returns the mean over parts of 5000 images, in their order, of exp(mean KL(p(y | x) || p(y))) (Salimans et al. 2016,
-    arXiv 1606.03498), as the published evaluator does.
+    Returns the Inception score exp(mean KL(p(y | x) || p(y))) (Salimans et al. 2016, arXiv 1606.03498). It is the mean of the scores
+    of consecutive parts of 5000 images, as in the evaluator of the original code.
 
     Args:
-        logits: `(images, classes)`.
+        logits: Logits of the images, `(images, classes)`.
     """
     parts = [isc_features_to_metric(part.cpu(), splits=1, shuffle=False) for part in logits.split(IMAGES_OF_A_SCORE)]
     return sum(part[KEY_METRIC_ISC_MEAN] for part in parts) / len(parts)
 
 
 def check_shape(reference: Summary, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless samples of a shape, `(height, width, channels)`, can be compared with a reference."""
+    """Raises a ValueError if samples of a shape, `(height, width, channels)`, cannot be compared with a reference."""
     if reference.shape is not None and reference.shape != shape:
         raise ValueError(
-            f"The reference's images are {_described(reference.shape)}, and the samples {_described(shape)}."
+            f"The samples must have the size and channels of the reference, {_described(reference.shape)}, but have"
+            f" {_described(shape)}."
         )
 
 
 def _described(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]} pixels {'grey' if shape[2] == 1 else 'in colour'}"
+    return f"{shape[1]}x{shape[0]} pixels {'in grey' if shape[2] == 1 else 'in colour'}"

@@ -1,4 +1,4 @@
-"""Options of the commands that run a pipeline, and what they accept."""
+"""Options of the commands that run a pipeline, and their allowed values."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,9 @@ from diffusers_adm.choices import DTYPES, WEAKER_KINDS
 from diffusers_adm.options import at_least, in_range, option
 
 
-# Schedulers of diffusers, without the ending of their names. With "-guided", they have the settings that their authors advise for
-# guided sampling (`solvers.GUIDED_SETTINGS`). With "-Karras", they have the noise levels of Karras et al. 2022 (arXiv 2206.00364, eq.
-# 5), because few steps that are straight in sigma go astray.
+# Names of schedulers of diffusers, without "Scheduler". "-guided" means the settings that the authors recommend for guided sampling
+# (`solvers.GUIDED_SETTINGS`). "-Karras" means the noise levels of Karras et al. 2022 (arXiv 2206.00364, eq. 5). Only with these levels
+# are a few steps that are straight lines in sigma accurate.
 SCHEDULERS = (
     "DDPM",
     "DDIM",
@@ -28,10 +28,10 @@ SCHEDULERS = (
     "HeunDiscrete-Karras",
     "KDPM2Discrete-Karras",
 )
-# Schedulers of UNets with preconditioning alone.
+# Schedulers that only UNets with preconditioning support.
 PRECONDITIONED_SCHEDULERS = ("EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")
 
-# Arguments of a pipeline's call that can be written on a command line: type of the value, and help.
+# Arguments of a pipeline's call that can be written on a command line, with the type of the value and the help.
 SAMPLING_OPTIONS = {
     "guidance_scale": ("FLOAT", "Scale of classifier guidance. 0 means no guidance. Default: the pipeline's."),
     "num_inference_steps": ("INT", "Number of steps. Default: the pipeline's."),
@@ -69,9 +69,9 @@ SAMPLING_OPTIONS = {
     ),
 }
 
-FORMATS = ("npz", "png")  # of samples
-NEIGHBOUR = 3  # to which manifolds reach, of precision and recall
-MAX_IMAGES = 10**8  # more is a slip of the keyboard, for which nobody should wait until the memory is full
+FORMATS = ("npz", "png")  # formats of samples
+NEIGHBOUR = 3  # balls of precision and recall reach to the third nearest other image, as in the paper
+MAX_IMAGES = 10**8  # a larger number is a typing error, which should not fill the memory
 MAX_BATCH_SIZE = 10**5
 
 

@@ -1,4 +1,4 @@
-"""Plots of metrics and of terms of the likelihood."""
+"""Plots of metrics, and of the terms of the variational bound."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusers_adm.atomic_files import atomic_write
 Line = tuple[list[float], list[float]]
 
 
-MARKERS = "osD^vPX*<>p"  # their number is coprime to that of the colours, so that pairs repeat late
+MARKERS = "osD^vPX*<>p"  # 11 markers, because 11 is coprime to the numbers of colours, so that pairs repeat late
 FEW_POINTS = 30
 
 
@@ -19,12 +19,12 @@ def save_lines(
     path: Path, panels: list[tuple[str, str, dict[str, Line]]], log_scale: bool = False, top: float | None = None
 ) -> None:
     """
-    Draws panels side by side, in rows of three, with one legend below all.
+    Draws panels in rows of three, with one legend below all panels.
 
     Args:
-        path: Path of the picture, PNG.
-        panels: Per panel, the labels of the vertical and of the horizontal axis, and the lines by their names, which are the
-            same in all panels.
+        path: Path of the PNG file.
+        panels: Label of the vertical axis, label of the horizontal axis, and lines by their names, per panel. All panels have the
+            same names.
         log_scale: Whether the vertical axes are logarithmic.
         top: Upper end of the vertical axes.
     """

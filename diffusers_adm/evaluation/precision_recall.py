@@ -5,32 +5,34 @@ import torch
 from diffusers_adm.evaluation.options import NEIGHBOUR
 
 
-# Rounding error of a squared distance as a share of the squared norms that it is made of, with room to spare.
+# Upper bound of the rounding error of a squared distance, as a fraction of the squared norms that it is computed from.
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 def check_features(name: str, features: torch.Tensor) -> None:
     """Raises a ValueError if the features of a set, `(images, features)`, are not finite or all the same."""
     if not features.sum(dim=0, dtype=torch.float64).isfinite().all():
-        raise ValueError(f"Features of the {name} are not finite.")
+        raise ValueError(f"The features of the {name} must be finite, but some are not.")
     if (features == features[0]).all():
-        raise ValueError(f"Features of the {name} are all the same.")
+        raise ValueError(f"The features of the {name} must differ, but all are the same.")
 
 
 def precision_and_recall(
     reference: torch.Tensor, samples: torch.Tensor, neighbour: int = NEIGHBOUR, block_size: int = 5000
 ) -> tuple[float, float]:
     """
-    Returns the share of samples within the reference's manifold, and the share of reference images within the samples'
-    manifold (eq. 2). A manifold is the union of the balls around its images that reach to the n-th nearest other image.
+    Returns precision and recall (eq. 2). Precision is the fraction of samples within the manifold of the reference. Recall is the
+    fraction of reference images within the manifold of the samples. A manifold is a union of balls, one around each image. A ball
+    reaches to the n-th nearest other image.
 
-    Distances are screened in float32 and decided in float64 wherever rounding could decide, so neither the size of blocks
-    nor the order of images changes a figure. At most `block_size` x `block_size` distances are held at once.
+    Distances are computed in float32. Where rounding could change the result, they are computed again in float64. Therefore the
+    result does not depend on the block size or the order of the images. At most `block_size` x `block_size` distances are in memory at
+    a time.
 
     Args:
-        reference: `(images, features)`.
-        samples: `(images, features)`, by the same extractor.
-        neighbour: Number n of the neighbour that a ball reaches to.
+        reference: Features of the reference, `(images, features)`.
+        samples: Features of the samples by the same extractor, `(images, features)`.
+        neighbour: Number n of the nearest other image to which a ball reaches.
         block_size: Number of rows per block.
 
     Raises:
@@ -39,21 +41,23 @@ def precision_and_recall(
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbour:
             raise ValueError(
-                f"Precision and recall need more than {neighbour} images on each side: the {name} has {len(features)}."
+                f"Precision and recall require more than {neighbour} images, but got {len(features)} in the {name}."
             )
         check_features(name, features)
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError(f"The reference has {reference.shape[1]} features, and the samples {samples.shape[1]}.")
-    # Float32 distances lose digits to what all rows share.
+        raise ValueError(
+            f"The samples must have as many features as the reference, {reference.shape[1]}, but have {samples.shape[1]}."
+        )
+    # Features are centred, because a large mean costs float32 distances their digits.
     exact = [features if features.dtype == torch.float64 else features.float() for features in (reference, samples)]
     centre = exact[0].mean(dim=0)
-    # One space for all blocks: allocating memory takes longer than looking for neighbours in it.
+    # One buffer for all blocks: allocating memory takes longer than the search for neighbours.
     largest = min(block_size, max(len(reference), len(samples)))
     space = torch.empty(largest**2, device=centre.device)
     sets = [Manifold(features, centre, neighbour, block_size, space) for features in exact]
 
-    # Depth: how far each image is outside of the ball that it is deepest in (negative is inside), as a share of the norms that
-    # rounding errors grow with. An outlier's errors are large, and must not make those of other images doubtful.
+    # Depth of an image: its squared distance from the edge of the ball that it is deepest in, negative inside. It is divided by the
+    # norms with which rounding errors grow, so that the large errors of an outlier do not make other images doubtful.
     norms = torch.cat([points.norms for points in sets])
     usual = norms.median().clamp(min=1e-6 * norms.max())
     weights = [1 / (points.scale + usual) for points in sets]
@@ -74,12 +78,12 @@ def precision_and_recall(
 
 class Manifold:
     """
-    Images as points, with a ball around each that reaches to its n-th nearest other point.
+    Manifold of a set of images: a ball around each image that reaches to its n-th nearest other image.
 
     Args:
-        features: `(images, features)`.
+        features: Features of the images, `(images, features)`.
         centre: Origin of the points, `(features,)`.
-        neighbour: Number n of the neighbour that a ball reaches to.
+        neighbour: Number n of the nearest other image to which a ball reaches.
         block_size: Number of rows per block.
         space: Memory for the distances of a block.
 
@@ -94,9 +98,11 @@ class Manifold:
         self.centred = (features - centre).float()
         self.norms = self.centred.square().sum(dim=1)  # (images,)
         if not self.norms.isfinite().all():
-            raise ValueError("The features are too large for distances between them.")
+            raise ValueError(
+                "The features must be small enough for finite distances in float32, but they are too large."
+            )
         self.squared_radii = _squared_radii(self, neighbour, block_size, space)  # (images,), rounded
-        # The rounding errors of distances to the edges of the balls grow with this.
+        # Rounding errors of distances to the edges of the balls grow with this scale.
         self.scale = self.norms + self.squared_radii
 
 
@@ -117,7 +123,7 @@ def _squared_radii(points: Manifold, neighbour: int, block_size: int, space: tor
 def _share_inside(
     depth: torch.Tensor, points: Manifold, centres: Manifold, growth: torch.Tensor, neighbour: int
 ) -> float:
-    """Returns the share of points in some ball, by rounded depths, or by exact distances where rounding could decide."""
+    """Returns the fraction of points inside a ball. Where rounding of a depth could decide, exact distances are computed."""
     tolerance = ROUNDING * growth  # (images,)
     inside = depth < -tolerance
     space = depth.new_empty(len(centres.norms))
@@ -127,7 +133,7 @@ def _share_inside(
         distances = _exact_distances(centres.features[doubtful], points.features[index])
         for centre, distance in zip(doubtful.tolist(), distances):
             if centre not in exact_radii:
-                # The nearest point is the centre itself. The n-th other point is among those not farther than the rounded radius.
+                # The nearest point is the centre itself. The n-th other point is at most as far as the rounded radius.
                 near = _near(centres, centre, centres, centres.squared_radii[centre], space, or_nearer=True)
                 to_others = _exact_distances(centres.features[near], centres.features[centre])
                 exact_radii[centre] = to_others.kthvalue(neighbour + 1).values
@@ -145,7 +151,7 @@ def _near(
     space: torch.Tensor,
     or_nearer: bool = False,
 ) -> torch.Tensor:
-    """Returns the centres whose squared distance from a point may equal the given one, or may be smaller."""
+    """Returns the centres whose squared distance from a point may equal `squared`, or, with `or_nearer`, may be smaller."""
     distances = _squared_distances(points, slice(index, index + 1), centres, slice(len(centres.norms)), space)[0]
     error = 2 * ROUNDING * (points.scale[index] + centres.scale)
     beyond = distances - squared
@@ -159,7 +165,7 @@ def _blocks(rows: int, size: int) -> list[slice]:
 def _squared_distances(
     first: Manifold, row: slice, second: Manifold, column: slice, space: torch.Tensor
 ) -> torch.Tensor:
-    """Returns `(rows, columns)` in `space`, float32. Rounding may make small distances negative."""
+    """Computes squared distances in `space`, `(rows, columns)`, float32. Rounding may make small ones negative."""
     rows, columns = first.centred[row], second.centred[column]
     block = space[: len(rows) * len(columns)].view(len(rows), len(columns))
     block.copy_(second.norms[column].expand_as(block)).addmm_(rows, columns.T, alpha=-2)

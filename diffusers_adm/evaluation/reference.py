@@ -1,4 +1,4 @@
-"""Reference batches: the statistics of a dataset, and some of its images, in the published evaluator's keys."""
+"""Reference batches: statistics of a dataset and some of its images, in `.npz` files with the keys of the original code."""
 
 import json
 from pathlib import Path
@@ -22,17 +22,18 @@ def summarise_reference(
     batch_size: int = 64,
 ) -> Summary:
     """
-    Summarises a reference as [`summarise`] does. Statistics that a reference batch holds (`mu`, `sigma`, and `mu_s`, `sigma_s`
-    of sFID, as published) are taken from it, and its images serve as neighbours.
+    Summarises a reference. If it is a reference batch, its statistics are read from the file: `mu` and `sigma`, and `mu_s` and
+    `sigma_s` for sFID. Its images are used for precision, recall and kernel distance. Otherwise, all images are summarised by
+    [`summarise`].
 
     Args:
-        source: Reference batch, or a source of images as [`open_images`] takes.
+        source: Reference batch, or a source of images that [`open_images`] supports.
         extractor: Extractor of the features.
         options: Split, place and format of a dataset's images.
         batch_size: Number of images per batch.
 
     Raises:
-        ValueError: If the reference belongs to another extractor, or cannot be compared with.
+        ValueError: If the reference was made with another extractor, or is not usable.
     """
     if not holds_statistics(source):
         return summarise(open_images(source, options), extractor, batch_size)
@@ -41,7 +42,7 @@ def summarise_reference(
     metadata = file.metadata()
     num_images = metadata.get("num_images")
     if num_images is not None and type(num_images) is not int:
-        raise ValueError(f"{source}: its metadata must say the number of images, but says {num_images!r}.")
+        raise ValueError(f"`num_images` in the metadata of {source} must be an integer, but got {num_images!r}.")
     gaussian = read_statistics(file, "mu", "sigma")
     spatial = read_statistics(file, "mu_s", "sigma_s") if "mu_s" in file else None
     features, shape = None, None
@@ -50,22 +51,23 @@ def summarise_reference(
         features, shape = images.features, images.shape
         if len(gaussian.mean) != features.pooled.shape[1]:
             raise ValueError(
-                f"{source}: its mu has {len(gaussian.mean)} features, and {extractor.name} {features.pooled.shape[1]}."
+                f"mu in {source} must have {features.pooled.shape[1]} features, as {extractor.name} has, but it has"
+                f" {len(gaussian.mean)}."
             )
     return Summary(str(source), gaussian, spatial, num_images, features, shape, metadata)
 
 
 def holds_statistics(source: str | Path) -> bool:
-    """Returns whether a source is a reference batch, and not merely images."""
+    """Returns whether a source is a reference batch with statistics, instead of images alone."""
     return Path(source).suffix == ".npz" and Path(source).is_file() and "mu" in NpzFile(source)
 
 
 def check_extractor(source: str | Path, extractor_name: str) -> None:
     """
-    Checks that a reference batch was made with an extractor. Images can be compared by any.
+    Checks that a reference batch was made with an extractor. Images can be compared with any extractor.
 
     Raises:
-        ValueError: If it was made with another extractor.
+        ValueError: If the reference batch was made with another extractor.
     """
     if not holds_statistics(source):
         return
@@ -74,8 +76,8 @@ def check_extractor(source: str | Path, extractor_name: str) -> None:
         return
     register = "" if made_by in FEATURE_EXTRACTORS_REGISTRY else " and --register FILE, the file that registers it"
     raise ValueError(
-        f"{source} was made with the feature extractor {made_by}, but --feature_extractor is {extractor_name}: pass"
-        f" --feature_extractor {made_by}{register}, or make a reference with {extractor_name} by make-reference."
+        f"{source} was made with the feature extractor {made_by}, but --feature_extractor is {extractor_name}. Pass"
+        f" --feature_extractor {made_by}{register}, or run make-reference with {extractor_name}."
     )
 
 
@@ -84,13 +86,13 @@ def read_statistics(file: NpzFile, mean: str, covariance: str) -> GaussianStatis
     Reads statistics from two arrays of a file.
 
     Raises:
-        ValueError: If they are missing, or are not the statistics of any features.
+        ValueError: If an array is missing, or the arrays are not a mean and a covariance.
     """
     arrays = file.read(mean), file.read(covariance)
     try:
         return GaussianStatistics(*arrays)
     except ValueError as error:
-        raise ValueError(f"{file.path} ({mean}, {covariance}): {error}") from error
+        raise ValueError(f"{file.path} has invalid statistics ({mean}, {covariance}): {error}") from error
 
 
 def write_reference(
@@ -104,20 +106,20 @@ def write_reference(
     metadata: dict | None = None,
 ) -> int:
     """
-    Writes `mu`, `sigma` and, if the extractor has spatial features, `mu_s`, `sigma_s` of all images, `arr_0` of some images,
-    and `metadata`, a JSON text.
+    Writes a reference batch: the statistics of all images (`mu` and `sigma`, and `mu_s` and `sigma_s` if the extractor has spatial
+    features), some of the images (`arr_0`), and a JSON text (`metadata`).
 
     Args:
         output: Path of the `.npz` file.
         images: Images of the reference.
         extractor: Extractor of the features.
-        num_neighbours: Number of images in `arr_0`, or all if there are fewer.
-        seed: Seed of their choice.
+        num_neighbours: Number of images in `arr_0`. If there are fewer images, all are written.
+        seed: Seed of the random choice of these images.
         batch_size: Number of images per batch.
-        metadata: Entries for `metadata`, beside those of the arrays.
+        metadata: Additional entries of `metadata`.
 
     Returns:
-        The number of images in `arr_0`.
+        Number of images in `arr_0`.
     """
     summary = summarise(images, extractor, batch_size, keep=False)
     count = min(num_neighbours, images.num_images)

@@ -12,7 +12,7 @@ from diffusers_adm.atomic_files import atomic_write, check_can_write, write_json
 from diffusers_adm.evaluation.feature_options import INCEPTION
 
 
-# Names of the metrics with Inception's features, and with any others: a distance of those is no FID.
+# Names of the metrics with Inception's features and with other features. Only a distance of Inception's features is called FID.
 METRICS = {
     "frechet_distance": ("FID", "FD"),
     "spatial_frechet_distance": ("sFID", "sFD"),
@@ -26,7 +26,7 @@ METRICS = {
 
 
 def metric_label(metric: str, extractor: str) -> str:
-    """Returns the name of a metric with an extractor's features."""
+    """Returns the name of a metric that is computed from an extractor's features."""
     return METRICS[metric][extractor != INCEPTION]
 
 
@@ -36,7 +36,7 @@ class Evaluation:
     Metrics of samples, and their settings.
 
     Args:
-        metrics: Values by the names in `METRICS`. Metrics that could not be computed are missing.
+        metrics: Value of each metric, by its name in `METRICS`. Metrics that could not be computed are left out.
         settings: Extractor, reference and samples.
         notes: Remarks for the reader.
 
@@ -52,8 +52,8 @@ class Evaluation:
         failed = [f"{self.label(name)} {value}" for name, value in self.metrics.items() if not math.isfinite(value)]
         if failed:
             raise ValueError(
-                f"Metrics are not finite: {', '.join(failed)}. Look for extreme values in the reference's statistics and in"
-                " the features."
+                f"Metrics must be finite, but got {', '.join(failed)}. Check the statistics of the reference and the features for"
+                " extreme values."
             )
 
     def label(self, metric: str) -> str:
@@ -68,8 +68,8 @@ class Evaluation:
             "| --- | --- |",
             *(f"| {self.label(metric)} | {value:.4f} |" for metric, value in self.metrics.items()),
             "",
-            f"Samples: {samples['name']}. Reference: {reference['name']}, statistics of {reference['num_images'] or '?'}"
-            f" images, neighbours among {reference['num_neighbours'] or 'none'}.",
+            f"Samples: {samples['name']}. Reference: {reference['name']}, with statistics of {reference['num_images'] or '?'}"
+            f" images, and {reference['num_neighbours'] or 'no'} images for precision and recall.",
             *self.notes,
         ]
         return "\n".join(lines)
@@ -100,23 +100,23 @@ class Evaluation:
 
 def read_card(path: Path) -> ModelCard:
     """
-    Reads a model card to write metrics into.
+    Reads a model card to which metrics will be added.
 
     Raises:
-        ValueError: If there is no such file, or its front matter is damaged.
-        OSError: If its folder does not take files.
+        ValueError: If the file does not exist, or its front matter is damaged.
+        OSError: If the folder of the file is not writable.
     """
     if not path.is_file():
-        raise ValueError(f"--model_card {path} is no file.")
+        raise ValueError(f"--model_card must be a file, but got {path}.")
     check_can_write(path)
     try:
         return ModelCard.load(path)
     except (ValueError, TypeError, AttributeError, YAMLError) as error:
-        raise ValueError(f"--model_card {path}: its front matter cannot be read: {error}") from error
+        raise ValueError(f"The front matter of --model_card {path} cannot be read: {error}") from error
 
 
 def add_to_card(card: ModelCard, evaluation: Evaluation, path: Path) -> None:
-    """Writes metrics into a card's front matter. Those of the same metric, reference and settings are replaced."""
+    """Writes metrics into the front matter of a card. Entries of the same metric, reference and settings are replaced."""
     new = evaluation.eval_results()
     old = card.data.eval_results or []
     card.data.eval_results = [result for result in old if not any(map(result.is_equal_except_value, new))] + new
@@ -148,8 +148,9 @@ def write_tables(folder: Path, results: list[dict]) -> None:
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
     lines += [
         "",
-        f"Features: {extractor}. {settings['samples']['num_images']} samples a point; reference: {Path(reference['name']).name},"
-        f" statistics of {reference['num_images'] or '?'} images, {reference['num_neighbours']} neighbours.",
+        f"Features: {extractor}. {settings['samples']['num_images']} samples per point. Reference:"
+        f" {Path(reference['name']).name}, with statistics of {reference['num_images'] or '?'} images, and"
+        f" {reference['num_neighbours']} images for precision and recall.",
     ]
     with atomic_write(folder / "results.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

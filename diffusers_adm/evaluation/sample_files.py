@@ -1,4 +1,4 @@
-"""Files of samples: `.npz` as the published scripts write it, PNG files, and a grid."""
+"""Files of samples: an `.npz` file as the original code writes it, PNG files, and a grid."""
 
 import itertools
 import json
@@ -26,30 +26,33 @@ def sample_path(folder: Path, num_images: int, size: tuple[int, int, int], forma
     Args:
         folder: Folder of the run.
         num_images: Number of images.
-        size: `(height, width, channels)` of the images.
-        format: One of `evaluation.options.FORMATS`.
+        size: Size of the images, `(height, width, channels)`.
+        format: Format of the files, one of `evaluation.options.FORMATS`.
 
     Raises:
-        ValueError: If the images have neither 1 nor 3 channels, and PNG files are wanted.
+        ValueError: If the format is PNG, and the images have neither 1 nor 3 channels.
     """
     if format == "png" and size[2] not in MODES:
-        raise ValueError(f"--format png requires images of 1 or 3 channels, but the UNet has {size[2]}: take npz.")
+        raise ValueError(f"--format png requires images of 1 or 3 channels, but the UNet has {size[2]}. Pass npz.")
     shape = "x".join(map(str, (num_images, *size)))
     return folder / f"samples_{shape}{'.npz' if format == 'npz' else ''}"
 
 
 def as_8_bit(x_0: torch.Tensor) -> np.ndarray:
-    """Converts [-1, 1] `(batch, channels, height, width)` to 8 bits `(batch, height, width, channels)`, cut as published."""
+    """
+    Converts images in [-1, 1], `(batch, channels, height, width)`, to 8 bits, `(batch, height, width, channels)`. Values are rounded
+    down, as in the original code.
+    """
     return ((x_0.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_samples(shards: Shards, path: Path) -> None:
     """
-    Writes the samples of all shards, whole or not at all, and a grid of the first ones where they are grey or in colour.
+    Writes the samples of all shards. If writing fails, no file is left. Images of 1 or 3 channels also get a grid of the first ones.
 
     Args:
         shards: Shards of a run.
-        path: `.npz` file, or a folder for PNG files.
+        path: Path of an `.npz` file, or of a folder for PNG files.
 
     Raises:
         ValueError: If some batches are missing.
@@ -57,7 +60,7 @@ def write_samples(shards: Shards, path: Path) -> None:
     missing = shards.missing()
     if missing:
         raise ValueError(
-            f"{len(missing)} of {shards.num_batches} batches are missing in {shards.folder}: run it again."
+            f"{len(missing)} of {shards.num_batches} batches are missing in {shards.folder}. Run the command again."
         )
     first = NpzFile(shards.path(0))
     labelled = "arr_1" in first
@@ -99,7 +102,7 @@ def write_png(folder: Path, images: Iterator[np.ndarray], labels: Iterator[int |
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """Returns a picture of 8-bit pixels `(height, width, 1 or 3)`."""
+    """Converts 8-bit pixels, `(height, width, 1 or 3)`, to a PIL image."""
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 

@@ -1,4 +1,4 @@
-"""Bulk sampling: on any number of processes, independent of their number, and continued after interruptions."""
+"""Sampling of many images. Images do not depend on the number of processes, and an interrupted run continues."""
 
 import math
 from collections.abc import Iterator
@@ -43,19 +43,21 @@ def load_pipeline(
         variant: Variant of the weight files, such as `"fp16"`.
         dtype: Data type of the weights.
         device: Device of the networks.
-        upsampler: Whether it is an upsampler. `None` for commands that run none.
+        upsampler: Whether the pipeline is an upsampler. `None` for commands that run neither class.
 
     Raises:
-        ValueError: If the pipeline is of another class, or the variant or the id cannot be one.
-        OSError: If there is no such folder, and no such pipeline on the Hub, or a released checkpoint cannot be downloaded.
+        ValueError: If the pipeline is of another class, or the variant or the id is not valid.
+        OSError: If the pipeline exists neither as a folder nor on the Hub, or a released checkpoint cannot be downloaded.
     """
     check_variant(variant)
     model = default_model() if model is None else model
     if revision is not None and Path(model).is_dir():
-        raise ValueError(f"--revision {revision} is for pipelines on the Hub, but {model} is a folder.")
+        raise ValueError(f"--revision requires a pipeline on the Hub, but got {revision} for the folder {model}.")
     is_released = str(model).startswith(RELEASED_PREFIX)
     if is_released and (revision is not None or variant is not None):
-        raise ValueError(f"--revision and --variant are for saved pipelines, but got --model {model}.")
+        raise ValueError(
+            f"--revision and --variant require a saved pipeline, but got --model {model}. Leave them out."
+        )
     if not is_released and "/" not in str(model) and not Path(model).exists():
         raise ValueError(f"There is no folder {str(model)!r}. Ids on the Hub look like 'owner/name'.")
     cls = ADMUpsamplePipeline if upsampler else ClassifierGuidedPipeline
@@ -66,12 +68,13 @@ def load_pipeline(
             pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise OSError(
-            f"There is no folder {str(model)!r}, and the Hub gave no pipeline with this id. Ids look like 'owner/name'. {error}"
+            f"There is no folder {str(model)!r}, and no pipeline with this id could be loaded from the Hub. Ids look like"
+            f" 'owner/name'. {error}"
         ) from error
     except OtherPipelineError as error:
         advice = {
-            True: "--low_res is for upsamplers: leave it out, or choose another --model.",
-            False: "An upsampler needs --low_res: give it, or choose another --model.",
+            True: "Leave out --low_res, or choose another --model.",
+            False: "Pass --low_res for an upsampler, or choose another --model.",
             None: "Choose another --model.",
         }
         raise ValueError(f"{error} {advice[upsampler]}") from error
@@ -81,7 +84,7 @@ def load_pipeline(
 
 def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
     """
-    Returns the settings of a run that come from its pipeline.
+    Returns the settings of a run that its pipeline determines.
 
     Args:
         pipeline: Pipeline of the run.
@@ -99,34 +102,34 @@ def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
 
 def given_options(call: dict | None) -> dict:
     """
-    Returns the arguments of a call without those that are `None`.
+    Returns the arguments of a call that are not `None`.
 
     Raises:
-        ValueError: If an argument does not hold for a whole run.
+        ValueError: If an argument cannot be used for a whole run.
     """
     call = {name: value for name, value in (call or {}).items() if value is not None}
     unknown = sorted(call.keys() - SAMPLING_OPTIONS.keys())
     if unknown:
-        raise ValueError(f"The pipelines take no {', '.join(unknown)} for a whole run.")
+        raise ValueError(f"Options of a whole run must not include {', '.join(unknown)}. Leave them out.")
     return call
 
 
 def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOptions:
     """
-    Returns the options of a run with the pipeline's defaults. They are checked before anything is drawn.
+    Returns the options of a run, with the defaults of its pipeline. All are checked, so that an error comes before the first image.
 
     Args:
         pipeline: Pipeline of the run.
-        call: Arguments of the pipeline's call that hold for the whole run.
+        call: Arguments of the pipeline's call, the same for all images.
 
     Raises:
-        ValueError: If an argument does not hold for a whole run, or the pipeline refuses it.
+        ValueError: If an argument cannot be used for a whole run, or is not valid for the pipeline.
     """
     options = SamplingOptions(**given_options(call)).resolved(pipeline)
     for name in ("guidance_scale", "cfg_weight"):
         value = getattr(options, name)
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            # A list would give an image another value in another place of a batch.
+            # With a list, the value of an image would depend on its place in the batch.
             raise ValueError(f"`{name}` must be one finite number for a whole run, but got {value!r}.")
     if not isinstance(options.condition_unet, bool):
         raise ValueError(f"`condition_unet` must be True or False, but got {options.condition_unet!r}.")
@@ -136,7 +139,7 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
 
 
 def option_record(options: SamplingOptions) -> dict:
-    """Returns the options of a run for its settings."""
+    """Returns the options of a run that are recorded in its settings."""
     values = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -154,28 +157,28 @@ def draw_samples(
     format: str = "npz",
 ) -> Path:
     """
-    Draws images on all processes of a launch, except for those that are there already, and writes them as one set. Image i
-    depends on the seed, i and its label alone. To that end, each process on a CPU takes one thread.
+    Draws images on all launched processes and writes them as one set. Batches that an earlier run has drawn are kept. Image i depends
+    only on the seed, on i and on its label. For this reason, each process on a CPU uses one thread.
 
     Args:
         pipeline: Pipeline on this process's device.
-        folder: Folder of the run, on a disk that all processes see.
+        folder: Folder of the run, on a disk that all processes can read and write.
         num_images: Number of images.
         batch_size: Number of images per batch.
         seed: Seed of the run. The seed of each image is derived from it.
-        labels: `"random"`, `"balanced"` (label i is i modulo the number of classes), or a file: `.npz` with `arr_1`, or a
-            text of one number or name per line. The default is `"random"`. For an upsampler it is the labels of `low_res`, or
-            no labels if there are none.
-        call: Arguments of the pipeline's call that hold for the whole run.
-        low_res: `.npz` file of the images that an upsampler enlarges, with their labels as `arr_1`.
+        labels: Labels of the images: `"random"`, `"balanced"` (label i is i modulo the number of classes), or a file. The file is
+            an `.npz` file with `arr_1`, or a text file with one number or name per line. `None` means `"random"`. For an upsampler,
+            `None` means the labels of `low_res` if it has any, and no labels otherwise.
+        call: Arguments of the pipeline's call, the same for all images.
+        low_res: Path of an `.npz` file of the images that an upsampler enlarges. Their labels are in `arr_1`.
         model_name: Folder or Hub id of the pipeline, for the record.
-        format: `"npz"` or `"png"`.
+        format: Format of the samples: `"npz"` or `"png"`.
 
     Returns:
-        The file `samples_NxHxWxC.npz`, or the folder of that name with PNG files and `manifest.jsonl`.
+        Path of the file `samples_NxHxWxC.npz`, or of a folder `samples_NxHxWxC` with PNG files and `manifest.jsonl`.
 
     Raises:
-        ValueError: If the run is impossible, or the folder belongs to a run of other settings.
+        ValueError: If an argument is not valid, or the folder belongs to a run with other settings.
     """
     state = join_processes()
     options = run_options(pipeline, call)
@@ -212,27 +215,27 @@ def open_low_res(path: str | Path, pipeline: SamplingPipeline, num_images: int) 
     Opens the images that an upsampler enlarges.
 
     Args:
-        path: `.npz` file.
-        pipeline: The upsampler.
-        num_images: Number of images that are needed.
+        path: Path of an `.npz` file.
+        pipeline: Upsampler that enlarges the images.
+        num_images: Number of images that are required.
 
     Raises:
-        ValueError: If the pipeline is no upsampler, or the images are too few or of another size.
+        ValueError: If the pipeline is not an upsampler, or the images are too few or of another size.
     """
     if not isinstance(pipeline, ADMUpsamplePipeline):
-        raise ValueError(f"--low_res {path}: a {type(pipeline).__name__} does not enlarge images.")
+        raise ValueError(f"--low_res requires an upsampler, but the pipeline is a {type(pipeline).__name__}.")
     if not Path(path).is_file():
-        raise ValueError(f"--low_res {path}: there is no such file.")
+        raise ValueError(f"--low_res must be an .npz file, but there is no file {path}.")
     images = NpzImages(path, labelled=True)
     size = pipeline.config.low_res_size
     shape = (size, size, pipeline.unet.config.in_channels)
     if images.shape != shape:
         raise ValueError(
-            f"--low_res {path}: images must be {shape} (height, width, channels), as the upsampler takes them, but are"
+            f"--low_res {path} must have images of {shape} (height, width, channels), as the upsampler requires, but they are"
             f" {images.shape}."
         )
     if images.num_images < num_images:
-        raise ValueError(f"--low_res {path} has {images.num_images} images, and {num_images} are wanted.")
+        raise ValueError(f"--low_res must have at least {num_images} images, but {path} has {images.num_images}.")
     return images
 
 
@@ -277,7 +280,7 @@ def draw_batches(
 
 
 def low_res_batches(low_res: NpzImages, shards: Shards, batches: list[int]) -> Iterator[np.ndarray]:
-    """Yields the low-resolution images of some batches. Beyond the end the last image is repeated."""
+    """Yields the low-resolution images of some batches. The last image is repeated to fill the last batch."""
     wanted = set(batches)
     for batch, images in enumerate(low_res.batches(shards.batch_size)):
         if batch in wanted:

@@ -13,7 +13,7 @@ SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
 
 def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     """
-    Replaces a pipeline's scheduler by another of the same noise schedule.
+    Replaces the scheduler of a pipeline by another scheduler with the same noise schedule.
 
     Args:
         pipeline: Pipeline to change.
@@ -35,7 +35,7 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
     unet, config = pipeline.unet.config, pipeline.scheduler.config
-    if name in PRECONDITIONED_SCHEDULERS:  # they share no noise schedule with the others
+    if name in PRECONDITIONED_SCHEDULERS:  # these have no noise schedule to keep
         pipeline.scheduler = scheduler_class(sigma_min=unet.sigma_min, sigma_max=unet.sigma_max)
     else:
         pipeline.scheduler = scheduler_class.from_config(config, **settings)

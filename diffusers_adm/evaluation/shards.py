@@ -1,4 +1,4 @@
-"""Work on many images that is divided among processes batch by batch, and continues after interruptions."""
+"""Shards: batches of images that several processes compute and save, so that an interrupted run continues."""
 
 import contextlib
 import hashlib
@@ -17,37 +17,39 @@ from diffusers_adm.command_line import describe_error
 from diffusers_adm.data.npz import NpzFile, write_npz
 
 
-# Settings that do not change the results.
+# Settings that do not affect the results.
 FOR_THE_RECORD = {"model"}
 
 
 class Shards:
     """
-    Folder with one file for each batch of image numbers. Batch k begins with image k * batch_size.
+    Folder of a run with one file per batch of images. Batch k begins with image k * batch_size.
 
-    A batch always has the same numbers and the same size, for any process and any number of images. So the results of an
-    image depend neither on the processes nor on interruptions.
+    A batch has the same images and the same size for all numbers of processes and of images. Therefore the result of an image does
+    not depend on the processes, on interruptions or on the number of images.
 
     Args:
-        folder: Folder of the run, which is made if it does not exist.
-        settings: Settings of the run. The folder keeps them, and refuses the batches of other settings.
+        folder: Folder of the run. It is created if it does not exist.
+        settings: Settings of the run. They are saved in the folder, which then accepts no run with other settings.
         num_images: Number of images.
         batch_size: Number of images per batch.
-        state: Processes of the run, which must all see the folder.
+        state: Processes of the run. All must be able to read and write the folder.
 
     Raises:
-        ValueError: If the folder belongs to a run of other settings, or holds other files.
+        ValueError: If the folder belongs to a run with other settings, or holds other files.
     """
 
     def __init__(self, folder: Path, settings: dict, num_images: int, batch_size: int, state: PartialState):
         if num_images < 1 or batch_size < 1:
-            raise ValueError(f"{num_images} images in batches of {batch_size}: both must be at least 1.")
+            raise ValueError(
+                f"The number of images and the batch size must be at least 1, but got {num_images} and {batch_size}."
+            )
         self.folder = folder
         self.num_images = num_images
         self.batch_size = batch_size
         self.state = state
         self.settings = json.loads(json.dumps(as_record({**settings, "batch_size": batch_size})))
-        # An error must reach all processes, or the others would wait for ever.
+        # An error must reach all processes. Otherwise, the other processes would wait for ever.
         message = [None]
         if state.is_main_process:
             try:
@@ -66,28 +68,28 @@ class Shards:
             other = [name for name in names if kept.get(name) != self.settings.get(name)]
             if other:
                 differences = ", ".join(
-                    f"{name} {kept.get(name)!r}, not {self.settings.get(name)!r}" for name in other
+                    f"{name} was {kept.get(name)!r} and is {self.settings.get(name)!r}" for name in other
                 )
-                raise ValueError(f"{self.folder} is of a run of other settings: {differences}. Take a new folder.")
+                raise ValueError(f"{self.folder} holds a run with other settings: {differences}. Pass a new folder.")
         elif self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: give the name of a folder.")
+            raise ValueError(f"The output must be a folder, but {self.folder} is a file.")
         elif not path.is_file() and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds files of something else: take a new folder.")
+            raise ValueError(f"{self.folder} holds files that are not of a run. Pass a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
         (self.folder / "shards").mkdir(exist_ok=True)
         for partial in (*self.folder.glob("partial-*"), *self.folder.glob("shards/partial-*")):
             if partial.is_file():
-                partial.unlink()  # of a process that was killed
+                partial.unlink()  # a process that was killed left it
 
     @staticmethod
     def _kept_settings(path: Path) -> dict:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}. Take a new folder.") from error
+            raise ValueError(f"{path} is damaged: {error}. Pass a new folder.") from error
         if not isinstance(kept, dict):
-            raise ValueError(f"{path} holds no settings of a run. Take a new folder.")
+            raise ValueError(f"{path} must hold the settings of a run, but does not. Pass a new folder.")
         return as_record(kept)
 
     @property
@@ -110,29 +112,31 @@ class Shards:
     def assigned(self) -> list[int]:
         """Returns this process's share of the missing batches."""
         missing = [self.missing()]
-        broadcast_object_list(missing)  # what the main process saw: others may finish one meanwhile
+        broadcast_object_list(
+            missing
+        )  # all use the list of the main process, because batches may be finished meanwhile
         return missing[0][self.state.process_index :: self.state.num_processes]
 
     def report_found(self, work: str) -> None:
-        """Prints how many images of the run are there already, if any, and that the rest follows."""
+        """Prints how many images of the run exist already, if any. `work` is the verb for the rest, such as "drawing"."""
         missing = sum(min(self.batch_size, self.num_images - self.numbers(batch).start) for batch in self.missing())
         if self.state.is_main_process and missing < self.num_images:
             found = f"Found {self.num_images - missing} of {self.num_images} images in {self.folder}"
             print(f"{found}, {work} the rest." if missing else f"{found}.", flush=True)
 
     def save(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the results of a batch, `(batch_size, ...)` each."""
+        """Writes the results of a batch. Each array is `(batch_size, ...)`."""
         write_npz(self.path(batch), arrays)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """Yields the results of all images, batch by batch, without those beyond the last image."""
+        """Yields the results of all images, batch by batch. Results beyond the last image are left out."""
         for batch in range(self.num_batches):
             yield NpzFile(self.path(batch)).read(name)[: self.num_images - batch * self.batch_size]
 
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Restricts a process on a CPU to one thread, because the number of threads changes the order of sums, and the last bits."""
+    """Restricts a process on a CPU to one thread, because the number of threads changes the order of sums and thus their last bits."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -143,9 +147,9 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 def image_generator(seed: int, number: int, purpose: int = 0) -> torch.Generator:
-    """Returns the random numbers of one image of a run, independent of those of other images."""
+    """Returns the generator of one image of a run. Its random numbers are independent of those of other images."""
     (mixed,) = np.random.SeedSequence((seed, number, purpose)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed) >> 1)  # torch takes signed numbers
+    return torch.Generator().manual_seed(int(mixed) >> 1)  # 63 bits, because torch's seeds are signed
 
 
 def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
@@ -160,7 +164,7 @@ def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
 
 
 def as_record(value):
-    """Converts a value to what JSON knows. Numbers that are not finite become texts, because JSON has none."""
+    """Converts a value to types of JSON. Numbers that are not finite become strings, because JSON does not support them."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

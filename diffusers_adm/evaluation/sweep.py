@@ -1,5 +1,5 @@
-"""Trade-off between fidelity and diversity: metrics over guidance scales, steps and schedulers (Dhariwal & Nichol 2021,
-arXiv 2105.05233, section 4.3 and Table 4)."""
+"""Sweep over guidance scales, steps and schedulers, which shows the trade-off between fidelity and diversity (Dhariwal & Nichol
+2021, arXiv 2105.05233, section 4.3 and Table 4)."""
 
 import hashlib
 import itertools
@@ -26,14 +26,14 @@ PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "p
 
 class PointEvaluator:
     """
-    Computes the metrics of samples against a reference. They are kept beside the samples, and computed again only for
-    another reference or extractor.
+    Compares samples with a reference. The metrics are saved in the folder of the samples. They are computed again only if the
+    reference or the extractor has changed.
 
     Args:
         reference: Summary of the reference.
         extractor: Extractor of the features.
         batch_size: Number of images per batch.
-        judged: Whether to add the share of samples whose label is the extractor's most likely class, as `"accuracy"`.
+        judged: Whether to add `"accuracy"`, the fraction of samples whose label is the extractor's most likely class.
     """
 
     def __init__(self, reference: Summary, extractor: FeatureExtractor, batch_size: int = 64, judged: bool = False):
@@ -56,7 +56,7 @@ class PointEvaluator:
         Returns the metrics of samples, their settings and notes.
 
         Args:
-            samples: `.npz` file.
+            samples: Path of an `.npz` file.
         """
         path = samples.with_name(f"metrics_{samples.stem}.json")
         if path.is_file():
@@ -77,25 +77,26 @@ def sweep_points(
     pipeline: SamplingPipeline, axes: dict[str, list], folder: Path, evaluate: Callable[[Path], dict] | None, **run
 ) -> list[dict]:
     """
-    Draws and evaluates samples at every combination of some options, and writes `results.csv`, `results.md`, `results.json`
-    and the paper's plots. Points that were evaluated before are not evaluated again. All processes of a launch draw.
+    Draws and evaluates samples for each combination (point) of some options. It writes `results.csv`, `results.md`, `results.json` and
+    the plots of the paper. Points that an earlier run has evaluated are kept. All launched processes draw, and the main process
+    evaluates.
 
     Args:
         pipeline: Pipeline on this process's device.
-        axes: Values of each option of the pipeline's call, and of `"scheduler"`, names in `SCHEDULERS` or `None`.
-        folder: Folder of the sweep, on a disk that all processes see.
+        axes: Values of each option of the pipeline's call. Values of `"scheduler"` are names in `SCHEDULERS`, or `None`.
+        folder: Folder of the sweep, on a disk that all processes can read and write.
         evaluate: [`PointEvaluator`] of the main process.
-        run: Further arguments of [`draw_samples`].
+        run: Other arguments of [`draw_samples`].
 
     Returns:
-        The results of the main process.
+        Result of each point on the main process, and an empty list on other processes.
     """
     state = join_processes()
     stock_scheduler = pipeline.scheduler
     if axes.get("scheduler", [None]) == [None]:
         axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    for point in points:  # a mistake in the last one shows now
+    for point in points:  # all points are checked before the first one is drawn
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
         run_options(pipeline, call_of(point))
@@ -121,28 +122,28 @@ def call_of(point: dict) -> dict:
 
 
 def folder_name(point: dict) -> str:
-    """Returns a readable and unique name for a point."""
+    """Returns a readable and unique folder name for a point."""
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
     return f"{'_'.join(str(value).replace('/', '-') for value in point.values())[:80]}_{digest}"
 
 
 def described(point: dict) -> str:
-    """Returns a point in words."""
+    """Returns a description of a point."""
     return ", ".join(f"{name} {value}" for name, value in point.items())
 
 
 def is_number(value) -> bool:
-    """Returns whether a value has a place on an axis."""
+    """Returns whether a value can be plotted on an axis."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plot_trade_off(path: Path, results: list[dict], axes: dict[str, list]) -> None:
     """
-    Draws each metric against the guidance scale, or against the first option of several numbers, and precision against
-    recall.
+    Plots each metric over the guidance scale, and precision over recall. If the guidance scale does not vary, metrics are plotted over
+    the first numeric option that varies.
 
     Args:
-        path: Path of the picture, PNG.
+        path: Path of the PNG file.
         results: Results of [`sweep_points`].
         axes: Values of each option.
     """
@@ -151,7 +152,7 @@ def plot_trade_off(path: Path, results: list[dict], axes: dict[str, list]) -> No
     several = [name for name, values in axes.items() if len(values) > 1]
     numbers = [name for name in several if all(map(is_number, axes[name]))]
     if not numbers:
-        path.unlink(missing_ok=True)  # of a sweep of other options
+        path.unlink(missing_ok=True)  # an earlier sweep of other options may have left it
         return
     horizontal = "guidance_scale" if "guidance_scale" in numbers else numbers[0]
     groups: dict[str, list[dict]] = {}

@@ -1,1 +1,1 @@
-"""Methods of research on the default model. Each module draws a picture: `python -m diffusers_adm.examples.repaint`."""
+"""Research methods that use the default model. Each module draws a picture, such as `python -m diffusers_adm.examples.repaint`."""

@@ -1,4 +1,4 @@
-"""Digits that the examples start from, and the pictures that they write."""
+"""Functions that the examples share: their options, their digits and their pictures."""
 
 import argparse
 from pathlib import Path
@@ -14,15 +14,15 @@ def parse_arguments(description: str, steps: int) -> argparse.Namespace:
     """Parses the options of an example: `--output`, `--steps` and `--digits`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--output", type=Path, default=Path("example.png"), help="Picture to write (default: %(default)s)."
+        "--output", type=Path, default=Path("example.png"), help="Picture to write. Default: %(default)s."
     )
-    parser.add_argument("--steps", type=int, default=steps, help="Number of steps (default: %(default)s).")
-    parser.add_argument("--digits", type=int, default=10, help="Number of digits, up to 10 (default: %(default)s).")
+    parser.add_argument("--steps", type=int, default=steps, help="Number of sampling steps. Default: %(default)s.")
+    parser.add_argument("--digits", type=int, default=10, help="Number of digits, at most 10. Default: %(default)s.")
     return parser.parse_args()
 
 
 def quiet_pipeline(ddim: bool = False) -> ClassifierGuidedPipeline:
-    """Loads the default model, with DDPM or DDIM."""
+    """Loads the default model with DDPM or DDIM, without a progress bar."""
     pipeline = ClassifierGuidedPipeline.from_pretrained(default_model())
     pipeline.set_progress_bar_config(disable=True)
     if ddim:
@@ -31,19 +31,19 @@ def quiet_pipeline(ddim: bool = False) -> ClassifierGuidedPipeline:
 
 
 def true_digits(count: int) -> torch.Tensor:
-    """Draws digits 0, 1, ..., `(count, 1, 32, 32)` in [-1, 1], of which an example sees only a part."""
+    """Draws the digits 0, 1, ... that an example restores from partial information, `(count, 1, 32, 32)`, in [-1, 1]."""
     return draw(quiet_pipeline(ddim=True), count, seed=100, num_inference_steps=25, guidance_scale=1.0)
 
 
 def draw(pipeline: ClassifierGuidedPipeline, count: int, seed: int = 0, **call) -> torch.Tensor:
-    """Draws digits 0, 1, ..., with one seed per image."""
+    """Draws the digits 0, 1, ..., with one seed per image."""
     generators = [torch.Generator().manual_seed(seed + digit) for digit in range(count)]
     call = {"class_labels": list(range(count)), "guidance_scale": 0.0, **call}
     return pipeline(generator=generators, output_type="latent", **call).images.clamp(-1, 1)
 
 
 def save_rows(pipeline: ClassifierGuidedPipeline, rows: dict[str, torch.Tensor], output: Path) -> None:
-    """Writes rows of images in [-1, 1], with their names."""
+    """Writes a picture of named rows of images in [-1, 1]."""
     pictures = [pipeline.image_processor.postprocess(row) for row in rows.values()]
     labelled_grid(list(rows), [str(column) for column in range(len(pictures[0]))], pictures).save(output)
     print(f"Wrote {output}")

@@ -1,6 +1,6 @@
-"""A linear inverse problem by DPS (Chung et al. 2022, arXiv 2209.14687): digits from blurred and noisy measurements.
+"""Deblurring by DPS (Chung et al. 2022, arXiv 2209.14687): digits are restored from blurred and noisy measurements.
 
-The gradient of the predicted x_0's error goes through the UNet, and is applied after each step (Algorithm 1).
+After each step, the image is corrected by the gradient of the error of the predicted x_0, which goes through the UNet (Algorithm 1).
 """
 
 import torch
@@ -10,7 +10,7 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def blur(x: torch.Tensor) -> torch.Tensor:
-    """Applies A: a Gaussian blur."""
+    """Applies the operator A, a Gaussian blur."""
     return gaussian_blur(x, kernel_size=9, sigma=3.0)
 
 
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     measured = blur(whole) + 0.05 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
     drawn = restore(pipeline, measured, args.steps)
     print(
-        f"Mean absolute error: {(drawn - whole).abs().mean():.4f}; of the measurement: {(measured - whole).abs().mean():.4f}"
+        f"Mean absolute error: {(measured - whole).abs().mean():.4f} before, {(drawn - whole).abs().mean():.4f} after restoration"
     )
     save_rows(pipeline, {"whole": whole, "measured": measured.clamp(-1, 1), "restored": drawn}, args.output)

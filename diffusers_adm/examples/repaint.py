@@ -1,7 +1,5 @@
 """Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn again."""
 
-from collections.abc import Callable
-
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -10,7 +8,7 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_timesteps: int = 1000) -> list[int]:
-    """Returns timesteps that go down. After every `jump_length` steps, they go back up by as many, `jump_count` - 1 times."""
+    """Returns descending timesteps. After every `jump_length` steps, they jump back up by as many steps, `jump_count` - 1 times."""
     stride = num_train_timesteps // steps
     indices, index, jumps_left = [], steps - 1, {}
     while index >= 0:
@@ -25,26 +23,6 @@ def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_t
     return [stride * index for index in indices]
 
 
-def pasting(pipeline, known: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> Callable:
-    """
-    Returns a callback that replaces the known part of x_t before each step by the known pixels with noise.
-
-    Args:
-        pipeline: Pipeline that draws.
-        known: Images in [-1, 1].
-        mask: Mask that broadcasts to `known`: 1 where pixels are known, 0 where they are drawn.
-        generator: Generator of the noise.
-    """
-    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
-
-    def paste(pipe, step, timestep, tensors):
-        noise = randn_tensor(known.shape, generator=generator, device=known.device)
-        noised = add_noise(schedule, known, int(timestep), noise)
-        return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
-
-    return paste
-
-
 def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[int], **call) -> torch.Tensor:
     """
     Draws the unknown part of images.
@@ -53,10 +31,17 @@ def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[i
         pipeline: Pipeline with DDPM.
         known: Images in [-1, 1].
         mask: Mask that broadcasts to `known`: 1 where pixels are known, 0 where they are drawn.
-        timesteps: Timesteps to visit.
+        timesteps: Timesteps to visit, in order.
         call: Other arguments of `draw`.
     """
-    paste = pasting(pipeline, known, mask, torch.Generator().manual_seed(0))
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(0)
+
+    def paste(pipe, step, timestep, tensors):
+        noise = randn_tensor(known.shape, generator=generator, device=known.device)
+        noised = add_noise(schedule, known, int(timestep), noise)
+        return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
+
     drawn = draw(pipeline, len(known), timesteps=timesteps, callback_on_step_start=paste, **call)
     return mask * known + (1 - mask) * drawn
 
@@ -67,7 +52,7 @@ if __name__ == "__main__":
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16, :] = 1
     timesteps = jumping_timesteps(args.steps, jump_length=10, jump_count=5)
-    print(f"{len(timesteps)} evaluations of the UNet")
+    print(f"Evaluations of the UNet: {len(timesteps)}")
     masked = mask * known - (1 - mask)
     rows = {"whole": known, "known": masked, "inpainted": inpaint(pipeline, known, mask, timesteps)}
     save_rows(pipeline, rows, args.output)

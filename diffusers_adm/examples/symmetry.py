@@ -1,4 +1,4 @@
-"""Guidance by a custom function: digits that are their own mirror images."""
+"""Guidance by a custom function, towards digits that equal their mirror images."""
 
 import torch
 
@@ -16,7 +16,7 @@ symmetric.through_unet = True  # x_0 depends on x_t
 
 
 def asymmetry(images: torch.Tensor) -> float:
-    """Returns the mean absolute difference from the mirror images."""
+    """Returns the mean absolute difference between images and their mirror images."""
     return (images - images.flip(-1)).abs().mean().item()
 
 
@@ -25,5 +25,7 @@ if __name__ == "__main__":
     pipeline = quiet_pipeline(ddim=True)
     plain = draw(pipeline, args.digits, num_inference_steps=args.steps)
     guided = draw(pipeline, args.digits, num_inference_steps=args.steps, guidance_fn=symmetric, guidance_scale=0.03)
-    print(f"Mean absolute difference from the mirror image: {asymmetry(plain):.3f}, guided {asymmetry(guided):.3f}")
+    print(
+        f"Mean absolute difference from the mirror image: {asymmetry(plain):.3f} unguided, {asymmetry(guided):.3f} guided"
+    )
     save_rows(pipeline, {"unguided": plain, "symmetric": guided}, args.output)

@@ -1,1 +1,1 @@
-"""Saved pipelines: their code files, their cards, and the Hub."""
+"""Saved pipelines: code files, cards, and transfers to and from the Hub."""

@@ -1,18 +1,18 @@
-"""Code files of saved pipelines and models: each defines one class and all that the class needs of this package.
+"""Code files of saved pipelines and models. Each file defines one class and everything of this package that the class needs.
 
-diffusers loads the classes of a pipeline from files of its folder, with `trust_remote_code=True`. The file of a component may
-not import its neighbours, so each file holds all that its class needs. It is made of the package's sources.
+With `trust_remote_code=True`, diffusers loads the classes of a pipeline from files in its folder. The file of a component cannot
+import other files of the folder. Therefore each file holds everything that its class needs. It is made from the sources of the package.
 
-Laws of every module that `pipelines/` or `models/` import, directly or not:
+Laws for every module that `pipelines/` or `models/` import, directly or indirectly:
 
 1. At top level, a module only imports and defines: functions, classes and constants.
 2. The name of a top-level definition is unique among these modules.
 3. Names of this package are imported at top level by `from ... import ...`, without `as`.
-4. A method of `LEFT_OUT` is called by no code of a file, unless diffusers has a method of that name too.
-5. A pipeline's code knows a component's class only as a `ModelMixin`, because the class is in another file.
+4. No code of a file calls a method of `LEFT_OUT`, unless diffusers also has a method of this name.
+5. In the file of a pipeline, the class of a component is `ModelMixin`, because the real class is in another file.
 
-A violation of the first three raises a `ValueError` when a pipeline is saved. Code that only the methods of `LEFT_OUT` use is
-in no file.
+A violation of one of the first three laws raises a `ValueError` when a pipeline is saved. Code that only methods of `LEFT_OUT` use is
+left out of the files.
 """
 
 import ast
@@ -30,27 +30,27 @@ from diffusers_adm.hub.saved_files import SAVED_CLASSES, add_code, add_file
 
 
 PACKAGE = __package__.partition(".")[0]
-# Methods that are in no file: they convert checkpoints of the original code or load with this package's classes, or diffusers
-# has its own form of them.
+# Methods that are left out of the files. They convert checkpoints of the original code, load with classes of this package, or replace a
+# method of diffusers that the files use instead.
 LEFT_OUT = {"from_openai", "from_released", "to_openai_state_dict", "from_pretrained", "load_config", "push_to_hub"}
-# A module that takes the place of another in files: a class that was loaded from a file saves the same file again.
+# Modules that are replaced by another module in the files, so that a class that was loaded from a file saves the same file again.
 REPLACED = {f"{PACKAGE}.hub.{name}": f"{PACKAGE}.hub.saved_files" for name in ("bundle", "cards")}
 
 
 def write_code(pipeline, folder: Path) -> None:
     """
-    Adds the code files to a folder that `save_pretrained` has just written, and names them in its index.
+    Adds the code files to a folder that `save_pretrained` has just written, and enters them in the index of the folder.
 
     Args:
         pipeline: Pipeline that was saved.
-        folder: Folder that it was saved to.
+        folder: Folder of the saved pipeline.
     """
     add_code(pipeline, folder, single_file)
 
 
 def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
     """
-    Saves a model by itself, with its card and the code of its class, so that it loads without this package too:
+    Saves a single model with its card and the code of its class. Users can then load it without this package:
     `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 
     Args:
@@ -68,10 +68,10 @@ def save_model(model, folder: str | os.PathLike, **kwargs) -> None:
 
 def single_file(cls: type) -> str:
     """
-    Returns the source of one file that defines a class of this package and all that the class needs of this package.
+    Returns the source of one file that defines a class of this package and everything of this package that the class needs.
 
     Raises:
-        ValueError: If the package's sources cannot be put into one file.
+        ValueError: If the sources of the package break one of the first three laws.
     """
     modules: dict[str, Module] = {}
     _collect(cls.__module__, modules)
@@ -79,12 +79,12 @@ def single_file(cls: type) -> str:
     if needs.components:
         needs.imports.add("from diffusers import ModelMixin")
     parts = [
-        f'"""{cls.__name__} of {PACKAGE}, with all that it needs, in one file.\n\nMade from the sources of that package by its'
-        ' `save_pretrained`; Apache License 2.0.\n"""\n',
+        f'"""{cls.__name__} of {PACKAGE}, with everything that it needs, in one file.\n\n`save_pretrained` made this file from the'
+        ' sources of the package. Apache License 2.0.\n"""\n',
         "\n".join(sorted(needs.imports, key=lambda line: (line.startswith("from"), line))) + "\n\n",
     ]
     if needs.components:
-        parts.append("# In annotations: the components' classes are in files of their own.")
+        parts.append("# For annotations only, because the classes of the components are in other files.")
         parts += [f"{name} = ModelMixin" for name in sorted(needs.components)]
     for module in modules.values():
         chosen = [node for name, node in module.definitions.items() if name in needs.names]
@@ -98,9 +98,9 @@ class Needs:
     Definitions and imports that a file must hold.
 
     Args:
-        names: Definitions of this package.
+        names: Names of definitions of this package.
         imports: Lines that import from other packages.
-        components: Classes that have a file of their own.
+        components: Names of classes that are saved in other files.
     """
 
     names: set[str] = field(default_factory=set)
@@ -109,7 +109,7 @@ class Needs:
 
 
 def _collect(name: str, modules: dict[str, "Module"]) -> None:
-    """Reads a module after those of this package that it imports."""
+    """Reads a module, after the modules of this package that it imports."""
     if name in modules:
         return
     module = Module(name)
@@ -123,13 +123,15 @@ def _all_definitions(modules: dict[str, "Module"]) -> dict[str, tuple["Module", 
     for module in modules.values():
         for name, node in module.definitions.items():
             if name in definitions:
-                raise ValueError(f"Both {definitions[name][0].name} and {module.name} define {name}.")
+                raise ValueError(
+                    f"{name} must have one definition, but {definitions[name][0].name} and {module.name} define it."
+                )
             definitions[name] = (module, node)
     return definitions
 
 
 def _find_needs(class_name: str, definitions: dict[str, tuple["Module", ast.stmt]]) -> Needs:
-    """Follows the names that a class mentions, then those that their definitions mention."""
+    """Returns what a class uses, directly or through other definitions."""
     needs, pending = Needs(names={class_name}), [class_name]
     while pending:
         module, node = definitions[pending.pop()]
@@ -146,13 +148,13 @@ def _find_needs(class_name: str, definitions: dict[str, tuple["Module", ast.stmt
 
 class Module:
     """
-    Module of this package, in parts.
+    Imports and definitions of a module of this package.
 
     Args:
         name: Full name of the module.
 
     Raises:
-        ValueError: If the module does more than define and import, or renames what it imports of this package.
+        ValueError: If the module does more than define and import, or imports a name of this package under another name.
     """
 
     def __init__(self, name: str):
@@ -161,7 +163,7 @@ class Module:
         text = inspect.getsource(loaded)
         self.lines = text.splitlines()
         self.needs: list[str] = []
-        self.imports: dict[str, str] = {}  # name -> the line that imports it
+        self.imports: dict[str, str] = {}  # line that imports a name, by name
         self.definitions: dict[str, ast.stmt] = {}
         self._package = name if hasattr(loaded, "__path__") else name.rpartition(".")[0]
         for node in ast.parse(text).body:
@@ -173,13 +175,13 @@ class Module:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 self.definitions.update({target.id: node for target in targets if target.id != "__all__"})
             elif not isinstance(node, ast.Expr):  # a docstring
-                raise ValueError(f"{name} does more than define and import: line {node.lineno}.")
+                raise ValueError(f"{name} must only define and import at top level, but line {node.lineno} does more.")
 
     def _add_import(self, node: ast.Import | ast.ImportFrom) -> None:
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == PACKAGE):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), self._package)
             if any(alias.asname for alias in node.names):
-                raise ValueError(f"{self.name} imports from {origin} under another name.")
+                raise ValueError(f"{self.name} must import names of {origin} without `as`.")
             self.needs.append(REPLACED.get(origin, origin))
             return
         for alias in node.names:
@@ -187,7 +189,7 @@ class Module:
             if isinstance(node, ast.ImportFrom):
                 line = f"from {node.module} {line}"
             elif alias.name.split(".")[0] == PACKAGE:
-                raise ValueError(f"{self.name} imports {alias.name} as a module: import names from it.")
+                raise ValueError(f"{self.name} must import names from {alias.name}, but imports the module.")
             if alias.asname:
                 line += f" as {alias.asname}"
             self.imports[alias.asname or alias.name.split(".")[0]] = line
@@ -198,15 +200,15 @@ class Module:
         return [member for member in node.body if isinstance(member, ast.FunctionDef) and member.name in LEFT_OUT]
 
     def names_used(self, node: ast.stmt) -> set[str]:
-        """Returns the names that a definition mentions outside the methods that are left out."""
+        """Returns the names that a definition uses. Methods that are left out of the files do not count."""
         without = {id(inner) for member in self._left_out(node) for inner in ast.walk(member)}
         return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and id(inner) not in without}
 
     def source(self, node: ast.stmt) -> str:
-        """Returns the lines of a definition, with the comments above it, without the methods that are left out."""
+        """Returns the lines of a definition with the comments above it. Methods of `LEFT_OUT` are left out."""
         kept = list(range(self._first_line(node), node.end_lineno + 1))
         for member in self._left_out(node):
-            # With the empty line below it.
+            # The empty line below the method goes too.
             gone = range(self._first_line(member), member.end_lineno + 2)
             kept = [line for line in kept if line not in gone]
         return "\n".join(self.lines[line - 1] for line in kept).rstrip()

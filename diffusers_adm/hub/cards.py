@@ -1,7 +1,7 @@
-"""Cards of models: sections that every card shares, cards made from a model's config, and the cards of the released checkpoints.
+"""Model cards: the common sections, cards that are made from a model's config, and the cards of the released checkpoints.
 
-`python -m diffusers_adm.hub.cards model_cards` writes the cards of all released checkpoints, and `diffusers-adm convert` adds the
-card of a checkpoint to the folder that it writes.
+`python -m diffusers_adm.hub.cards model_cards` writes the cards of all released checkpoints. `diffusers-adm convert` adds the card of a
+checkpoint to its output folder.
 """
 
 import json
@@ -34,16 +34,16 @@ PIPELINE_TAGS = {
 }
 TAGS = ["adm", "guided-diffusion", "classifier-guidance"]
 LICENSES = {"MIT": "mit", "MIT (code)": "mit", "CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0"}
-LIMITS = """The [published model card](https://github.com/openai/guided-diffusion/blob/main/model-card.md) says: for research only, as a
-baseline or a starting point; not for commercial use, propaganda or offensive pictures. Some samples are unrealistic, those with faces
-most of all. Guidance costs diversity, and may make biases of the data stronger. The training images come from the Internet and show
-real people, which the weights may remember in part."""
-OTHER_LIMITS = """No limits are published with the file. The training images show real people and places, which the weights may remember in
-part."""
+LIMITS = """The [model card of the original code](https://github.com/openai/guided-diffusion/blob/main/model-card.md) allows use for research,
+as a baseline or a starting point. It excludes commercial use, propaganda and offensive images. Some samples are unrealistic, especially
+images with faces. Guidance reduces diversity and may amplify biases of the data. The training images come from the Internet and show
+real people. The weights may have memorised parts of them."""
+OTHER_LIMITS = """The authors state no limits of use with the file. The training images show real people and places. The weights may have
+memorised parts of them."""
 
 
 def card_name(released: ReleasedCheckpoint) -> str:
-    """Returns the name of a checkpoint's card, which is the name of the folder that its conversion writes."""
+    """Returns the name of a checkpoint's card. The conversion writes a folder of the same name."""
     if released.file not in RELEASED_CHECKPOINTS:
         return released.name
     return "adm-" + released.file.removesuffix(".pt").replace("_", "-")
@@ -51,7 +51,7 @@ def card_name(released: ReleasedCheckpoint) -> str:
 
 def usage(class_name: str, arguments: str, call: str) -> str:
     """
-    Returns the section of a card that shows how to load a model, with this package and without it.
+    Returns the section of a card that shows how to load a model with and without this package.
 
     Args:
         class_name: Name of the saved class.
@@ -81,7 +81,7 @@ def example_call(class_name: str, label: str | None) -> str:
 
     Args:
         class_name: Name of the saved class.
-        label: Name of a class to draw. `None` if there is no name.
+        label: Name of a class to draw. `None` if the classes have no names.
     """
     if class_name == "NoisyClassifier":
         return "logits = model(noised_images, timestep).logits"
@@ -95,13 +95,13 @@ def example_call(class_name: str, label: str | None) -> str:
 
 def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None:
     """
-    Adds a card to a folder: that of the folder which a pipeline or model was loaded from, else one made from its config. A card
-    that the folder has is kept.
+    Adds a card to a folder, unless the folder has one. If the pipeline or model was loaded from a folder with a card, that card is
+    copied. Otherwise, a card is made from the config.
 
     Args:
         model: Pipeline or model of this package.
         folder: Folder of the card.
-        name: Name in a card that is made. The default is the folder's.
+        name: Title of a card that is made. `None` means the name of the folder.
     """
     folder = Path(folder)
     if (folder / CARD_FILE).exists() or copy_card(model, folder):
@@ -112,11 +112,11 @@ def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None
 
 def config_card(model, name: str) -> ModelCard:
     """
-    Returns a card that says what a config does.
+    Returns a card with the facts of a model's config.
 
     Args:
         model: Pipeline or model of this package.
-        name: Name of its folder or repository.
+        name: Name of the folder or repository.
     """
     title = name.split("/")[-1]
     class_name = next(base.__name__ for base in type(model).__mro__ if base.__name__ in KINDS)
@@ -142,7 +142,7 @@ def config_card(model, name: str) -> ModelCard:
 # {title}
 
 {KINDS[class_name]} of ADM ({PAPER}), saved by `diffusers_adm`.
-This card was made from its config: add what it was trained on, how good it is, and what it may be used for.
+This card was made from the config. Please add the training data, metrics and intended use.
 
 {table_of(facts)}
 
@@ -153,7 +153,7 @@ This card was made from its config: add what it was trained on, how good it is, 
 
 
 def table_of(facts: dict[str, str]) -> str:
-    """Returns a table of two columns without a header."""
+    """Returns a Markdown table of two columns without a header."""
     return "\n".join(["| | |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in facts.items())])
 
 
@@ -197,20 +197,20 @@ def fact_table(released: ReleasedCheckpoint) -> str:
 
 
 def origin(released: ReleasedCheckpoint) -> str:
-    """Returns the sentences of a card that say whose checkpoint it is, and under which license."""
+    """Returns the sentences of a card that name the source and the license of a checkpoint."""
     source = f"[{released.code}](https://github.com/{released.code})"
     if released.file in RELEASED_CHECKPOINTS:
-        return f"""{source} released under the MIT license. Each of its tensors is the published
-one."""
+        return f"""{source} released under the MIT license. The conversion does not
+change the value of any weight."""
     terms = "" if released.terms is None else f", for {released.terms} use"
     note = f" Note: {released.note}." if released.note else ""
-    return f"""{source} has trained or uses. Each of its tensors is the published one.
-License: {released.license}{terms}.{note}"""
+    return f"""{source} has trained or uses. The conversion does not change the value of any
+weight. License: {released.license}{terms}.{note}"""
 
 
 def released_card(released: ReleasedCheckpoint) -> ModelCard:
     """
-    Returns the card of a released checkpoint as this package converts it.
+    Returns the card of a converted released checkpoint.
 
     Args:
         released: Row in the table of released checkpoints.

@@ -1,4 +1,4 @@
-"""Downloads of saved pipelines from the Hub, and the index that names their classes."""
+"""Downloads of saved pipelines from the Hub, and checks of the index that names their classes."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from diffusers_adm.saved_folders import loading, read_config, weight_files
 
 
 class OtherPipelineError(ValueError):
-    """Saved pipeline of another class than the one that loads it."""
+    """Error of loading a pipeline that was saved by another class."""
 
 
 def as_installed(config: dict, pipeline_class: type) -> None:
@@ -22,12 +22,12 @@ def as_installed(config: dict, pipeline_class: type) -> None:
     Rewrites a pipeline's index so that the classes of the installed package are loaded.
 
     Args:
-        config: Content of `model_index.json`. It names classes with a file of the folder, with a module of this package,
-            or with neither.
+        config: Content of `model_index.json`. An entry names a class, and a code file of the folder or a module of this package. The
+            entry of the pipeline may name the class alone.
         pipeline_class: Class that loads the pipeline.
 
     Raises:
-        OtherPipelineError: If the index is that of another pipeline.
+        OtherPipelineError: If the index belongs to a pipeline of another class.
     """
     name = config.get("_class_name")
     name = name[-1] if isinstance(name, (list, tuple)) and name else name
@@ -43,15 +43,15 @@ def as_installed(config: dict, pipeline_class: type) -> None:
 
 def download(name_or_path: str | os.PathLike, options: dict) -> str:
     """
-    Returns the absolute path of a pipeline's folder: the given one, or the one that a repository was downloaded to.
+    Returns the absolute path of a pipeline's folder. A pipeline on the Hub is downloaded first.
 
     Args:
-        name_or_path: Folder, or id of a repository.
-        options: Arguments of `from_pretrained`. Those of the download are taken out.
+        name_or_path: Folder, or id of a repository on the Hub.
+        options: Arguments of `from_pretrained`. Arguments of the download are removed from this dict.
 
     Raises:
-        ValueError: If the path is that of a file, or is neither that of a folder nor an id.
-        RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError: If there is no such pipeline on the Hub.
+        ValueError: If the path is a file, or is neither a folder nor a valid id.
+        RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError: If the pipeline does not exist on the Hub.
         LocalEntryNotFoundError: If the pipeline is not in the cache and the Hub cannot be reached.
     """
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -70,7 +70,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
     folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **download_options))
     missing = [picture for picture in card_pictures(folder) if not (folder / picture).is_file()]
     if variant is not None:
-        # A component without this variant loads its main weights, as in all pipelines of diffusers.
+        # A component without this variant loads its weights without a variant, as in all pipelines of diffusers.
         without = [name for name in components if not any(folder.glob(f"{name}/*.{variant}*"))]
         missing += [f"{name}/{file}" for name in without for file in weight_files(None)]
     if missing:
@@ -85,17 +85,17 @@ def check_index(folder: Path, pipeline_class: type, given: dict) -> None:
     Args:
         folder: Folder of the pipeline.
         pipeline_class: Class that loads the pipeline.
-        given: Arguments of `from_pretrained`. Components among them are not loaded.
+        given: Arguments of `from_pretrained`. Components among them are not loaded from the folder.
 
     Raises:
         OSError: If a file is missing or damaged.
-        OtherPipelineError: If the index is that of another pipeline.
-        ValueError: If the index names no component of a kind, or the config is not that of a scheduler.
+        OtherPipelineError: If the index belongs to a pipeline of another class.
+        ValueError: If a component is missing in the index, or the config does not describe a scheduler.
     """
     path = folder / "model_index.json"
     index = read_config(path)
     if "_class_name" not in index:
-        raise ValueError(f"The file {str(path)!r} must describe a pipeline, but it names no class.")
+        raise ValueError(f"The file {str(path)!r} must describe a pipeline, but has no `_class_name`.")
     as_installed(index, pipeline_class)
     for name in {"unet", "scheduler", "classifier"} - given.keys():
         entry = index.get(name, [None, None])
@@ -106,21 +106,21 @@ def check_index(folder: Path, pipeline_class: type, given: dict) -> None:
                 f"The file {str(path)!r} must name the library and class of the {name}, but got {entry!r}."
             )
         if not (folder / name).is_dir():
-            raise OSError(f"There is no folder {str(folder / name)!r}: save or download the pipeline again.")
+            raise OSError(f"There is no folder {str(folder / name)!r}. Save or download the pipeline again.")
     if "scheduler" in given:
         return
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_config(path)
     if "Scheduler" not in str(config.get("_class_name")):
         raise ValueError(
-            f"The file {str(path)!r} must describe a scheduler, but it is that of {config.get('_class_name')!r}."
+            f"The file {str(path)!r} must describe a scheduler, but its `_class_name` is {config.get('_class_name')!r}."
         )
     with loading("The scheduler", str(path)):
         betas_from_config({**vars(NoiseConfig()), **config})
 
 
 def _components(index: dict, given: dict) -> list[str]:
-    """Returns the components to download. Other folders of the repository and components that are given are left out."""
+    """Returns the names of the components to download. Components that are given as arguments are left out."""
     return [
         name
         for name, entry in index.items()

@@ -19,7 +19,7 @@ def push(
     variant: str | None,
     revision: str | None,
 ) -> CommitInfo:
-    """Saves a pipeline and uploads it as one commit. The arguments are those of the pipeline's `push_to_hub`."""
+    """Saves a pipeline and uploads it in one commit. The arguments are those of the pipeline's `push_to_hub`."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:

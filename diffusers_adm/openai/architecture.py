@@ -1,6 +1,6 @@
-"""Architecture of a model of the original code, inferred from the shapes of its tensors.
+"""Inference of the architecture of a model of the original code from the shapes of its tensors.
 
-Most of an architecture follows from the shapes. The flags add the rest, and are checked against the shapes.
+Most of an architecture follows from the shapes. The flags determine the rest, and are checked against the shapes.
 """
 
 import math
@@ -25,17 +25,15 @@ class Shapes(dict):
         Returns one dimension of a tensor.
 
         Raises:
-            ValueError: If there is no such tensor, or it has no such dimension.
+            ValueError: If the tensor or the dimension does not exist.
         """
         if len(self.get(name, ())) <= dim:
-            raise ValueError(
-                f"The checkpoint lacks the tensor {name!r}, which every checkpoint of the original code has."
-            )
+            raise ValueError(f"The checkpoint must be of the original code, but it lacks the tensor {name!r}.")
         return self[name][dim]
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the model is of consistency_models. Only there, attention layers are convolutions in two dimensions."""
+        """Whether the model is of consistency_models. Only its attention layers are convolutions in two dimensions."""
         return len(self.get("middle_block.1.qkv.weight", ())) == 4
 
     @property
@@ -52,7 +50,7 @@ def read_shapes(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
         ValueError: If the tensors are not those of a model of the original code.
     """
     shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in state_dict.items())
-    # Checked first, because the first missing tensor says most about a file of another model.
+    # These are checked first, because the first missing tensor tells most about a file of another model.
     for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.1.0.emb_layers.1.weight"):
         shapes.size(name, 1)
     return shapes
@@ -102,7 +100,7 @@ def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
             )
     if not layouts:
         raise ValueError(
-            "The checkpoint's input_blocks cannot be divided into levels with one width and one kind of block each."
+            "The checkpoint's input_blocks must form levels with one width and one kind of block each, but they do not."
         )
     return layouts
 
@@ -176,7 +174,7 @@ def _check_flags_against(held: dict[str, Any], flags: Flags) -> None:
         return ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
     contradictions = [
-        f"--{name} {text(flags[name])} was given, the checkpoint holds {text(value) or 'none'}"
+        f"--{name} is {text(flags[name])}, but the checkpoint has {text(value) or 'none'}"
         for name, value in held.items()
         if name in flags and flags[name] != value
     ]
@@ -190,7 +188,9 @@ def _check_flags_against(held: dict[str, Any], flags: Flags) -> None:
 def _unet_layout(shapes: Shapes, levels: int) -> _EncoderLayout:
     layouts = [layout for layout in _encoder_layouts(shapes) if len(layout.channels) == levels]
     if not layouts:
-        raise ValueError(f"The checkpoint's output_blocks have {levels} levels, but its input_blocks do not fit them.")
+        raise ValueError(
+            f"The checkpoint's input_blocks must have {levels} levels, as its output_blocks have, but do not."
+        )
     return layouts[0]
 
 
@@ -200,15 +200,15 @@ def _unet_channels(shapes: Shapes, flags: Flags) -> tuple[int, int, bool]:
     several answers, the given flags decide.
     """
     encoder_channels, out_channels = shapes.size("input_blocks.0.0.weight", 1), shapes.size("out.2.weight", 0)
-    # The encoder takes the image alone, or with a low-resolution image beside it.
+    # The input of the encoder is the image, or the image and a low-resolution image.
     inputs = [(encoder_channels, False)]
     if encoder_channels % 2 == 0:
         inputs.append((encoder_channels // 2, True))
     inputs = [(channels, low_res) for channels, low_res in inputs if out_channels in (channels, 2 * channels)]
     if not inputs:
         raise ValueError(
-            f"The checkpoint has {encoder_channels} input channels and {out_channels} output channels, which no UNet of the original"
-            " code has."
+            "The input and output channels of the checkpoint must be those of a UNet of the original code, but got"
+            f" {encoder_channels} and {out_channels}."
         )
 
     def likelihood(channels_low_res: tuple[int, bool]) -> tuple[int, bool]:
@@ -274,7 +274,7 @@ def _classifier_pool(shapes: Shapes) -> tuple[str, str]:
 
 
 def _classifier_layout(layouts: list[_EncoderLayout], flags: Flags, pool_size: int | None) -> _EncoderLayout:
-    """Chooses among the divisions into levels, first by the flags' number of levels, then by their depth."""
+    """Chooses a division into levels: first by the number of levels in the flags, then by the depth in the flags."""
 
     def agrees(layout: _EncoderLayout) -> bool:
         levels = len(layout.channels)
@@ -288,8 +288,7 @@ def _classifier_layout(layouts: list[_EncoderLayout], flags: Flags, pool_size: i
         layouts = [layout for layout in layouts if layout.layers_per_block == flags["classifier_depth"]]
         if not layouts:
             raise ValueError(
-                f"--classifier_depth {flags['classifier_depth']} does not fit the checkpoint, whose shapes allow"
-                f" {depths}: give one of these."
+                f"--classifier_depth must be one of {depths}, which fit the checkpoint, but got {flags['classifier_depth']}."
             )
     return layouts[0]
 

@@ -1,4 +1,4 @@
-"""Checkpoint of the original code: its flags, its model and its diffusion process."""
+"""Checkpoints of the original code, with their flags, model and diffusion process."""
 
 import os
 from collections.abc import Mapping
@@ -58,7 +58,8 @@ class PublishedCheckpoint:
             return cls(checkpoint, flags)
         if flags is not None:
             raise ValueError(
-                f"`flags` belong to the PublishedCheckpoint that was given: pass them to it, not {flags!r}."
+                f"`flags` must be None, because a PublishedCheckpoint has its own flags, but got {flags!r}. Pass them to its"
+                " constructor."
             )
         return checkpoint
 
@@ -69,7 +70,7 @@ class PublishedCheckpoint:
 
     @cached_property
     def given_flags(self) -> Flags | None:
-        """Given flags, without those from the table of released checkpoints."""
+        """Flags that were given, without the flags from the table of released checkpoints."""
         flags = self._flags
         return flags if flags is None or isinstance(flags, Flags) else parse_flags(flags)
 
@@ -84,9 +85,9 @@ class PublishedCheckpoint:
         if self.released is None and self.given_flags is None:
             source = "a state dict" if isinstance(self.source, Mapping) else repr(os.fspath(self.source))
             raise ValueError(
-                f"flags are missing: {source} is not a released file, and shapes do not tell --image_size, --num_heads or"
-                " --num_head_channels, --use_new_attention_order, --noise_schedule and others. Give the model flags of the"
-                " original command line. Released files, which need none, are listed by `diffusers-adm released`."
+                f"`flags` are required, because {source} is not a released file. Pass the model flags of the original command line:"
+                " tensor shapes do not determine --image_size, --num_heads or --num_head_channels, --use_new_attention_order,"
+                " --noise_schedule and others. `diffusers-adm released` lists released files, which need no flags."
             )
         if self.released is not None and self.released.unsupported is not None and self.given_flags is None:
             raise ValueError(f"{self.released.file} cannot be converted, because {self.released.unsupported}.")
@@ -98,10 +99,10 @@ class PublishedCheckpoint:
     @cached_property
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
-        Tensors under their published names.
+        Tensors with their names in the original code.
 
         Raises:
-            ValueError: If the file is missing, damaged, or holds anything but tensors by name.
+            ValueError: If the file is missing or damaged, or holds other values than tensors by name.
         """
         return read_state_dict(self.source)
 
@@ -111,7 +112,7 @@ class PublishedCheckpoint:
         Shapes of the tensors.
 
         Raises:
-            ValueError: If the tensors are not those of a published model.
+            ValueError: If the tensors are not those of a model of the original code.
         """
         return read_shapes(self.state_dict)
 
@@ -121,13 +122,13 @@ class PublishedCheckpoint:
         Config of the model. Entries that do not follow from the shapes are taken from the flags.
 
         Raises:
-            ValueError: If the flags contradict the checkpoint, or it is not that of a published model.
+            ValueError: If the flags contradict the checkpoint, or the checkpoint is not of a model of the original code.
         """
-        flags = self.flags  # before the file is read
+        flags = self.flags  # read first, so that invalid flags are reported before a large file is read
         if self.shapes.network == "UNet":
             return unet_config(self.shapes, flags)
         config = classifier_config(self.shapes, flags)
-        if self.released is not None:  # the schedule of its training, which given flags for sampling do not change
+        if self.released is not None:  # the schedule of training, which flags for sampling must not change
             config["num_train_timesteps"] = round(1000 / flags.timestep_scale)
             config["beta_schedule"] = BETA_SCHEDULES[parse_flags(self.released.flags)["noise_schedule"]]
         names = self.id2label
@@ -141,7 +142,7 @@ class PublishedCheckpoint:
         Kind of the model: "unet", "upsampler" or "classifier".
 
         Raises:
-            ValueError: If the flags contradict the checkpoint, or it is not that of a published model.
+            ValueError: If the flags contradict the checkpoint, or the checkpoint is not of a model of the original code.
         """
         if self.shapes.network == "classifier":
             return "classifier"
@@ -158,20 +159,20 @@ class PublishedCheckpoint:
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale for sampling: the given one, else that of the released checkpoint, else 1."""
+        """Guidance scale for sampling: the given one, otherwise that of the released checkpoint, otherwise 1."""
         published = None if self.released is None else self.released.guidance_scale
         return self.flags.get("classifier_scale", 1.0 if published is None else published)
 
     @property
     def num_inference_steps(self) -> int:
-        """Number of steps for sampling without a respacing."""
+        """Number of steps for sampling if no respacing is given."""
         if not self.shapes.preconditioned:
             return 250
         return 1 if sampler_of(self.flags) == "onestep" else self.flags["steps"]
 
     @property
     def timestep_respacing(self) -> str | None:
-        """Respacing for sampling: the given one, else that of the released checkpoint, else `None`."""
+        """Respacing for sampling: the given one, otherwise that of the released checkpoint, otherwise `None`."""
         if self.shapes.preconditioned:
             return self.flags["ts"] if sampler_of(self.flags) == "multistep" else None
         published = None if self.released is None else self.released.timestep_respacing
@@ -179,7 +180,7 @@ class PublishedCheckpoint:
 
     def scheduler(self) -> SchedulerMixin:
         """
-        Builds the stock scheduler that samples as the original scripts do.
+        Builds the scheduler of diffusers that samples as the scripts of the original code do.
 
         Raises:
             ValueError: If the flags do not describe a diffusion process.
@@ -193,32 +194,32 @@ class PublishedCheckpoint:
         self, model_class: type[torch.nn.Module], network: str, dtype: torch.dtype | None = None
     ) -> torch.nn.Module:
         """
-        Builds the model, in eval mode. Tensors keep their device, and are copied only where their layout or data type
-        differs. Those of the checkpoint do not change.
+        Builds the model in eval mode. Tensors keep their device, and are copied only where their layout or data type
+        differs. The tensors of the checkpoint do not change.
 
         Args:
             model_class: Class of the model.
-            network: Kind of network that the class is: "UNet" or "classifier".
+            network: Kind of network of the class: "UNet" or "classifier".
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint cannot be read, the flags contradict it, it is of another network, or `dtype` is not
-                a floating-point type.
+            ValueError: If the checkpoint cannot be read or holds another kind of network, the flags contradict it, or `dtype` is
+                not a floating-point type.
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"`dtype` must be a floating-point type, such as torch.float16, but got {dtype!r}.")
-        flags = self.flags  # before the file is read
+        flags = self.flags  # read first, so that invalid flags are reported before a large file is read
         if self.shapes.network != network:
+            has = "has" if self.shapes.network == "UNet" else "lacks"
             raise ValueError(
-                f"The checkpoint is a {self.shapes.network}'s, not a {network}'s, as its output_blocks or lack of them"
-                " tell."
+                f"The checkpoint must hold a {network}, but holds a {self.shapes.network}, because it {has} output_blocks."
             )
         new_order = network == "UNet" and flags["use_new_attention_order"]
         model = load_published(model_class, self.config, self.state_dict, new_order)
-        return model if dtype is None else model.to(dtype)  # one tensor after the other
+        return model if dtype is None else model.to(dtype)
 
     def classifier(self, source: "Checkpoint | PublishedCheckpoint") -> "PublishedCheckpoint":
-        """Returns the checkpoint of a classifier that the same command line describes."""
+        """Returns the checkpoint of a classifier whose flags are in the same command line."""
         if isinstance(source, PublishedCheckpoint):
             return source
         return PublishedCheckpoint(source, None if self.given_flags is None else self.given_flags.of_classifier())

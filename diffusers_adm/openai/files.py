@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from diffusers_adm.openai.released import find_released
 
 
-# Tensor that every published model has.
+# Tensor that every model of the original code has.
 _FIRST_TENSOR = "time_embed.0.weight"
 
 Checkpoint = str | os.PathLike | Mapping[str, torch.Tensor]
@@ -24,11 +24,11 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     never run.
 
     Args:
-        checkpoint: Path of a file that `torch.save` wrote, or a state dict. The tensors may stand under a key, such as
+        checkpoint: Path of a file that `torch.save` wrote, or a state dict. The tensors may be under a key, such as
             `"state_dict"`, and their names may have a prefix, such as `module.`.
 
     Raises:
-        ValueError: If the file is missing, damaged, holds anything but tensors by name, or holds several models.
+        ValueError: If the file is missing or damaged, or holds other values than tensors by name, or holds several models.
     """
     if isinstance(checkpoint, Mapping):
         source, content = "The state dict", checkpoint
@@ -36,12 +36,14 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         path = Path(checkpoint)
         source, content = f"The file {str(path)!r}", _load_file(path)
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{source} holds no state dict (tensors by name), but {type(content).__name__}.")
+        raise ValueError(f"{source} must hold a state dict (tensors by name), but holds {type(content).__name__}.")
     content = _unwrap(content, source)
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"{source} holds {kind} under {name!r}; only floating-point tensors by name are allowed.")
+            raise ValueError(
+                f"{source} must only hold floating-point tensors by name, but holds {kind} under {name!r}."
+            )
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
@@ -50,15 +52,15 @@ def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
     Checks that the argument of `from_pretrained` can be a saved model.
 
     Raises:
-        ValueError: If it is a file, such as a checkpoint of the original code, or neither a folder nor a possible id.
+        ValueError: If it is a file, such as a checkpoint of the original code, or neither a folder nor a valid id.
     """
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
-        raise ValueError(f"A saved model is a folder or an id on the Hub, but got {name_or_path!r}.")
+        raise ValueError(f"A saved model must be a folder or an id on the Hub, but got {name_or_path!r}.")
     path = Path(name_or_path)
     if path.is_file() and path.suffix != ".json":
         raise ValueError(
-            f"{str(path)!r} is a file, but a saved model is a folder or an id on the Hub. Convert a checkpoint of the original"
-            f" code first, by `diffusers-adm convert --unet {path} --output DIR` for a UNet, which is then in DIR/unet, or by"
+            f"A saved model must be a folder or an id on the Hub, but {str(path)!r} is a file. Convert a checkpoint of the original"
+            f" code first: run `diffusers-adm convert --unet {path} --output DIR` for a UNet, which is then in DIR/unet, or"
             f" `diffusers-adm convert --classifier {path} --output DIR` for a classifier."
         )
     if not path.exists():
@@ -71,7 +73,7 @@ def check_is_saved_model(name_or_path: str | os.PathLike) -> None:
 
 
 def _models_in(content: Mapping, place: str) -> dict[str, Mapping]:
-    """Returns the published models in a mapping, with the prefix of their names taken off, by the place of each."""
+    """Returns the models of the original code in a mapping, by their places. Prefixes of names are removed."""
     models = {}
     for name in content:
         if name == _FIRST_TENSOR:
@@ -87,8 +89,8 @@ def _models_in(content: Mapping, place: str) -> dict[str, Mapping]:
 
 def _unwrap(content: Mapping, source: str) -> Mapping:
     """
-    Returns the tensors of the model in a mapping: those under one key, or those whose names have one prefix. A mapping
-    without a published model stays as it is.
+    Returns the tensors of the only model in a mapping. They may be under a key, or have a common prefix in their names. A mapping
+    without a model of the original code is returned unchanged.
 
     Raises:
         ValueError: If there are several models.
@@ -99,8 +101,8 @@ def _unwrap(content: Mapping, source: str) -> Mapping:
             models |= _models_in(part, f"key {key!r}")
     if len(models) > 1:
         raise ValueError(
-            f"{source} holds {len(models)} models ({'; '.join(models)}): take the tensors of one, and pass them as a state"
-            " dict or save them in a file of their own."
+            f"{source} must hold one model, but holds {len(models)} ({'; '.join(models)}). Pass the tensors of one of them as a"
+            " state dict, or save them in another file."
         )
     return next(iter(models.values()), content)
 
@@ -111,10 +113,10 @@ def _load_file(path: Path) -> object:
         advice = f" Download it from {released.url}" if released else ""
         raise ValueError(f"The file {str(path)!r} does not exist.{advice}")
     try:
-        # Only the zip format, which torch has written since 1.6, can be mapped.
+        # Only the zip format, which torch has written since version 1.6, can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file raises errors of a dozen types
+    except Exception as error:  # a damaged file raises errors of many types
         raise ValueError(
-            f"The file {str(path)!r} cannot be read as a checkpoint of tensors: it is damaged or incomplete, or holds code"
-            " or objects, which are not loaded."
+            f"The file {str(path)!r} must be a checkpoint of tensors, but it is damaged, incomplete, or holds code or objects,"
+            " which are never loaded."
         ) from error

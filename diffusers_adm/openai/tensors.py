@@ -9,7 +9,7 @@ import torch
 from diffusers_adm.openai.architecture import PUBLISHED_NORM_GROUPS
 
 
-# This package's modules and the published ones. # is a block's number, {next} is the number after it.
+# Modules of this package, and their names in the original code. # is the number of a block, and {next} is the number after it.
 _MODULES = [
     (re.compile(ours.replace(".", r"\.").replace("#", r"(\d+)") + r"(?=\.|$)"), published)
     for ours, published in (
@@ -37,7 +37,7 @@ _MODULES = [
         ("pooling.fc2", "out.{pool_output}"),
     )
 ]
-# Layers of a block.
+# Layers of a block, and their names in the original code.
 _LAYERS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -48,13 +48,13 @@ _LAYERS = {
     "attn.to_qkv": "qkv",
     "attn.to_out": "proj_out",
 }
-# Linear layers that are published as convolutions with a kernel of size 1, and the number of its dimensions.
+# Linear layers that are convolutions with kernels of size 1 in the original code, and the number of the kernel's dimensions.
 _KERNEL_DIMS = {"attn.to_qkv.weight": 1, "attn.to_out.weight": 1, "pooling.fc.weight": 2}
 _PRECONDITIONED_KERNEL_DIMS = {"attn.to_qkv.weight": 2, "attn.to_out.weight": 2}
 
 
 def published_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns the published name of every tensor of a model, given the names of all its tensors."""
+    """Returns the name of each tensor in the original code, given the names of all tensors of a model."""
     names = set(names)
     published = {}
     for name in sorted(names):
@@ -92,8 +92,8 @@ def _kernel_dims(name: str, config: Mapping[str, Any]) -> int:
 
 
 def _is_relaid(name: str, config: Mapping[str, Any], use_new_attention_order: bool) -> bool:
-    # This package's order is (qkv, head, dim), which the original code calls new. The pool and consistency_models, whose
-    # models are preconditioned, always have it.
+    # The order of this package is (qkv, head, dim), which the original code calls new. The pool and the models of
+    # consistency_models, which have preconditioning, always have this order.
     if ".attn.to_qkv." not in name or name.startswith("pooling.") or _is_preconditioned(config):
         return False
     return not use_new_attention_order
@@ -103,20 +103,20 @@ def to_published(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], use_new_attention_order: bool = False
 ) -> dict[str, torch.Tensor]:
     """
-    Returns a model's tensors under their published names and in their published layout.
+    Converts the tensors of a model to the names and layouts of the original code.
 
     Args:
         state_dict: Tensors of a UNet or a classifier of this package.
         config: Config of the same model.
-        use_new_attention_order: Value of `--use_new_attention_order` with which the original code is to load the tensors. If true, the
-            rows of queries, keys and values are ordered (qkv, head, dim) instead of (head, qkv, dim).
+        use_new_attention_order: Value of `--use_new_attention_order` that you will pass to the original code. If true, the rows of
+            queries, keys and values are ordered (qkv, head, dim) instead of (head, qkv, dim).
 
     Raises:
         ValueError: If the original code has no such model.
     """
     for option, published in (("norm_num_groups", PUBLISHED_NORM_GROUPS), ("output_scale_factor", 1.0)):
         if config.get(option, published) != published:
-            raise ValueError(f"`{option}` must be {published} in the original code, but is {config[option]}.")
+            raise ValueError(f"`{option}` must be {published}, as in the original code, but got {config[option]}.")
     converted = {}
     for name, published in published_names(state_dict).items():
         tensor = state_dict[name]
@@ -135,16 +135,16 @@ def load_published(
     use_new_attention_order: bool = False,
 ) -> torch.nn.Module:
     """
-    Builds a model around published tensors, in eval mode. Tensors are copied only where their layout differs.
+    Builds a model in eval mode from the tensors of a checkpoint. Tensors are copied only where their layout differs.
 
     Args:
         model_class: Class of the model.
         config: Arguments of its constructor.
-        state_dict: Published tensors.
-        use_new_attention_order: Flag of the original code that says how the tensors are laid out, see `to_published`.
+        state_dict: Tensors of the checkpoint.
+        use_new_attention_order: Value of the flag of the original code, which decides the layout of tensors, see `to_published`.
 
     Raises:
-        ValueError: If tensors are missing, left over, or of another shape than the model's.
+        ValueError: If tensors are missing, left over, or have another shape than in the model.
     """
     with torch.device("meta"):
         model = model_class(**config)
@@ -176,4 +176,4 @@ def _check_tensors(
     }
     if any(faults.values()):
         listing = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"The checkpoint is not that of a published {class_name}: {listing}.")
+        raise ValueError(f"The checkpoint must fit a {class_name} of the original code, but does not: {listing}.")

@@ -112,7 +112,7 @@ def test_likelihood_refuses_what_does_not_fit(model, tmp_path, capsys):
     np.savez(tmp_path / "unlabelled.npz", arr_0=images)
     np.savez(tmp_path / "wrong.npz", arr_0=images, arr_1=np.array([0, 1, NUM_CLASSES]))
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((3, 2 * SIZE, SIZE, 3), dtype=np.uint8))
-    for name, said in (("unlabelled", "no labels"), ("wrong", "not in 0"), ("large", "and the UNet's")):
+    for name, said in (("unlabelled", "have none"), ("wrong", "must be in [0"), ("large", "the size of the UNet")):
         words = ["nll", tmp_path / f"{name}.npz", "--model", model, "--output", tmp_path / "run"]
         assert run(*words) == 2
         assert said in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_bound_that_is_not_finite_is_an_error_and_is_not_kept(tmp_path, capsys
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, SIZE, SIZE, 3), dtype=np.uint8))
     words = ["--model", tmp_path / "nan", "--timestep_respacing", 2, "--output", tmp_path / "run"]
     assert run("nll", tmp_path / "images.npz", *words) == 2
-    assert "The bound of images [0, 1, 2] is not finite" in capsys.readouterr().err
+    assert "The bound must be finite, but it is not for images [0, 1, 2]" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.npz")) and not (tmp_path / "run" / "nll.json").exists()
 
 

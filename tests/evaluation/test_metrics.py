@@ -114,7 +114,7 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
     by_class = open_images(tmp_path / "png", labelled=True)
     assert by_class.labels.tolist() == sorted(by_class.labels) and not by_class.mixed
     found = metrics.compare(as_drawn, summarise(by_class, extractor), DIGITS)
-    assert any(note.startswith("IS: ") for note in found.notes)
+    assert any(note.startswith("IS is computed from random parts") for note in found.notes)
 
 
 def cut_off(path: Path) -> Path:
@@ -167,7 +167,7 @@ def pictures_of_two_sizes(folder: Path) -> Path:
     [
         (lambda folder: digits_npz(folder / "x.npz", random_images(3)), "has 3 images"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(1)), "has 1 images"),
-        (lambda folder: digits_npz(folder / "x.npz", np.zeros((9, 32, 32, 1), np.uint8)), "all the same"),
+        (lambda folder: digits_npz(folder / "x.npz", np.zeros((9, 32, 32, 1), np.uint8)), "all are the same"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9).astype(np.float32)), "uint8"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, channels=3)), "in colour"),
         (lambda folder: digits_npz(folder / "x.npz", random_images(9, size=28)), "28x28"),

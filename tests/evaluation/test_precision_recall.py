@@ -35,7 +35,7 @@ def test_precision_and_recall_of_known_sets():
     assert precision_and_recall(line, samples) == (0.5, 1.0)
     assert precision_and_recall(line, line) == (1.0, 1.0)
     assert precision_and_recall(line, line + 1000) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="1 features, and the samples 2"):
+    with pytest.raises(ValueError, match="as the reference, 1, but have 2"):
         precision_and_recall(line, line.repeat(1, 2))
     with pytest.raises(ValueError, match="too large"):
         precision_and_recall(1e25 * line, line)
@@ -44,9 +44,9 @@ def test_precision_and_recall_of_known_sets():
 def test_features_that_are_not_finite_are_refused():
     features = torch.randn(10, 3)
     features[4, 1] = torch.nan
-    with pytest.raises(ValueError, match="samples are not finite"):
+    with pytest.raises(ValueError, match="samples must be finite"):
         precision_and_recall(torch.randn(10, 3), features)
     running = RunningStatistics()
     running.update(features)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         running.finish()

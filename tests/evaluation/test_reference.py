@@ -52,6 +52,6 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path, capsys):
     published = published_statistics(tmp_path / "published.npz")
     assert run("evaluate", published, samples, "--feature_extractor", DIGITS) == 2
     error = capsys.readouterr().err
-    assert f"made with the feature extractor {INCEPTION}" in error and f"pass --feature_extractor {INCEPTION}" in error
+    assert f"made with the feature extractor {INCEPTION}" in error and f"Pass --feature_extractor {INCEPTION}" in error
     assert run("evaluate", samples, samples, "--feature_extractor", "unknown") == 2
-    assert "'unknown' is not one of" in capsys.readouterr().err
+    assert "but got 'unknown'" in capsys.readouterr().err

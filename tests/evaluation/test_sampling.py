@@ -125,12 +125,12 @@ def test_an_upsampler_enlarges_samples_of_another_run(model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--seed", 1], "other settings: seed 0, not 1"),
+        (["--seed", 1], "other settings: seed was 0 and is 1"),
         (["--guidance_scale", 3.0], "other settings: call"),
         (["--labels", "balanced"], "other settings: labels"),
         (["--scheduler", "DDIM"], "other settings: scheduler"),
         (["--dtype", "bfloat16"], "other settings: dtype"),
-        (["--labels", "nowhere.txt"], "is not random, balanced or a file"),
+        (["--labels", "nowhere.txt"], "must be random, balanced or a file"),
         (["--num_samples", 0], "must be in [1, "),
         (["--guidance_scale", "strong"], "'strong' is not one number"),
     ],
@@ -153,7 +153,7 @@ def test_other_weights_and_other_folders_are_refused(model, tmp_path, capsys):
     assert run("sample", "--model", tmp_path / "tiny", "--output", tmp_path / "run", *common) == 2
     assert "other settings: weights" in capsys.readouterr().err
     assert run("sample", "--model", tmp_path / "tiny", "--output", tmp_path / "tiny", *common) == 2
-    assert "holds files of something else" in capsys.readouterr().err
+    assert "holds files that are not of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

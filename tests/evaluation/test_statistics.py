@@ -24,7 +24,7 @@ def test_distance_of_gaussians_is_the_closed_form():
     ]
     assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(gaussians[0], gaussians[0]) == pytest.approx(0, abs=1e-10)
-    with pytest.raises(ValueError, match="5 and of 3 features"):
+    with pytest.raises(ValueError, match="got 5 and 3"):
         frechet_distance(gaussians[0], GaussianStatistics(np.zeros(3), np.eye(3)))
 
 

@@ -34,7 +34,7 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
         float(rows[1]["FD"]) == results[1]["metrics"]["frechet_distance"] != results[0]["metrics"]["frechet_distance"]
     )
     table = (tmp_path / "sweep" / "results.md").read_text()
-    assert "| DDIM | 1.5 | 2 |" in table and DIGITS in table and "8 samples a point" in table
+    assert "| DDIM | 1.5 | 2 |" in table and DIGITS in table and "8 samples per point" in table
     with Image.open(tmp_path / "sweep" / "trade-off.png") as plot:
         assert plot.width > 1000
     metrics = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("metrics_*.json")}

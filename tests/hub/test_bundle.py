@@ -23,13 +23,21 @@ def define(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("lawless_block", "if True:\n    x = 1", "lawless_block does more than define and import: line 1"),
-        ("lawless_name", "from diffusers_adm.respacing import respaced_timesteps as r", "under another name"),
-        ("lawless_module", "import diffusers_adm.respacing", "imports diffusers_adm.respacing as a module"),
+        (
+            "lawless_block",
+            "if True:\n    x = 1",
+            "lawless_block must only define and import at top level, but line 1 does more",
+        ),
+        ("lawless_name", "from diffusers_adm.respacing import respaced_timesteps as r", "without `as`"),
+        (
+            "lawless_module",
+            "import diffusers_adm.respacing",
+            "must import names from diffusers_adm.respacing, but imports the module",
+        ),
         (
             "lawless_double",
             "from diffusers_adm.respacing import respaced_timesteps\n\n\ndef respaced_timesteps():\n    pass",
-            "Both diffusers_adm.respacing and lawless_double define respaced_timesteps",
+            "respaced_timesteps must have one definition, but diffusers_adm.respacing and lawless_double define it",
         ),
     ],
 )

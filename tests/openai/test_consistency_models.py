@@ -142,5 +142,5 @@ def test_flags_that_do_not_describe_a_model_are_refused(flags, message):
 
 def test_training_mode_of_another_repositorys_model_is_refused():
     case, _ = load_case("improved_unet")
-    with pytest.raises(ValueError, match="--training_mode edm was given"):
+    with pytest.raises(ValueError, match="--training_mode is edm, but"):
         ADMUNet2DModel.from_openai(draw_weights(case), f"{published_flags(case)} --training_mode edm")

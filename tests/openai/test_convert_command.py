@@ -73,7 +73,7 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
     full.mkdir()
     (full / "file").touch()
     for words, message in (
-        (["--unet", str(unet), "--output", str(tmp_path / "out")], "flags are missing"),
+        (["--unet", str(unet), "--output", str(tmp_path / "out")], "`flags` are required"),
         (
             ["--unet", str(tmp_path / "64x64_diffusion.pt"), "--output", str(tmp_path / "out")],
             "Download it from https",
@@ -83,7 +83,7 @@ def test_convert_says_in_one_line_what_is_wrong(pipeline_files, tmp_path, capsys
         *(
             (
                 ["--unet", str(unet), "--variant", name, "--output", str(tmp_path / "out")],
-                "The variant must be a part of",
+                "The variant must consist of",
             )
             for name in ("a/b", "a b", "..")
         ),

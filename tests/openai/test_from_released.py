@@ -313,7 +313,7 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
         (("sample", "--model", "released:bound", *output), "accept it by"),
         (
             ("sample", "--model", "released:tiny", "--variant", "fp16", *output),
-            "--revision and --variant are for saved",
+            "--revision and --variant require a saved",
         ),
     ):
         assert run(*words) == 2

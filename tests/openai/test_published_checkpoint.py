@@ -93,5 +93,5 @@ def test_object_is_taken_in_the_place_of_its_file(upsampler_file):
     unet, pipeline = ADMUNet2DModel.from_openai(published), ADMUpsamplePipeline.from_openai(published)
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), pipeline.unet.parameters()))
     assert published.scheduler() is not published.scheduler()  # pipelines change theirs
-    with pytest.raises(ValueError, match="`flags` belong to the PublishedCheckpoint"):
+    with pytest.raises(ValueError, match="`flags` must be None, because a PublishedCheckpoint has its own flags"):
         ADMUNet2DModel.from_openai(published, flags)

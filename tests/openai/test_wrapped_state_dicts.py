@@ -43,9 +43,9 @@ def test_several_models_are_named():
     description, _ = load_case("classifier_adaptive")
     tensors, flags = draw_weights(description), published_flags(description)
     for content, places in (
-        ({"model": tensors, "ema": tensors}, "2 models .key 'model'; key 'ema'."),
-        (with_prefix(tensors, "model.") | with_prefix(tensors, "ema."), "2 models .prefix 'model.'; prefix 'ema.'."),
-        ({"a": with_prefix(tensors, "b."), **tensors}, "2 models .no prefix; key 'a' prefix 'b.'."),
+        ({"model": tensors, "ema": tensors}, "holds 2 .key 'model'; key 'ema'."),
+        (with_prefix(tensors, "model.") | with_prefix(tensors, "ema."), "holds 2 .prefix 'model.'; prefix 'ema.'."),
+        ({"a": with_prefix(tensors, "b."), **tensors}, "holds 2 .no prefix; key 'a' prefix 'b.'."),
     ):
-        with pytest.raises(ValueError, match=f"{places}: take the tensors of one"):
+        with pytest.raises(ValueError, match=f"{places}. Pass the tensors of one"):
             NoisyClassifier.from_openai(content, flags)

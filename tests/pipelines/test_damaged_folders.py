@@ -134,11 +134,11 @@ def test_wrong_entry_of_a_config_is_named(name, entry, message, copy):
 @pytest.mark.parametrize(
     "cls, place, message",
     [
-        (ADMUNet2DModel, ".", "it holds a pipeline"),
+        (ADMUNet2DModel, ".", "It holds a pipeline"),
         (ADMUNet2DModel, "classifier", "its `_class_name` is 'NoisyClassifier'"),
         (NoisyClassifier, "unet", "its `_class_name` is 'ADMUNet2DModel'"),
         (NoisyClassifier, "scheduler", "has no config.json"),
-        (ClassifierGuidedPipeline, "unet", "it holds a model, not a pipeline"),
+        (ClassifierGuidedPipeline, "unet", "It holds a model, not a pipeline"),
         (ADMUpsamplePipeline, ".", "This is a saved ClassifierGuidedPipeline"),
     ],
 )

@@ -91,7 +91,7 @@ def test_training_starts_from_a_file_of_the_original_code(dataset, tmp_path):
     wide = "--in_channels 3 --model_channels 32 --norm_num_groups 32 --no-class_conditional --label_dropout 0".split()
     unet = draw_parameters(build_unet(unet_args(dataset, tmp_path, 1, *wide), num_classes=None))
     torch.save(unet.to_openai_state_dict(), tmp_path / "start")
-    with pytest.raises(ValueError, match="flags are missing"):
+    with pytest.raises(ValueError, match="`flags` are required"):
         train(dataset, tmp_path, *wide)
     folder = train(dataset, tmp_path, *wide, "--learning_rate", 0, "--pretrained_flags", FLAGS)
     trained = load_file(folder / "checkpoint-1" / "model.safetensors")
