@@ -3,6 +3,8 @@
 At each step, the predicted x_0 is corrected so that it shrinks exactly to the small image.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +21,21 @@ def enlarge(y: torch.Tensor, factor: int = 4) -> torch.Tensor:
     return F.interpolate(y, scale_factor=factor, mode="nearest")
 
 
+def agreeing_with(small: torch.Tensor, factor: int = 4) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """
+    Returns an `x_0_fn` that changes the predicted x_0 so that it agrees with small images.
+
+    Args:
+        small: Images in [-1, 1], `(batch, channels, height / factor, width / factor)`.
+        factor: Factor by which the images are enlarged.
+    """
+
+    def agree(x_0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return x_0 - enlarge(shrink(x_0, factor) - small, factor)
+
+    return agree
+
+
 def super_resolve(pipeline, small: torch.Tensor, steps: int, **call) -> torch.Tensor:
     """
     Draws large images that shrink to given small images.
@@ -29,11 +46,7 @@ def super_resolve(pipeline, small: torch.Tensor, steps: int, **call) -> torch.Te
         steps: Number of DDIM steps.
         call: Other arguments of `draw`.
     """
-
-    def agree(x_0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return x_0 - enlarge(shrink(x_0) - small)
-
-    return draw(pipeline, len(small), num_inference_steps=steps, eta=0.85, x_0_fn=agree, **call)
+    return draw(pipeline, len(small), num_inference_steps=steps, eta=0.85, x_0_fn=agreeing_with(small), **call)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn again."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -23,6 +25,26 @@ def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_t
     return [stride * index for index in indices]
 
 
+def pasting(pipeline, known: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> Callable:
+    """
+    Returns a callback that replaces the known part of x_t before each step by the known pixels with noise.
+
+    Args:
+        pipeline: Pipeline that draws.
+        known: Images in [-1, 1].
+        mask: Mask that broadcasts to `known`: 1 where pixels are known, 0 where they are drawn.
+        generator: Generator of the noise.
+    """
+    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+
+    def paste(pipe, step, timestep, tensors):
+        noise = randn_tensor(known.shape, generator=generator, device=known.device)
+        noised = add_noise(schedule, known, int(timestep), noise)
+        return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
+
+    return paste
+
+
 def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[int], **call) -> torch.Tensor:
     """
     Draws the unknown part of images.
@@ -34,14 +56,7 @@ def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[i
         timesteps: Timesteps to visit, in order.
         call: Other arguments of `draw`.
     """
-    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
-    generator = torch.Generator().manual_seed(0)
-
-    def paste(pipe, step, timestep, tensors):
-        noise = randn_tensor(known.shape, generator=generator, device=known.device)
-        noised = add_noise(schedule, known, int(timestep), noise)
-        return {"latents": mask * noised + (1 - mask) * tensors["latents"]}
-
+    paste = pasting(pipeline, known, mask, torch.Generator().manual_seed(0))
     drawn = draw(pipeline, len(known), timesteps=timesteps, callback_on_step_start=paste, **call)
     return mask * known + (1 - mask) * drawn
 

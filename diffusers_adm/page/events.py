@@ -38,29 +38,31 @@ def reporting_errors(function: Callable[..., Iterator]) -> Callable[..., Iterato
     return run
 
 
-def add_run_buttons(
-    label: str,
-    function: Callable[..., Iterator],
-    inputs: list[Component],
-    outputs: list[Component],
-    api_name: str,
-) -> gr.Button:
+class RunButtons:
     """
-    Adds a button that runs a generator function, and one that stops it.
+    Button that runs a function, and one that stops it, below each other or side by side.
 
     Args:
         label: Text of the button that runs.
-        function: Generator function of the values of `inputs`. It yields values of `outputs`.
-        inputs: Controls whose values are its arguments.
-        outputs: Components that show its results.
-        api_name: Name for clients of the API.
-
-    Returns:
-        The button that runs.
     """
-    with gr.Row():
-        run = gr.Button(label, variant="primary")
-        stop = gr.Button("Stop", variant="secondary")
-    running = run.click(reporting_errors(function), inputs, outputs, api_name=api_name, **SAMPLING)
-    stop.click(None, cancels=running, api_visibility="private")
-    return run
+
+    def __init__(self, label: str):
+        with gr.Row():
+            self.run = gr.Button(label, variant="primary")
+            self.stop = gr.Button("Stop", variant="secondary")
+
+    def start(
+        self, function: Callable[..., Iterator], inputs: list[Component], outputs: list[Component], api_name: str
+    ) -> None:
+        """
+        Connects the buttons.
+
+        Args:
+            function: Generator function of the values of `inputs`. It yields values of `outputs`. Its parameters are named for
+                clients of the API.
+            inputs: Controls whose values are its arguments.
+            outputs: Components that show its results.
+            api_name: Name for clients of the API.
+        """
+        running = self.run.click(reporting_errors(function), inputs, outputs, api_name=api_name, **SAMPLING)
+        self.stop.click(None, cancels=running, api_visibility="private")

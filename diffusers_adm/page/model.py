@@ -3,8 +3,10 @@
 from collections import Counter
 
 from diffusers_adm import ClassifierGuidedPipeline
-from diffusers_adm.evaluation.schedulers import PRECONDITIONED_SCHEDULERS, SCHEDULERS, set_scheduler
+from diffusers_adm.evaluation.options import SCHEDULERS
+from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.pipelines.class_labels import known_classes, known_names
+from diffusers_adm.solvers import SIGMA_SCHEDULERS
 
 
 class PageModel:
@@ -23,6 +25,7 @@ class PageModel:
         is_guided: Whether there is a classifier.
         size: Height and width of the images in pixels.
         channels: Number of channels of the images.
+        device: Device of the networks.
     """
 
     def __init__(self, pipeline: ClassifierGuidedPipeline):
@@ -30,12 +33,14 @@ class PageModel:
         unet = pipeline.unet.config
         self.classes = class_names(pipeline)
         self.is_told_timesteps = unet.get("preconditioning") is None
-        names = SCHEDULERS if self.is_told_timesteps else PRECONDITIONED_SCHEDULERS
-        self.schedulers = sorted(names, key=lambda name: (name != "DDIM", name))
+        names = SCHEDULERS if self.is_told_timesteps else map(scheduler_name, SIGMA_SCHEDULERS)
+        first = "DDIM" if self.is_told_timesteps else scheduler_name(type(pipeline.scheduler))
+        self.schedulers = sorted(names, key=lambda name: (name != first, name))
         self.is_told_classes = unet.num_class_embeds is not None
         self.can_forget_classes = not self.is_told_classes or pipeline.unet.null_class is not None
         self.is_guided = pipeline.classifier is not None
         self.size, self.channels = unet.sample_size, unet.in_channels
+        self.device = pipeline.device
 
     def pipeline(self, scheduler: str | None = None) -> ClassifierGuidedPipeline:
         """
@@ -49,6 +54,11 @@ class PageModel:
         own.set_progress_bar_config(disable=True)
         set_scheduler(own, scheduler)
         return own
+
+
+def scheduler_name(scheduler: type) -> str:
+    """Returns the name of a scheduler's class in commands and in the page."""
+    return scheduler.__name__.removesuffix("Scheduler")
 
 
 def class_names(pipeline: ClassifierGuidedPipeline) -> list[str]:

@@ -3,18 +3,20 @@
 import gradio as gr
 
 from diffusers_adm.page.about import build_about
+from diffusers_adm.page.compare import build_compare
+from diffusers_adm.page.edit import build_edit
 from diffusers_adm.page.model import PageModel
 
 
-TABS = {"About": build_about}
+TABS = {"Edit": build_edit, "Compare": build_compare, "About": build_about}
 
 # System fonts, because others would be fetched from elsewhere.
 THEME = gr.themes.Default(
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "Consolas", "monospace"],
 )
-# Small images are shown by their pixels.
-CSS = ".pixelated img { image-rendering: pixelated; }"
+# Small images are shown by their pixels, below the label of their frame.
+CSS = ".pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }"
 MAX_UPLOAD = "5mb"
 MAX_WAITING = 32  # runs in the queue
 HOUR = 3600
