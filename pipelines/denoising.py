@@ -8,6 +8,7 @@ from diffusers import ImagePipelineOutput
 
 from diffusers_adm.guidance import Guider, RunDenoiser
 from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.pipelines.checks import check_finite
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.runs import RunStateMixin
@@ -32,6 +33,7 @@ class DenoisingMixin(RunStateMixin):
         hooks: StepHooks,
         generator: Generators,
         make_images: Callable,
+        particles: Particles | None = None,
     ) -> Generator[SamplingStep, None, torch.Tensor]:
         """
         Yields the steps of a run, and returns x_0, `(batch, channels, height, width)`.
@@ -45,6 +47,7 @@ class DenoisingMixin(RunStateMixin):
             hooks: Functions of the caller.
             generator: Generator of the noise, one for all images or one per image.
             make_images: Function from latents to images.
+            particles: Weights of the particles, of which one is returned per image. `None` if each row is an image.
         """
         batch_size, visits = len(x_t), solver.visits
         timesteps = solver.schedule.timesteps.to(x_t.device)  # (steps,), least noisy first
@@ -64,7 +67,12 @@ class DenoisingMixin(RunStateMixin):
                         denoised = hooks.x_0(step, t, denoised)
                     gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
                     denoised = denoised.detach()
+                    if particles is not None:
+                        log_psi = guider.log_psi(x_t, timestep, denoised.x_0)
+                        x_t, denoised, gradient = particles.select(log_psi, x_t, denoised, gradient if index else None)
                     latents = solver.step(denoised, index, x_t, gradient, generator)  # Algorithm 1 or 2
+                    if particles is not None and gradient is not None:
+                        particles.propose(solver.log_density_ratio(denoised, index, x_t, gradient, latents))
 
                     taken = SamplingStep(
                         index=step,
@@ -76,6 +84,7 @@ class DenoisingMixin(RunStateMixin):
                         x_0=denoised.x_0,
                         gradient=gradient,
                         latents=latents,
+                        log_weights=None if particles is None else particles.log_weights,
                         _classify=guider.classification(x_t, timestep),
                         _make_images=make_images,
                     )
@@ -89,7 +98,7 @@ class DenoisingMixin(RunStateMixin):
         hooks.finite.check(visited)
         guider.finite.check(visited)
         check_finite(x_t)
-        return x_t
+        return x_t if particles is None else x_t[particles.draw()]
 
     def _finish(
         self, steps: Generator[SamplingStep, None, torch.Tensor], make_images: Callable, return_dict: bool

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -20,6 +21,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.particles import check_particles, for_particles, repeated
 from diffusers_adm.pipelines.predictions import build_denoiser
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
@@ -130,6 +132,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
+        particles: int = 1,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
@@ -173,6 +176,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
                 [`ClassifierGuidedPipeline.__call__`].
             guider: Guider of diffusers in place of `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
+            particles: Number of particles per image, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
@@ -203,6 +207,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_options=guidance_options,
             timesteps=timesteps,
             churn=churn,
+            particles=particles,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -214,21 +219,27 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
+        has_hooks = callback_on_step_start is not None or callback_on_step_end is not None
+        check_particles(self, options, solver, batch_size, latents, has_hooks)
         factors = self._guidance_factors(options, solver, labels is not None, batch_size)
 
         # 3. Prepare labels, which are never drawn here, and guidance.
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
+        weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
+        options, rows = for_particles(options, batch_size), batch_size * particles
+        labels, generator = repeated(labels, particles), repeated(generator, particles)
+        low_res = low_res.to(device).repeat_interleave(particles, dim=0)  # (rows, channels, small height, small width)
         guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res.to(device))
+        denoiser = build_denoiser(self, options, solver, factors, labels, rows, generator, low_res)
 
         # 4. Prepare x_T.
-        x_T = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = self._prepare_latents(rows, height, width, generator, latents, device)
         x_T = solver.begin(x_T, generator)
 
         # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
         make_images = partial(self.image_processor.postprocess, output_type=output_type)
-        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images)
+        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, weights)
         return self._finish(steps, make_images, return_dict)
 
     @with_arguments_of(steps)

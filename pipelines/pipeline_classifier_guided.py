@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, Sched
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -15,6 +16,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.pipelines.particles import check_particles, for_particles, repeated
 from diffusers_adm.pipelines.predictions import build_denoiser
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
@@ -132,6 +134,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
+        particles: int = 1,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
@@ -201,6 +204,10 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w.
             epsilon_scale: Divisor of the predicted noise before x_0 is formed, or the pair (k, b) for k t + b at timestep t.
                 Numbers such as 1.005 make up for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
+            particles: Number K of particles per image, at K times the cost. Guided particles are weighted by the classifier, and
+                resampled, so that for large K the images are samples of p(x_0) p(y | x_0)^s, where p(x_0) is what the unguided
+                pipeline draws (twisted sequential Monte Carlo, Wu et al. 2023, arXiv 2306.17775). The last step is unguided.
+                It requires `DDPMScheduler`.
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
@@ -224,6 +231,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             guidance_options=guidance_options,
             timesteps=timesteps,
             churn=churn,
+            particles=particles,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -237,22 +245,27 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
+        has_hooks = callback_on_step_start is not None or callback_on_step_end is not None
+        check_particles(self, options, solver, batch_size, latents, has_hooks)
         factors = self._guidance_factors(
             options, solver, labels is not None or known_classes(self) is not None, batch_size
         )
 
         # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
         labels = self._prepare_labels(labels, options, batch_size, generator)
+        weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
+        options, rows = for_particles(options, batch_size), batch_size * particles
+        labels, generator = repeated(labels, particles), repeated(generator, particles)
         guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator)
+        denoiser = build_denoiser(self, options, solver, factors, labels, rows, generator)
 
         # 4. Prepare x_T.
-        x_T = self._prepare_latents(batch_size, height, width, generator, latents, device)
+        x_T = self._prepare_latents(rows, height, width, generator, latents, device)
         x_T = solver.begin(x_T, generator)
 
         # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
         make_images = partial(self.image_processor.postprocess, output_type=output_type)
-        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images)
+        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, weights)
         return self._finish(steps, make_images, return_dict)
 
     @with_arguments_of(steps)

@@ -32,6 +32,8 @@ class SamplingStep:
         x_0: Predicted x_0 at x_t, before guidance, `(batch, channels, height, width)`. It is in [-1, 1] if the scheduler clips.
         gradient: Scaled gradient that guided the step, `(batch, channels, height, width)`. `None` if the step was not guided.
         latents: Images after the step, `(batch, channels, height, width)`. After the last step they are the final x_0.
+        log_weights: Logarithm of the weight of each particle, up to a constant per image, `(images, particles)`. Particle k of image i
+            is row i * particles + k of the tensors above. `None` without particles.
     """
 
     index: int
@@ -43,6 +45,7 @@ class SamplingStep:
     x_0: torch.Tensor = field(repr=False)
     gradient: torch.Tensor | None = field(repr=False)
     latents: torch.Tensor = field(repr=False)
+    log_weights: torch.Tensor | None = field(repr=False)
     _classify: Callable[[], torch.Tensor | None] = field(repr=False)
     _make_images: Callable[[torch.Tensor], list | torch.Tensor] = field(repr=False)
 

@@ -67,6 +67,7 @@ SAMPLING_OPTIONS = {
         "FLOAT|JSON",
         "Divisor of the predicted noise, or a pair [k, b] in JSON for the divisor k t + b at timestep t. Default: none.",
     ),
+    "particles": ("INT", "Number of particles per image, of which one is kept. Default: 1."),
 }
 
 FORMATS = ("npz", "png")  # formats of samples

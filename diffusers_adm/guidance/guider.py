@@ -198,6 +198,30 @@ class Guider:
 
         return classify
 
+    def log_psi(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        """
+        Returns s * log p(y | x_t), `(batch,)`, by which particles are weighted.
+
+        Args:
+            x_t: Noised images of the step, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`.
+            x_0: Predicted clean images, `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: If the guidance function returns a gradient, which gives no weight.
+        """
+        log_probabilities = self.classification(x_t, timestep)()
+        if log_probabilities is not None:
+            value = log_probabilities.gather(1, self.class_labels[:, None])[:, 0]  # (batch,)
+        else:
+            value = self.guidance_fn(x_t, timestep, x_0, self.class_labels)
+        if value.shape != x_t.shape[:1]:
+            raise ValueError(
+                f"`guidance_fn` must return one log-probability per image with `particles`, {tuple(x_t.shape[:1])}, but it returned"
+                f" {tuple(value.shape)}."
+            )
+        return value.float() * self.scale.flatten()
+
 
 class FiniteCheck:
     """

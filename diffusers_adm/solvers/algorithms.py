@@ -52,6 +52,11 @@ class Denoised:
         is_tensor = isinstance(self.log_variance, torch.Tensor)
         return Denoised(self.x_0.detach(), self.log_variance.detach() if is_tensor else self.log_variance)
 
+    def rows(self, rows: torch.Tensor) -> "Denoised":
+        """Returns the predictions of some rows of the batch."""
+        is_tensor = isinstance(self.log_variance, torch.Tensor)
+        return Denoised(self.x_0[rows], self.log_variance[rows] if is_tensor else self.log_variance)
+
 
 class Solver:
     """
@@ -212,10 +217,8 @@ class DDPMSolver(Solver):
         """
         Draws x_{t-1} from N(mu + s * Sigma * grad log p(y | x_t), Sigma) [Algorithm 1]. The arguments are those of `Solver.step`.
         """
-        x_0, log_variance = denoised.x_0, denoised.log_variance
-        if self.thresholds:
-            x_0 = self.scheduler._threshold_sample(x_0)
-        mean = posterior_mean(self.schedule, x_t, index, x_0)  # mu
+        log_variance = denoised.log_variance
+        mean = self._mean(denoised, index, x_t)  # mu
         if gradient is not None:
             mean = shift_mean(mean, log_variance, gradient)  # mu + s * Sigma * grad log p(y | x_t)
         if index == 0:
@@ -223,6 +226,28 @@ class DDPMSolver(Solver):
         noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
         deviation = (0.5 * log_variance).exp() if self.fixed_log_variance is None else math.exp(0.5 * log_variance)
         return mean + deviation * noise
+
+    def _mean(self, denoised: Denoised, index: int, x_t: torch.Tensor) -> torch.Tensor:
+        x_0 = self.scheduler._threshold_sample(denoised.x_0) if self.thresholds else denoised.x_0
+        return posterior_mean(self.schedule, x_t, index, x_0)
+
+    def log_density_ratio(
+        self, denoised: Denoised, index: int, x_t: torch.Tensor, gradient: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Returns log N(x_{t-1}; mu, Sigma) - log N(x_{t-1}; mu + Sigma * gradient, Sigma), `(batch,)`: the log-density of what a guided
+        step has drawn by the unguided step, minus that by the guided one.
+
+        Args:
+            denoised: Prediction at x_t.
+            index: Step in the schedule.
+            x_t: Noised images, `(batch, channels, height, width)`.
+            gradient: Scaled gradient that has guided the step, of the shape of x_t.
+            latents: x_{t-1}, of the shape of x_t.
+        """
+        log_variance = torch.as_tensor(denoised.log_variance, device=x_t.device)
+        noise = latents - shift_mean(self._mean(denoised, index, x_t), log_variance, gradient)  # sqrt(Sigma) * z
+        return -(gradient * (noise + 0.5 * log_variance.exp() * gradient)).sum(dim=(1, 2, 3))
 
 
 class EpsilonSolver(Solver):

@@ -54,6 +54,7 @@ PARSERS = {
     "timestep_respacing": text_as(str),
     "weaker": weaker_prediction,
     "epsilon_scale": Value((int, float, list), "a number, or a pair in JSON, such as [0.0001,1.0]"),
+    "particles": Value((int,), "a whole number"),
     "churn": Value((dict,), 'an object in JSON, such as {"s_churn": 40}'),
 }
 
