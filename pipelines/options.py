@@ -33,7 +33,7 @@ class SamplingOptions:
     churn: Churn | dict | None = None
     guider: ConfigMixin | None = None
     epsilon_scale: float | tuple[float, float] | None = None
-    particles: int = 1
+    particles: int | None = None
 
     def resolved(self, pipeline) -> "SamplingOptions":
         """

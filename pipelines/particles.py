@@ -34,9 +34,9 @@ def check_particles(
         ValueError: If the number is not an integer of at least 1, or something does not go together with particles.
     """
     particles = options.particles
-    if not is_integer(particles) or particles < 1:
+    if particles is not None and (not is_integer(particles) or particles < 1):
         raise ValueError(f"`particles` must be an integer of at least 1, but got {particles!r}.")
-    if particles == 1:
+    if particles in (None, 1):
         return
     if not isinstance(solver, DDPMSolver):
         name = type(pipeline.scheduler).__name__
@@ -66,7 +66,7 @@ def repeated(given: list | object, particles: int) -> list | object:
 
 def for_particles(options: SamplingOptions, batch_size: int) -> SamplingOptions:
     """Returns the options of a run with one scale and weight per particle."""
-    if options.particles == 1:
+    if options.particles in (None, 1):
         return options
     changes = {
         name: repeated(per_image(getattr(options, name), batch_size, name), options.particles)

@@ -132,7 +132,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
-        particles: int = 1,
+        particles: int | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
@@ -226,6 +226,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         # 3. Prepare labels, which are never drawn here, and guidance.
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
+        particles = particles or 1
         weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
         options, rows = for_particles(options, batch_size), batch_size * particles
         labels, generator = repeated(labels, particles), repeated(generator, particles)

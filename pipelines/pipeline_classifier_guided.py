@@ -134,7 +134,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         churn: Churn | dict | None = None,
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
-        particles: int = 1,
+        particles: int | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
@@ -204,7 +204,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w.
             epsilon_scale: Divisor of the predicted noise before x_0 is formed, or the pair (k, b) for k t + b at timestep t.
                 Numbers such as 1.005 make up for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
-            particles: Number K of particles per image, at K times the cost. Guided particles are weighted by the classifier, and
+            particles: Number K of particles per image, at K times the cost. `None` means one. Guided particles are weighted by the classifier, and
                 resampled, so that for large K the images are samples of p(x_0) p(y | x_0)^s, where p(x_0) is what the unguided
                 pipeline draws (twisted sequential Monte Carlo, Wu et al. 2023, arXiv 2306.17775). The last step is unguided.
                 It requires `DDPMScheduler`.
@@ -253,6 +253,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
         labels = self._prepare_labels(labels, options, batch_size, generator)
+        particles = particles or 1
         weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
         options, rows = for_particles(options, batch_size), batch_size * particles
         labels, generator = repeated(labels, particles), repeated(generator, particles)
