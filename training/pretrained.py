@@ -49,7 +49,7 @@ def start_from_pretrained(model: ModelMixin, options: ArchitectureOptions) -> No
 def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, flags: str | None = None) -> None:
     """
     Gives a model the weights of another one. Weights of other classes begin random, and those of new channels at 0. A new null
-    class joins the known classes. Messages say what differs.
+    class joins the known classes. A consistency model becomes an EDM model. Messages say what differs.
 
     Args:
         model: Model to train.
