@@ -165,7 +165,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             if self.unet.config.get("preconditioning") is not None:
                 schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
             guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale, schedule)
-        elif isinstance(guidance_fn, ClassifierGuidance):
+        elif any(isinstance(one, ClassifierGuidance) for one in getattr(guidance_fn, "functions", [guidance_fn])):
             check_told_timesteps(self.unet, "guidance_fn=ClassifierGuidance(...)")
 
         def check_scales(scales: list[float]) -> None:

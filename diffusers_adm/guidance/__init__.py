@@ -30,6 +30,7 @@ from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance
 from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
 from .guider import FiniteCheck, Guider
 from .options import GuidanceOptions
+from .sums import DiscriminatorGuidance, WeightedSum
 from .weaker import WeakerPrediction
 
 
@@ -37,6 +38,7 @@ __all__ = [
     "CLIPGuidance",
     "ClassifierGuidance",
     "CleanClassifierGuidance",
+    "DiscriminatorGuidance",
     "FiniteCheck",
     "GuidanceFunction",
     "GuidanceOptions",
@@ -45,6 +47,7 @@ __all__ = [
     "RunDenoiser",
     "WeakerPrediction",
     "WeightedCombination",
+    "WeightedSum",
     "check_guider",
     "classifier_gradient",
     "combine_predictions",

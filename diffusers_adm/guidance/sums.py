@@ -1,0 +1,94 @@
+"""Sums of guidance functions, and guidance by a discriminator."""
+
+import torch
+from torch import nn
+
+from diffusers_adm.checks import is_number
+from diffusers_adm.guidance.functions import ClassifierGuidance
+from diffusers_adm.guidance.gradient import GuidanceFunction, moves_weights
+
+
+class WeightedSum:
+    """
+    Weighted sum of guidance functions. Each function keeps its own kind: one that guides through the UNet does so, and the others are
+    given x_0 as if it did not depend on x_t.
+
+    Args:
+        functions: Guidance functions, see the docstring of `diffusers_adm.guidance`.
+        weights: Weight of each function. `None` means 1 for each.
+
+    Attributes:
+        dtype: float16 if one of the functions is evaluated in float16.
+        through_unet: Whether one of the functions guides through the UNet.
+        weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
+
+    Raises:
+        ValueError: If there is no function, one of them is not callable, or weights are not one number per function.
+    """
+
+    def __init__(self, *functions: GuidanceFunction, weights: list[float] | None = None):
+        if not functions or not all(map(callable, functions)):
+            raise ValueError(f"`functions` must be at least one guidance function, but got {functions!r}.")
+        weights = [1.0] * len(functions) if weights is None else weights
+        if (
+            not isinstance(weights, (list, tuple))
+            or len(weights) != len(functions)
+            or not all(map(is_number, weights))
+        ):
+            raise ValueError(f"`weights` must be one number per function ({len(functions)}), but got {weights!r}.")
+        self.functions = functions
+        self.weights = list(weights)
+        self.through_unet = any(getattr(function, "through_unet", False) for function in functions)
+        self.weights_may_move = any(getattr(function, "weights_may_move", True) for function in functions)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        dtypes = [getattr(function, "dtype", None) for function in self.functions]
+        return torch.float16 if torch.float16 in dtypes else dtypes[0]
+
+    def __call__(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the weighted sum of the log-probabilities, `(batch,)`."""
+        # Its gradient with respect to x_t is that with respect to x_0, as for functions that do not guide through the UNet.
+        direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if self.through_unet else x_0
+        total = torch.zeros(len(x_t), device=x_t.device)
+        for function, weight in zip(self.functions, self.weights):
+            own_x_0 = x_0 if getattr(function, "through_unet", False) else direct_x_0
+            value = function(x_t, timestep, own_x_0, class_labels)
+            if value.shape == x_t.shape:  # a gradient: that of the product below with respect to x_t
+                value = (value.detach() * x_t).sum(dim=(1, 2, 3))
+            total = total + weight * value.float()
+        return total
+
+
+class DiscriminatorGuidance(ClassifierGuidance):
+    """
+    Guidance by a discriminator, a noise-aware classifier of real and generated images: log d(x_t) - log(1 - d(x_t)), where d is the
+    probability that an image is real. It corrects the errors of the model that has generated the images (Kim et al. 2023, arXiv
+    2211.17091). With a guidance scale of 1, it is the derived correction.
+
+    Args:
+        discriminator: Module with two classes that is called as `discriminator(x_t, timestep).logits`, `(batch, 2)`.
+        real_class: Number of the class of real images.
+
+    Raises:
+        ValueError: If the discriminator has another number of classes, or `real_class` is neither 0 nor 1.
+    """
+
+    def __init__(self, discriminator: nn.Module, real_class: int = 1):
+        num_classes = getattr(getattr(discriminator, "config", None), "num_classes", 2)
+        if num_classes != 2:
+            raise ValueError(f"`discriminator` must have 2 classes, real and generated, but got {num_classes}.")
+        if real_class not in (0, 1) or isinstance(real_class, bool):
+            raise ValueError(f"`real_class` must be 0 or 1, but got {real_class!r}.")
+        super().__init__(discriminator)
+        self.real_class = real_class
+        self.weights_may_move = moves_weights(discriminator)
+
+    def __call__(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the log-ratio of real and generated, `(batch,)`."""
+        log_probabilities = self.log_probabilities(x_t, timestep)  # (batch, 2)
+        return log_probabilities[:, self.real_class] - log_probabilities[:, 1 - self.real_class]

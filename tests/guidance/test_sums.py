@@ -1,0 +1,87 @@
+"""Sums of guidance functions, and guidance by a discriminator."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from guided_calls import LABELS, draw
+from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_scheduler
+
+from diffusers_adm.guidance import ClassifierGuidance, DiscriminatorGuidance, WeightedSum, guidance_gradient
+
+
+TIMESTEP = torch.tensor([300, 300])
+CLASSES = torch.tensor(LABELS)
+
+
+def brighter(x_t, timestep, x_0, class_labels):
+    return x_0.mean(dim=(1, 2, 3))
+
+
+def darker_through(x_t, timestep, x_0, class_labels):
+    return -x_0.square().sum(dim=(1, 2, 3))
+
+
+darker_through.through_unet = True
+
+
+def pull(x_t, timestep, x_0, class_labels):
+    return -x_t
+
+
+def gradient_of(function) -> torch.Tensor:
+    x_t = images().requires_grad_()
+    through = getattr(function, "through_unet", False)
+    with torch.enable_grad():
+        x_0 = 3 * x_t if through else 3 * x_t.detach()
+        return guidance_gradient(function, x_t if through else x_t.detach(), TIMESTEP, x_0, CLASSES)
+
+
+@pytest.mark.parametrize("functions", [(brighter, pull), (brighter, darker_through), (pull, darker_through, brighter)])
+def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(functions):
+    classifier = ClassifierGuidance(tiny_classifier())
+    weights = [0.5, 2.0, -3.0, 1.5][: len(functions) + 1]
+    total = gradient_of(WeightedSum(classifier, *functions, weights=weights))
+    parts = [weight * gradient_of(function) for weight, function in zip(weights, (classifier, *functions))]
+    torch.testing.assert_close(total, sum(parts))
+
+
+def test_a_float16_classifier_among_them_keeps_its_small_gradients():
+    classifier = ClassifierGuidance(tiny_classifier())
+    single = gradient_of(WeightedSum(classifier, brighter))
+    classifier.classifier.half()
+    function = WeightedSum(classifier, brighter)
+    assert function.dtype == torch.float16
+    torch.testing.assert_close(gradient_of(function), single, rtol=0.05, atol=1e-4)
+
+
+def test_a_sum_guides_a_pipeline():
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler))
+    expected = draw(pipeline, guidance_scale=4.0)
+    function = WeightedSum(ClassifierGuidance(pipeline.classifier), weights=[2.0])
+    torch.testing.assert_close(
+        draw(pipeline, guidance_scale=2.0, guidance_fn=function), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_discriminator_guides_by_the_log_ratio():
+    discriminator, x_t = tiny_classifier(num_classes=2), images().requires_grad_()
+    logits = discriminator(x_t, TIMESTEP).logits
+    (expected,) = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), x_t)
+    torch.testing.assert_close(gradient_of(DiscriminatorGuidance(discriminator, real_class=0)), expected)
+    torch.testing.assert_close(gradient_of(DiscriminatorGuidance(discriminator)), -expected)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: WeightedSum(), "at least one guidance function"),
+        (lambda: WeightedSum("classifier"), "at least one guidance function"),
+        (lambda: WeightedSum(brighter, weights=[1.0, 2.0]), r"one number per function \(1\)"),
+        (lambda: WeightedSum(brighter, weights=["1"]), "one number per function"),
+        (lambda: DiscriminatorGuidance(tiny_classifier()), "must have 2 classes, real and generated, but got 5"),
+        (lambda: DiscriminatorGuidance(tiny_classifier(num_classes=2), real_class=2), "`real_class` must be 0 or 1"),
+    ],
+)
+def test_bad_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
