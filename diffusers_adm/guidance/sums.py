@@ -10,8 +10,8 @@ from diffusers_adm.guidance.gradient import GuidanceFunction, moves_weights
 
 class WeightedSum:
     """
-    Weighted sum of guidance functions. Each function keeps its own kind: one that guides through the UNet does so, and the others are
-    given x_0 as if it did not depend on x_t.
+    Weighted sum of guidance functions. Functions that guide through the UNet still do so in the sum. The others are given x_0 as if it
+    did not depend on x_t.
 
     Args:
         functions: Guidance functions, see the docstring of `diffusers_adm.guidance`.
@@ -23,7 +23,7 @@ class WeightedSum:
         weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
 
     Raises:
-        ValueError: If there is no function, one of them is not callable, or weights are not one number per function.
+        ValueError: If no function is given, one of them is not callable, or the number of weights is not that of the functions.
     """
 
     def __init__(self, *functions: GuidanceFunction, weights: list[float] | None = None):
