@@ -38,8 +38,8 @@ $(PAGE)/.installed: $(VENV)/.installed
 	$(PAGE)/bin/python -m pip install -q -e ".[page,test-page]"
 	touch $@
 
-# gradio leaves event loops and their sockets to the garbage collector.
-TEST_PAGE := $(PAGE)/bin/python -m pytest -W ignore:unclosed:ResourceWarning tests/page
+# gradio leaves event loops to the garbage collector, and calls pandas in ways that pandas 4 will not know.
+TEST_PAGE := $(PAGE)/bin/python -m pytest -W ignore:unclosed:ResourceWarning -W ignore::pandas.errors.Pandas4Warning tests/page
 test-page: $(PAGE)/.installed
 	$(TEST_PAGE) -m page
 

@@ -82,7 +82,7 @@ setup(
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
         "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
         "lora": ["peft>=0.18"],
-        "page": ["gradio>=6,<7"],
+        "page": ["fastapi>=0.165", "gradio>=6.31,<7"],
         "transformers": ["transformers>=5.6"],
         "docs": [
             "myst-parser>=5",

@@ -17,7 +17,8 @@ THEME = gr.themes.Default(
 )
 # Small images are shown by their pixels, below the label of their frame.
 CSS = ".pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }"
-MAX_UPLOAD = "5mb"
+MAX_UPLOAD = 5 * 10**6  # bytes
+MAX_REQUEST = 6 * 10**6
 MAX_WAITING = 32  # runs in the queue
 HOUR = 3600
 
@@ -56,6 +57,7 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
         theme=THEME,
         css=CSS,
         max_file_size=MAX_UPLOAD,
+        app_kwargs={"max_body_size": MAX_REQUEST},
         share=False,
         show_error=False,
         ssr_mode=False,

@@ -20,7 +20,6 @@ from documents import ROOT
 from diffusers_adm import default_cascade
 
 
-pytest.importorskip("gradio")
 pytestmark = pytest.mark.page
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
