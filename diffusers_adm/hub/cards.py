@@ -33,8 +33,8 @@ PIPELINE_TAGS = {
     "ADMUNet2DModel": "unconditional-image-generation",
 }
 TAGS = ["adm", "guided-diffusion", "classifier-guidance"]
-LICENSES = {"MIT": "mit", "MIT (code)": "mit", "CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0"}
-LIMITS = """The [model card of the original code](https://github.com/openai/guided-diffusion/blob/main/model-card.md) allows use for research,
+LICENSES = {"MIT": "mit", "CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0"}
+LIMITS = """The [model card of the original code](https://github.com/{code}/blob/main/model-card.md) allows use for research,
 as a baseline or a starting point. It excludes commercial use, propaganda and offensive images. Some samples are unrealistic, especially
 images with faces. Guidance reduces diversity and may amplify biases of the data. The training images come from the Internet and show
 real people. The weights may have memorised parts of them."""
@@ -187,6 +187,8 @@ hf upload me/{name} {name}
 def fact_table(released: ReleasedCheckpoint) -> str:
     """Returns the table of facts of a released checkpoint's card."""
     facts: dict[str, str] = {"File": f"[`{released.file}`]({released.url})", "Trained on": released.trained_on}
+    if released.sha256 is not None:
+        facts["SHA-256"] = f"`{released.sha256}`"
     classifier = guiding_classifier(released)
     if classifier is not None:
         facts["Guided by"] = f"`{classifier.file}`, at scale {released.guidance_scale:g} by default"
@@ -199,13 +201,15 @@ def fact_table(released: ReleasedCheckpoint) -> str:
 def origin(released: ReleasedCheckpoint) -> str:
     """Returns the sentences of a card that name the source and the license of a checkpoint."""
     source = f"[{released.code}](https://github.com/{released.code})"
-    if released.file in RELEASED_CHECKPOINTS:
-        return f"""{source} released under the MIT license. The conversion does not
-change the value of any weight."""
+    has_published = "has published" if released.code.startswith("openai/") else "has trained or uses"
     terms = "" if released.terms is None else f", for {released.terms} use"
+    license = f"License: {released.license}{terms}."
+    if released.license.endswith("(code)"):
+        license += " No license of the weights is published."
     note = f" Note: {released.note}." if released.note else ""
-    return f"""{source} has trained or uses. The conversion does not change the value of any
-weight. License: {released.license}{terms}.{note}"""
+    return f"""{source} {has_published}.
+The conversion does not change the value of any weight, except that weights in float16 or bfloat16 are rounded.
+{license}{note}"""
 
 
 def released_card(released: ReleasedCheckpoint) -> ModelCard:
@@ -224,7 +228,7 @@ def released_card(released: ReleasedCheckpoint) -> ModelCard:
         datasets=["imagenet-1k"] if released.trained_on == "ImageNet" else None,
         model_name=name,
     )
-    limits = LIMITS if released.file in RELEASED_CHECKPOINTS else OTHER_LIMITS
+    limits = LIMITS.format(code=released.code) if released.for_research else OTHER_LIMITS
     return ModelCard(f"""---
 {data.to_yaml()}
 ---

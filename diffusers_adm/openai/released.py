@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released_community import COMMUNITY
 from diffusers_adm.openai.released_family import CONSISTENCY_MODELS, IMPROVED_DIFFUSION
 from diffusers_adm.openai.released_guided import GUIDED_DIFFUSION
@@ -22,21 +23,45 @@ RELEASED_BY_NAME = {
     released.name: released for released in (*GUIDED_DIFFUSION, *IMPROVED_DIFFUSION, *CONSISTENCY_MODELS, *COMMUNITY)
 }
 
+RELEASED_KINDS = ("unet", "upsampler", "classifier")
+
 
 def register_released(released: ReleasedCheckpoint) -> None:
     """
     Adds a checkpoint to those that are found by name, for the rest of the process.
 
     Raises:
-        ValueError: If there is another checkpoint of this name.
+        ValueError: If the name is that of another checkpoint or cannot be one, the file is that of another one, its flags are
+            not known, or there is no such kind or no such classifier.
     """
-    if RELEASED_BY_NAME.get(released.name, released) != released:
-        raise ValueError(f"There is a released checkpoint {released.name!r} already: choose another name.")
+    if RELEASED_BY_NAME.get(released.name) == released:
+        return
+    # It names files of the cache, where it must not lead to another folder.
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", released.name):
+        raise ValueError(
+            f"`name` must be lower-case letters and digits, joined by single hyphens, but got {released.name!r}."
+        )
+    known = _rows_by_plain_name()
+    for name in (released.name, released.file, *released.aliases):
+        if _plain(name) in known:
+            raise ValueError(
+                f"{name!r} is a name of the released checkpoint {known[_plain(name)].name}: choose another."
+            )
+    if released.kind not in RELEASED_KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(RELEASED_KINDS)}, but got {released.kind!r}.")
+    if released.guided_by is not None and released.guided_by not in RELEASED_BY_NAME:
+        raise ValueError(f"`guided_by` must be the name of a released checkpoint, but got {released.guided_by!r}.")
+    parse_flags(released.flags)
     RELEASED_BY_NAME[released.name] = released
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_/]+", "-", name.strip().lower().removesuffix(".pt").removesuffix(".pth"))
+
+
+def _rows_by_plain_name() -> dict[str, ReleasedCheckpoint]:
+    known = {_plain(alias): row for row in RELEASED_BY_NAME.values() for alias in (row.file, *row.aliases)}
+    return known | {_plain(own): row for own, row in RELEASED_BY_NAME.items()}
 
 
 def released_checkpoint(name: str) -> ReleasedCheckpoint:
@@ -49,8 +74,7 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
     Raises:
         ValueError: If there is no checkpoint of this name. The message names the nearest ones.
     """
-    known = {_plain(alias): row for row in RELEASED_BY_NAME.values() for alias in (row.file, *row.aliases)}
-    known |= {_plain(own): row for own, row in RELEASED_BY_NAME.items()}
+    known = _rows_by_plain_name()
     if not isinstance(name, str):
         raise ValueError(
             f"`name` must be the name of a released checkpoint, such as 'imagenet-256', but got {name!r}."

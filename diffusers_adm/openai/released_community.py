@@ -55,7 +55,8 @@ P2_WEIGHTING = (
         "https://huggingface.co/deepinv/diffunet/resolve/main/diffusion_ffhq_10m.pt",
         "jychoi118/ilvr_adm",
         note="the faces of ILVR, DPS, DiffPIR, DAPS and deepinv",
-        aliases=("diffusion_ffhq_10m.pt", "ffhq256.pt"),
+        # Not ffhq256.pt, which others call their own files.
+        aliases=("diffusion_ffhq_10m.pt",),
     ),
     _p2(
         "afhq-dog-4m",

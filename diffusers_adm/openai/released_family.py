@@ -132,7 +132,8 @@ def _consistency(name: str, file: str, trained_on: str, note: str, sampling: str
         address=_CONSISTENCY_FOLDER + file,
         license="MIT (code)",
         code="openai/consistency_models",
-        note=f"{note}; for research, says its model card",
+        for_research=True,
+        note=note,
         **columns,
     )
 

@@ -4,6 +4,8 @@ Source: the README of openai/guided-diffusion for files, flags and guidance scal
 2105.05233), Tables 4 to 6, for the scores.
 """
 
+from functools import partial
+
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout
 
 
@@ -20,8 +22,10 @@ _CLASSIFIER = (
     " --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
 )
 
+_guided = partial(ReleasedCheckpoint, license="MIT (code)", for_research=True)
+
 GUIDED_DIFFUSION = (
-    ReleasedCheckpoint(
+    _guided(
         "64x64_diffusion.pt",
         "unet",
         # The only UNet that stores queries, keys and values before heads.
@@ -38,7 +42,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("af57c12d0be8b4f4", 295_904_454),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "128x128_diffusion.pt",
         "unet",
         "--attention_resolutions 32,16,8 --class_cond True --image_size 128 --noise_schedule linear"
@@ -52,7 +56,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("44eb5c6a285f9d17", 421_529_606),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "256x256_diffusion.pt",
         "unet",
         f"--class_cond True {_ADM_256}",
@@ -65,7 +69,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("6d41483df3735902", 553_838_086),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "256x256_diffusion_uncond.pt",
         "unet",
         f"--class_cond False {_ADM_256}",
@@ -77,7 +81,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=ADM_256_LAYOUT,
     ),
-    ReleasedCheckpoint(
+    _guided(
         "512x512_diffusion.pt",
         "unet",
         "--attention_resolutions 32,16,8 --class_cond True --image_size 512 --noise_schedule linear"
@@ -91,7 +95,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("90cfe02eac79fe24", 558_997_638),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "64_256_upsampler.pt",
         "upsampler",
         f"--attention_resolutions 32,16,8 --large_size 256 --small_size 64 --num_heads 4 {_UPSAMPLER}",
@@ -102,7 +106,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("2171275097dc629a", 311_795_910),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "128_512_upsampler.pt",
         "upsampler",
         # Table 13 says 32,16,8; the weights have no attention at 8.
@@ -115,7 +119,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("0379ba7ff3ffeb4f", 308_835_270),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "lsun_bedroom.pt",
         "unet",
         f"{_LSUN} --dropout 0.1",
@@ -126,7 +130,7 @@ GUIDED_DIFFUSION = (
         trained_on="LSUN bedroom",
         layout=ADM_256_LAYOUT,
     ),
-    ReleasedCheckpoint(
+    _guided(
         "lsun_cat.pt",
         "unet",
         f"{_LSUN} --dropout 0.1",
@@ -137,7 +141,7 @@ GUIDED_DIFFUSION = (
         trained_on="LSUN cat",
         layout=ADM_256_LAYOUT,
     ),
-    ReleasedCheckpoint(
+    _guided(
         "lsun_horse.pt",
         "unet",
         f"{_LSUN} --dropout 0.1",
@@ -148,7 +152,7 @@ GUIDED_DIFFUSION = (
         trained_on="LSUN horse",
         layout=ADM_256_LAYOUT,
     ),
-    ReleasedCheckpoint(
+    _guided(
         "lsun_horse_nodropout.pt",
         "unet",
         f"{_LSUN} --dropout 0.0",
@@ -160,7 +164,7 @@ GUIDED_DIFFUSION = (
         trained_on="LSUN horse",
         layout=ADM_256_LAYOUT,
     ),
-    ReleasedCheckpoint(
+    _guided(
         "64x64_classifier.pt",
         "classifier",
         f"--image_size 64 --noise_schedule cosine --classifier_depth 4 {_CLASSIFIER}",
@@ -169,7 +173,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("98f9cbaa7b28a2c4", 65_438_568),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "128x128_classifier.pt",
         "classifier",
         f"--image_size 128 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",
@@ -178,7 +182,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("b2e8e68f3386213b", 42_568_040),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "256x256_classifier.pt",
         "classifier",
         f"--image_size 256 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",
@@ -187,7 +191,7 @@ GUIDED_DIFFUSION = (
         trained_on="ImageNet",
         layout=TensorLayout("3524443c57fd1ae5", 54_096_360),
     ),
-    ReleasedCheckpoint(
+    _guided(
         "512x512_classifier.pt",
         "classifier",
         f"--image_size 512 --noise_schedule linear --classifier_depth 2 {_CLASSIFIER}",

@@ -58,7 +58,8 @@ class ReleasedCheckpoint:
         address: Address of the file. `None` for a file of `DOWNLOAD_FOLDER`.
         sha256: SHA-256 of the file. `None` if it is not published.
         license: License of the weights. It ends with "(code)" if only the code that trained the weights has a license.
-        terms: Restriction that must be accepted before the file is downloaded. `None` if there is none.
+        terms: Restriction of the license, which must be accepted before the file is downloaded. `None` if there is none.
+        for_research: Whether the model card in the repository of `code` intends research only, and no commercial deployment.
         code: Repository whose code trained the model.
         note: Purpose of the checkpoint, or a special feature of it.
         aliases: Other names of the file.
@@ -80,8 +81,9 @@ class ReleasedCheckpoint:
     layout: TensorLayout | None = None
     address: str | None = None
     sha256: str | None = None
-    license: str = "MIT"
+    license: str = "not stated"
     terms: str | None = None
+    for_research: bool = False
     code: str = "openai/guided-diffusion"
     note: str = ""
     aliases: tuple[str, ...] = ()
@@ -96,6 +98,12 @@ class ReleasedCheckpoint:
     def resolution(self) -> int:
         """Height and width of the images."""
         return parse_flags(self.flags)["large_size" if self.kind == "upsampler" else "image_size"]
+
+    @property
+    def license_terms(self) -> str:
+        """License with its restriction."""
+        terms = self.terms or ("research only" if self.for_research else None)
+        return self.license if terms is None else f"{self.license}, {terms}"
 
     @property
     def size(self) -> int | None:

@@ -42,6 +42,11 @@ def test_cards_of_other_checkpoints_say_whose_they_are_and_what_they_are_for():
     assert "openai/guided-diffusion" not in card
     card = str(released_card(released_checkpoint("portrait-512")))
     assert "License: not stated." in card and "license: other" in card
+    assert "state no limits of use" in card and "b7e8c747af880d44" in card
+    for name in ("ct-imagenet-64", "imagenet-64"):
+        card = str(released_card(released_checkpoint(name)))
+        assert "License: MIT (code). No license of the weights is published." in card and "license: other" in card
+        assert f"{released_checkpoint(name).code}/blob/main/model-card.md) allows use for research" in card
 
 
 def test_command_of_a_card_converts_and_leaves_the_card(tmp_path, monkeypatch):

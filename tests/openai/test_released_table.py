@@ -9,8 +9,14 @@ from golden_cases import GOLDEN, RELEASED
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.openai.flags import parse_flags
-from diffusers_adm.openai.released import RELEASED_BY_NAME, find_released, guiding_classifier, released_checkpoint
-from diffusers_adm.openai.released_rows import tensor_layout
+from diffusers_adm.openai.released import (
+    RELEASED_BY_NAME,
+    find_released,
+    guiding_classifier,
+    register_released,
+    released_checkpoint,
+)
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint, tensor_layout
 
 
 # Flags, addresses, hashes and tensors of the other repositories' checkpoints, recorded from their code.
@@ -65,7 +71,6 @@ def test_checkpoint_converts_completely_both_ways(name):
         ("ImageNet_256", "imagenet-256"),
         ("256x256_diffusion_uncond.pt", "imagenet-256-uncond"),
         ("64x64_classifier", "imagenet-64-classifier"),
-        ("ffhq256", "ffhq-10m"),
         ("cifar10/ADM-IP.pt", "adm-ip-cifar10"),
         ("iddpm_ffhq256_ema750000.pth", "difface-ffhq-256"),
     ],
@@ -85,7 +90,7 @@ def test_unknown_name_has_the_nearest_ones():
 def test_files_are_recognised_where_their_name_is_their_own():
     assert find_released("a/folder/celeba256_250000.pt").name == "repaint-celebahq"
     assert find_released("adm-cifar10.pt").name == "adm-cifar10"
-    for file in ("ffhq.pt", "ADM.pt", "ADM-IP.pt", "cifar10/ADM.pt"):  # several files have these names
+    for file in ("ffhq.pt", "ADM.pt", "ADM-IP.pt", "cifar10/ADM.pt", "ffhq256.pt"):  # several files have these names
         assert find_released(file) is None
 
 
@@ -102,3 +107,39 @@ def test_classifiers_that_guide_are_in_the_table():
         "imagenet-256-uncond": "imagenet-256-classifier",
         "imagenet-512": "imagenet-512-classifier",
     }
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"name": "../../evil"}, "`name` must be lower-case letters and digits.* '../../evil'"),
+        ({"name": "Mine"}, "`name` must be lower-case"),
+        ({"name": "imagenet-256"}, "'imagenet-256' is a name of the released checkpoint imagenet-256: choose another"),
+        ({"name": "64x64-diffusion"}, "'64x64-diffusion' is a name of the released checkpoint imagenet-64"),
+        ({"file": "256x256_diffusion.pt"}, "'256x256_diffusion.pt' is a name of the released checkpoint imagenet-256"),
+        ({"aliases": ("ImageNet_64.pt",)}, "'ImageNet_64.pt' is a name of the released checkpoint imagenet-64"),
+        ({"kind": "vae"}, "`kind` must be one of unet, upsampler, classifier, but got 'vae'"),
+        ({"guided_by": "nobody"}, "`guided_by` must be the name of a released checkpoint, but got 'nobody'"),
+        ({"flags": "--image_sise 64"}, "image_sise"),
+    ],
+)
+def test_row_that_cannot_be_found_by_its_name_is_refused(columns, message):
+    row = {"file": "mine.pt", "kind": "unet", "flags": "--image_size 64", "name": "mine", "trained_on": "mine"}
+    before = dict(RELEASED_BY_NAME)
+    with pytest.raises(ValueError, match=message):
+        register_released(ReleasedCheckpoint(**{**row, **columns}))
+    assert before == RELEASED_BY_NAME
+
+
+def test_licenses_are_those_of_the_repositories():
+    licenses = {
+        "imagenet-64": "MIT (code), research only",
+        "iddpm-cifar10": "MIT (code)",
+        "cd-lsun-cat-l2": "MIT (code), research only",
+        "repaint-places": "CC BY-NC-SA 4.0, non-commercial",
+        "difface-ffhq-256": "S-Lab License 1.0, non-commercial",
+        "p2-ffhq": "MIT (code)",
+        "imagenet-512-uncond": "MIT",
+        "portrait-512": "not stated",
+    }
+    assert {name: RELEASED_BY_NAME[name].license_terms for name in licenses} == licenses
