@@ -63,6 +63,20 @@ def _type_words(annotation: object) -> str:
     return " or ".join(_type_words(part) if origin is not typing.Literal else repr(part) for part in parts)
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """
+    Checks the data type of weights.
+
+    Args:
+        dtype: Data type. `None` means the default.
+
+    Raises:
+        ValueError: If it is not a floating-point type.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating-point type, such as torch.float16, but got {dtype!r}.")
+
+
 def check_images(name: str, images: torch.Tensor, channels: int | str = "channels") -> None:
     """
     Checks the type and shape of images.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from diffusers_adm.checks import check_dtype
 from diffusers_adm.hub.released_files import converted_folder
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.openai.released import released_checkpoint
@@ -12,24 +13,33 @@ from diffusers_adm.pipelines.pipeline_adm_upsample import ADMUpsamplePipeline
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
 
-# Prefix of the name of a released checkpoint, where a folder or a Hub id could stand too.
-RELEASED_PREFIX = "released:"
 LOADERS = {"unet": ClassifierGuidedPipeline, "upsampler": ADMUpsamplePipeline, "classifier": NoisyClassifier}
 
 
-def released_folder(name: str) -> tuple[Path, str | None]:
+def name_of_released(model: str | os.PathLike) -> str | None:
+    """Returns `NAME` of a model that is given as `released:NAME`. `None` for one that is given as a folder or a Hub id."""
+    prefix, _, name = str(model).partition(":")
+    return name if prefix.lower() == "released" and name else None
+
+
+def released_folder(name: str, kind: str) -> tuple[Path, str | None]:
     """
     Returns the folder of a converted checkpoint, and the folder of its network in it. It is downloaded if it is not in the cache.
 
     Args:
         name: Short name or name of the file.
+        kind: Kind that it must have: "unet", "upsampler" or "classifier".
 
     Raises:
-        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, or its file is another
-            one.
+        ValueError: If there is no such checkpoint, it is of another kind, it cannot be converted, its license is not accepted, or
+            its file is another one.
         OSError: If it cannot be downloaded or written.
     """
     released = released_checkpoint(name)
+    if released.kind != kind:
+        raise ValueError(
+            f"The released checkpoint {released.name} has the kind {released.kind}, but needed is: {kind}."
+        )
     folder = converted_folder(released, LOADERS[released.kind].from_openai)
     return folder, None if released.kind == "classifier" else "unet"
 
@@ -52,10 +62,11 @@ def load_released(
         accept_license: Whether the restrictions of the checkpoint's license are accepted.
 
     Raises:
-        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, or its file is another
-            one.
+        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, its file is another one,
+            or `dtype` is not a floating-point type.
         OSError: If it cannot be downloaded or written.
     """
+    check_dtype(dtype)
     released = released_checkpoint(name)
     cache = {"cache_dir": cache_dir, "local_files_only": local_files_only, "accept_license": accept_license}
     if released.kind == "classifier":

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from huggingface_hub import CommitInfo
 
+from diffusers_adm.checks import check_dtype
 from diffusers_adm.hub.bundle import write_code
 from diffusers_adm.hub.cards import CLASS_NAMES, save_card
 from diffusers_adm.hub.download import OtherPipelineError, as_installed, check_index, download
@@ -64,10 +65,13 @@ class SavingMixin:
 
         Raises:
             ValueError: If there is no such checkpoint, another class loads it, it cannot be converted, its license is not
-                accepted, or its file is another one.
+                accepted, its file is another one, or `dtype` is not a floating-point type.
             OSError: If it cannot be downloaded or written.
         """
+        check_dtype(dtype)
         released = released_checkpoint(name)
+        if released.kind == "classifier":
+            raise ValueError(f"{released.name} is a classifier, which draws no images: choose the name of a UNet.")
         own = next(base for base in cls.__mro__ if base.__name__ in SAVED_CLASSES)
         needed = CLASS_NAMES[released.kind]
         if own.__name__ != needed:

@@ -8,7 +8,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusers_adm.models import NoisyClassifier
-from diffusers_adm.pipelines.released import RELEASED_PREFIX, released_folder
+from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.training.options import ArchitectureOptions
 
 
@@ -60,7 +60,7 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     Raises:
         ValueError: If the models differ in anything but classes, channels and resolution, or the other one cannot be loaded.
     """
-    pretrained = read_pretrained(type(model), name, subfolder, flags)
+    pretrained = read_pretrained(model, name, subfolder, flags)
     # Through JSON, as the saved one's has come: it knows no tuples.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
     # In pixels of the image: the same layers have others at another resolution.
@@ -86,12 +86,12 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         logger.warning("All other weights are taken over, and those of new channels begin at 0: %s.", pairs)
 
 
-def read_pretrained(model_class: type[ModelMixin], name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
+def read_pretrained(model: ModelMixin, name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
     """
     Loads the model that training starts from.
 
     Args:
-        model_class: Class of the model.
+        model: Model to train.
         name: Name or path, see `load_pretrained`.
         subfolder: Folder inside a pipeline. It is known by default.
         flags: Model flags of the original command line, for a file.
@@ -99,15 +99,22 @@ def read_pretrained(model_class: type[ModelMixin], name: str, subfolder: str | N
     Raises:
         ValueError: If it cannot be loaded.
     """
+    model_class, is_classifier = type(model), isinstance(model, NoisyClassifier)
     if Path(name).is_file():
         return model_class.from_openai(name, flags)
     if flags is not None:
         raise ValueError(f"--pretrained_flags are for a .pt file, but --pretrained_model_name_or_path is {name}.")
-    if name.startswith(RELEASED_PREFIX):
-        place, subfolder = released_folder(name.removeprefix(RELEASED_PREFIX))
+    if (released := name_of_released(name)) is not None:
+        if subfolder is not None:
+            raise ValueError(
+                f"--pretrained_subfolder is for folders and Hub ids, but the model is {name}: leave it out."
+            )
+        upsamples = not is_classifier and model.config.low_res_conditioning
+        kind = "classifier" if is_classifier else "upsampler" if upsamples else "unet"
+        place, subfolder = released_folder(released, kind)
         return model_class.from_pretrained(place, subfolder=subfolder)
     if subfolder is None and is_pipeline(name):
-        subfolder = "classifier" if issubclass(model_class, NoisyClassifier) else "unet"
+        subfolder = "classifier" if is_classifier else "unet"
     return model_class.from_pretrained(name, subfolder=subfolder)
 
 

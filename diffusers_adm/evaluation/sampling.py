@@ -21,7 +21,7 @@ from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
 from diffusers_adm.pipelines.options import SamplingOptions
-from diffusers_adm.pipelines.released import RELEASED_PREFIX
+from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.progress import with_progress
 
 
@@ -53,17 +53,17 @@ def load_pipeline(
     model = default_model() if model is None else model
     if revision is not None and Path(model).is_dir():
         raise ValueError(f"--revision requires a pipeline on the Hub, but got {revision} for the folder {model}.")
-    is_released = str(model).startswith(RELEASED_PREFIX)
-    if is_released and (revision is not None or variant is not None):
+    released = name_of_released(model)
+    if released is not None and (revision is not None or variant is not None):
         raise ValueError(
             f"--revision and --variant require a saved pipeline, but got --model {model}. Leave them out."
         )
-    if not is_released and "/" not in str(model) and not Path(model).exists():
+    if released is None and "/" not in str(model) and not Path(model).exists():
         raise ValueError(f"There is no folder {str(model)!r}. Ids on the Hub look like 'owner/name'.")
     cls = ADMUpsamplePipeline if upsampler else ClassifierGuidedPipeline
     try:
-        if is_released:
-            pipeline = cls.from_released(str(model).removeprefix(RELEASED_PREFIX), dtype=getattr(torch, dtype))
+        if released is not None:
+            pipeline = cls.from_released(released, dtype=getattr(torch, dtype))
         else:
             pipeline = cls.from_pretrained(model, revision=revision, variant=variant, dtype=getattr(torch, dtype))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
+from diffusers_adm.checks import check_dtype
 from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
@@ -206,8 +207,7 @@ class PublishedCheckpoint:
             ValueError: If the checkpoint cannot be read or holds another kind of network, the flags contradict it, or `dtype` is
                 not a floating-point type.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`dtype` must be a floating-point type, such as torch.float16, but got {dtype!r}.")
+        check_dtype(dtype)
         flags = self.flags  # read first, so that invalid flags are reported before a large file is read
         if self.shapes.network != network:
             has = "has" if self.shapes.network == "UNet" else "lacks"
