@@ -1,9 +1,10 @@
 """Cache of the released checkpoints: files that were downloaded and checked, and the folders that they were converted to.
 
 The cache is the folder `diffusers_adm` of the Hugging Face cache, which `HF_HOME` moves. `files/NAME.pt` is a downloaded
-file, and `converted/NAME-DIGEST` what `from_pretrained` loads.
+file, and `converted/NAME/DIGEST` what `from_pretrained` loads.
 """
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -14,22 +15,26 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
-from diffusers_adm.atomic_files import atomic_folder, naming_write_errors
+from diffusers_adm.atomic_files import atomic_folder, naming_write_errors, write_json
 from diffusers_adm.hub.bundle import save_model
 from diffusers_adm.hub.cards import released_card
+from diffusers_adm.hub.resumed_download import download_rest, other_kind_of_file, version_file
 from diffusers_adm.hub.saved_files import CARD_FILE
 from diffusers_adm.openai.files import read_state_dict
 from diffusers_adm.openai.released import RELEASED_BY_NAME
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint, tensor_layout
+from diffusers_adm.saved_folders import read_config
 
 
 MIRROR_VARIABLE = "DIFFUSERS_ADM_MIRROR"
 # Raised whenever a conversion gives another folder than before.
-CONVERSION = 1
+CONVERSION = 2
+# File of a converted folder: SHA-256 of the checkpoint, and a fingerprint of each file of the folder.
+RECORD_FILE = "conversion.json"
+# Largest download of a checkpoint of unknown size.
+MOST_BYTES = 2**36
 
 
 def converted_folder(
@@ -40,7 +45,8 @@ def converted_folder(
     accept_license: bool = False,
 ) -> Path:
     """
-    Returns the folder of a converted checkpoint. It is downloaded, checked and converted if it is not in the cache.
+    Returns the folder of a converted checkpoint. It is downloaded, checked and converted if it is not in the cache, or is damaged
+    there. Folders of the checkpoint that other versions of this package converted are removed.
 
     Args:
         released: Checkpoint.
@@ -56,10 +62,9 @@ def converted_folder(
     if released.unsupported is not None:
         raise ValueError(f"{released.name} cannot be converted, because {released.unsupported}.")
     cache = Path(constants.HF_HOME, "diffusers_adm") if cache_dir is None else Path(cache_dir)
-    digest = hashlib.sha256(f"{CONVERSION} {released!r}".encode()).hexdigest()[:8]
-    folder = cache / "converted" / f"{released.name}-{digest}"
+    folder = cache / "converted" / released.name / _conversion_digest(released)
     file = cache / "files" / f"{released.name}.pt"
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     if not file.is_file():
         _check_may_download(released, cache, local_files_only, accept_license)
@@ -68,15 +73,42 @@ def converted_folder(
             place.mkdir(parents=True, exist_ok=True)
     # One process downloads and converts, and the others wait.
     with WeakFileLock(file.with_suffix(".lock")):
-        if not folder.is_dir():
-            if file.is_file():
-                check_file(file, released, str(file))
-            else:
-                download_file(released, file)
+        if not _is_whole(folder):
+            _check_room(released, file)
+            sha256 = check_file(file, released, str(file)) if file.is_file() else download_file(released, file)
             with atomic_folder(folder) as unfinished:
                 save_converted(convert(file), unfinished)
-                released_card(released).save(unfinished / CARD_FILE)
+                released_card(dataclasses.replace(released, sha256=sha256)).save(unfinished / CARD_FILE)
+                write_json(unfinished / RECORD_FILE, {"sha256": sha256, "files": _fingerprints(unfinished)})
+            for other in set(folder.parent.iterdir()) - {folder}:
+                shutil.rmtree(other, ignore_errors=True)
     return folder
+
+
+def _conversion_digest(released: ReleasedCheckpoint) -> str:
+    """Returns a digest of all that changes the weights and configs of a converted folder."""
+    row = (released.kind, released.flags, released.imagenet_labels, released.guidance_scale)
+    content = (CONVERSION, *row, released.timestep_respacing, released.layout, released.sha256)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """Returns the size and a digest of the beginning of each file, which is quick and covers configs and headers of weights."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: _fingerprint(path) for name, path in files.items() if name != RECORD_FILE}
+
+
+def _fingerprint(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"{file.stat().st_size} {hashlib.sha256(stream.read(2**20)).hexdigest()}"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        recorded = read_config(folder / RECORD_FILE)["files"]
+        return all(_fingerprint(folder / name) == fingerprint for name, fingerprint in recorded.items())
+    except OSError:
+        return False
 
 
 def save_converted(
@@ -98,15 +130,21 @@ def _check_may_download(
         )
     if released.terms is not None and not accept_license:
         raise ValueError(
-            f"{released.name} is for {released.terms} use, by its license {released.license}: accept it by accept_license=True, or"
-            f" once by `diffusers-adm convert --released {released.name} --accept_license --output DIR`."
+            f"{released.name} is for {released.terms} use, by its license {released.license} (see"
+            f" https://github.com/{released.code}): accept it by accept_license=True, or once by `diffusers-adm convert --released"
+            f" {released.name} --accept_license --output DIR`."
         )
-    existing = next(place for place in (cache, *cache.absolute().parents) if place.exists())
-    needed, free = 2 * (released.size or 0), shutil.disk_usage(existing).free
+
+
+def _check_room(released: ReleasedCheckpoint, file: Path) -> None:
+    part = _part_of(released, file)
+    there = file if file.is_file() else part if part.is_file() else None
+    missing = max(0, (released.size or 0) - (there.stat().st_size if there else 0))
+    needed, free = missing + (released.size or 0), shutil.disk_usage(file.parent).free
     if needed > free:
         raise OSError(
-            f"{released.name} needs {needed / 1e9:.1f} GB in {cache}, for the file and its conversion, but {free / 1e9:.1f} GB"
-            " are free: choose another folder by cache_dir or HF_HOME."
+            f"{released.name} needs {needed / 1e9:.1f} GB in {file.parent.parent}, for the file and its conversion, but"
+            f" {free / 1e9:.1f} GB are free: choose another folder by cache_dir or HF_HOME."
         )
 
 
@@ -116,7 +154,12 @@ def address_of(released: ReleasedCheckpoint) -> str:
     return f"{mirror.rstrip('/')}/{released.file}" if mirror else released.url
 
 
-def download_file(released: ReleasedCheckpoint, file: Path) -> None:
+def _part_of(released: ReleasedCheckpoint, file: Path) -> Path:
+    # Named by the address, so that parts of two sources are never mixed.
+    return file.with_name(f"{file.name}.{hashlib.sha256(address_of(released).encode()).hexdigest()[:8]}.part")
+
+
+def download_file(released: ReleasedCheckpoint, file: Path) -> str:
     """
     Downloads a checkpoint, and checks it before it takes its place. A download that was interrupted is resumed.
 
@@ -124,59 +167,45 @@ def download_file(released: ReleasedCheckpoint, file: Path) -> None:
         released: Checkpoint.
         file: File to write.
 
+    Returns:
+        SHA-256 of the file.
+
     Raises:
         ValueError: If the downloaded file is another one.
         OSError: If it cannot be downloaded or written.
     """
-    address = address_of(released)
-    # Named by the address, so that parts of two sources are never mixed.
-    partial = file.with_name(f"{file.name}.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part")
+    address, part = address_of(released), _part_of(released, file)
     try:
-        _receive(address, partial, file.name)
-    # Clients of several libraries are behind huggingface_hub, by its version, and their errors have no class in common.
-    except Exception as error:
+        download_rest(
+            address,
+            part,
+            most_bytes=MOST_BYTES if released.size is None else 1.1 * released.size + 2**20,
+            name=file.name,
+        )
+        sha256 = check_file(part, released, address)
+    except ValueError:
+        _remove(part)
+        raise
+    except Exception as error:  # errors of the clients behind huggingface_hub have no class in common
         if isinstance(error, OSError) and error.errno is not None:  # of the disk
-            partial.unlink(missing_ok=True)
+            _remove(part)
             raise OSError(error.errno, error.strerror, str(file)) from error
-        if not os.path.getsize(partial):
-            partial.unlink()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise OSError(
             f"{released.name} cannot be downloaded from {address}: {reason}. Try again, which resumes the download, or save"
             f" the file yourself as {file}."
         ) from error
-    try:
-        check_file(partial, released, address)
-    except ValueError:
-        partial.unlink()
-        raise
-    os.replace(partial, file)
+    os.replace(part, file)
+    version_file(part).unlink(missing_ok=True)
+    return sha256
 
 
-def _receive(address: str, partial: Path, name: str) -> None:
-    """Downloads a file, or the rest of it, and goes on after breaks as long as something arrives."""
-    while True:
-        with partial.open("ab") as file:
-            before = file.tell()
-            try:
-                http_get(
-                    address,
-                    file,
-                    resume_size=before,
-                    headers={"Accept-Encoding": "identity"},
-                    displayed_filename=name,
-                )
-                return
-            except Exception as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code == 416:
-                    return  # the file was complete already
-                file.flush()
-                disk_failed = isinstance(error, OSError) and error.errno is not None
-                if disk_failed or os.path.getsize(partial) <= before:
-                    raise
+def _remove(part: Path) -> None:
+    for path in (part, version_file(part)):
+        path.unlink(missing_ok=True)
 
 
-def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> None:
+def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> str:
     """
     Checks that a file is a certain released checkpoint, by its SHA-256 and by the names and shapes of its tensors.
 
@@ -185,22 +214,26 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> None:
         released: Checkpoint that it should be.
         source: Path or address of the file, for the message.
 
+    Returns:
+        SHA-256 of the file.
+
     Raises:
         ValueError: If it is another file, damaged, or holds code.
     """
     with file.open("rb") as stream:
-        if stream.read(100).lstrip().lower().startswith((b"<!doctype", b"<html")):
+        kind = other_kind_of_file(stream.read(100))
+        if kind is not None:
             raise ValueError(
-                f"{source} is a web page, not a checkpoint: download the file in a browser, and save it as {released.name}.pt,"
-                " which `diffusers-adm convert` and `from_openai` recognise."
+                f"{source} is {kind}, not a checkpoint: download the file in a browser, and save it there."
             )
         stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if released.sha256 not in (None, digest):
-        raise ValueError(f"{source} is not {released.name}: its SHA-256 is {digest} instead of {released.sha256}.")
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if released.sha256 not in (None, sha256):
+        raise ValueError(f"{source} is not {released.name}: its SHA-256 is {sha256} instead of {released.sha256}.")
     try:
         # torch does not compare the checksums of the parts when it maps a file into memory.
-        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()) is not None:
+        is_unknown_zip = released.sha256 is None and zipfile.is_zipfile(file)
+        if is_unknown_zip and (damaged := zipfile.ZipFile(file).testzip()) is not None:
             raise ValueError(f"{damaged} has another checksum.")
         tensors = read_state_dict(file)
     except (ValueError, zipfile.BadZipFile) as error:
@@ -209,6 +242,7 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> None:
             " not loaded."
         ) from error
     _check_layout(tensors, released, source)
+    return sha256
 
 
 def _check_layout(tensors: Mapping[str, torch.Tensor], released: ReleasedCheckpoint, source: str) -> None:

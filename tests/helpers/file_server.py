@@ -1,5 +1,6 @@
 """Server of files on the loopback interface, which knows ranges, and which breaks in all the ways that a test asks for."""
 
+import hashlib
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +10,9 @@ class FileServer(ThreadingHTTPServer):
     """
     Server of `files`, bytes by path.
 
-    `cut_after` cuts each connection after so many bytes. `knows_ranges` says whether the rest of a file can be asked for, and
-    `says_length` whether the length of an answer is told.
+    `cut_after` cuts connections after so many bytes, and `stall_after` makes them wait there. `knows_ranges` says whether the rest
+    of a file can be asked for, `knows_if_range` whether only of one version, `says_length` whether the length of an answer is told,
+    and `page` is the answer to all requests, if it is not `None`.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -18,14 +20,19 @@ class FileServer(ThreadingHTTPServer):
         self.files = files
         self.cut_after: int | None = None
         self.cuts = 0  # number of connections that are cut from now on
+        self.stall_after: int | None = None
+        self.page: bytes | None = None
         self.knows_ranges = True
+        self.knows_if_range = True
         self.says_length = True
+        self.stalled = threading.Event()  # ends the waiting
         self.ranges: list[str | None] = []  # what was asked for
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def shutdown(self) -> None:
         """Stops serving, and frees the port."""
+        self.stalled.set()
         super().shutdown()
         self.server_close()
 
@@ -48,10 +55,16 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.files.get(self.path.removeprefix("/"))
         if content is None:
             return self.send_error(404)
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.knows_ranges else 0
+        content = content if self.server.page is None else self.server.page
+        version = f'"{hashlib.sha256(content).hexdigest()}"'
+        knows_range = self.server.knows_ranges and self.server.page is None
+        if self.server.knows_if_range:
+            knows_range &= self.headers.get("If-Range", version) == version
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and knows_range else 0
         if start and start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
+        self.send_header("ETag", version)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if self.server.says_length:
@@ -61,4 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.cuts:
             self.server.cuts -= 1
             body = body[: self.server.cut_after]
+        if self.server.stall_after is not None:
+            self.wfile.write(body[: self.server.stall_after])
+            self.wfile.flush()
+            self.server.stalled.wait()
+            return
         self.wfile.write(body)

@@ -1,74 +1,25 @@
-"""Released checkpoints by name: downloads that break, files that are others, the cache, and the license."""
+"""Released checkpoints by name: the cache, files that are others, the license, and the commands."""
 
+import dataclasses
 import hashlib
-import io
+import json
 import resource
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from command_line import run
-from file_server import FileServer
-from golden_cases import draw_weights, load_case, published_flags
+from golden_cases import load_case, published_flags
+from tiny_models import tiny_classifier, tiny_unet
+from tiny_released import CLASSIFIER, UNET, add, check_refused, file_of, files_in
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.hub import released_files
-from diffusers_adm.openai.released import RELEASED_BY_NAME, register_released
-from diffusers_adm.openai.released_rows import ReleasedCheckpoint, TensorLayout, tensor_layout
+from diffusers_adm.openai.released import RELEASED_BY_NAME
+from diffusers_adm.openai.released_rows import TensorLayout
+from diffusers_adm.pipelines.released import load_released
 from diffusers_adm.training.pretrained import load_pretrained
-
-
-def file_of(case: str, **others: object) -> bytes:
-    """The published file of a small model."""
-    buffer = io.BytesIO()
-    torch.save({**draw_weights(load_case(case)[0]), **others}, buffer)
-    return buffer.getvalue()
-
-
-UNET, CLASSIFIER = file_of("unet_class_conditional"), file_of("classifier_attention")
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """Server of a small UNet and its classifier, which are in the table as `tiny` and `tiny-classifier`."""
-    server = FileServer({"unet.pt": UNET, "classifier.pt": CLASSIFIER})
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    names = list(RELEASED_BY_NAME)
-    add("tiny", server, guided_by="tiny-classifier", guidance_scale=2.0)
-    add("tiny-classifier", server, case="classifier_attention", file="classifier.pt", kind="classifier")
-    yield server
-    server.shutdown()
-    for name in RELEASED_BY_NAME.keys() - names:
-        del RELEASED_BY_NAME[name]
-
-
-def add(name: str, server: FileServer, case="unet_class_conditional", file="unet.pt", kind="unet", **columns):
-    """Adds a small model to the table."""
-    description = load_case(case)[0]
-    shapes = {name: tuple(shape) for name, shape in description["parameters"]}
-    known = {
-        "flags": published_flags(description),
-        "trained_on": "noise",
-        "layout": tensor_layout(shapes),
-        "address": f"{server.url}/{file}",
-    }
-    register_released(ReleasedCheckpoint(file=file, kind=kind, name=name, **{**known, **columns}))
-
-
-def files_in(folder: Path) -> set[str]:
-    """Names of the files of a cache, without its locks."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
-
-
-def check_refused(message: str, cache: Path, name: str = "tiny", error: type = ValueError, **options) -> None:
-    """Checks that nothing is loaded, in one line, and that neither file nor folder is left in the cache."""
-    with pytest.raises(error, match=message) as caught:
-        ClassifierGuidedPipeline.from_released(name, cache_dir=cache, **options)
-    assert "\n" not in str(caught.value)
-    assert not files_in(cache)
 
 
 # --- Loading ---
@@ -90,7 +41,7 @@ def test_pipeline_equals_its_files_and_comes_from_the_cache_the_second_time(serv
             expected = getattr(direct, network).state_dict()
             loaded = getattr(pipeline, network).state_dict()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
-    (folder,) = (tmp_path / "cache" / "converted").glob("tiny-????????")
+    (folder,) = (tmp_path / "cache" / "converted" / "tiny").iterdir()
     assert ClassifierGuidedPipeline.from_pretrained(folder).classifier is None
 
 
@@ -108,13 +59,21 @@ def test_cache_is_below_that_of_hugging_face(server, tmp_path, monkeypatch):
     assert (tmp_path / "diffusers_adm" / "files" / "tiny.pt").read_bytes() == UNET
 
 
+@pytest.mark.parametrize("load", [ClassifierGuidedPipeline.from_released, load_released])
+def test_dtype_that_is_none_is_refused_before_the_download(load, server, tmp_path):
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(ValueError, match="`dtype` must be a floating-point type, such as torch.float16, but got "):
+            load("tiny", cache_dir=tmp_path, dtype=dtype)
+    assert not server.ranges
+
+
 def test_upsampler_is_loaded_by_its_own_class(server, tmp_path):
     server.files["up.pt"] = file_of("upsampler")
     flags = f"{published_flags(load_case('upsampler')[0])} --small_size 8"
     add("tiny-up", server, "upsampler", "up.pt", "upsampler", flags=flags)
     with pytest.raises(ValueError, match="tiny-up is loaded by ADMUpsamplePipeline"):
         ClassifierGuidedPipeline.from_released("tiny-up", cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="tiny-classifier is loaded by NoisyClassifier"):
+    with pytest.raises(ValueError, match="tiny-classifier is a classifier, which draws no images"):
         ClassifierGuidedPipeline.from_released("tiny-classifier", cache_dir=tmp_path)
     assert ADMUpsamplePipeline.from_released("tiny-up", cache_dir=tmp_path).unet.config.low_res_conditioning
 
@@ -127,66 +86,81 @@ def test_subclass_is_loaded_from_the_folder_of_its_base(server, tmp_path):
     assert type(ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path)) is ClassifierGuidedPipeline
 
 
-def test_two_that_ask_at_once_download_once(server, tmp_path):
-    def folder(_) -> Path:
-        # Not the loading, which diffusers does not do in threads.
-        convert = ClassifierGuidedPipeline.from_openai
-        return released_files.converted_folder(RELEASED_BY_NAME["tiny"], convert, cache_dir=tmp_path)
-
-    with ThreadPoolExecutor() as pool:
-        assert len(set(pool.map(folder, range(2)))) == 1
-    assert len(server.ranges) == 1
-
-
 def test_mirror_takes_the_place_of_the_address(server, tmp_path, monkeypatch):
-    add("far", server, address="http://far.invalid/unet.pt")
+    add("far", server, address="http://far.invalid/unet.pt", file="unet.pt")
     monkeypatch.setenv(released_files.MIRROR_VARIABLE, f"{server.url}/")
     ClassifierGuidedPipeline.from_released("far", classifier=False, cache_dir=tmp_path)
 
 
-# --- Connections that break ---
+# --- The folder of the conversion ---
 
 
-def test_download_goes_on_where_connections_were_cut(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a cut may cost
-    server.cut_after, server.cuts = len(UNET) // 4000 * 1000, 3
-    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
-    assert server.ranges == [None, *(f"bytes={number * server.cut_after}-" for number in (1, 2, 3))]
-    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+def converted(cache: Path, name: str = "tiny") -> Path:
+    convert = ClassifierGuidedPipeline.from_openai
+    return released_files.converted_folder(RELEASED_BY_NAME[name], convert, cache, local_files_only=True)
 
 
-def test_next_call_resumes_what_a_call_has_left(server, tmp_path):
-    part = UNET[: len(UNET) // 2]
-    address = hashlib.sha256(f"{server.url}/unet.pt".encode()).hexdigest()[:8]
+@pytest.fixture
+def warm(server, tmp_path) -> Path:
+    """A cache that has the file of `tiny`."""
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / f"tiny.pt.{address}.part").write_bytes(part)
-    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
-    assert server.ranges == [f"bytes={len(part)}-"]
-    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
-    assert not list((tmp_path / "files").glob("*.part"))
+    (tmp_path / "files" / "tiny.pt").write_bytes(UNET)
+    return tmp_path
 
 
-def test_complete_part_is_not_asked_for_again(server, tmp_path):
-    address = hashlib.sha256(f"{server.url}/unet.pt".encode()).hexdigest()[:8]
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / f"tiny.pt.{address}.part").write_bytes(UNET)
-    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
-    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+def test_folder_and_its_card_record_the_hash_of_the_file(warm):
+    folder, sha256 = converted(warm), hashlib.sha256(UNET).hexdigest()
+    assert json.loads((folder / "conversion.json").read_text())["sha256"] == sha256
+    assert sha256 in (folder / "README.md").read_text()
 
 
-def test_server_without_ranges_begins_anew(server, tmp_path):
-    server.knows_ranges = False
-    server.cut_after, server.cuts = len(UNET) // 2, 1
-    ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
-    assert (tmp_path / "files" / "tiny.pt").read_bytes() == UNET
+def test_damaged_folder_is_converted_again(warm):
+    folder = converted(warm)
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for damage in (
+        lambda: weights.write_bytes(whole[weights][:-1]),
+        lambda: (folder / "unet" / "config.json").write_text(" " * len(whole[folder / "unet" / "config.json"])),
+        lambda: (folder / "model_index.json").unlink(),
+        lambda: (folder / "conversion.json").write_text("{"),
+    ):
+        damage()
+        assert converted(warm) == folder
+        assert {path: path.read_bytes() for path in whole} == whole
 
 
-def test_file_that_is_not_there_and_a_server_that_is_not(server, tmp_path):
-    add("gone", server, file="gone.pt")
-    message = "gone cannot be downloaded from http://127.0.0.1.*404.*Try again.*save the file"
-    check_refused(message, tmp_path, "gone", OSError)
-    add("far", server, address="http://127.0.0.1:1/a.pt")
-    check_refused("far cannot be downloaded from http://127.0.0.1:1/a.pt", tmp_path, "far", OSError)
+def test_folder_is_converted_again_only_if_its_contents_change(warm):
+    folder = converted(warm)
+    before = folder.stat().st_mtime_ns
+    RELEASED_BY_NAME["tiny"] = dataclasses.replace(
+        RELEASED_BY_NAME["tiny"], note="new", license="new", aliases=("new",)
+    )
+    assert converted(warm) == folder
+    assert folder.stat().st_mtime_ns == before
+    RELEASED_BY_NAME["tiny"] = dataclasses.replace(RELEASED_BY_NAME["tiny"], guidance_scale=3.0)
+    changed = converted(warm)
+    assert ClassifierGuidedPipeline.from_pretrained(changed).config.guidance_scale == 3.0
+    assert list(folder.parent.iterdir()) == [changed]
+
+
+def test_cache_that_has_it_is_only_read(warm):
+    converted(warm)
+    times = {path: path.stat().st_mtime_ns for path in warm.rglob("*")}
+    for path in times:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        converted(warm)
+        assert {path: path.stat().st_mtime_ns for path in warm.rglob("*")} == times
+    finally:
+        for path in times:
+            path.chmod(0o755)
+
+
+def test_cache_that_cannot_be_written_is_named(server):
+    with pytest.raises(OSError) as caught:
+        ClassifierGuidedPipeline.from_released("tiny", cache_dir="/proc/cache")
+    assert str(caught.value.filename).startswith("/proc/cache")
+    assert not server.ranges
 
 
 # --- Files that are others ---
@@ -224,13 +198,6 @@ def test_file_with_code_is_not_run(server, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_web_page_is_refused(server, tmp_path):
-    server.files["unet.pt"] = b"<!DOCTYPE html><html>Too many users have viewed or downloaded this file</html>"
-    check_refused(
-        "unet.pt is a web page, not a checkpoint: download the file in a browser, and save it as tiny.pt", tmp_path
-    )
-
-
 def test_other_hash_is_refused(server, tmp_path):
     add("hashed", server, sha256=hashlib.sha256(UNET).hexdigest())
     ClassifierGuidedPipeline.from_released("hashed", cache_dir=tmp_path / "right")
@@ -262,7 +229,7 @@ def test_nothing_is_downloaded_offline(server, tmp_path, monkeypatch):
 
 def test_license_that_needs_it_is_accepted_once(server, tmp_path):
     add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
-    message = "bound is for non-commercial use, by its license CC BY-NC-SA 4.0: accept it by accept_license=True"
+    message = "bound is for non-commercial use, by its license CC BY-NC-SA 4.0 .*: accept it by accept_license=True"
     check_refused(message, tmp_path, "bound")
     assert not server.ranges
     ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path, accept_license=True)
@@ -277,7 +244,7 @@ def test_disk_without_room_is_named_before_the_download(server, tmp_path):
 
 
 def test_checkpoint_that_cannot_be_converted_says_why(tmp_path):
-    check_refused("openimages-512 cannot be converted, because it predicts v", tmp_path, "openimages-512")
+    check_refused("difface-ffhq-512 cannot be converted, because its levels have", tmp_path, "difface-ffhq-512")
 
 
 # --- Commands ---
@@ -311,6 +278,7 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
         (("convert", "--released", "bound", *output), "bound is for non-commercial use"),
         (("convert", "--released", "tiny", "--unet", "a.pt", *output), "leave out --unet"),
         (("sample", "--model", "released:bound", *output), "accept it by"),
+        (("sample", "--model", "released:tiny-classifier", *output), "draws no images: choose the name of a UNet."),
         (
             ("sample", "--model", "released:tiny", "--variant", "fp16", *output),
             "--revision and --variant require a saved",
@@ -327,7 +295,7 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
 
 def test_samples_are_drawn_with_a_released_checkpoint(cache, server, tmp_path, capsys):
     words = ("--num_samples", 2, "--num_inference_steps", 2, "--batch_size", 2, "--output", tmp_path / "samples")
-    assert run("sample", "--model", "released:tiny", *words) == 0
+    assert run("sample", "--model", "Released:Tiny", *words) == 0
     assert (tmp_path / "samples" / "samples_2x32x32x3.npz").is_file()
 
 
@@ -338,6 +306,21 @@ def test_training_starts_from_a_released_checkpoint(cache, server):
         load_pretrained(model, f"released:{name}", None)
         expected = released.state_dict()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def test_training_refuses_other_checkpoints_before_their_download(cache, server):
+    add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
+    unet, classifier = tiny_unet(), tiny_classifier()
+    for model, name, message, options in (
+        (unet, "tiny-classifier", "tiny-classifier has the kind classifier, but needed is: unet", {}),
+        (classifier, "tiny", "tiny has the kind unet, but needed is: classifier", {}),
+        (tiny_unet(low_res_conditioning=True), "tiny", "tiny has the kind unet, but needed is: upsampler", {}),
+        (unet, "tiny", "--pretrained_subfolder is for folders and Hub ids", {"subfolder": "unet"}),
+        (unet, "bound", "bound is for non-commercial use, by its license CC BY-NC-SA 4.0", {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(model, f"released:{name}", **options)
+    assert not server.ranges
 
 
 @pytest.mark.parametrize("downloaded", [False, True])
@@ -352,7 +335,7 @@ def test_disk_that_is_full_leaves_nothing_and_is_named(downloaded, cache, server
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert ("converted/tiny-" if downloaded else "files/tiny.pt: File too large") in error
+    assert ("converted/tiny/" if downloaded else "files/tiny.pt: File too large") in error
     assert not (tmp_path / "out").exists()
     assert files_in(cache) == ({"files/tiny.pt"} if downloaded else set())
 
@@ -365,7 +348,7 @@ def test_listing_has_a_line_for_each_checkpoint(capsys):
     for name, texts in {
         "imagenet-256": ("256", "1000", "2.2 GB", "MIT", "trained on ImageNet", "guided by imagenet-256-classifier"),
         "repaint-places": ("none", "CC BY-NC-SA 4.0, non-commercial", "Places2"),
-        "edm-imagenet-64": ("for research",),
-        "openimages-512": ("cannot be converted",),
+        "edm-imagenet-64": ("MIT (code)",),
+        "difface-ffhq-512": ("cannot be converted",),
     }.items():
         assert all(text in listed[name] for text in texts)
