@@ -13,7 +13,7 @@ from diffusers_adm.hub.released_files import save_converted
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.models.weights import cast_weights
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
-from diffusers_adm.openai.released import find_released, guiding_classifier, released_checkpoint
+from diffusers_adm.openai.released import find_released, guiding_classifier
 from diffusers_adm.pipelines.released import load_released
 
 
@@ -64,8 +64,9 @@ def convert_checkpoints(
                 if isinstance(model, torch.nn.Module):
                     cast_weights(model, getattr(torch, dtype))
         save_converted(converted, unfinished, variant=variant)
+        # The card of a released checkpoint has come with its folder.
         changed = flags is not None or dtype is not None or variant is not None
-        card = None if changed else find_card(unet, classifier, released)
+        card = None if changed or released is not None else find_card(unet, classifier)
         if card is not None:
             card.save(unfinished / "README.md")
     return type(converted).__name__
@@ -88,10 +89,8 @@ def load_checkpoints(
     return ClassifierGuidedPipeline.from_openai(published, classifier)
 
 
-def find_card(unet: Path | None, classifier: Path | None, released: str | None) -> ModelCard | None:
-    """Returns the card of released checkpoints, or `None` for others."""
-    if released is not None:
-        return released_card(released_checkpoint(released))
+def find_card(unet: Path | None, classifier: Path | None) -> ModelCard | None:
+    """Returns the card of files that are released checkpoints, or `None` for others."""
     known = find_released(unet or classifier)
     guide = find_released(classifier) if unet else None
     return None if known is None or guide is not guiding_classifier(known) else released_card(known)

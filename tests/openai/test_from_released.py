@@ -244,7 +244,7 @@ def test_disk_without_room_is_named_before_the_download(server, tmp_path):
 
 
 def test_checkpoint_that_cannot_be_converted_says_why(tmp_path):
-    check_refused("difface-ffhq-512 cannot be converted, because its levels have", tmp_path, "difface-ffhq-512")
+    check_refused("openimages-512 cannot be converted, because it predicts v", tmp_path, "openimages-512")
 
 
 # --- Commands ---
@@ -264,6 +264,9 @@ def test_convert_writes_a_released_checkpoint_with_its_classifier_and_its_card(c
     assert "# tiny" in (tmp_path / "out" / "README.md").read_text()
     words = ("convert", "--released", "tiny-classifier", "--dtype", "float16", "--output", tmp_path / "classifier")
     assert run(*words) == 0
+    card = (tmp_path / "classifier" / "README.md").read_text()
+    assert "# tiny-classifier" in card and "are rounded if they are stored in float16" in card
+    assert hashlib.sha256(CLASSIFIER).hexdigest() in card
     network = NoisyClassifier.from_pretrained(tmp_path / "classifier", dtype=torch.float16)
     expected = pipeline.classifier.half().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
@@ -340,15 +343,19 @@ def test_disk_that_is_full_leaves_nothing_and_is_named(downloaded, cache, server
     assert files_in(cache) == ({"files/tiny.pt"} if downloaded else set())
 
 
-def test_listing_has_a_line_for_each_checkpoint(capsys):
+def test_listing_has_a_row_for_each_checkpoint_and_fits_a_terminal(capsys):
     assert run("released") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(RELEASED_BY_NAME)
-    listed = {line.split()[0]: line for line in lines}
-    for name, texts in {
-        "imagenet-256": ("256", "1000", "2.2 GB", "MIT", "trained on ImageNet", "guided by imagenet-256-classifier"),
-        "repaint-places": ("none", "CC BY-NC-SA 4.0, non-commercial", "Places2"),
-        "edm-imagenet-64": ("MIT (code)",),
-        "difface-ffhq-512": ("cannot be converted",),
-    }.items():
-        assert all(text in listed[name] for text in texts)
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: place for place, line in enumerate(lines) if not line.startswith(" ")}
+    assert list(rows) == ["name", *RELEASED_BY_NAME]
+    for name, columns, remark in (
+        ("name", "name model pixels classes GB license", "what it is"),
+        ("imagenet-256", "unet 256 1000 2.2 MIT (code), research only", "ImageNet; guided by imagenet-256-classifier"),
+        ("imagenet-256-classifier", "classifier 256 1000 0.2 MIT (code), research only", "trained on ImageNet"),
+        ("repaint-places", "unet 256 none 2.2 CC BY-NC-SA 4.0, non-commercial", "Places2; for inpainting"),
+        ("edm-imagenet-64", "unet 64 1000 1.2 MIT (code), research only", "diffusion model of Karras et al. 2022"),
+        ("openimages-512", "unet 512 none 2.2 not stated", "trained on OpenImages; cannot be converted, because"),
+    ):
+        assert " ".join(lines[rows[name]].split()).endswith(columns)
+        assert remark in lines[rows[name] + 1]
