@@ -265,7 +265,7 @@ def test_convert_writes_a_released_checkpoint_with_its_classifier_and_its_card(c
     words = ("convert", "--released", "tiny-classifier", "--dtype", "float16", "--output", tmp_path / "classifier")
     assert run(*words) == 0
     card = (tmp_path / "classifier" / "README.md").read_text()
-    assert "# tiny-classifier" in card and "are rounded if they are stored in float16" in card
+    assert "# tiny-classifier" in card and "weights in float16 or bfloat16 are rounded" in card
     assert hashlib.sha256(CLASSIFIER).hexdigest() in card
     network = NoisyClassifier.from_pretrained(tmp_path / "classifier", dtype=torch.float16)
     expected = pipeline.classifier.half().state_dict()
