@@ -7,7 +7,8 @@ from diffusers_adm.page.model import PageModel
 from diffusers_adm.page.page import build_page, launch_page
 
 
-demo = build_page(PageModel(load_pipeline(os.environ.get("MODEL") or None)))
+model = os.environ.get("MODEL") or None
+demo = build_page(PageModel(load_pipeline(model), model=model))
 
 if __name__ == "__main__":
     launch_page(demo)

@@ -23,8 +23,8 @@ COLOURS = (
     "#bcbd22",
     "#17becf",
 )
-CSS = """
-.chart svg { width: 100%; max-width: 40rem; touch-action: pan-y; user-select: none; }
+CHART_CSS = """
+.chart svg { width: 100%; max-width: 44rem; touch-action: pan-y; user-select: none; }
 .chart figcaption { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; font-size: 0.9rem; }
 """
 

@@ -22,7 +22,7 @@ from diffusers_adm.evaluation.schedulers import set_scheduler
 pipe = load_pipeline({arguments})
 """
 CALL = """\
-set_scheduler(pipe, {scheduler!r})
+set_scheduler(pipe, "{scheduler}")
 images = pipe(
 {arguments}
     generator=[torch.Generator().manual_seed(seed) for seed in {seeds}],
@@ -40,8 +40,11 @@ def call_code(model: PageModel, scheduler: str, seeds: range, **call) -> str:
         seeds: Seed of each image.
         call: Arguments of the pipeline's call, apart from the generators.
     """
-    loading = {name: value for name, value in model.loading.items() if value is not None}
-    written = ", ".join(f"{name}={value!r}" for name, value in loading.items())
+    loading = {name: value for name, value in model.loading.items() if value not in (None, "float32")}
+    load = DEFAULT
+    if loading:
+        load = OTHER.format(
+            arguments=", ".join(f"{name}={value!r}" for name, value in ({"model": None} | loading).items())
+        )
     arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
-    load = OTHER.format(arguments=written) if "model" in loading else DEFAULT
     return load + CALL.format(scheduler=scheduler, arguments=arguments, seeds=seeds)

@@ -44,7 +44,8 @@ def serve_page(args: argparse.Namespace) -> None:
     from diffusers_adm.page.model import PageModel
     from diffusers_adm.page.page import build_page, launch_page
 
-    page = build_page(PageModel(load_pipeline(**option_values(model), device=join_processes().device)))
+    loading = option_values(model)
+    page = build_page(PageModel(load_pipeline(**loading, device=join_processes().device), **loading))
     try:
         launch_page(page, options.host, options.port, quiet=True, prevent_thread_lock=True)
     except OSError as error:

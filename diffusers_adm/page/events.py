@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import gradio as gr
 from gradio.components import Component
@@ -52,7 +52,12 @@ class RunButtons:
             self.stop = gr.Button("Stop", variant="secondary")
 
     def start(
-        self, function: Callable[..., Iterator], inputs: list[Component], outputs: list[Component], api_name: str
+        self,
+        function: Callable[..., Iterator],
+        inputs: list[Component],
+        outputs: list[Component],
+        api_name: str,
+        also: Sequence[Callable] = (),
     ) -> None:
         """
         Connects the buttons.
@@ -63,6 +68,9 @@ class RunButtons:
             inputs: Controls whose values are its arguments.
             outputs: Components that show its results.
             api_name: Name for clients of the API.
+            also: Other events that run the function, such as `slider.release`.
         """
-        running = self.run.click(reporting_errors(function), inputs, outputs, api_name=api_name, **SAMPLING)
+        run = reporting_errors(function)
+        running = [self.run.click(run, inputs, outputs, api_name=api_name, **SAMPLING)]
+        running += [listen(run, inputs, outputs, api_visibility="private", **SAMPLING) for listen in also]
         self.stop.click(None, cancels=running, api_visibility="private")

@@ -15,6 +15,7 @@ class PageModel:
 
     Args:
         pipeline: Pipeline to sample with.
+        loading: Arguments of `load_pipeline` that loaded it.
 
     Attributes:
         classes: Names of the classes, each of which means one class. The list is empty for a model without classes.
@@ -28,8 +29,9 @@ class PageModel:
         device: Device of the networks.
     """
 
-    def __init__(self, pipeline: ClassifierGuidedPipeline):
+    def __init__(self, pipeline: ClassifierGuidedPipeline, **loading: str | None):
         self._pipeline = pipeline
+        self.loading = loading
         unet = pipeline.unet.config
         self.classes = class_names(pipeline)
         self.is_told_timesteps = unet.get("preconditioning") is None

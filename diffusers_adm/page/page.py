@@ -3,12 +3,23 @@
 import gradio as gr
 
 from diffusers_adm.page.about import build_about
+from diffusers_adm.page.charts import CHART_CSS
 from diffusers_adm.page.compare import build_compare
 from diffusers_adm.page.edit import build_edit
 from diffusers_adm.page.model import PageModel
+from diffusers_adm.page.path import build_path
+from diffusers_adm.page.play import build_play
+from diffusers_adm.page.tradeoff import build_tradeoff
 
 
-TABS = {"Edit": build_edit, "Compare": build_compare, "About": build_about}
+TABS = {
+    "Play": build_play,
+    "Trade-off": build_tradeoff,
+    "Path": build_path,
+    "Edit": build_edit,
+    "Compare": build_compare,
+    "About": build_about,
+}
 
 # System fonts, because others would be fetched from elsewhere.
 THEME = gr.themes.Default(
@@ -16,7 +27,10 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "Consolas", "monospace"],
 )
 # Small images are shown by their pixels, below the label of their frame.
-CSS = ".pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }"
+CSS = """
+.pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }
+.pixelated .grid-wrap img { padding-top: 0; }
+"""
 MAX_UPLOAD = 5 * 10**6  # bytes
 MAX_REQUEST = 6 * 10**6
 MAX_WAITING = 32  # runs in the queue
@@ -55,7 +69,7 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
         server_name=host,
         server_port=port,
         theme=THEME,
-        css=CSS,
+        css=CSS + CHART_CSS,
         max_file_size=MAX_UPLOAD,
         app_kwargs={"max_body_size": MAX_REQUEST},
         share=False,

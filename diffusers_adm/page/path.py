@@ -105,7 +105,10 @@ class Path:
             for number in self.shown()
         }
         every = max(1, self.num_steps // 5)
-        ticks = [(step / self.num_steps, f"{sigma:.2g}") for step, sigma in enumerate(self.sigmas)][::every]
+        ticks = [
+            (step / self.num_steps, f"{sigma:.0f}" if sigma >= 100 else f"{sigma:.2g}")
+            for step, sigma in enumerate(self.sigmas)
+        ][::every]
         return line_chart(
             "What the classifier believes at each step",
             lines,

@@ -59,7 +59,10 @@ def enlarged(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
         side: Number of pixels that its longer side has at least.
     """
     factor = max(1, -(-side // max(picture.size)))
-    shown = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
-    # gradio names a file by its content. Equal pictures would be one file, which is written again while it is read.
-    shown.info["Title"] = uuid.uuid4().hex
-    return shown
+    return distinct(picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST))
+
+
+def distinct(picture: Image.Image) -> Image.Image:
+    """Returns a picture whose file differs from that of any other, because gradio writes equal files again while they are read."""
+    picture.info["Title"] = uuid.uuid4().hex
+    return picture

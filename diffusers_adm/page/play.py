@@ -41,6 +41,7 @@ def build_play(model: PageModel) -> None:
         label="Images",
         format="png",
         columns=5,
+        height="auto",
         object_fit="contain",
         interactive=False,
         buttons=["download", "download_all", "fullscreen"],  # without the one that shares, which uploads them

@@ -1,5 +1,6 @@
 """The tab Trade-off: what a larger guidance scale gains, and what it costs."""
 
+import math
 from collections.abc import Iterator
 
 import gradio as gr
@@ -145,4 +146,6 @@ def scale_charts(scales: list[float], right: list[float], distances: list[float]
     }
     share = line_chart("Share judged right by the guiding classifier itself", {"share": [*enumerate(right)]}, **axis)
     title = "Diversity: mean distance of two images, per pixel"
-    return share, line_chart(title, {"distance": [*enumerate(distances)]}, y_top=max(*distances, 0.1), **axis)
+    return share, line_chart(
+        title, {"distance": [*enumerate(distances)]}, y_top=math.ceil(10 * max(distances)) / 10, **axis
+    )
