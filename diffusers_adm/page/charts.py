@@ -44,7 +44,7 @@ def line_chart(
     Draws a line chart whose vertical axis begins at 0.
 
     Args:
-        title: What the chart shows, for screen readers and as its heading.
+        title: Heading of the chart, which screen readers read.
         lines: Points `(x, y)` of each line, by its name.
         x_label: Name of the horizontal axis.
         x_ticks: Places on the horizontal axis, and their texts.
