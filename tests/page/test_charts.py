@@ -7,6 +7,9 @@ import pytest
 from diffusers_adm.page.charts import LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, line_chart
 
 
+pytestmark = pytest.mark.page
+
+
 def chart(lines: dict, **options) -> Element:
     given = {"title": "Title", "x_label": "x", "x_ticks": [(0, "zero"), (2, "two")], "x_range": (0, 2)}
     return fromstring(line_chart(lines=lines, **{**given, **options}))

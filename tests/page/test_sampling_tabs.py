@@ -1,23 +1,22 @@
 """The tabs Play, Trade-off and Path draw what direct calls draw."""
 
+import gradio as gr
 import pytest
 import torch
 from PIL import Image
 from tiny_models import tiny_scheduler, tiny_unet
 
 from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.evaluation.sampling import load_pipeline
+from diffusers_adm.page import play as play_module
+from diffusers_adm.page.model import PageModel
+from diffusers_adm.page.page import build_page
+from diffusers_adm.page.path import follow, gradient_picture
+from diffusers_adm.page.play import MAX_IMAGES, play
+from diffusers_adm.page.tradeoff import judged_share, mean_distance, scale_charts, trade_off
 
 
-gr = pytest.importorskip("gradio")
 pytestmark = pytest.mark.page
-
-from diffusers_adm.evaluation.sampling import load_pipeline  # noqa: E402
-from diffusers_adm.page import play as play_module  # noqa: E402
-from diffusers_adm.page.model import PageModel  # noqa: E402
-from diffusers_adm.page.page import build_page  # noqa: E402
-from diffusers_adm.page.path import follow, gradient_picture  # noqa: E402
-from diffusers_adm.page.play import MAX_IMAGES, play  # noqa: E402
-from diffusers_adm.page.tradeoff import judged_share, mean_distance, scale_charts, trade_off  # noqa: E402
 
 
 @pytest.fixture(scope="module")
