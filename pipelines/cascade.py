@@ -1,4 +1,4 @@
-"""Large images in stages: a base model draws small ones, and upsamplers enlarge them (Dhariwal & Nichol 2021, arXiv 2105.05233,
+"""Large images in stages: a base model draws small images, and upsamplers enlarge them (Dhariwal & Nichol 2021, arXiv 2105.05233,
 section 4.3 and Table 6)."""
 
 import torch
@@ -15,18 +15,18 @@ def draw_cascade(
     output_type: str = "pil",
 ) -> ImagePipelineOutput:
     """
-    Draws images in all stages, one after the other, from one stream of random numbers.
+    Draws images in all stages, one after the other. All stages use the same generators.
 
     Args:
-        stages: Base pipeline, then one or more upsamplers. Each enlarges the images of the stage before it.
-        class_labels: Class of each image, by number or name. `None` for models without classes. A base model with classes then
-            draws labels, and the upsamplers run without a class, for which they must have a null class.
+        stages: Base pipeline, then one or more upsamplers. Each upsampler enlarges the images of the previous stage.
+        class_labels: Class of each image, by number or name. `None` for models without classes. If the base model has classes, `None`
+            draws random labels for it, and the upsamplers use their null class, which they must have.
         calls: Other arguments of each stage's call, such as its number of steps and guidance scale.
-        generator: Generator for all images, or a list of one per image.
+        generator: Generator for all images, or a list of one generator per image.
         output_type: Type of the images, see [`ClassifierGuidedPipeline.__call__`].
 
     Raises:
-        ValueError: If a stage cannot follow the one before, or there are not as many calls as stages.
+        ValueError: If a stage cannot follow the previous stage, or the number of calls differs from the number of stages.
     """
     if not isinstance(stages, (list, tuple)) or len(stages) < 2:
         given = len(stages) if isinstance(stages, (list, tuple)) else type(stages).__name__
@@ -37,22 +37,22 @@ def draw_cascade(
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"`calls` must be a list of one dict per stage, but got {calls!r}.")
     if len(calls) != len(stages):
-        raise ValueError(f"{len(calls)} calls were given for {len(stages)} stages.")
+        raise ValueError(f"`calls` must have one dict per stage, {len(stages)}, but got {len(calls)}.")
     for before, after in zip(stages, stages[1:]):
         if not isinstance(after, ADMUpsamplePipeline):
-            raise ValueError(f"A {type(after).__name__} takes no images to enlarge.")
+            raise ValueError(f"Stages after the first must be ADMUpsamplePipelines, but got a {type(after).__name__}.")
         drawn, taken = before.unet.config, after.unet.config
         if drawn.in_channels != taken.in_channels or drawn.sample_size != after.config.low_res_size:
             raise ValueError(
-                f"A stage draws {drawn.in_channels} channels of {drawn.sample_size} pixels, and the next enlarges"
-                f" {taken.in_channels} of {after.config.low_res_size}."
+                f"A stage must draw the images that the next stage enlarges, {taken.in_channels} channels of"
+                f" {after.config.low_res_size} pixels, but draws {drawn.in_channels} channels of {drawn.sample_size} pixels."
             )
         if class_labels is None and taken.num_class_embeds is not None and after.unet.null_class is None:
             raise ValueError(
                 "`class_labels` are required, because an upsampler has classes and no null class, but got None."
             )
     if class_labels is not None:
-        # Names mean the same in all stages; numbers must.
+        # Names are converted once, because the numbers of the classes must be the same in all stages.
         class_labels = stages[0].class_ids(class_labels)
     images = None
     for number, (stage, call) in enumerate(zip(stages, calls)):

@@ -1,4 +1,4 @@
-"""Checks of networks and images that belong to no argument alone."""
+"""Checks of a pipeline's components and of the images of a call."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.solvers import check_scheduler, check_sigma_scheduler
 
 
-# What pipelines read in the config of each network, by the name of the class that has it.
+# Class of each network, and the entries of its config that pipelines read.
 PARTS = {
     "unet": (
         "ADMUNet2DModel",
@@ -23,27 +23,27 @@ PARTS = {
 
 
 def check_parts(unet: ADMUNet2DModel, classifier: NoisyClassifier | None) -> None:
-    """Raises a ValueError unless the networks of a pipeline are a UNet and a classifier, or can take their place."""
+    """Raises a ValueError if a network is neither of the expected class nor a network with the same config entries."""
     for name, network in (("unet", unet), ("classifier", classifier)):
         class_name, entries = PARTS[name]
         config = getattr(network, "config", None)
-        # By its config: saved code has classes of its own, and a compiled model hides its class.
+        # The config decides, because classes from saved code are different classes, and a compiled model is a wrapper.
         fits = callable(network) and isinstance(config, Mapping) and config.keys() >= set(entries)
         if not fits and not (name == "classifier" and network is None):
             raise ValueError(f"`{name}` must be an instance of {class_name}, but got {type(network).__name__}.")
 
 
 def check_scheduler_fits(unet: ADMUNet2DModel, scheduler: SchedulerMixin) -> None:
-    """Raises a ValueError unless the scheduler is known to sample right with what the UNet is told, timestep or noise level."""
+    """Raises a ValueError if the scheduler is not supported for a UNet that is given the timestep or the noise level."""
     if unet.config.get("preconditioning") is None:
         check_scheduler(scheduler)
     else:
         check_sigma_scheduler(scheduler)
 
 
-def check_told_timesteps(unet: ADMUNet2DModel, what: str) -> None:
+def check_takes_timesteps(unet: ADMUNet2DModel, what: str) -> None:
     """
-    Raises a ValueError if the UNet is told the noise level.
+    Raises a ValueError if the UNet is given noise levels instead of timesteps.
 
     Args:
         unet: UNet to check.
@@ -51,13 +51,13 @@ def check_told_timesteps(unet: ADMUNet2DModel, what: str) -> None:
     """
     if unet.config.get("preconditioning") is not None:
         raise ValueError(
-            f"`{what}` requires a UNet that is told timesteps, but this one has"
-            f" preconditioning={unet.config.preconditioning!r}: unet(x_0 + sigma * epsilon, sigma) predicts x_0."
+            f"`{what}` requires a UNet that is given timesteps, but this UNet is given noise levels"
+            f" (preconditioning={unet.config.preconditioning!r}). To predict x_0, call unet(x_0 + sigma * epsilon, sigma)."
         )
 
 
 def check_data(name: str, images: torch.Tensor, channels: int | str = "channels") -> None:
-    """Raises a ValueError unless images are a tensor `(batch, channels, height, width)` that holds data, and not just a shape."""
+    """Raises a ValueError if images are not a tensor `(batch, channels, height, width)`, or are on the device 'meta'."""
     check_images(name, images, channels)
     if images.is_meta:
         raise ValueError(f"`{name}` must hold data, but it is on the device 'meta'.")
@@ -68,94 +68,98 @@ def count_images(batch_size: int, latents: torch.Tensor | None, **inputs: torch.
     Returns the number of images of a call.
 
     Args:
-        batch_size: Number that the call gives; 1 says nothing where an input says how many there are.
+        batch_size: Argument `batch_size` of the call. Its default, 1, has no effect if another input is given.
         latents: x_T, or `None`.
-        inputs: Inputs of one entry per image, by name.
+        inputs: Other inputs with one entry per image, by name.
 
     Raises:
-        ValueError: If the numbers differ, or there is no image, or latents are not images.
+        ValueError: If the numbers differ or are 0, or latents are not images.
     """
     if latents is not None:
         check_data("latents", latents)
     if not is_integer(batch_size):
-        raise ValueError(f"batch_size={batch_size!r} is not an integer.")
+        raise ValueError(f"`batch_size` must be an integer, but got {batch_size!r}.")
     inputs["latents"] = latents
     counts = {name: len(value) for name, value in inputs.items() if value is not None}
     if batch_size != 1 or not counts:
         counts["batch_size"] = batch_size
     if len(set(counts.values())) > 1 or min(counts.values()) < 1:
         given = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"The number of images must be one and the same, at least 1; given were: {given}.")
+        raise ValueError(f"All inputs must have the same number of images, at least 1, but got {given}.")
     return next(iter(counts.values()))
 
 
 def check_no_dropout(**models: torch.nn.Module | None) -> None:
-    """Raises a ValueError if a model would drop features at random."""
+    """Raises a ValueError if dropout of a model is active."""
     for name, model in models.items():
         if getattr(model, "training", False) and any(
             isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
         ):
             raise ValueError(
-                f"The {name} is in training mode, in which its dropout acts: call its eval() before sampling."
+                f"The {name} must be in eval mode, because its dropout is active in training mode. Call {name}.eval()."
             )
 
 
 def check_finite(x_0: torch.Tensor) -> None:
-    """Raises a ValueError that names the images of which something is not finite."""
+    """Raises a ValueError if an image is not finite. The message names all such images."""
     failed = (~x_0.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if failed:
         raise ValueError(
-            f"Images {failed} of {len(x_0)} are not finite after the last step: look for NaN or infinity in the weights, in"
-            " `latents` and in what callbacks return, for a large `cfg_weight`, and for a UNet that overflows float16."
+            f"Images {failed} of {len(x_0)} are not finite after the last step. Check for NaN and infinity in the weights, in"
+            " `latents` and in the output of callbacks, for a large `cfg_weight`, and for a UNet that overflows float16."
         )
 
 
 def check_classifier(pipeline: DiffusionPipeline) -> None:
-    """Raises a ValueError unless the classifier was made for the UNet's images, their noise and their classes."""
+    """Raises a ValueError if the classifier does not fit the UNet's images, noise and classes."""
     unet, classifier, scheduler = pipeline.unet.config, pipeline.classifier.config, pipeline.scheduler.config
     for name in ("sample_size", "in_channels"):
         if unet[name] != classifier[name]:
-            raise ValueError(f"UNet and classifier differ in {name}: {unet[name]} and {classifier[name]}.")
+            raise ValueError(
+                f"UNet and classifier must have the same `{name}`, but got {unet[name]} and {classifier[name]}."
+            )
     noise = ["num_train_timesteps"]
     if unet.get("preconditioning") is not None:
         unknown = [name for name in (*noise, "beta_schedule") if classifier.get(name) is None]
         if unknown:
             raise ValueError(
-                f"The classifier's config lacks {' and '.join(unknown)}, from which a UNet with preconditioning tells at which"
-                f" timesteps it has seen which noise level: register_to_config({unknown[0]}=...) adds what it was trained with."
+                f"The classifier's config must have {' and '.join(unknown)}, because a UNet with preconditioning requires the noise"
+                f" level of each of its timesteps. Add the training value with classifier.register_to_config({unknown[0]}=...)."
             )
         noise = []
-    elif scheduler.trained_betas is None:  # otherwise they take the place of the schedule
+    elif scheduler.trained_betas is None:  # trained betas override the schedule
         noise.append("beta_schedule")
     for name in noise:
         trained_with = classifier.get(name)
         if trained_with not in (None, scheduler[name]):
             raise ValueError(
-                f"The classifier was trained with {name}={trained_with!r}, but the scheduler has {scheduler[name]!r}: it"
-                " would be told wrong noise levels. Train it with the noise of the UNet."
+                f"The classifier was trained with {name}={trained_with!r}, but the scheduler has {scheduler[name]!r}, so its"
+                " timesteps would mean other noise levels. Train it with the noise schedule of the UNet."
             )
     if pipeline.config.id2label is not None and classifier.get("id2label") is not None:
         check_same_classes(pipeline.config.id2label, classifier["id2label"])
 
 
-def check_weaker_unet(weaker: ADMUNet2DModel, unet: ADMUNet2DModel, told_class: bool) -> None:
+def check_weaker_unet(weaker: ADMUNet2DModel, unet: ADMUNet2DModel, has_class: bool) -> None:
     """
-    Checks that the predictions of a weaker UNet can be weighed against those of the pipeline's UNet.
+    Checks that the predictions of a weaker UNet can be combined with those of the pipeline's UNet.
 
     Args:
         weaker: Weaker UNet.
         unet: UNet of the pipeline.
-        told_class: Whether the UNet is given the class of each image.
+        has_class: Whether the UNet is given the class of each image.
 
     Raises:
         ValueError: If the UNets differ in their classes or images.
     """
-    names = [type(unwrap_module(network)).__name__ for network in (weaker, unet)]  # of a compiled one, the model's
-    if names[0] != names[1]:  # by name, because saved code has classes of its own
+    names = [type(unwrap_module(network)).__name__ for network in (weaker, unet)]
+    if names[0] != names[1]:  # names are compared, because classes from saved code are different classes
         raise ValueError(f"`weaker` must be an {names[1]}, but got {names[0]}.")
-    if not told_class and weaker.config.num_class_embeds is not None and weaker.null_class is None:
-        raise ValueError("`weaker` has no null class (use_null_class), and the UNet is given no class.")
+    if not has_class and weaker.config.num_class_embeds is not None and weaker.null_class is None:
+        raise ValueError(
+            "`weaker` must have a null class (use_null_class) or no classes, because the UNet is given no class."
+        )
     for name in ("sample_size", "in_channels", "num_class_embeds", "low_res_conditioning", "preconditioning"):
         ours, theirs = unet.config.get(name), weaker.config.get(name)
         if ours != theirs and not (name == "num_class_embeds" and theirs is None):
-            raise ValueError(f"`weaker` differs from the UNet in {name}: {theirs} and {ours}.")
+            raise ValueError(f"`weaker` must have the {name} of the UNet, {ours}, but has {theirs}.")

@@ -42,9 +42,9 @@ class DenoisingMixin(RunStateMixin):
             x_t: Images of the first step, `(batch, channels, height, width)`, float32.
             options: Resolved options of the run.
             solver: Run of the scheduler.
-            denoiser: Prediction of the run.
+            denoiser: Denoiser of the run.
             guider: Guidance of the run.
-            hooks: Functions of the caller.
+            hooks: Hooks of the caller.
             generator: Generator of the noise, one for all images or one per image.
             make_images: Function from latents to images.
             particles: Weights of the particles, of which one is returned per image. `None` if each row is an image.

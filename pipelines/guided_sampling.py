@@ -19,7 +19,7 @@ from diffusers_adm.pipelines.checks import (
     check_no_dropout,
     check_parts,
     check_scheduler_fits,
-    check_told_timesteps,
+    check_takes_timesteps,
 )
 from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
@@ -40,12 +40,14 @@ from diffusers_adm.solvers import DDPMSolver, Solver, build_solver
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+NO_CLASSIFIER = "`guidance_scale` requires a classifier or a `guidance_fn`, but got {} without them. Pass 0."
+NO_LABELS = "`guidance_scale` requires `class_labels`, but got {} without them. Pass 0."
 
 
 class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
     """
-    Sampling of a `DiffusionPipeline` with an ADM UNet, a scheduler and, if it is guided, a noise-aware classifier. It is not a
-    pipeline by itself, because diffusers takes the one class of a file that is.
+    Sampling with an ADM UNet, a scheduler and an optional noise-aware classifier. The mixin does not derive from `DiffusionPipeline`,
+    because diffusers expects exactly one class that does in the code file of a pipeline.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -74,7 +76,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         check_types(type(self).__init__, config)
         per_image(guidance_scale, 1, "guidance_scale")
         if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}.")
+            raise ValueError(f"`num_inference_steps` must be at least 1, but got {num_inference_steps}.")
         if timestep_respacing is not None and unet.config.get("preconditioning") is None:
             respaced_timesteps(timestep_respacing, scheduler.config.num_train_timesteps)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
@@ -85,15 +87,15 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
 
     @property
     def label2id(self) -> dict[str, list[int]]:
-        """Classes that bear each name, synonyms apart."""
+        """Numbers of the classes that have a name. Each synonym is an entry."""
         return ClassNames(known_names(self)).label2id
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
         """
-        Returns class numbers of labels that are given by number or name.
+        Converts labels that are numbers or names to numbers.
 
         Args:
-            class_labels: One label, a list (nested ones are flattened), or an integer tensor or array.
+            class_labels: One label, a list of labels (nested lists are flattened), or an integer tensor or array.
 
         Raises:
             ValueError: If a name is unknown or means several classes, or a label is neither a name nor an integer.
@@ -103,12 +105,12 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
     def _prepare_labels(
         self, labels: list[int] | None, options: SamplingOptions, batch_size: int, generator: Generators
     ) -> list[int] | None:
-        """Returns the class of each image: the given ones once checked, or else random ones where a network knows classes."""
+        """Checks given labels. If there are none and a network has classes, draws random labels."""
         if labels is None:
             num_classes = options.num_classes(self) or known_classes(self)
             return None if num_classes is None else draw_labels(num_classes, batch_size, generator)
         unet_takes_labels = options.unet_takes_labels(self)
-        if unet_takes_labels or options.guidance_fn is None:  # otherwise they are the function's own
+        if unet_takes_labels or options.guidance_fn is None:  # otherwise only `guidance_fn` uses the labels
             guided = options.guided_by_classifier(self)
             scales = per_image(options.guidance_scale, batch_size, "guidance_scale") if guided else None
             check_labels(self, labels, unet_takes_labels, scales)
@@ -118,35 +120,41 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         self, options: SamplingOptions, solver: Solver, has_labels: bool, batch_size: int
     ) -> list[float]:
         """
-        Checks guidance of both kinds, before labels are drawn: a call that is refused leaves the generator as it was.
+        Checks the options of guidance. Call it before labels are drawn, so that an invalid call does not advance the generator.
 
         Args:
             options: Resolved options of the run.
             solver: Run of the scheduler.
-            has_labels: Whether each image has a label, given or drawn.
+            has_labels: Whether each image has a label, which may be given or drawn.
             batch_size: Number of images.
 
         Returns:
-            Factor of guidance scale and weight at each step; 0 where guidance does not act.
+            Factor of guidance scale and weight at each step. It is 0 at steps without guidance.
 
         Raises:
-            ValueError: If guidance is impossible, or acts at none of the steps.
+            ValueError: If the options contradict each other, or guidance acts at no step.
         """
         guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
         if guidance_options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
-            raise ValueError("gradient_at='mean' is not for a function whose gradient goes through the UNet to x_t.")
+            raise ValueError(
+                "gradient_at='mean' is not supported for a `guidance_fn` with through_unet=True. Pass 'x_t'."
+            )
         if guidance_options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
             name = type(self.scheduler).__name__
-            raise ValueError(f"gradient_at='mean' is of DDPMScheduler's steps, not of {name}'s.")
+            raise ValueError(f"gradient_at='mean' requires DDPMScheduler, but the scheduler is {name}.")
         if guidance_options.entropy_scaling and guidance_fn is not None:
-            raise ValueError("entropy_scaling is of what a classifier says: guidance_fn takes its place.")
+            raise ValueError(
+                "`entropy_scaling` requires guidance by the classifier and cannot be combined with `guidance_fn`."
+            )
         scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
         weaker_guides = check_weaker(self, options, has_labels, batch_size)
         if any(scales) and guidance_fn is None and self.classifier is None:
-            raise ValueError(f"guidance_scale={options.guidance_scale} needs a classifier, and the pipeline has none.")
+            raise ValueError(NO_CLASSIFIER.format(options.guidance_scale))
         factors = guidance_options.factors(solver.sigmas)
         if (any(scales) or weaker_guides) and not any(factors):
-            raise ValueError(f"{guidance_options} let guidance act at none of the {len(factors)} steps.")
+            raise ValueError(
+                f"`guidance_options` must let guidance act at one of the {len(factors)} steps or more, but got {guidance_options}."
+            )
         return factors
 
     def _prepare_guider(
@@ -157,7 +165,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         labels: list[int] | None,
         device: torch.device,
     ) -> Guider:
-        """Returns the guidance of a run by the classifier, or by a function in its place."""
+        """Returns the guidance of a run, by the classifier or by `guidance_fn`."""
         guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
         if guidance_fn is None and self.classifier is not None:
             max_entropy_scale = guidance_options.max_entropy_scale if guidance_options.entropy_scaling else None
@@ -166,7 +174,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
                 schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
             guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale, schedule)
         elif any(isinstance(one, ClassifierGuidance) for one in getattr(guidance_fn, "functions", [guidance_fn])):
-            check_told_timesteps(self.unet, "guidance_fn=ClassifierGuidance(...)")
+            check_takes_timesteps(self.unet, "guidance_fn=ClassifierGuidance(...)")
 
         def check_scales(scales: list[float]) -> None:
             self._check_scales(scales, options, guidance_fn is not None, labels)
@@ -184,14 +192,14 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
     def _check_scales(
         self, scales: list[float], options: SamplingOptions, guides: bool, labels: list[int] | None
     ) -> None:
-        """Raises a ValueError unless something guides the images whose scale is not 0, and knows their labels."""
+        """Raises a ValueError if images whose scale is not 0 cannot be guided, because a classifier or valid labels are missing."""
         given = scales[0] if len(set(scales)) == 1 else scales
         if any(scales) and not guides:
-            raise ValueError(f"guidance_scale={given} needs a classifier, and the pipeline has none.")
+            raise ValueError(NO_CLASSIFIER.format(given))
         if options.guidance_fn is None and labels is not None:
             check_labels(self, labels, options.unet_takes_labels(self), scales)
         elif options.guidance_fn is None and any(scales):
-            raise ValueError(f"guidance_scale={given} needs class_labels to guide to.")
+            raise ValueError(NO_LABELS.format(given))
 
     def _prepare_latents(
         self,
@@ -202,15 +210,15 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Returns x_T, `(batch, channels, height, width)`, float32: as given, or drawn."""
+        """Checks given latents, or draws random ones. Returns x_T, `(batch, channels, height, width)`, float32."""
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} were given where {shape} is needed.")
+            raise ValueError(f"`latents` must have the shape {shape}, but got {tuple(latents.shape)}.")
         latents = latents.to(device, torch.float32, copy=True)  # callbacks may change x_t in place
         if not latents.isfinite().all():
-            raise ValueError("latents must be finite in float32, but some values are NaN or infinite.")
+            raise ValueError("`latents` must be finite in float32, but some values are NaN or infinite.")
         return latents
 
     def predict(
@@ -221,21 +229,20 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         low_res: torch.Tensor | None = None,
     ) -> Prediction:
         """
-        Returns what the UNet predicts at noised images, with gradients with respect to them, for losses of your own such as
-        those of inverse problems. Nothing is sampled, and weights need no gradient.
+        Returns the prediction of the UNet for noised images. Gradients with respect to the images flow through it, so you can compute
+        losses on it, such as those of inverse problems. The weights need no gradient. Nothing is sampled.
 
         Args:
-            sample: x_t, `(batch, channels, height, width)`.
-            timestep: Training timestep of each image, `(batch,)`, or one for all.
-            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or to run one that has
-                a null class without a class.
+            sample: Noised images x_t, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`, or one for all images.
+            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or for the null class.
             low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
         Raises:
-            ValueError: If a timestep or class does not exist, or their number is not that of the images, or images are of
-                another type or shape.
+            ValueError: If a timestep or class does not exist, the number of timesteps or classes is not that of the images, or images
+                have a wrong type or shape.
         """
-        check_told_timesteps(self.unet, "predict")
+        check_takes_timesteps(self.unet, "predict")
         schedule = NoiseSchedule.from_config(self.scheduler.config)
         for name, images in (("sample", sample), ("low_res", low_res)):
             if name == "sample" or images is not None:
@@ -244,10 +251,10 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         low_res = None if low_res is None else low_res.to(sample.device)
         labels = None if class_labels is None else self.class_ids(class_labels)
         if labels is not None and len(labels) != len(sample):
-            raise ValueError(f"class_labels: {len(labels)} were given for {len(sample)} images.")
+            raise ValueError(f"`class_labels` must have one label per image, {len(sample)}, but got {len(labels)}.")
         timestep = one_per_image("timestep", timestep, sample).expand(len(sample))  # (batch,)
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
-            raise ValueError(f"timestep={timestep.tolist()} is not of the integers in [0, {len(schedule) - 1}].")
+            raise ValueError(f"`timestep` must be integers in [0, {len(schedule) - 1}], but got {timestep.tolist()}.")
         if labels is not None:
             check_labels(self, labels, unet_takes_labels=True)
             labels = torch.tensor(labels, device=sample.device)
@@ -265,31 +272,34 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Returns the noise x_T, of the shape of `images`, from which DDIM draws them: its ODE in reverse (Dhariwal & Nichol 2021,
-        appendix F). To draw them again, pass it as `latents` with a `DDIMScheduler`, the same labels and steps, and no guidance.
+        Returns the noise x_T from which DDIM draws given images, by running its ODE in reverse (Dhariwal & Nichol 2021, appendix F). To
+        draw the images again, pass the noise as `latents`, with a `DDIMScheduler`, the same labels and steps, and no guidance.
 
         Args:
-            images: x_0 in [-1, 1], `(batch, channels, height, width)`.
-            class_labels: Class of each image, by number or name, or `None`, as in `predict`.
-            num_inference_steps: Number of steps of DDIM. More steps draw images that are nearer to the given ones.
+            images: Clean images x_0 in [-1, 1], `(batch, channels, height, width)`.
+            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or for the null class.
+            num_inference_steps: Number of steps of DDIM. With more steps, the images that are drawn again are closer to `images`.
             low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
 
+        Returns:
+            Noise x_T, of the shape of `images`.
+
         Raises:
-            ValueError: If the number of steps is out of its range, a class does not exist, images are of another type or
-                shape, or the noise is not finite.
+            ValueError: If the number of steps is out of its range, a class does not exist, images have a wrong type or shape, or the
+                noise is not finite.
         """
         check_data("images", images, self.unet.config.in_channels)
-        check_told_timesteps(self.unet, "invert")
+        check_takes_timesteps(self.unet, "invert")
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)
         schedule = solver.schedule
         x = images.to(self._execution_device, torch.float32)
-        # The noise at one step stands for that on the way to the next; that of the first for clean images.
+        # Each step uses the noise that is predicted before it. The step from the clean images uses the noise of the first timestep.
         x = add_noise(schedule, x, 0, self.predict(x, schedule.timesteps[0].item(), class_labels, low_res).epsilon)
         for index in range(1, len(schedule)):
             before = index - 1
             x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
-            x_0 = solver.clip(x_0)  # as the drawing does, so that it leads back
+            x_0 = solver.clip(x_0)  # as sampling does, because the steps must be its reverse
             x = add_noise(schedule, x_0, index, epsilon_from_x_0(schedule, x, before, x_0))
         check_finite(x)
         return x
@@ -303,9 +313,8 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             if (variance_type == "learned_range") != self.unet.learns_variance:
                 needed = "learned_range" if self.unet.learns_variance else "fixed_large"
                 raise ValueError(
-                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet of in_channels={unet.in_channels}"
-                    f" and out_channels={unet.out_channels}: pass variance_type={needed!r}, as in DDPMScheduler.from_config("
-                    f"config, variance_type={needed!r})."
+                    f"The scheduler's variance_type={variance_type!r} does not fit a UNet with in_channels={unet.in_channels}"
+                    f" and out_channels={unet.out_channels}. Use DDPMScheduler.from_config(config, variance_type={needed!r})."
                 )
         if self.classifier is not None:
             check_classifier(self)
@@ -313,7 +322,9 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
     def _check_size(self, height: int, width: int) -> None:
         factor = 2 ** (len(self.unet.config.channel_mult) - 1)
         if not all(is_integer(side) and side > 0 and side % factor == 0 for side in (height, width)):
-            raise ValueError(f"height={height!r} and width={width!r} must be positive multiples of {factor}.")
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {factor}, but got {height!r} and {width!r}."
+            )
 
     def _check_call(
         self,
@@ -325,16 +336,16 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         output_type: str,
         return_dict: bool,
     ) -> None:
-        """Raises a ValueError unless the inputs fit that need neither the timesteps nor the labels to be checked."""
+        """Checks all inputs that can be checked before timesteps and labels are known."""
         check_types(type(self).steps, {"condition_unet": options.condition_unet, "return_dict": return_dict})
         self._check_components()
         weaker = options.weaker if isinstance(options.weaker, torch.nn.Module) else None
         check_no_dropout(unet=self.unet, classifier=self.classifier, weaker=weaker)
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is not one of {OUTPUT_TYPES}.")
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but got {output_type!r}.")
         if output_type == "pil" and self.unet.config.in_channels not in MODES:
             raise ValueError(
-                f"output_type='pil' requires images of 1 or 3 channels, but the UNet has {self.unet.config.in_channels}: pass"
+                f"output_type='pil' requires images of 1 or 3 channels, but the UNet has {self.unet.config.in_channels}. Pass"
                 " 'np', 'pt' or 'latent'."
             )
         check_function("guidance_fn", options.guidance_fn)
@@ -344,12 +355,15 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             and self.unet.null_class is None
         ):
             raise ValueError(
-                "condition_unet=False needs a UNet that has a null class (use_null_class), or no classes."
+                "condition_unet=False requires a UNet with a null class (use_null_class) or without classes, but this UNet has"
+                " neither."
             )
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         if generator is not None and not all(isinstance(own, torch.Generator) for own in generators):
-            raise ValueError(f"generator must be a torch.Generator, or a list of them: got {generator!r}.")
+            raise ValueError(f"`generator` must be a torch.Generator, or a list of them, but got {generator!r}.")
         if len(generators) != batch_size:
-            raise ValueError(f"{len(generators)} generators were given for {batch_size} images.")
+            raise ValueError(
+                f"`generator` must have one generator per image, {batch_size}, but got {len(generators)}."
+            )
         per_image(options.guidance_scale, batch_size, "guidance_scale")
         self._check_size(height, width)

@@ -1,4 +1,4 @@
-"""Arguments of a pipeline's call that hold for a whole run, declared once."""
+"""Arguments of a pipeline's call that are the same for all images of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Arguments of a pipeline's call that hold for a whole run, as [`ClassifierGuidedPipeline`] documents them."""
+    """Arguments of a pipeline's call that are the same for all images of a run, see [`ClassifierGuidedPipeline.__call__`]."""
 
     guidance_scale: float | list[float] | torch.Tensor | None = None
     num_inference_steps: int | None = None
@@ -37,10 +37,10 @@ class SamplingOptions:
 
     def resolved(self, pipeline) -> "SamplingOptions":
         """
-        Returns the options with the pipeline's defaults in the place of `None`.
+        Replaces options that are `None` by the defaults of a pipeline.
 
         Args:
-            pipeline: Pipeline whose run this is.
+            pipeline: Pipeline of the run.
         """
         changes, config = {}, pipeline.config
         if self.guidance_scale is None:
@@ -57,7 +57,7 @@ class SamplingOptions:
         Returns a run of the pipeline's scheduler. The options must be resolved.
 
         Args:
-            pipeline: Pipeline whose run this is.
+            pipeline: Pipeline of the run.
 
         Raises:
             ValueError: If an option is out of its range, or does not fit the scheduler.
@@ -71,7 +71,7 @@ class SamplingOptions:
         return build_solver(pipeline.scheduler, *steps, self.eta, self.timesteps)
 
     def unet_takes_labels(self, pipeline) -> bool:
-        """Returns whether the UNet is told the class of each image."""
+        """Returns whether the UNet is given the class of each image."""
         return self.condition_unet and pipeline.unet.config.num_class_embeds is not None
 
     def guided_by_classifier(self, pipeline) -> bool:
@@ -83,11 +83,11 @@ class SamplingOptions:
 
     def num_classes(self, pipeline) -> int | None:
         """
-        Returns the number of classes that every network knows that is told labels, or `None` where none is told any. The
+        Returns the number of classes that all networks have that are given labels, or `None` if no network is given labels. The
         options must be resolved.
 
         Args:
-            pipeline: Pipeline whose run this is.
+            pipeline: Pipeline of the run.
         """
         receivers = [pipeline.unet.config.num_class_embeds] if self.unet_takes_labels(pipeline) else []
         receivers += [pipeline.classifier.config.num_classes] if self.guided_by_classifier(pipeline) else []
@@ -96,16 +96,16 @@ class SamplingOptions:
 
 def per_image(given: float | list[float] | torch.Tensor, batch_size: int, name: str) -> list[float]:
     """
-    Returns one number per image of what may be one number for all.
+    Returns one number per image.
 
     Args:
-        given: Number, or one per image.
+        given: One number for all images, or one per image.
         batch_size: Number of images.
-        name: Name of the argument, for the message.
+        name: Name of the argument, for error messages.
 
     Raises:
-        ValueError: If it is not a real number, or so large that products with it are not finite in float32, or there are too
-            many or too few.
+        ValueError: If a value is not a real number, or is so large that products with it are not finite in float32, or the number of
+            values is neither 1 nor the number of images.
     """
     try:
         if isinstance(given, (torch.Tensor, np.ndarray)):
@@ -114,10 +114,10 @@ def per_image(given: float | list[float] | torch.Tensor, batch_size: int, name: 
                 raise TypeError("complex numbers")
         tensor = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}={given!r} is neither a number nor one an image.") from error
+        raise ValueError(f"`{name}` must be one number, or one number per image, but got {given!r}.") from error
     values = [tensor.item()] * batch_size if tensor.ndim == 0 else tensor.flatten().tolist()
     if len(values) != batch_size:
-        raise ValueError(f"{len(values)} numbers were given as {name} for {batch_size} images.")
+        raise ValueError(f"`{name}` must have one number per image, {batch_size}, but got {len(values)}.")
     if not all(abs(value) <= LARGEST for value in values):
-        raise ValueError(f"{name} must be finite, at most {LARGEST:.2g} in size, but got {given}.")
+        raise ValueError(f"`{name}` must be finite, with an absolute value of at most {LARGEST:.2g}, but got {given}.")
     return values

@@ -19,7 +19,7 @@ from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
 from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
-from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
+from diffusers_adm.pipelines.guided_sampling import NO_LABELS, GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.particles import check_particles, for_particles, repeated
 from diffusers_adm.pipelines.predictions import build_denoiser
@@ -33,19 +33,19 @@ LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
     r"""
-    Draws large images from small ones. The ADM UNet sees the small image, enlarged, beside the noised one. A seed gives the
-    image of the original code.
+    Draws large images from small images. The input of the ADM UNet is the noised large image and the enlarged small image. A seed
+    draws the same image as in the original code.
 
     Args:
-        unet: [`ADMUNet2DModel`] with `low_res_conditioning`. Its `sample_size` is that of the large image.
+        unet: [`ADMUNet2DModel`] with `low_res_conditioning`. Its `sample_size` is the size of the large image.
         scheduler: Scheduler of diffusers, see [`ClassifierGuidedPipeline`].
-        classifier: [`NoisyClassifier`] of large images, to guide this stage too. The paper guides only the small image.
+        classifier: [`NoisyClassifier`] of large images, which guides this stage. The paper guides only the small image.
         id2label: Name of each class by its number. Commas separate synonyms.
         guidance_scale: Default guidance scale of a call.
         num_inference_steps: Default number of steps of a call.
-        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It replaces `num_inference_steps` where a
-            call gives neither.
-        low_res_size: Height and width of the small images that the UNet was trained on, a divisor of its `sample_size`.
+        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It overrides the default of
+            `num_inference_steps`.
+        low_res_size: Height and width of the small images that the UNet was trained on. It must be a divisor of `sample_size`.
 
     Raises:
         ValueError: If UNet, classifier, scheduler and `low_res_size` do not fit together.
@@ -82,20 +82,21 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         dtype: torch.dtype | None = None,
     ) -> "ADMUpsamplePipeline":
         """
-        Builds a pipeline that samples as the original script does with the same checkpoint and flags.
+        Builds a pipeline that samples as the original code does with the same checkpoint and flags.
 
         Args:
             checkpoint: Path of the upsampler's file, its state dict, or a `PublishedCheckpoint`.
-            flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
-                none.
+            flags: Flags of the original command line, as one string. Released files are recognised by name and need no flags.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If the file cannot be read, is not that of an upsampler, or the flags contradict it.
+            ValueError: If the file cannot be read, does not hold an upsampler, or contradicts the flags.
         """
         published = PublishedCheckpoint.of(checkpoint, flags)
         if published.kind == "unet":
-            raise ValueError("The checkpoint takes no low-resolution image: it is for ClassifierGuidedPipeline.")
+            raise ValueError(
+                "The checkpoint must hold an upsampler, but it has no low-resolution input. Use ClassifierGuidedPipeline."
+            )
         return cls(
             ADMUNet2DModel.from_openai(published, dtype=dtype),
             published.scheduler(),
@@ -135,52 +136,52 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         particles: int | None = None,
     ) -> SamplingSteps:
         r"""
-        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
-        and x_T are drawn, at once. Each step is taken when the iterator is asked for it.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked immediately, and
+        labels and x_T are drawn immediately. Each step is taken when the next item of the iterator is requested.
 
-        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving
-        a `for` loop over `pipe.steps(...)` does that too.
+        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving a
+        `for` loop over `pipe.steps(...)` does this too.
 
         Args:
-            image: Small images: what [`ClassifierGuidedPipeline`] returns under any `output_type` but `"latent"`. One, or a
-                list of them: PIL images, files or addresses; arrays `(height, width, channels)` or `(batch, height, width,
-                channels)`, uint8 or in [0, 1]; tensors `(channels, height, width)` or `(batch, channels, height, width)` in
-                [0, 1].
-            class_labels: Class of each image, by number or name. `None` for an upsampler without classes, or to run one that
-                has a null class without a class.
-            guidance_scale: Scale of classifier guidance, one number or one per image. `None` means the pipeline's default, and 0
-                where there are no labels, or neither a classifier nor a `guidance_fn`.
+            image: Small images: one image, or a list of images. They may be PIL images, paths or URLs, arrays `(height, width,
+                channels)` or `(batch, height, width, channels)`, uint8 or in [0, 1], or tensors `(channels, height, width)` or
+                `(batch, channels, height, width)` in [0, 1]. [`ClassifierGuidedPipeline`] returns such images for every `output_type`
+                except `"latent"`.
+            class_labels: Class of each image, by number or name. `None` for an upsampler without classes, or for the null class.
+            guidance_scale: Scale of classifier guidance, one number or one per image. `None` means the default of the pipeline, or 0 if
+                there are no labels, or neither a classifier nor a `guidance_fn`.
             num_inference_steps: Number of steps, see [`ClassifierGuidedPipeline.__call__`].
-            timestep_respacing: Steps of DDPM or DDIM as a respacing string, see [`ClassifierGuidedPipeline.__call__`].
-            condition_unet: Whether the UNet is told the class.
-            eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
-            height: Height of the large image in pixels; the UNet's `sample_size` by default. The small image's must be smaller by
-                the same factor as `low_res_size` is than `sample_size`.
+            timestep_respacing: Respacing string of DDPM or DDIM, see [`ClassifierGuidedPipeline.__call__`].
+            condition_unet: Whether the UNet is given the class. `False` uses the null class.
+            eta: Noise of DDIM, in [0, 1]. 0 is deterministic.
+            height: Height of the large image in pixels. `None` means the `sample_size` of the UNet. The small image must be smaller by
+                the factor `sample_size / low_res_size`.
             width: Width of the large image in pixels, like `height`.
-            generator: Generator for all images, or a list of one per image.
-            latents: x_T, `(batch, channels, height, width)`. `None` draws it.
-            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`ClassifierGuidedPipeline.__call__`].
+            generator: Generator for all images, or a list of one generator per image.
+            latents: Noise x_T, `(batch, channels, height, width)`. `None` draws it.
+            output_type: Type of the images: `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`ClassifierGuidedPipeline.__call__`].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
                 step, see [`ClassifierGuidedPipeline.__call__`].
-            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`, `"x_0"`,
+            callback_on_step_end_tensor_inputs: Names of the tensors that are passed to the callback: `"latents"`, `"x_0"`,
                 `"gradient"` and `"log_probabilities"`.
             cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
             weaker: Weaker prediction that `cfg_weight` moves away from, see [`ClassifierGuidedPipeline.__call__`].
-            guidance_fn: Function that guides in the classifier's place, see [`ClassifierGuidedPipeline.__call__`].
-            guidance_options: Options that say when guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict.
+            guidance_fn: Function that guides instead of the classifier, see [`ClassifierGuidedPipeline.__call__`].
+            guidance_options: Options of guidance, a [`~diffusers_adm.guidance.GuidanceOptions`] or a dict.
             timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
-            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0.
+            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0 before guidance, see
+                [`ClassifierGuidedPipeline.__call__`].
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
             churn: Noise that is added before each step, for a UNet with preconditioning, see
                 [`ClassifierGuidedPipeline.__call__`].
-            guider: Guider of diffusers in place of `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
+            guider: Guider of diffusers that replaces `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
             particles: Number of particles per image, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
-            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
-            is that of the call. After the last step, `step.images` are the images of the call.
+            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
+            value as the call. After the last step, `step.images` are the images of the call.
 
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
@@ -246,7 +247,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:
         """
-        Draws one large image for each small one.
+        Draws one large image for each small image.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
@@ -257,13 +258,13 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         return take_all(self.steps(*args, **kwargs))
 
     def _check_low_res_size(self, low_res: torch.Tensor, height: int, width: int) -> None:
-        """Raises a ValueError unless large images of a size can be drawn from the small ones."""
+        """Raises a ValueError if the size of the small images does not fit the size of the large images."""
         sample_size, low_res_size = self.unet.config.sample_size, self.config.low_res_size
         given, needed = low_res.shape[2:], [side * low_res_size / sample_size for side in (height, width)]
         if list(given) != needed:
             raise ValueError(
-                f"image is {given[0]}x{given[1]} (height x width), and an image of {height}x{width} is drawn from one of"
-                f" {needed[0]:g}x{needed[1]:g}: resize it, or give height and width {sample_size // low_res_size} times its own."
+                f"`image` must be {needed[0]:g}x{needed[1]:g} (height x width) for a large image of {height}x{width}, but got"
+                f" {given[0]}x{given[1]}. Resize it, or pass {sample_size // low_res_size} times its `height` and `width`."
             )
 
     def _scale_without_labels(
@@ -273,10 +274,10 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         batch_size: int,
     ) -> float | list[float] | torch.Tensor | None:
         """
-        Returns the guidance scale of a call without labels: the classifier guides nothing then.
+        Returns the guidance scale of a call without labels. It is 0 unless a `guidance_fn` guides.
 
         Raises:
-            ValueError: If the UNet needs labels, or the classifier is asked to guide.
+            ValueError: If the UNet requires labels, or the scale of the classifier is not 0.
         """
         if self.unet.config.num_class_embeds is not None and self.unet.null_class is None:
             raise ValueError(
@@ -285,24 +286,25 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if guidance_fn is not None:
             return guidance_scale
         if guidance_scale is not None and any(per_image(guidance_scale, batch_size, "guidance_scale")):
-            raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide to.")
+            raise ValueError(NO_LABELS.format(guidance_scale))
         return 0.0
 
     def prepare_low_res(self, image: LowResImage | list[LowResImage]) -> torch.Tensor:
         """
-        Returns small images as the UNet takes them, `(batch, channels, height, width)` in [-1, 1], float32.
+        Converts small images to the input of the UNet, `(batch, channels, height, width)` in [-1, 1], float32.
 
         Args:
             image: Small images, see `__call__`.
 
         Raises:
-            ValueError: If an image is of another kind, range or number of channels, or they differ in size.
+            ValueError: If an image has a wrong type, range or number of channels, or images differ in size.
         """
         if isinstance(image, (list, tuple)):
             parts = [self.prepare_low_res(one) for one in image]
             if len({part.shape[1:] for part in parts}) != 1:
                 raise ValueError(
-                    f"The images must be of one size, at least one: got {[tuple(p.shape[2:]) for p in parts]}."
+                    "`image` must be one or more images of the same size, but got the sizes"
+                    f" {[tuple(p.shape[2:]) for p in parts]}."
                 )
             return torch.cat(parts)
         channels = self.unet.config.in_channels
@@ -311,7 +313,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if isinstance(image, Image.Image):
             if is_deep(image):
                 raise ValueError(
-                    f"image must be a picture of 8 bits, but its mode is {image.mode!r}: pass an array of floats in [0, 1]."
+                    f"`image` must have 8 bits, but its mode is {image.mode!r}. Pass an array of floats in [0, 1]."
                 )
             image = np.asarray(to_mode(image, channels))
             image = image.reshape(*image.shape[:2], channels)
@@ -325,26 +327,29 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             pixels = image.float()
         else:
             raise ValueError(
-                "image must be a PIL image, a file, or a dense array or tensor of real numbers, but got"
+                "`image` must be a PIL image, a path or URL, or a dense array or tensor of real numbers, but got"
                 f" {type(image).__name__} {getattr(image, 'dtype', '')}."
             )
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.numel():
             raise ValueError(
-                f"image has shape {tuple(image.shape)}, where {channels} channels are needed: last in an array, third from last"
-                " in a tensor."
+                f"`image` must have {channels} channels, in the last dimension of an array or the third from last of a tensor, but"
+                f" got the shape {tuple(image.shape)}."
             )
         low, high = pixels.aminmax()
-        if not (0 <= low and high <= 1):  # not a number neither
-            raise ValueError(f"image must lie in [0, 1]: got values from {low:g} to {high:g}.")
+        if not (0 <= low and high <= 1):  # also true for NaN
+            raise ValueError(f"`image` must be in [0, 1], but got values from {low:g} to {high:g}.")
         return 2 * pixels - 1
 
     def _check_components(self) -> None:
         super()._check_components()
         config, low_res_size = self.unet.config, self.config.low_res_size
         if not config.low_res_conditioning:
-            raise ValueError("The UNet takes no low-resolution image (low_res_conditioning=False).")
+            raise ValueError(
+                "The UNet must be an upsampler (low_res_conditioning=True). Use ClassifierGuidedPipeline for this UNet."
+            )
         if low_res_size < 1 or config.sample_size % low_res_size or low_res_size == config.sample_size:
             raise ValueError(
-                f"low_res_size={low_res_size} is not a divisor of the UNet's sample_size={config.sample_size}."
+                f"`low_res_size` must be a divisor of the UNet's sample_size, {config.sample_size}, and smaller, but got"
+                f" {low_res_size}."
             )

@@ -25,23 +25,23 @@ from diffusers_adm.solvers import Churn
 
 class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
     r"""
-    Draws images with an ADM UNet, guided towards a class by a noise-aware classifier: each step is shifted by the
-    gradient of log p(y | x_t), which moves the mean of DDPM's steps (Algorithm 1 of arXiv 2105.05233) or the noise that
-    any other solver takes (Algorithm 2). With a seed, the published implementation's images are drawn.
+    Draws images with an ADM UNet that a noise-aware classifier guides towards a class. Each step is shifted by the gradient of
+    log p(y | x_t). The gradient moves the mean of DDPM's steps (Algorithm 1 of arXiv 2105.05233), or the predicted noise of other
+    solvers (Algorithm 2). A seed draws the same image as in the original code.
 
     Args:
-        unet: [`ADMUNet2DModel`], class-conditional or not.
+        unet: [`ADMUNet2DModel`], class-conditional or unconditional.
         scheduler: Scheduler of diffusers, one of `diffusers_adm.solvers.SUPPORTED_SCHEDULERS`, such as `DDPMScheduler`,
             `DDIMScheduler` or `DPMSolverMultistepScheduler`. Its `clip_sample` and `clip_sample_range` clip the predicted
-            x_0 before guidance, never after. A UNet with preconditioning, which is told the noise level, takes one of
+            x_0 before guidance, never after. A UNet with preconditioning, which is given the noise level, requires one of
             `diffusers_adm.solvers.SIGMA_SCHEDULERS` instead, such as `HeunDiscreteScheduler` or
             `CMStochasticIterativeScheduler`.
-        classifier: [`NoisyClassifier`] that guides. Without one, only a `guidance_fn` can guide.
+        classifier: [`NoisyClassifier`] that guides. `None` for a pipeline that only a `guidance_fn` can guide.
         id2label: Name of each class by its number. Commas separate synonyms.
         guidance_scale: Default guidance scale of a call.
         num_inference_steps: Default number of steps of a call.
-        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It replaces `num_inference_steps` where a
-            call gives neither.
+        timestep_respacing: Default respacing string of a call, for DDPM and DDIM. It overrides the default of
+            `num_inference_steps`.
 
     Raises:
         ValueError: If UNet, classifier and scheduler do not fit together.
@@ -69,25 +69,25 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         dtype: torch.dtype | None = None,
     ) -> "ClassifierGuidedPipeline":
         """
-        Builds a pipeline that samples as the original scripts do with the same checkpoints and flags.
+        Builds a pipeline that samples as the original code does with the same checkpoints and flags.
 
         Args:
             unet_checkpoint: Path of the UNet's file, its state dict, or a `PublishedCheckpoint`.
             classifier_checkpoint: Path of the classifier's file, its state dict, or a `PublishedCheckpoint`. `None` for a
                 pipeline without a classifier.
-            flags: Flags of the original command line, as one string. Released files, which are recognised by name, need
-                none. Architecture flags without the prefix `classifier_` describe only the UNet, except `--image_size`,
-                which describes both models. Respacing and guidance scale become the pipeline's defaults.
+            flags: Flags of the original command line, as one string. Released files are recognised by name and need no flags.
+                `--image_size` describes both models. Other architecture flags without the prefix `classifier_` describe only the
+                UNet. Respacing and guidance scale become the defaults of the pipeline.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
 
         Raises:
-            ValueError: If a file cannot be read, or the flags contradict it or are not supported.
+            ValueError: If a file cannot be read or contradicts the flags, or a flag is not supported.
         """
         published = PublishedCheckpoint.of(unet_checkpoint, flags)
         if published.kind == "upsampler":
             raise ValueError(
-                "The checkpoint's shapes are those of an upsampler, which is for ADMUpsamplePipeline. For a UNet without"
-                " learned variance of images that have as many channels, give --learn_sigma False."
+                "The checkpoint has the shapes of an upsampler. Use ADMUpsamplePipeline, or pass --learn_sigma False if it is a UNet"
+                " without learned variance and all of its input channels are those of the image."
             )
         unet = ADMUNet2DModel.from_openai(published, dtype=dtype)
         classifier, labelled = None, published
@@ -137,81 +137,83 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         particles: int | None = None,
     ) -> SamplingSteps:
         r"""
-        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels
-        and x_T are drawn, at once. Each step is taken when the iterator is asked for it.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked immediately, and
+        labels and x_T are drawn immediately. Each step is taken when the next item of the iterator is requested.
 
-        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving
-        a `for` loop over `pipe.steps(...)` does that too.
+        A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving a
+        `for` loop over `pipe.steps(...)` does this too.
 
         Args:
-            class_labels: Class of each image, by number or name: one, a list, or an integer tensor. `None` draws
-                `batch_size` labels from `generator`, before the noise.
-            guidance_scale: Scale of classifier guidance, one number or one per image; 0 is no guidance. `None` means the
-                pipeline's default, and 0 where there is neither a classifier nor a `guidance_fn`.
-            num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM spaces them evenly, both ends included;
-                DDIM takes an integer stride from 0 where one gives that number. With a `timestep_spacing` of `"trailing"` both
-                end at the last timestep. Other values of `timestep_spacing` have no effect on them. Heun's method and DPM-Solver-2 (KDPM2) evaluate the
-                UNet twice in each step but the last, PNDM twice in the first. A UNet with preconditioning is evaluated at the noise
-                levels of Karras et al. 2022 (arXiv 2206.00364, eq. 5). `None` means the pipeline's default.
-            timestep_respacing: Steps of DDPM or DDIM as a respacing string of the original code, such as `"250"`, `"ddim25"`
-                or `"90,60,60,20,20"` (`""` is all steps). For `CMStochasticIterativeScheduler`, steps of a consistency model as
-                the original code takes them, such as `"0,22,39"`. It wins over `num_inference_steps`.
-            condition_unet: Whether the UNet is told the class. `False` runs a UNet that has a null class without one,
-                so that the classifier alone carries the label.
-            eta: Noise of DDIM, in [0, 1]: 0 is deterministic.
-            batch_size: Number of images, where neither `class_labels` nor `latents` says it.
-            height: Height in pixels; the UNet's `sample_size` by default.
-            width: Width in pixels; the UNet's `sample_size` by default.
-            generator: Generator for all images, or a list of one per image. With a list, an image is the same in any batch up
-                to rounding: x_0 has differed by up to 4.5e-4, because torch sums in another order in another batch size.
-            latents: x_T, `(batch, channels, height, width)`. `None` draws it.
-            output_type: `"pil"`; `"np"`, `(batch, height, width, channels)` in [0, 1]; `"pt"`, `(batch, channels,
-                height, width)` in [0, 1]; or `"latent"`, x_0 as it is.
+            class_labels: Class of each image, by number or name: one label, a list of labels, or an integer tensor. If a network has
+                classes, `None` draws `batch_size` random labels from `generator`, before the noise.
+            guidance_scale: Scale of classifier guidance, one number or one per image. 0 turns it off. `None` means the default of the
+                pipeline, or 0 if there is neither a classifier nor a `guidance_fn`.
+            num_inference_steps: Number of steps, in [1, num_train_timesteps]. `None` means the default of the pipeline. DDPM spaces
+                its timesteps evenly, including the first and the last. DDIM uses an integer stride from 0 if there is one that gives
+                this number. With `timestep_spacing="trailing"`, both end at the last timestep. Other values of `timestep_spacing` have
+                no effect on DDPM and DDIM. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice per step, except in the last
+                step. PNDM evaluates it twice in the first step. A UNet with preconditioning is evaluated at the noise levels of Karras
+                et al. 2022 (arXiv 2206.00364, eq. 5).
+            timestep_respacing: Respacing string of the original code for DDPM and DDIM, such as `"250"`, `"ddim25"` or
+                `"90,60,60,20,20"`. `""` means all timesteps. For `CMStochasticIterativeScheduler`, steps of a consistency model in the
+                form of the original code, such as `"0,22,39"`. It overrides `num_inference_steps`.
+            condition_unet: Whether the UNet is given the class. `False` uses the null class, so that only the classifier is given
+                the label.
+            eta: Noise of DDIM, in [0, 1]. 0 is deterministic.
+            batch_size: Number of images, if neither `class_labels` nor `latents` determines it.
+            height: Height in pixels. `None` means the `sample_size` of the UNet.
+            width: Width in pixels. `None` means the `sample_size` of the UNet.
+            generator: Generator for all images, or a list of one generator per image. With a list, an image is the same in every
+                batch, up to rounding. Differences of x_0 of up to 4.5e-4 have been measured, because torch sums in another order for
+                another batch size.
+            latents: Noise x_T, `(batch, channels, height, width)`. `None` draws it.
+            output_type: Type of the images: `"pil"` for PIL images, `"np"` for an array `(batch, height, width, channels)` in [0, 1],
+                `"pt"` for a tensor `(batch, channels, height, width)` in [0, 1], or `"latent"` for x_0 without conversion.
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
-                step. Latents that it returns under "latents" replace x_{t-1}. It may change `pipeline._guidance_scale`, set
-                `pipeline._interrupt`, and call the pipeline itself: these belong to the run that called it, in its thread. The
-                networks are read when a run begins, so another `pipeline.unet` takes effect in the next.
-            callback_on_step_end_tensor_inputs: Names of the tensors that the callback is given: `"latents"`; `"x_0"`, the
-                predicted clean images, before guidance; `"gradient"`, which guided the step, with scale and options, or
-                `None` where the step was not guided; `"log_probabilities"`, log p(y | x_t) of each class by the classifier,
-                see [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`].
-            cfg_weight: Weight w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022,
-                eq. 6), one number or one per image; 0 is none. What diffusers calls `guidance_scale` of classifier-free
-                guidance is 1 + w. It needs a UNet that has a null class, and works with and without a classifier.
-            weaker: Weaker prediction, which replaces epsilon(x) in classifier-free guidance. `None` or `"null_class"` means
-                the prediction without a class. Other names are `"random_class"`, `"perturbed_attention"` and
-                `"smoothed_attention"`; a dict such as `{"kind": "perturbed_attention", "layers": [...]}` has options too, see
-                [`~diffusers_adm.guidance.WeakerPrediction`]. A UNet, such as a smaller or less trained one, is autoguidance (Karras et al.
-                2024, arXiv 2406.02507), whose weight is 1 + w. A function `weaker(x_t, timestep, class_labels)` returns a
-                prediction itself.
-            guidance_fn: Function that guides in the classifier's place, scaled by `guidance_scale`. It takes x_t, timestep,
-                predicted x_0 and labels, and returns a log-probability per image, or a gradient. The docstring of
-                `diffusers_adm.guidance` says more.
-            guidance_options: Options that say when guidance acts, and how strongly: [`~diffusers_adm.guidance.GuidanceOptions`], or a dict such
-                as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
-            timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step leads to the next lower of all
-                of them. Where the next in the list is not that one, noise is added up to it, as RePaint does (Lugmayr et al.
-                2022, arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.
-            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0. It sees x_0 clipped, if the scheduler
-                clips. Then come guidance and, in the scheduler's step, dynamic thresholding.
+            callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each step. It
+                returns a dict. Latents in the dict replace x_{t-1}. The callback may change `pipeline._guidance_scale`, set
+                `pipeline._interrupt`, and call the pipeline. Both attributes belong to the run that called the callback. The networks
+                are read at the beginning of a run, so a change of `pipeline.unet` takes effect in the next run.
+            callback_on_step_end_tensor_inputs: Names of the tensors that are passed to the callback: `"latents"`, `"x_0"` (predicted
+                clean images, before guidance), `"gradient"` (scaled gradient that guided the step, or `None` if the step was not
+                guided) and `"log_probabilities"` (log p(y | x_t) of each class by the classifier, see
+                [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`]).
+            cfg_weight: Weight w of classifier-free guidance, (1 + w) * epsilon(x, c) - w * epsilon(x) (Ho & Salimans 2022, eq. 6), one
+                number or one per image. 0 turns it off. In other pipelines of diffusers, the `guidance_scale` of classifier-free
+                guidance is 1 + w. It requires a UNet with a null class, and works with and without a classifier.
+            weaker: Weaker prediction, which replaces epsilon(x) in classifier-free guidance. `None` or `"null_class"` means the
+                prediction without a class. Other names are `"random_class"`, `"perturbed_attention"` and `"smoothed_attention"`. A
+                dict such as `{"kind": "perturbed_attention", "layers": [...]}` adds options, see
+                [`~diffusers_adm.guidance.WeakerPrediction`]. With a UNet, such as a smaller or less trained one, it is autoguidance
+                (Karras et al. 2024, arXiv 2406.02507), and the guidance weight of the paper is 1 + w. A function
+                `weaker(x_t, timestep, class_labels)` returns the prediction itself.
+            guidance_fn: Function that guides instead of the classifier. It is given x_t, timestep, predicted x_0 and labels, and
+                returns a log-probability per image, or a gradient. `guidance_scale` multiplies the gradient. See the docstring of
+                `diffusers_adm.guidance`.
+            guidance_options: Options of guidance, such as the noise levels at which it acts: a
+                [`~diffusers_adm.guidance.GuidanceOptions`], or a dict such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
+            timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step goes down to the next lower timestep of the
+                list. If the next entry of the list is a higher timestep, noise is added up to it, as in RePaint (Lugmayr et al. 2022,
+                arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.
+            x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0 before guidance. x_0 has been clipped if the
+                scheduler clips. Dynamic thresholding comes later, in the scheduler's step.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
             churn: Noise that is added before each step of Euler's and Heun's method and KDPM2, for a UNet with
                 preconditioning: [`~diffusers_adm.solvers.Churn`], or a dict such as `{"s_churn": 40, "s_tmin": 0.05, "s_tmax":
                 50, "s_noise": 1.003}` (Karras et al. 2022, arXiv 2206.00364).
-            guider: Guider of diffusers that combines the two predictions in place of `cfg_weight`: `ClassifierFreeGuidance`,
+            guider: Guider of diffusers that combines the two predictions, instead of `cfg_weight`: `ClassifierFreeGuidance`,
                 `AdaptiveProjectedGuidance`, `AdaptiveProjectedMixGuidance`, `ClassifierFreeZeroStarGuidance` or
                 `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w.
-            epsilon_scale: Divisor of the predicted noise before x_0 is formed, or the pair (k, b) for k t + b at timestep t.
-                Numbers such as 1.005 make up for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
-            particles: Number K of particles per image, at K times the cost. `None` means one. Guided particles are weighted by the classifier, and
-                resampled, so that for large K the images are samples of p(x_0) p(y | x_0)^s, where p(x_0) is what the unguided
-                pipeline draws (twisted sequential Monte Carlo, Wu et al. 2023, arXiv 2306.17775). The last step is unguided.
-                It requires `DDPMScheduler`.
+            epsilon_scale: Divisor of the predicted noise before x_0 is computed, or a pair (k, b) for the divisor k t + b at timestep
+                t. Numbers such as 1.005 compensate for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
+            particles: Number K of particles per image, at K times the cost. `None` means one. Guided particles are weighted by the
+                classifier and resampled. For large K, the images are samples of p(x_0) p(y | x_0)^s, where p(x_0) is the distribution
+                of unguided images (twisted sequential Monte Carlo, Wu et al. 2023, arXiv 2306.17775). The last step is unguided.
+                Particles require `DDPMScheduler`.
 
         Returns:
-            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator whose return value
-            is that of the call. After the last step, `step.images` are the images of the call.
+            Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
+            value as the call. After the last step, `step.images` are the images of the call.
 
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
@@ -251,7 +253,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             options, solver, labels is not None or known_classes(self) is not None, batch_size
         )
 
-        # 3. Prepare labels and guidance. Labels come before x_T, because a seed's labels and noise come from one stream.
+        # 3. Prepare labels and guidance. Labels are drawn before x_T, and this order decides the labels and noise of a seed.
         labels = self._prepare_labels(labels, options, batch_size, generator)
         particles = particles or 1
         weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
@@ -286,6 +288,6 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         super()._check_components()
         if self.unet.config.low_res_conditioning:
             raise ValueError(
-                "The UNet is an upsampler (low_res_conditioning=True), which ADMUpsamplePipeline runs; this pipeline draws"
-                " from noise alone."
+                "The UNet must not be an upsampler (low_res_conditioning=True), because this pipeline draws without a small image. Use"
+                " ADMUpsamplePipeline."
             )

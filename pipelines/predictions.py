@@ -1,4 +1,4 @@
-"""Prediction of a run: the UNet, and the weaker prediction that guides it."""
+"""Denoiser of a run: the UNet, and the weaker prediction that guides it."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,7 +27,7 @@ def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labe
         Whether a weaker prediction guides.
 
     Raises:
-        ValueError: If the UNet cannot make the weaker prediction, or the options contradict one another.
+        ValueError: If the UNet cannot make the weaker prediction, or the options contradict each other.
     """
     weighted = any(per_image(options.cfg_weight, batch_size, "cfg_weight"))
     weaker = WeakerPrediction.parse(options.weaker)
@@ -42,16 +42,16 @@ def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labe
         raise ValueError("`weaker` requires a `cfg_weight` that is not 0, or a `guider`.")
     if not guides:
         return False
-    told_class = has_labels and options.unet_takes_labels(pipeline)
+    has_class = has_labels and options.unet_takes_labels(pipeline)
     if isinstance(weaker, torch.nn.Module):
-        check_weaker_unet(weaker, pipeline.unet, told_class)
+        check_weaker_unet(weaker, pipeline.unet, has_class)
     elif isinstance(weaker, WeakerPrediction):
         if weaker.kind == "null_class" and pipeline.unet.null_class is None:
             raise ValueError(
                 "Classifier-free guidance requires a UNet with a null class (use_null_class), or another `weaker`, such as"
                 " 'random_class' or 'perturbed_attention'."
             )
-        if weaker.needs_class and not told_class:
+        if weaker.needs_class and not has_class:
             raise ValueError(
                 f"weaker={weaker.kind!r} requires a UNet that is given the class of each image. Pass class_labels, or"
                 " weaker='perturbed_attention', which requires no class."
@@ -72,7 +72,7 @@ def build_denoiser(
     low_res: torch.Tensor | None = None,
 ) -> RunDenoiser:
     """
-    Returns the prediction of a run.
+    Returns the denoiser of a run.
 
     Args:
         pipeline: Pipeline of the run.
@@ -138,11 +138,11 @@ def epsilon_scales(epsilon_scale: float | tuple[float, float] | None, timesteps:
     Returns the divisor of epsilon at each step of a run, or `None`.
 
     Args:
-        epsilon_scale: Divisor, or the pair (k, b) for k t + b at timestep t.
+        epsilon_scale: Divisor, or a pair (k, b) for the divisor k t + b at timestep t.
         timesteps: Timestep of each step of the run.
 
     Raises:
-        ValueError: If it is neither, or a divisor is not above 0.
+        ValueError: If `epsilon_scale` is neither a number nor a pair of numbers, or a divisor is not above 0.
     """
     if epsilon_scale is None:
         return None

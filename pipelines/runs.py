@@ -1,4 +1,4 @@
-"""State of a run that callbacks read and may change, apart from the pipeline: threads and callbacks may share a pipeline."""
+"""State of a run that callbacks read and may change. It is separate from the pipeline, which threads and callbacks may share."""
 
 import contextlib
 import copy
@@ -17,8 +17,8 @@ class Run:
     Args:
         guidance_scale: Guidance scale, one number or one per image. It is read at every step.
         num_timesteps: Number of steps.
-        interrupt: Whether the steps that are left are skipped.
-        active: Whether the run is still going on.
+        interrupt: Whether the remaining steps are skipped.
+        active: Whether the run has not ended yet.
     """
 
     guidance_scale: float | list[float] | torch.Tensor
@@ -31,10 +31,10 @@ class Runs:
     """
     Runs of a pipeline in all threads.
 
-    State of a run lives here and not on the pipeline, so that two threads may use one pipeline, and a callback may call it.
+    The state of a run is stored here and not on the pipeline, so that threads can share a pipeline, and a callback can call it.
 
     Attributes:
-        active: Runs that are going on, in the order in which they began.
+        active: Runs that have not ended yet, in the order in which they began.
     """
 
     def __init__(self):
@@ -47,8 +47,8 @@ class Runs:
     @property
     def current(self) -> Run | None:
         """
-        This thread's run: the innermost one that is going on, otherwise one of another thread, otherwise this thread's last
-        one.
+        Run of this thread. If a callback has called the pipeline, it is the inner run. If this thread has no active run, it is an
+        active run of another thread. If there is none, it is the last run of this thread.
         """
         own: Run | None = getattr(self._own, "run", None)
         if own is not None and own.active:
@@ -56,7 +56,7 @@ class Runs:
         return self.active[-1] if self.active else own
 
     def change(self, **state) -> None:
-        """Changes the state of this thread's run. A thread without one, such as that of a stop button, changes all runs."""
+        """Changes the state of this thread's run. A thread without a run, such as that of a stop button, changes all runs."""
         own: Run | None = getattr(self._own, "run", None)
         own_is_active = own is not None and own.active
         for run in [own] if own_is_active else list(self.active):
@@ -66,11 +66,11 @@ class Runs:
     @contextlib.contextmanager
     def running(self, guidance_scale: float | list[float] | torch.Tensor, num_timesteps: int) -> Iterator[Run]:
         """
-        Yields the state of a new run, which goes on for as long as the context lasts. Each of its steps enters [`Runs.step_of`].
+        Yields the state of a new run. The run is active inside the context. Each of its steps must enter [`Runs.step_of`].
 
         Args:
-            guidance_scale: Guidance scale of the call. It is copied, because a callback may change it in place, and a
-                tensor goes to the CPU, where reading it every step waits for nothing.
+            guidance_scale: Guidance scale of the call. It is copied, because a callback may change it in place. A tensor is moved to
+                the CPU, because reading it from a GPU at every step would wait.
             num_timesteps: Number of steps.
         """
         is_tensor = isinstance(guidance_scale, torch.Tensor)
@@ -89,8 +89,8 @@ class Runs:
     @contextlib.contextmanager
     def step_of(self, run: Run) -> Iterator[None]:
         """
-        Makes a run this thread's own for one step. Between two steps it belongs to no thread, because each step may be taken in
-        another one, and several runs may take turns in one.
+        Makes a run the run of this thread for one step. Between two steps, a run belongs to no thread, because each step may be taken in
+        another thread, and several runs may take turns in one thread.
         """
         outer: Run | None = getattr(self._own, "run", None)
         self._own.run = run
@@ -102,10 +102,10 @@ class Runs:
 
 class RunStateMixin:
     """
-    Properties of a pipeline that callbacks of diffusers use. They are those of this thread's run, see [`Runs`].
+    Properties of a pipeline that callbacks of diffusers use. They describe the run of the current thread, see [`Runs`].
 
     Attributes:
-        _runs: Runs of the pipeline; its constructor makes them.
+        _runs: Runs of the pipeline. Its constructor sets them.
     """
 
     _runs: Runs
@@ -132,7 +132,7 @@ class RunStateMixin:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the current run skips the steps that are left. A callback may set `_interrupt`."""
+        """Whether the current run skips its remaining steps. Callbacks can set `_interrupt`."""
         return self._interrupt
 
     @property

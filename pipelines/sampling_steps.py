@@ -16,10 +16,10 @@ Returned = TypeVar("Returned")
 @dataclass(frozen=True, eq=False)
 class SamplingStep:
     """
-    One step of a run. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice per step, and PNDM twice in the first. Each
-    evaluation is a `SamplingStep` of its own.
+    One step of a run. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice per step, and PNDM twice in the first step. Each
+    evaluation is one `SamplingStep`.
 
-    Tensors are float32 and belong to the run: read or copy them, but change them only through callbacks. Those of earlier steps
+    Tensors are float32 and belong to the run. You can read and copy them, but only callbacks may change them. Tensors of earlier steps
     stay valid.
 
     Args:
@@ -31,9 +31,9 @@ class SamplingStep:
         x_t: Noised images at which the step begins, `(batch, channels, height, width)`.
         x_0: Predicted x_0 at x_t, before guidance, `(batch, channels, height, width)`. It is in [-1, 1] if the scheduler clips.
         gradient: Scaled gradient that guided the step, `(batch, channels, height, width)`. `None` if the step was not guided.
-        latents: Images after the step, `(batch, channels, height, width)`. After the last step they are the final x_0.
+        latents: Images after the step, `(batch, channels, height, width)`. After the last step, they are the final x_0.
         log_weights: Logarithm of the weight of each particle, up to a constant per image, `(images, particles)`. Particle k of image i
-            is row i * particles + k of the tensors above. `None` without particles.
+            is row i * particles + k of the other tensors. `None` without particles.
     """
 
     index: int
@@ -52,17 +52,17 @@ class SamplingStep:
     @property
     def log_probabilities(self) -> torch.Tensor | None:
         """
-        Log-probability log p(y | x_t) of each class by the pipeline's classifier, `(batch, num_classes)`, at most 0. `None` without a
-        classifier, or if a `guidance_fn` takes its place.
+        Log-probability log p(y | x_t) of each class by the pipeline's classifier, `(batch, num_classes)`. `None` without a classifier,
+        or if a `guidance_fn` guides instead.
 
-        They cost nothing if the step's gradient has evaluated the classifier for all images. Otherwise the classifier is evaluated
-        when they are first read. With `gradient_at="mean"`, those of the gradient are at the mean of the step instead of x_t.
+        They cost nothing if the gradient of the step has evaluated the classifier for all images. Otherwise, the classifier is evaluated
+        when they are first read. With `gradient_at="mean"`, they are taken from the gradient and are at the mean of the step, not at x_t.
         """
         return self._classify()
 
     @property
     def images(self) -> list | torch.Tensor:
-        """Latents as images of the `output_type` of the run. After the last step they are the images that the call returns."""
+        """Latents as images of the `output_type` of the run. After the last step, they are the images that the call returns."""
         return self._make_images(self.latents)
 
     @property
@@ -75,7 +75,7 @@ SamplingSteps = Generator[SamplingStep, None, ImagePipelineOutput | tuple]
 
 
 def take_all(steps: SamplingSteps) -> ImagePipelineOutput | tuple:
-    """Takes the steps that are left of a run, and returns what the call of a pipeline returns."""
+    """Takes the remaining steps of a run, and returns the return value of the pipeline's call."""
     while True:
         try:
             next(steps)
@@ -87,8 +87,8 @@ def with_arguments_of(
     source: Callable[Arguments, object],
 ) -> Callable[[Callable[..., Returned]], Callable[Arguments, Returned]]:
     """
-    Declares that a function passes its arguments on to another one. It is given the signature and the documented arguments of that
-    function, for type checkers, `help` and the documentation.
+    Declares that a function passes its arguments on to another function. It copies the signature and the documented arguments of the
+    other function, for type checkers, `help` and the documentation.
 
     Args:
         source: Function that declares and documents the arguments.

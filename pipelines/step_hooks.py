@@ -1,4 +1,4 @@
-"""Functions that a caller hooks into the steps of a run."""
+"""Hooks: functions of the caller that are called during the steps of a run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +14,18 @@ from diffusers_adm.solvers import Denoised
 
 class StepHooks:
     """
-    Functions that the caller of a pipeline hooks into its steps.
+    Functions of the caller that are called during the steps of a run.
 
-    Order of a step: `callback_on_step_start` with x_t; then the predicted x_0 is clipped if the scheduler clips, and `x_0_fn`
-    may replace it; then guidance and the scheduler's step; then `callback_on_step_end`.
+    Order of a step:
+
+    1. `callback_on_step_start` is called with x_t.
+    2. The UNet predicts x_0, which is clipped if the scheduler clips.
+    3. `x_0_fn` may replace the predicted x_0.
+    4. Guidance and the scheduler's step follow.
+    5. `callback_on_step_end` is called.
 
     Args:
-        pipeline: Pipeline that the callbacks are given.
+        pipeline: Pipeline, which is passed to the callbacks.
         x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0.
         on_step_start: Function `on_step_start(pipeline, step, timestep, {"latents": x_t})`.
         on_step_end: Function `on_step_end(pipeline, step, timestep, tensors)`.
@@ -60,22 +65,22 @@ class StepHooks:
         self.finite = FiniteCheck("The output of `x_0_fn` for")
 
     def start(self, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Returns x_t, or what `callback_on_step_start` puts in its place, `(batch, channels, height, width)`."""
+        """Calls `callback_on_step_start`. Returns x_t or its replacement, `(batch, channels, height, width)`."""
         if self.on_step_start is None:
             return x_t
         returned = self.on_step_start(self.pipeline, step, timestep, {"latents": x_t})
         return returned_latents(returned, x_t, "callback_on_step_start")
 
     def x_0(self, step: int, timestep: torch.Tensor, denoised: Denoised) -> Denoised:
-        """Returns the prediction, or one with what `x_0_fn` puts in the place of its x_0."""
+        """Calls `x_0_fn`. Returns the prediction, whose x_0 may be replaced."""
         if self.x_0_fn is None:
             return denoised
-        x_0 = as_returned(self.x_0_fn(denoised.x_0, timestep), denoised.x_0, "x_0_fn")
+        x_0 = as_returned(self.x_0_fn(denoised.x_0, timestep), denoised.x_0, "The output of `x_0_fn`")
         self.finite.see(x_0, step)
         return replace(denoised, x_0=x_0)
 
     def end(self, taken: SamplingStep) -> torch.Tensor:
-        """Returns the latents, or what `callback_on_step_end` puts in their place, `(batch, channels, height, width)`."""
+        """Calls `callback_on_step_end`. Returns the latents or their replacement, `(batch, channels, height, width)`."""
         if self.on_step_end is None:
             return taken.latents
         given = {name: getattr(taken, name) for name in self.end_inputs}
@@ -84,14 +89,19 @@ class StepHooks:
 
 
 def check_function(name: str, function: Callable | None) -> None:
-    """Raises a ValueError unless an argument is a function or `None`. A classifier is a component, not a function."""
+    """Raises a ValueError if an argument is neither a function nor `None`. A classifier does not count as a function."""
     if function is not None and (not callable(function) or isinstance(function, NoisyClassifier)):
-        raise ValueError(f"{name} must be a function: got {type(function).__name__}.")
+        raise ValueError(f"`{name}` must be a function, but got {type(function).__name__}.")
 
 
 def as_returned(returned: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
     """
-    Returns what a user's function made of a tensor, in that tensor's dtype.
+    Checks a tensor that a user's function returned, and casts it to the dtype of the tensor that it replaces.
+
+    Args:
+        returned: Tensor that the function returned.
+        like: Tensor that is replaced.
+        name: Description of the returned tensor, for the error message.
 
     Raises:
         ValueError: If it is not a tensor of real numbers of the same shape, on the same device.
@@ -100,18 +110,20 @@ def as_returned(returned: torch.Tensor, like: torch.Tensor, name: str) -> torch.
     if not is_tensor or returned.shape != like.shape or returned.is_complex() or returned.device != like.device:
         got = f"{tuple(returned.shape)}, {returned.dtype}, {returned.device}" if is_tensor else type(returned).__name__
         raise ValueError(
-            f"{name} returned {got}, where a tensor of real numbers, {tuple(like.shape)}, on {like.device} is needed."
+            f"{name} must be a tensor of real numbers, {tuple(like.shape)}, on {like.device}, but got {got}."
         )
     return returned.to(like.dtype)
 
 
 def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.Tensor:
     """
-    Returns the latents that a callback returned, or else those that it was given.
+    Returns the latents that a callback returned. If it returned none, returns the latents that it was given.
 
     Raises:
-        ValueError: If it returned no dict, or latents that are not a tensor of the same shape.
+        ValueError: If it did not return a dict, or returned latents that are not a tensor of the same shape.
     """
     if not isinstance(outputs, dict):
-        raise ValueError(f"{name} returned {type(outputs).__name__}, where a dict, of latents or empty, is needed.")
-    return as_returned(outputs.pop("latents", latents), latents, f"{name}, as latents,")
+        raise ValueError(
+            f"`{name}` must return a dict, which may contain latents or be empty, but it returned {type(outputs).__name__}."
+        )
+    return as_returned(outputs.pop("latents", latents), latents, f"The latents that `{name}` returns")

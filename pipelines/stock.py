@@ -1,4 +1,4 @@
-"""Pipelines for tools that know only what is in diffusers."""
+"""Pipelines of diffusers itself, for tools that support only its classes."""
 
 import torch
 from diffusers import DDPMPipeline
@@ -9,24 +9,27 @@ from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedP
 
 def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     """
-    Makes a `DDPMPipeline` of diffusers around the UNet of a pipeline, without classifier and without learned variance.
+    Builds a `DDPMPipeline` of diffusers with the UNet of a pipeline, without classifier and without learned variance.
 
-    What its `save_pretrained` writes holds no code. `DiffusionPipeline.from_pretrained` loads it wherever `diffusers_adm` has
-    been imported, and needs no `trust_remote_code`. Of `UNet2DModel` it has `config.in_channels` and `config.sample_size`.
+    When it is saved, its folder contains no code. `DiffusionPipeline.from_pretrained` loads it without `trust_remote_code` if
+    `diffusers_adm` has been imported. The UNet has the entries `in_channels` and `sample_size` of `UNet2DModel` in its config.
 
     Args:
-        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0, with a scheduler whose config `DDPMScheduler`
-            takes. Its weights are shared.
+        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0, with a scheduler whose config is valid for
+            `DDPMScheduler`. The new pipeline shares its weights.
 
     Raises:
-        ValueError: If the UNet needs class labels, or is told noise levels.
+        ValueError: If the UNet requires class labels, or is given noise levels.
     """
     unet = pipeline.unet
     if unet.config.num_class_embeds is not None and unet.null_class is None:
-        raise ValueError("A DDPMPipeline passes no class labels, which this UNet needs: take an unconditional UNet.")
+        raise ValueError(
+            "The UNet must be unconditional or have a null class, because a DDPMPipeline passes no class labels."
+        )
     if unet.config.preconditioning is not None:
         raise ValueError(
-            f"A DDPMPipeline tells timesteps, but this UNet is told noise levels (preconditioning={unet.config.preconditioning!r})."
+            "The UNet must be given timesteps, as a DDPMPipeline passes, but this UNet is given noise levels"
+            f" (preconditioning={unet.config.preconditioning!r})."
         )
     channels = unet.config.in_channels
     with torch.device("meta"):

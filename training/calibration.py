@@ -24,9 +24,9 @@ def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, 
         ValueError: If there are no images.
     """
     if len(confidence) == 0:
-        raise ValueError("The calibration error needs at least one image, but got 0.")
+        raise ValueError("The calibration error requires at least one image, but got 0.")
     confidence, correct = confidence.cpu().double(), correct.cpu().double()
-    # Bins exclude their lower end, as in the paper. No largest probability is 0, so none is lost.
+    # Bins exclude their lower end, as in the paper. No image is lost, because the largest probability is never 0.
     bins = (confidence * num_bins).ceil().long().sub(1).clamp(0, num_bins - 1)
     gaps = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, correct - confidence)
     return (gaps.abs().sum() / len(confidence)).item()

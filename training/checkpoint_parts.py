@@ -53,7 +53,7 @@ def check_parts(folder: Path, scaled: bool) -> None:
         names.append("scaler.pt")
         if not (folder / "scaler.pt").is_file():
             raise ValueError(
-                f"{folder} has no scaler.pt, which --mixed_precision fp16 needs. Pass the --mixed_precision of the interrupted"
+                f"{folder} has no scaler.pt, which --mixed_precision fp16 requires. Pass the --mixed_precision of the interrupted"
                 f" run. {OTHER_CHECKPOINT}"
             )
     for name in (*CHECKPOINT_FILES, *names):
@@ -61,7 +61,7 @@ def check_parts(folder: Path, scaled: bool) -> None:
 
 
 def require(folder: Path, names: Collection[str]) -> None:
-    """Raises a `ValueError` if a checkpoint lacks any of the named files. The message names all that are missing."""
+    """Raises a `ValueError` if a checkpoint lacks any of the named files. The message lists all missing files."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -116,7 +116,7 @@ def read_tensors(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.T
     shapes = {name: tensor.shape for name, tensor in like.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
         raise ValueError(
-            f"{path} holds tensors whose names or shapes differ from those of this run. {OTHER_CHECKPOINT}"
+            f"{path} must hold tensors with the names and shapes of this run, but they differ. {OTHER_CHECKPOINT}"
         )
     return tensors
 

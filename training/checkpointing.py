@@ -1,4 +1,4 @@
-"""Checkpoints of a run: writing, removing old ones, and resuming."""
+"""Checkpoints of a run: writing them, removing old ones, and resuming from them."""
 
 import json
 import re
@@ -68,7 +68,7 @@ class Checkpointer:
     Args:
         options: Options of the run.
         accelerator: Accelerator of the run.
-        stop: Stop request, through which the processes agree.
+        stop: Stop request, whose communication between processes is used here too.
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator, stop: StopRequest):
@@ -95,7 +95,8 @@ class Checkpointer:
                 )
             return None
         if name == "latest":
-            # The list of the main process. A process with its own disk would find no checkpoint and silently begin a new run.
+            # All processes use the list of the main process. A process with its own disk would find no checkpoint and silently begin
+            # a new run.
             [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
             if not checkpoints:
                 self.accelerator.print(
@@ -179,7 +180,7 @@ class Checkpointer:
         partial = partial_folder(folder)
         try:
             self._on_all(lambda: self._write(state, partial))
-            # Only after all processes have written, because files in the folder are renamed until then.
+            # Flushed after all processes have written, because files in the folder are renamed until then.
             self._on_all(lambda: flush_folder(partial))
             self._on_all(lambda: self._put_in_place(partial, folder))
         except Exception as error:  # safetensors, torch and the system raise errors of many types

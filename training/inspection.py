@@ -66,7 +66,7 @@ def print_summary(title: str, images: LabelledImages) -> None:
     resolution = format.source_resolution or format.resolution
     small = sum(count for size, count in sizes.items() if min(size) < resolution)
     if small and format.crop != "pad":
-        print(f"  {small} smaller than {resolution} pixels, which would be enlarged")
+        print(f"  {small} smaller than {resolution} pixels: they would be enlarged")
     print(f"  modes: {_most_common(modes)}")
     _print_deep_images([reading for reading in readings if reading.extremes is not None])
     print(f"  {len(unreadable)} unreadable")

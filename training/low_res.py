@@ -7,7 +7,7 @@ from diffusers_adm.training.options import UpsamplerOptions
 
 
 def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Shrinks images, `(batch, channels, height, width)`, to `size` x `size` pixels by averages."""
+    """Shrinks images, `(batch, channels, height, width)`, to `size` x `size` pixels by averaging."""
     return F.interpolate(image, (size, size), mode="area")
 
 

@@ -86,7 +86,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the entries of a `metrics.jsonl`. Lines that a full disk or a killed run left incomplete are skipped."""
     entries: list[dict[str, float]] = []
     if not path.is_file():
-        return entries  # runs shorter than --logging_steps write none
+        return entries  # runs shorter than --logging_steps write no file
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))

@@ -64,8 +64,8 @@ def print_plan(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
     batch = images_per_step(optimisation, accelerator)
-    # Weights in float32. Those that are trained have gradients, Adam's two moments and all moving averages too. 8-bit moments
-    # take one byte per value.
+    # Weights are float32. Trained weights also have gradients, Adam's two moments and all moving averages. 8-bit moments take one
+    # byte per value.
     state = 4 * parameters + trained * (4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
     kept = activations * batch_size * (0.5 if half else 1.0)
@@ -73,9 +73,9 @@ def print_plan(
     passes = "" if num_images is None else f", {seen / num_images:.1f} passes over the data"
     remark = " (before gradient checkpointing)" if options.architecture.gradient_checkpointing else ""
     lines = {
-        "images": "a stream of them" if num_images is None else f"{num_images}",
+        "images": "a stream" if num_images is None else f"{num_images}",
         "parameters": f"{parameters / 1e6:.2f} million"
-        + (f", of which {trained / 1e6:.2f} are trained" if trained < parameters else ""),
+        + (f", of which {trained / 1e6:.2f} million are trained" if trained < parameters else ""),
         "effective batch": f"{batch} = {batch_size} images x {accumulated} accumulated x {accelerator.num_processes}"
         " processes",
         "steps": f"{optimisation.max_train_steps}, {seen} images in total{passes}",
@@ -89,11 +89,11 @@ def print_plan(
 
 def forward_cost(model: ModelMixin) -> tuple[int, int]:
     """
-    Returns the cost of the forward pass per image. The model is rebuilt on the meta device, so that nothing is computed.
+    Returns the cost of the forward pass per image. It is counted on a copy of the model on the meta device, which computes nothing.
 
     Returns:
-        Number of floating point operations, where a multiplication with its addition counts as two, and number of bytes of the
-        activations that the backward pass needs, in float32.
+        Number of floating-point operations, and number of bytes of the float32 activations that the backward pass needs. A
+        multiplication and an addition count as two operations.
     """
     config = model.config
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Weights that training starts from, and low-rank adapters on them."""
+"""Pretrained weights from which training starts, and low-rank adapters (LoRA)."""
 
 import json
 from pathlib import Path
@@ -14,100 +14,104 @@ from diffusers_adm.training.options import ArchitectureOptions
 
 logger = get_logger(__name__)
 
-# Options of a model that may differ from those of the model that training starts from.
+# Options that may differ between the model to train and the pretrained model.
 CLASS_OPTIONS = {"num_class_embeds", "use_null_class", "num_classes"}
 SIZE_OPTIONS = {"sample_size", "in_channels", "out_channels"}
-# Options of a model that no weight depends on.
+# Options on which no weight depends.
 FREE_OPTIONS = {"dropout", "num_train_timesteps", "beta_schedule", "id2label"}
-# Weights whose shape depends on the channels of the images, and the dimension that does.
+# Weights whose shape depends on the channels of the images, and the dimension that depends on them.
 CHANNEL_WEIGHTS = {"encoder.conv_in.weight": 1, "conv_out.weight": 0, "conv_out.bias": 0}
-# Layers that depend on classes or channels: adapters do not fit where they begin anew.
+# Layers that depend on classes or channels. They are trained whole, because an adapter cannot train a layer that begins at random.
 WHOLE_LAYERS = ("class_embedding", "encoder.conv_in", "conv_out", "pooling")
 ADAPTER_FOLDER = "lora"
 
 
 def start_from_pretrained(model: ModelMixin, options: ArchitectureOptions) -> None:
     """
-    Gives a model the weights that the options name, if they name any.
+    Loads pretrained weights into a model, if the options name any.
 
     Args:
         model: Model to train.
         options: Options of the model.
 
     Raises:
-        ValueError: If the models do not fit, or adapters are asked for without weights that they adapt.
+        ValueError: If the models do not fit together, or adapters are requested without pretrained weights.
     """
     name = options.pretrained_model_name_or_path
     if name is not None:
         load_pretrained(model, name, options.pretrained_subfolder, options.pretrained_flags)
     elif options.lora_rank is not None:
         raise ValueError(
-            f"--lora_rank {options.lora_rank} needs a model to adapt: give --pretrained_model_name_or_path."
+            f"--lora_rank requires --pretrained_model_name_or_path, the model to adapt, but got only {options.lora_rank}."
         )
 
 
 def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, flags: str | None = None) -> None:
     """
-    Gives a model the weights of another one. Weights of other classes begin random, and those of new channels at 0. A new null
-    class joins the known classes. A consistency model becomes an EDM model. Messages say what differs.
+    Loads the weights of a pretrained model into another model. If the classes differ, the weights of classes begin at random values. The
+    weights of new channels begin at 0. A null class can be added to the classes of the pretrained model. A consistency model becomes an
+    EDM model. Warnings name all differences.
 
     Args:
         model: Model to train.
         name: Folder or Hub id of a pipeline or model, `released:NAME` of a released checkpoint, or a file of the original code.
-        subfolder: Folder inside a pipeline. It is known by default.
+        subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
         flags: Model flags of the original command line, for a file.
 
     Raises:
-        ValueError: If the models differ in anything but classes, channels and resolution, or the other one cannot be loaded.
+        ValueError: If the models differ in other options than classes, channels and resolution, or the pretrained model cannot be
+            loaded.
     """
     pretrained = read_pretrained(model, name, subfolder, flags)
-    # Through JSON, as the saved one's has come: it knows no tuples.
+    # Both configs go through JSON, which turns tuples into lists, because a saved config has gone through it.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
-    # In pixels of the image: the same layers have others at another resolution.
+    # Resolutions are in pixels of the image, so the same layers have other values at another sample size.
     scale = ours["sample_size"] / theirs["sample_size"]
     theirs["attention_resolutions"] = [pixels * scale for pixels in theirs["attention_resolutions"]]
     differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
     differing -= FREE_OPTIONS
     if (theirs.get("preconditioning"), ours.get("preconditioning")) == ("consistency", "edm"):
-        # The same network under scales that differ by about sigma_min.
+        # Both kinds use the same network. Their scales differ only by about sigma_min.
         differing.remove("preconditioning")
         logger.warning(
-            "%s is a consistency model. The trained model is no longer one: it needs many steps, such as 40 of Heun's method.",
+            "%s is a consistency model, but the trained model will not be one. It will need many steps, such as 40 of Heun's method.",
             name,
         )
     if differing - CLASS_OPTIONS - SIZE_OPTIONS:
         pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
-        raise ValueError(f"--pretrained_model_name_or_path {name} is of another architecture: {pairs}.")
+        raise ValueError(f"--pretrained_model_name_or_path {name} has another architecture: {pairs}.")
     pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
     random_keys = copy_weights(model, pretrained)
     if random_keys:
-        logger.warning("%s begin with random weights: %s.", ", ".join(random_keys), pairs)
+        logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
     if differing & SIZE_OPTIONS:
-        logger.warning("All other weights are taken over, and those of new channels begin at 0: %s.", pairs)
+        logger.warning(
+            "All other weights are pretrained, and weights of new channels begin at 0, because of %s.", pairs
+        )
 
 
 def read_pretrained(model: ModelMixin, name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
     """
-    Loads the model that training starts from.
+    Loads the pretrained model from which training starts.
 
     Args:
         model: Model to train.
         name: Name or path, see `load_pretrained`.
-        subfolder: Folder inside a pipeline. It is known by default.
+        subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
         flags: Model flags of the original command line, for a file.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If the model cannot be loaded.
     """
     model_class, is_classifier = type(model), isinstance(model, NoisyClassifier)
     if Path(name).is_file():
         return model_class.from_openai(name, flags)
     if flags is not None:
-        raise ValueError(f"--pretrained_flags are for a .pt file, but --pretrained_model_name_or_path is {name}.")
+        raise ValueError(f"--pretrained_flags require a .pt file, but --pretrained_model_name_or_path is {name}.")
     if (released := name_of_released(name)) is not None:
         if subfolder is not None:
             raise ValueError(
-                f"--pretrained_subfolder is for folders and Hub ids, but the model is {name}: leave it out."
+                f"--pretrained_subfolder requires a folder or Hub id, but the model is {name}. Leave it out."
             )
         upsamples = not is_classifier and model.config.low_res_conditioning
         kind = "classifier" if is_classifier else "upsampler" if upsamples else "unet"
@@ -133,10 +137,10 @@ def copy_weights(model: ModelMixin, pretrained: ModelMixin) -> list[str]:
 
     Args:
         model: Model to train.
-        pretrained: Model to start from.
+        pretrained: Pretrained model.
 
     Returns:
-        Names of the weights that are left as they are.
+        Names of the weights that were not copied.
     """
     known, left = pretrained.state_dict(), []
     same_classes = all(
@@ -158,15 +162,15 @@ def copy_weights(model: ModelMixin, pretrained: ModelMixin) -> list[str]:
 
 def copy_channels(tensor: torch.Tensor, known: torch.Tensor, dim: int, channels: int, known_channels: int) -> None:
     """
-    Copies the weights of all channels that both have, image by image. All others become 0.
+    Copies the weights of all channels that both tensors have. The weights of other channels become 0.
 
     Args:
-        tensor: Weights to fill. Dimension `dim` has the channels of one or two images: noised and low-resolution image, or mean
-            and variance.
+        tensor: Weights to fill. Dimension `dim` has the channels of one image or of two, such as the noised and the low-resolution
+            image, or mean and variance. Channels are copied separately for each image.
         known: Weights to copy.
         dim: Dimension of the channels.
-        channels: Number of channels of an image in `tensor`.
-        known_channels: Number of channels of an image in `known`.
+        channels: Number of channels per image in `tensor`.
+        known_channels: Number of channels per image in `known`.
     """
     ours = tensor.zero_().unflatten(dim, (-1, channels))  # (..., images, channels, ...)
     theirs = known.unflatten(dim, (-1, known_channels))  # (..., images, known_channels, ...)
@@ -178,8 +182,8 @@ def copy_channels(tensor: torch.Tensor, known: torch.Tensor, dim: int, channels:
 
 def add_adapter(model: ModelMixin, rank: int | None) -> None:
     """
-    Adds low-rank adapters to the linear layers and convolutions, and freezes their weights (Hu et al. 2021, arXiv 2106.09685).
-    Layers that depend on classes or channels are trained whole.
+    Adds low-rank adapters to linear layers and convolutions, and freezes the weights of these layers (Hu et al. 2021, arXiv
+    2106.09685). Layers that depend on classes or channels are trained whole.
 
     Args:
         model: Model to train.
@@ -193,7 +197,7 @@ def add_adapter(model: ModelMixin, rank: int | None) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("--lora_rank needs peft: pip install diffusers-adm[lora]") from error
+        raise ValueError("--lora_rank requires peft. Run: pip install diffusers-adm[lora]") from error
     names = [name for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     adapted = [name for name in names if not name.startswith((*WHOLE_LAYERS, "time_embedding"))]
     whole = [name for name in WHOLE_LAYERS if any(name == other for other, _ in model.named_modules())]
@@ -203,6 +207,6 @@ def add_adapter(model: ModelMixin, rank: int | None) -> None:
 
 
 def save_adapter(model: ModelMixin, folder: Path) -> None:
-    """Writes the adapter of a model into the folder that the merged model is saved to, if it has one."""
+    """Writes the adapter of a model, if it has one, into the folder where the merged model is saved."""
     if getattr(model, "peft_config", None):
         model.save_lora_adapter(folder / ADAPTER_FOLDER)

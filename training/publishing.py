@@ -77,7 +77,7 @@ def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
 
 def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
     """
-    Uploads a folder in up to three attempts. If all fail, a message says how to upload it by hand.
+    Uploads a folder in up to three attempts. If all fail, a message gives the command that uploads it.
 
     Args:
         hub: Repository and token.
@@ -105,7 +105,7 @@ def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
             return True
     kept = output_dir / folder.name
     logger.error(
-        "The upload failed, but nothing is lost. Upload it by hand with `hf upload %s %s`.", hub.hub_model_id, kept
+        "The upload failed, but the files are kept. Upload them with `hf upload %s %s`.", hub.hub_model_id, kept
     )
     return False
 
@@ -149,7 +149,7 @@ class BackgroundPush:
 
 def print_results(run: Path, folder: Path, class_name: str) -> None:
     """
-    Prints where the results of a run lie, and what to do next.
+    Prints the paths of the results of a run, and the next command.
 
     Args:
         run: Folder of the run.
@@ -220,8 +220,8 @@ def write_card(
 
 ## Limits
 
-The model knows only its training images. It repeats their biases and mistakes, and may repeat some of the images. It was made for
-research on generative models, and has not been examined for any other use. It should not be used to depict people or to deceive.
+The model reproduces the biases and errors of its training images, and may reproduce some of the images. It was made for research on
+generative models, and has not been evaluated for any other use. Do not use it to depict people or to deceive.
 """
     with atomic_write(folder / "README.md") as partial:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(partial)

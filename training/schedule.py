@@ -53,4 +53,4 @@ class Schedule:
         actions = list(actions)
         if actions:
             parts.append(f"{', '.join(actions)} {self.validating}")
-        return f"The run {'; '.join(parts)}. It saves{' and validates' if actions else ''} at the end too."
+        return f"The run {'; '.join(parts)}. It also saves{' and validates' if actions else ''} at the end."

@@ -49,7 +49,7 @@ def set_up_accelerator(options: TrainingOptions) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=optimisation.mixed_precision,
-        # Accumulation goes on across the end of an epoch, because a step of fewer batches would have too small a gradient.
+        # Accumulation continues across the end of an epoch, because the gradient of a step of fewer batches would be too small.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=optimisation.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -124,7 +124,7 @@ def check_number_of_images(batch_size: int, num_images: int | None, num_processe
     """Raises a `ValueError` if there are too few images for one batch per process. A stream has no known number of images."""
     if num_images is not None and num_images < batch_size * num_processes:
         raise ValueError(
-            f"--train_batch_size {batch_size} on {num_processes} processes needs at least {batch_size * num_processes} images,"
+            f"--train_batch_size {batch_size} on {num_processes} processes requires at least {batch_size * num_processes} images,"
             f" but got {num_images}."
         )
 
@@ -222,8 +222,8 @@ def build_loader(
         num_workers=options.selection.dataloader_num_workers,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=accelerator.device.type == "cuda",
-        # A separate generator, because each pass draws a seed for the workers. The random numbers of the model must not depend
-        # on the number of passes.
+        # Each pass draws a seed for the workers. A separate generator keeps the random numbers of the model independent of the
+        # number of passes.
         generator=torch.Generator(),
     )
     # A stream is already divided among the processes.

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 class StopRequest:
     """
-    Catches the signals that ask a run to stop: SIGTERM, SIGUSR1 (which batch systems send) and Ctrl-C. They would otherwise end
-    the process without a checkpoint. A second Ctrl-C ends it at once.
+    Catches the signals that ask a run to stop: SIGTERM, SIGUSR1 (which batch systems send) and Ctrl-C. Otherwise, they would end the
+    process without a checkpoint. A second Ctrl-C ends the process at once.
 
     Args:
         accelerator: Accelerator of the script.

@@ -66,7 +66,7 @@ class LossSecondMomentSampler(nn.Module):
         uniform = torch.full_like(self.history[:, 0], 1 / num_timesteps)
         moments = self.history.square().mean(dim=1).sqrt()
         by_moment = moments / moments.sum() * (1 - self.uniform_probability) + uniform * self.uniform_probability
-        # Chosen on the device, because an `if` would wait for the device at every step.
+        # `where` chooses on the device, because an `if` would wait for the device at every step.
         return torch.where((self.counts >= history_size).all(), by_moment, uniform)
 
     def sample(

@@ -1,7 +1,7 @@
 """Trains the noise-aware classifier that guides sampling.
 
-The loss is the cross-entropy on noised images at uniformly drawn timesteps. AdamW decays the weights, and the learning rate falls
-linearly (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
+The loss is the cross-entropy on noised images at uniformly drawn timesteps. The optimizer is AdamW with weight decay, and the learning
+rate falls linearly (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.3 and Table 12).
 """
 
 from diffusers_adm.training.configuration import parse, run_script

@@ -1,7 +1,7 @@
 """Trains an ADM upsampler on labelled images.
 
-The UNet is given the noised image, and the image shrunk by averages and enlarged again (Dhariwal & Nichol 2021, arXiv 2105.05233,
-appendix A). Losses, moving averages and classes are the same as in the training of a UNet.
+The UNet is given the noised image, and the clean image after shrinking by averaging and enlarging (Dhariwal & Nichol 2021, arXiv
+2105.05233, appendix A). Losses, moving averages and classes are the same as in the training of a UNet.
 """
 
 from diffusers_adm.training.configuration import parse, run_script

@@ -199,7 +199,7 @@ class Trainer:
             progress.update()
             if self._stops_after_step(validations):
                 self.accelerator.print(
-                    f"Asked to stop: saved checkpoint-{self.global_step}. Pass --resume_from_checkpoint latest to continue.",
+                    f"Stopped after saving checkpoint-{self.global_step}. Pass --resume_from_checkpoint latest to continue.",
                     flush=True,
                 )
                 return
@@ -373,7 +373,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def reporting_write_errors(self, name: str) -> Iterator[None]:
-        """Logs write errors inside the context, because the disk may have space later. At the last step it raises them."""
+        """Logs write errors inside the context, because the disk may have space later. At the last step, it raises them."""
         try:
             with naming_write_errors(self.options.output.output_dir / name):
                 yield

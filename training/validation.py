@@ -129,7 +129,7 @@ class SampleGrid:
         inputs: Function that returns the arguments of the pipeline for images with given numbers, which begin at 0.
         num_images: Number of images.
         batch_size: Number of images drawn per batch. They must fit in memory with the training state.
-        shown: Picture that is shown left of both.
+        shown: Picture that is shown on the left of both.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class SampleGrid:
     ):
         self.accelerator = accelerator
         self.pipeline = copy.copy(pipeline)  # a copy, because the saved pipeline keeps its scheduler
-        self.num_steps = 20  # of Heun's method, which evaluates the UNet twice in each
+        self.num_steps = 20  # steps of Heun's method, which evaluates the UNet twice per step
         if pipeline.unet.config.preconditioning is None:
             self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
             self.num_steps = min(50, pipeline.scheduler.config.num_train_timesteps)

@@ -28,7 +28,7 @@ from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
 from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
-from diffusers_adm.pipelines.checks import check_told_timesteps
+from diffusers_adm.pipelines.checks import check_takes_timesteps
 from diffusers_adm.progress import with_progress
 
 
@@ -134,7 +134,7 @@ def evaluate_likelihood(
         ValueError: If model and images do not fit together, or the folder belongs to a run with other settings.
     """
     unet, config = pipeline.unet, pipeline.unet.config
-    check_told_timesteps(unet, "likelihood")
+    check_takes_timesteps(unet, "likelihood")
     size = (config.sample_size, config.sample_size, config.in_channels)
     if images.shape != size:
         raise ValueError(

@@ -143,7 +143,7 @@ def test_flags_tell_images_of_many_channels_from_upsamplers(channels):
         assert (read.in_channels, read.out_channels, read.low_res_conditioning) == (channels // 2, channels, True)
     with pytest.raises(ValueError, match="flags contradict the checkpoint"):
         ADMUNet2DModel.from_openai(many, f"{shared} --learn_sigma False --large_size 32")
-    with pytest.raises(ValueError, match="give --learn_sigma False"):
+    with pytest.raises(ValueError, match="pass --learn_sigma False"):
         ClassifierGuidedPipeline.from_openai(many, flags=shared)
 
 

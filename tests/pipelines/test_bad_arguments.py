@@ -75,19 +75,22 @@ BAD_ARGUMENTS = {
     "text for a truth value": ({"condition_unet": "no"}, "`condition_unet` must be True or False, but got 'no'"),
     "number for a truth value": ({"condition_unet": 0}, "`condition_unet` must be True or False, but got 0"),
     "text for return_dict": ({"return_dict": "no"}, "`return_dict` must be True or False, but got 'no'"),
-    "truth value for a number": ({"batch_size": True, "class_labels": None}, "batch_size=True is not an integer"),
+    "truth value for a number": ({"batch_size": True, "class_labels": None}, "`batch_size` must be an integer, but got True"),
     "truth value for steps": ({"num_inference_steps": True}, "num_inference_steps=True"),
-    "text for a scale": ({"guidance_scale": "1.0"}, "guidance_scale='1.0'"),
-    "complex scales": ({"guidance_scale": torch.tensor([1j, 2j])}, "guidance_scale="),
-    "complex weights": ({"cfg_weight": np.array([1j, 2j])}, "cfg_weight="),
-    "weight whose products overflow": ({"cfg_weight": 3e38}, "cfg_weight must be finite, at most 1.8e+19"),
+    "text for a scale": ({"guidance_scale": "1.0"}, "`guidance_scale` must be one number, or one number per image, but got '1.0'"),
+    "complex scales": ({"guidance_scale": torch.tensor([1j, 2j])}, "`guidance_scale` must be one number"),
+    "complex weights": ({"cfg_weight": np.array([1j, 2j])}, "`cfg_weight` must be one number"),
+    "weight whose products overflow": (
+        {"cfg_weight": 3e38},
+        "`cfg_weight` must be finite, with an absolute value of at most 1.8e+19",
+    ),
     "array of latents": ({"latents": images().numpy()}, "`latents` must be a dense tensor"),
     "complex latents": ({"latents": COMPLEX}, "torch.complex64"),
     "integer latents": ({"latents": images().long()}, "torch.int64"),
     "sparse latents": ({"latents": images().to_sparse()}, "torch.sparse_coo"),
     "latents without data": ({"latents": META}, "`latents` must hold data"),
-    "latents that overflow": ({"latents": images().double() * 1e300}, "latents must be finite"),
-    "labels without data": ({"class_labels": torch.tensor([1, 2], device="meta")}, "class_labels must be integers"),
+    "latents that overflow": ({"latents": images().double() * 1e300}, "`latents` must be finite"),
+    "labels without data": ({"class_labels": torch.tensor([1, 2], device="meta")}, "`class_labels` must be integers"),
     "options by numbers": ({"guidance_options": {1: 2, "every": 1}}, "`guidance_options` must have names among"),
     "names of no list": ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names"),
     "names that are numbers": ({"callback_on_step_end_tensor_inputs": 3}, "must be a list of names"),
@@ -108,7 +111,7 @@ def test_complex_tensors_that_functions_return_are_refused(hook):
         returned = x.detach().to(torch.complex64)
         return {"latents": returned} if hook == "callback_on_step_end" else returned
 
-    with pytest.raises(ValueError, match="returned .*complex64"):
+    with pytest.raises(ValueError, match="but got .*complex64"):
         draw(tiny_pipeline(), **{hook: function})
 
 
@@ -179,7 +182,7 @@ def test_invert_refuses_images_and_weights_that_are_not_finite():
     ],
 )
 def test_upsampler_refuses_small_images_of_another_kind(image):
-    with pytest.raises(ValueError, match="image must be"):
+    with pytest.raises(ValueError, match="`image` must be"):
         upsampler()(image, [1, 2])
 
 
@@ -199,5 +202,5 @@ def test_scheduler_without_learned_variance_is_refused_with_the_cure():
         tiny_pipeline(scheduler=DDPMScheduler.from_config(config))
     cured = tiny_pipeline(scheduler=DDPMScheduler.from_config(config, variance_type="learned_range"))
     assert draw(cured, generator=seeded()).isfinite().all()
-    with pytest.raises(ValueError, match="pass variance_type='fixed_large'"):
+    with pytest.raises(ValueError, match="variance_type='fixed_large'"):
         tiny_pipeline(tiny_unet(out_channels=3))

@@ -73,7 +73,7 @@ def test_dropout_is_refused(name):
     pipeline, call = tiny_pipeline(**parts), {"weaker": model, "cfg_weight": 1.0} if not parts else {}
     assert draw(pipeline, **call).isfinite().all()
     model.train()
-    refused(pipeline, f"The {name} is in training mode", **call)
+    refused(pipeline, f"The {name} must be in eval mode", **call)
 
 
 def test_name_without_names_is_refused():
@@ -136,8 +136,8 @@ def test_scheduler_config_that_cannot_be_sampled_is_refused(config, message):
 @pytest.mark.parametrize(
     "classifier, message",
     [
-        ({"sample_size": 16, "attention_resolutions": (8,)}, "sample_size: 8 and 16"),
-        ({"in_channels": 1}, "in_channels: 3 and 1"),
+        ({"sample_size": 16, "attention_resolutions": (8,)}, "`sample_size`, but got 8 and 16"),
+        ({"in_channels": 1}, "`in_channels`, but got 3 and 1"),
     ],
 )
 def test_classifier_and_unet_that_differ_are_refused(classifier, message):

@@ -23,7 +23,7 @@ def test_names_are_saved_with_a_classifier_and_used_by_a_pipeline_without_names(
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["id2label"] is None
     assert ClassifierGuidedPipeline.from_pretrained(tmp_path / "pipeline").label2id["goldfish"] == [1]
-    with pytest.raises(ValueError, match="neither pipeline nor classifier knows names"):
+    with pytest.raises(ValueError, match="neither pipeline nor classifier has names"):
         tiny_pipeline().class_ids("ray")
 
 
@@ -62,7 +62,7 @@ def test_names_that_are_none_are_refused(id2label):
 )
 def test_classifier_of_other_noise_is_refused(trained_with, scheduler):
     classifier, scheduler = tiny_classifier(**trained_with), tiny_scheduler(**scheduler)
-    with pytest.raises(ValueError, match="would be told wrong noise levels"):
+    with pytest.raises(ValueError, match="would mean other noise levels"):
         tiny_pipeline(scheduler=scheduler, classifier=classifier)
     fitting = tiny_scheduler(**(scheduler.config | trained_with))
     assert tiny_pipeline(scheduler=fitting, classifier=classifier)

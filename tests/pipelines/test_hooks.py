@@ -77,30 +77,30 @@ def test_callback_is_given_x_0_and_the_gradient():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ({"x_0_fn": lambda x_0, timestep: x_0[:1]}, r"x_0_fn returned \(1, 3, 8, 8\)"),
-        ({"x_0_fn": lambda x_0, timestep: None}, "x_0_fn returned NoneType"),
+        ({"x_0_fn": lambda x_0, timestep: x_0[:1]}, r"output of `x_0_fn` must be .* but got \(1, 3, 8, 8\)"),
+        ({"x_0_fn": lambda x_0, timestep: None}, "output of `x_0_fn` must be .* but got NoneType"),
         (
             {"x_0_fn": lambda x_0, timestep: x_0 / (timestep > 300)},
             "output of `x_0_fn` for image 0 is not finite at step 2",
         ),
-        ({"x_0_fn": 5}, "x_0_fn must be a function: got int"),
-        ({"callback_on_step_start": lambda *_: None}, "callback_on_step_start returned NoneType"),
-        ({"callback_on_step_end": lambda *_: None}, "callback_on_step_end returned NoneType"),
+        ({"x_0_fn": 5}, "`x_0_fn` must be a function, but got int"),
+        ({"callback_on_step_start": lambda *_: None}, "`callback_on_step_start` must return a dict, .* returned NoneType"),
+        ({"callback_on_step_end": lambda *_: None}, "`callback_on_step_end` must return a dict, .* returned NoneType"),
         (
             {"callback_on_step_end": lambda *_: {"latents": None}},
-            "callback_on_step_end, as latents, returned NoneType",
+            "latents that `callback_on_step_end` returns must be .* but got NoneType",
         ),
         (
             {"callback_on_step_start": lambda _, step, timestep, kwargs: {"latents": kwargs["latents"][:1]}},
-            r"callback_on_step_start, as latents, returned \(1, 3, 8, 8\)",
+            r"latents that `callback_on_step_start` returns must be .* but got \(1, 3, 8, 8\)",
         ),
-        ({"guidance_fn": "a"}, "guidance_fn must be a function: got str"),
-        ({"guidance_fn": tiny_classifier()}, "guidance_fn must be a function: got NoisyClassifier"),
+        ({"guidance_fn": "a"}, "`guidance_fn` must be a function, but got str"),
+        ({"guidance_fn": tiny_classifier()}, "`guidance_fn` must be a function, but got NoisyClassifier"),
         ({"weaker": "a", "cfg_weight": 1.0}, "`weaker` must be one of .*, but got .a.\\."),
         ({"weaker": tiny_unet(seed=7)}, "`weaker` requires a `cfg_weight`"),
         (
             {"cfg_weight": 1e40, "weaker": tiny_unet(seed=7)},
-            r"cfg_weight must be finite, at most .*, but got 1e\+40",
+            r"`cfg_weight` must be finite, .*, but got 1e\+40",
         ),
     ],
 )

@@ -227,14 +227,14 @@ def test_conditional_unet_without_classifier():
 def test_unet_and_classifier_may_know_different_numbers_of_classes():
     pipeline = tiny_pipeline(tiny_unet(use_null_class=True), classifier=tiny_classifier(num_classes=3))
     assert draw(pipeline, [2, 2]).isfinite().all()
-    with pytest.raises(ValueError, match=r"\[3\] are not in \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 2\], but got \[3\]"):
         draw(pipeline, [2, 3])
     # A model that receives no label has no say.
     draw(pipeline, [3, 4], guidance_scale=0)
-    with pytest.raises(ValueError, match=r"\[5\] are not in \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 4\], but got \[5\]"):
         draw(pipeline, [3, 5], guidance_scale=0)
 
     larger = tiny_pipeline(tiny_unet(use_null_class=True), classifier=tiny_classifier(num_classes=9))
-    with pytest.raises(ValueError, match=r"\[8\] are not in \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 4\], but got \[8\]"):
         draw(larger, [8, 1])
     assert draw(larger, [8, 1], condition_unet=False).isfinite().all()

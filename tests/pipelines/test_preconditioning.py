@@ -294,7 +294,7 @@ def test_calls_that_cannot_be_sampled_are_refused(scheduler, call, message):
 
 def test_a_classifier_that_would_be_told_noise_levels_is_refused():
     classifier = noised_classifier()
-    with pytest.raises(ValueError, match="guidance_fn=ClassifierGuidance.*requires a UNet that is told timesteps"):
+    with pytest.raises(ValueError, match="guidance_fn=ClassifierGuidance.*requires a UNet that is given timesteps"):
         draw(edm_pipeline(classifier=classifier), guidance_scale=5.0, guidance_fn=ClassifierGuidance(classifier))
 
 
@@ -309,14 +309,14 @@ def test_parts_that_do_not_fit_together_are_refused():
         edm_pipeline(EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3))
     with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
         tiny_pipeline(scheduler=EDMEulerScheduler())
-    with pytest.raises(ValueError, match="classifier's config lacks num_train_timesteps and beta_schedule"):
+    with pytest.raises(ValueError, match="classifier's config must have num_train_timesteps and beta_schedule"):
         edm_pipeline(classifier=tiny_classifier())
-    with pytest.raises(ValueError, match="`weaker` differs from the UNet in preconditioning"):
+    with pytest.raises(ValueError, match="`weaker` must have the preconditioning of the UNet"):
         draw(edm_pipeline(), cfg_weight=1.0, weaker=tiny_unet())
     with pytest.raises(ValueError, match="`churn` requires a UNet with preconditioning"):
         draw(tiny_pipeline(), num_inference_steps=2, churn={"s_churn": 8})
     for method, call in (("predict", (images(), 3, [1, 2])), ("invert", (images(), [1, 2]))):
-        with pytest.raises(ValueError, match=f"`{method}` requires a UNet that is told timesteps"):
+        with pytest.raises(ValueError, match=f"`{method}` requires a UNet that is given timesteps"):
             getattr(edm_pipeline(), method)(*call)
 
 

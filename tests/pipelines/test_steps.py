@@ -209,7 +209,7 @@ def test_ddpm_with_a_fixed_variance(variance_type):
 
 
 def test_a_list_of_scales_is_as_long_as_the_batch():
-    refused(tiny_pipeline(), "1 numbers were given as guidance_scale", guidance_scale=[SCALE])
+    refused(tiny_pipeline(), "`guidance_scale` must have one number per image", guidance_scale=[SCALE])
 
 
 @every_solver

@@ -150,8 +150,8 @@ def test_a_cascade_is_its_stages_one_after_the_other():
     assert torch.equal(found, expected) and found.shape == (2, 3, 32, 32)
     for wrong, said in (
         ([base], "two stages"),
-        ([base, base], "takes no images"),
-        ([base, stages[2]], "enlarges 3 of 16"),
+        ([base, base], "Stages after the first must be ADMUpsamplePipelines"),
+        ([base, stages[2]], "enlarges, 3 channels of 16 pixels"),
     ):
         with pytest.raises(ValueError, match=said):
             draw_cascade(wrong, [1, 2])
@@ -188,7 +188,7 @@ def test_null_class_runs_without_labels():
         called._guidance_scale = 1.0
         return {}
 
-    with pytest.raises(ValueError, match="guidance_scale=1.0 needs class_labels"):
+    with pytest.raises(ValueError, match="`guidance_scale` requires `class_labels`, but got 1.0"):
         draw(guided, image, None, callback_on_step_end=turn_on)
     unconditional = upsampler(tiny_unet(low_res_conditioning=True, num_class_embeds=None))
     assert draw(unconditional, image, None).shape == (2, 3, SIZE, SIZE)
@@ -198,22 +198,22 @@ def test_other_sizes_by_height_and_width():
     pipeline = upsampler()
     wide = torch.rand(2, 3, SMALL, 2 * SMALL, generator=torch.Generator().manual_seed(0))
     assert draw(pipeline, wide, width=2 * SIZE).shape == (2, 3, SIZE, 2 * SIZE)
-    with pytest.raises(ValueError, match=f"image is {SMALL}x{2 * SMALL} .* from one of {SMALL}x{SMALL}"):
+    with pytest.raises(ValueError, match=f"`image` must be {SMALL}x{SMALL} .* but got {SMALL}x{2 * SMALL}"):
         draw(pipeline, wide)
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (2 * small_images() - 1, r"must lie in \[0, 1\]"),
-        (small_images() * float("nan"), r"must lie in \[0, 1\]"),
+        (2 * small_images() - 1, r"must be in \[0, 1\]"),
+        (small_images() * float("nan"), r"must be in \[0, 1\]"),
         (small_images(channels=1), "3 channels"),
         (small_images()[0, 0], "3 channels"),
         (np.zeros((SMALL, SMALL), np.uint8), "3 channels"),
         # Nothing tells how many of the bits are used.
-        (Image.fromarray(np.zeros((SMALL, SMALL), np.uint16)), "mode is 'I;16': pass an array of floats"),
-        ([small_images()[0], torch.rand(3, SIZE, SIZE)], "of one size"),
-        ([], "at least one"),
+        (Image.fromarray(np.zeros((SMALL, SMALL), np.uint16)), "mode is 'I;16'. Pass an array of floats"),
+        ([small_images()[0], torch.rand(3, SIZE, SIZE)], "of the same size"),
+        ([], "one or more images"),
         (7, "int"),
         (small_images(batch=3), "image 3, class_labels 2"),
         (small_images(batch=1), "image 1, class_labels 2"),
@@ -226,11 +226,11 @@ def test_bad_images_are_refused(image, message):
 
 
 def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="low_res_conditioning=False"):
+    with pytest.raises(ValueError, match="The UNet must be an upsampler"):
         upsampler(tiny_unet())
     with pytest.raises(ValueError, match="low_res_size=3"):
         ADMUpsamplePipeline(tiny_unet(low_res_conditioning=True), tiny_scheduler(), low_res_size=3)
-    with pytest.raises(ValueError, match="needs class_labels"):
+    with pytest.raises(ValueError, match="`guidance_scale` requires `class_labels`"):
         pipeline = upsampler(tiny_unet(low_res_conditioning=True, use_null_class=True), classifier=tiny_classifier())
         draw(pipeline, small_images(), None, guidance_scale=1.0)
     case, _ = load_case("unet_class_conditional")

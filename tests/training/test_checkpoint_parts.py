@@ -101,14 +101,16 @@ def test_tables_of_another_kind_are_refused(name, content, tmp_path):
 
 
 def test_scale_of_fp16_is_required(output):
-    with pytest.raises(ValueError, match="no scaler.pt, which --mixed_precision fp16 needs"):
+    with pytest.raises(ValueError, match="no scaler.pt, which --mixed_precision fp16 requires"):
         check_parts(output / "checkpoint-3", scaled=True)
 
 
 def test_tensors_of_another_model_are_refused(dataset, output):
     checkpoint = output / "checkpoint-3"
     shutil.copy(checkpoint / "timestep_sampler.safetensors", checkpoint / "ema-0.5.safetensors")
-    with pytest.raises(ValueError, match="ema-0.5.safetensors holds tensors whose names or shapes differ"):
+    with pytest.raises(
+        ValueError, match="ema-0.5.safetensors must hold tensors with the names and shapes of this run"
+    ):
         resume(dataset, output)
 
 

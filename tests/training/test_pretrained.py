@@ -96,7 +96,7 @@ def test_training_starts_from_a_file_of_the_original_code(dataset, tmp_path):
     folder = train(dataset, tmp_path, *wide, "--learning_rate", 0, "--pretrained_flags", FLAGS)
     trained = load_file(folder / "checkpoint-1" / "model.safetensors")
     assert all(torch.equal(tensor, trained[key]) for key, tensor in unet.state_dict().items())
-    with pytest.raises(ValueError, match="--pretrained_flags are for a .pt file"):
+    with pytest.raises(ValueError, match="--pretrained_flags require a .pt file"):
         train(dataset, tmp_path / "nowhere", *wide, "--pretrained_flags", FLAGS)
 
 

@@ -44,7 +44,7 @@ def test_short_run_saves_draws_and_says_when(dataset, tmp_path, capsys):
     train_unet.main(run)
     assert (
         "The run logs every 2 steps; saves a checkpoint every 2 steps, first at step 1; saves the pipeline, measures losses on"
-        " held-out images, draws 1 image every 2 steps, first at step 1. It saves and validates at the end too."
+        " held-out images, draws 1 image every 2 steps, first at step 1. It also saves and validates at the end."
     ) in capsys.readouterr().out
     steps = [1, *range(2, 21, 2)]
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {f"step-{step}.png" for step in steps}

@@ -44,7 +44,7 @@ def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog
     trained = load_file(tmp_path / "two" / "checkpoint-1" / "model.safetensors")
     assert trained.pop("class_embedding.weight").shape[0] == 3
     assert all(torch.equal(tensor, seven[key]) for key, tensor in trained.items())
-    assert "class_embedding.weight begin with random weights: num_class_embeds 2 instead of 7" in caplog.text
+    assert "class_embedding.weight begin at random values, because of num_class_embeds 2 instead of 7" in caplog.text
 
     conditional = saved("conditional", num_classes=2, label_dropout=0.0)
     train_unet.main(unet_args(dataset, tmp_path / "null", 1, *frozen, str(tmp_path / "conditional")))
