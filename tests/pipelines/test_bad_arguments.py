@@ -75,9 +75,15 @@ BAD_ARGUMENTS = {
     "text for a truth value": ({"condition_unet": "no"}, "`condition_unet` must be True or False, but got 'no'"),
     "number for a truth value": ({"condition_unet": 0}, "`condition_unet` must be True or False, but got 0"),
     "text for return_dict": ({"return_dict": "no"}, "`return_dict` must be True or False, but got 'no'"),
-    "truth value for a number": ({"batch_size": True, "class_labels": None}, "`batch_size` must be an integer, but got True"),
+    "truth value for a number": (
+        {"batch_size": True, "class_labels": None},
+        "`batch_size` must be an integer, but got True",
+    ),
     "truth value for steps": ({"num_inference_steps": True}, "num_inference_steps=True"),
-    "text for a scale": ({"guidance_scale": "1.0"}, "`guidance_scale` must be one number, or one number per image, but got '1.0'"),
+    "text for a scale": (
+        {"guidance_scale": "1.0"},
+        "`guidance_scale` must be one number, or one number per image, but got '1.0'",
+    ),
     "complex scales": ({"guidance_scale": torch.tensor([1j, 2j])}, "`guidance_scale` must be one number"),
     "complex weights": ({"cfg_weight": np.array([1j, 2j])}, "`cfg_weight` must be one number"),
     "weight whose products overflow": (
@@ -111,7 +117,7 @@ def test_complex_tensors_that_functions_return_are_refused(hook):
         returned = x.detach().to(torch.complex64)
         return {"latents": returned} if hook == "callback_on_step_end" else returned
 
-    with pytest.raises(ValueError, match="but got .*complex64"):
+    with pytest.raises(ValueError, match="(but got|returned) .*complex64"):
         draw(tiny_pipeline(), **{hook: function})
 
 

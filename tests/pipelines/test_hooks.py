@@ -84,7 +84,10 @@ def test_callback_is_given_x_0_and_the_gradient():
             "output of `x_0_fn` for image 0 is not finite at step 2",
         ),
         ({"x_0_fn": 5}, "`x_0_fn` must be a function, but got int"),
-        ({"callback_on_step_start": lambda *_: None}, "`callback_on_step_start` must return a dict, .* returned NoneType"),
+        (
+            {"callback_on_step_start": lambda *_: None},
+            "`callback_on_step_start` must return a dict, .* returned NoneType",
+        ),
         ({"callback_on_step_end": lambda *_: None}, "`callback_on_step_end` must return a dict, .* returned NoneType"),
         (
             {"callback_on_step_end": lambda *_: {"latents": None}},

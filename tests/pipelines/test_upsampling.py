@@ -155,7 +155,7 @@ def test_a_cascade_is_its_stages_one_after_the_other():
     ):
         with pytest.raises(ValueError, match=said):
             draw_cascade(wrong, [1, 2])
-    with pytest.raises(ValueError, match="1 calls"):
+    with pytest.raises(ValueError, match="one dict per stage, 3, but got 1"):
         draw_cascade(stages, [1, 2], [{}])
     with pytest.raises(ValueError, match="`class_labels` are required"):
         draw_cascade(stages)
@@ -228,7 +228,7 @@ def test_bad_images_are_refused(image, message):
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="The UNet must be an upsampler"):
         upsampler(tiny_unet())
-    with pytest.raises(ValueError, match="low_res_size=3"):
+    with pytest.raises(ValueError, match="`low_res_size` must be a divisor"):
         ADMUpsamplePipeline(tiny_unet(low_res_conditioning=True), tiny_scheduler(), low_res_size=3)
     with pytest.raises(ValueError, match="`guidance_scale` requires `class_labels`"):
         pipeline = upsampler(tiny_unet(low_res_conditioning=True, use_null_class=True), classifier=tiny_classifier())
