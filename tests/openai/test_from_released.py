@@ -318,7 +318,7 @@ def test_training_refuses_other_checkpoints_before_their_download(cache, server)
         (unet, "tiny-classifier", "tiny-classifier has the kind classifier, but needed is: unet", {}),
         (classifier, "tiny", "tiny has the kind unet, but needed is: classifier", {}),
         (tiny_unet(low_res_conditioning=True), "tiny", "tiny has the kind unet, but needed is: upsampler", {}),
-        (unet, "tiny", "--pretrained_subfolder is for folders and Hub ids", {"subfolder": "unet"}),
+        (unet, "tiny", "--pretrained_subfolder requires a folder or Hub id", {"subfolder": "unet"}),
         (unet, "bound", "bound is for non-commercial use, by its license CC BY-NC-SA 4.0", {}),
     ):
         with pytest.raises(ValueError, match=message):

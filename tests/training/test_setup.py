@@ -105,7 +105,7 @@ def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
         (["--label_dropout", "1.5"], "1.5"),
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit"),
         (["--num_train_timesteps", "10", "--noise_schedule", "linear"], "diffusion_steps"),
-        (["--resolution", "8"], "12, 12"),
+        (["--resolution", "8"], "12x12"),
         (["--use_8bit_adam"], "pip install bitsandbytes"),
         (["--report_to", "comet_ml"], "comet_ml is not installed.*tensorboard"),
     ],
