@@ -1,14 +1,20 @@
 """Atomic writing of files and folders. After a crash, either the old or the new version exists completely."""
 
 import contextlib
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+# Begins the names of temporary files. Machines that share a disk have processes of the same number.
+_PROCESS_PREFIX = f"partial-{platform.node()}-"
 
 
 @contextlib.contextmanager
@@ -32,7 +38,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written. The message names the file.
     """
-    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+    _remove_partial_files(path)
+    partial = path.with_name(f"{_PROCESS_PREFIX}{os.getpid()}-{path.name}")
     try:
         with naming_write_errors(path):
             yield partial
@@ -40,6 +47,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_partial_files(path: Path) -> None:
+    """Removes the temporary files of a file whose processes, on this machine, were killed."""
+    for partial in path.parent.glob(f"{glob.escape(_PROCESS_PREFIX)}*-{glob.escape(path.name)}"):
+        process = partial.name.removeprefix(_PROCESS_PREFIX).removesuffix(f"-{path.name}")
+        if process.isdecimal() and not _is_running(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":
+        return True  # a signal would end the process there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # a process of another user
+    return True
 
 
 def check_can_write(path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from diffusers_adm import __version__
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.options import add_examples
+from diffusers_adm.quiet import hide_bars_in_logs
 
 
 # Module of each command, function that adds its options, function that runs it, purpose.
@@ -116,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 if the input is invalid or a file cannot be written, or 130 if the command was interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        hide_bars_in_logs()
+        argv = sys.argv[1:]
     name = argv[0] if argv else ""
 
     def run() -> None:

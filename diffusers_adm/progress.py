@@ -28,7 +28,7 @@ def with_progress(
         seconds: Seconds between two lines if stderr is not a terminal. Work that takes less time then shows no line.
     """
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=description, unit=f" {unit}")
+        yield from tqdm(items, total=total, desc=description, unit=f" {unit}", disable=False)
         return
     started = latest = time.monotonic()
     for done, item in enumerate(items):

@@ -1,8 +1,19 @@
-"""Suppression of log messages of diffusers that do not apply."""
+"""Suppression of log messages and progress bars of other packages."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def hide_bars_in_logs() -> None:
+    """
+    Switches off the progress bars of diffusers, datasets and other packages if stderr is not a terminal, because a bar fills a log
+    with its repetitions. It must be called before tqdm is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

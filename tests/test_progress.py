@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 
 import pytest
@@ -26,3 +27,17 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(with_progress(iter("ab"), 2, "drawing", "batches")) == ["a", "b"]
     assert "drawing: 100%" in sys.stderr.getvalue()
+
+
+LOG = """
+import sys
+from diffusers_adm.cli import main
+sys.argv[1:] = ["demo", "--steps", "2", "--output", sys.argv[1]]
+assert main() == 0
+"""
+
+
+def test_a_log_holds_whole_lines_and_no_bars(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LOG, tmp_path / "demo.png"], capture_output=True, text=True)
+    assert done.returncode == 0 and "\r" not in done.stdout + done.stderr, done.stderr
+    assert done.stdout.startswith("Drew 40 digits in 2 DDIM steps each")

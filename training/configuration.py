@@ -12,6 +12,7 @@ import yaml
 
 from diffusers_adm.command_line import CommandParser, RunFailed, describe_missing_package, suggest_nearest
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
+from diffusers_adm.quiet import hide_bars_in_logs
 from diffusers_adm.training.options import TrainingOptions
 
 
@@ -202,6 +203,7 @@ def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options
     Entry point of a training script. Reports invalid input, a full disk, a missing package and a failed run in one line instead of
     a traceback.
     """
+    hide_bars_in_logs()
     try:
         main(parse_args())
     except ModuleNotFoundError as error:

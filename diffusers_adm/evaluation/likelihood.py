@@ -272,5 +272,5 @@ def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
     error = "" if figures["standard_error"] is None else f" +- {figures['standard_error']:.4f}"
     print(
         f"{figures['bits_per_dim']:.4f}{error} bits per dimension, of which {figures['prior_bits_per_dim']:.4f} are the prior"
-        f" ({figures['num_images']} images, {len(schedule)} steps): {shards.folder}"
+        f" ({figures['num_images']} images, {len(schedule)} steps)\nWrote nll.json, terms.csv and terms.png to {shards.folder}."
     )

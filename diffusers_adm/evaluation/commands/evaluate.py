@@ -100,3 +100,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if card is not None:
         add_to_card(card, evaluation, options.model_card)
     print(evaluation.table())
+    written = [str(path) for path in (options.output, options.model_card) if path is not None]
+    if written:
+        print(f"\nWrote the metrics to {' and '.join(written)}.")

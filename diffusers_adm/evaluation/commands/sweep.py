@@ -92,3 +92,4 @@ def sweep(args: argparse.Namespace) -> None:
     )
     if state.is_main_process:
         print((options.output / "results.md").read_text(encoding="utf-8"))
+        print(f"Wrote samples, tables and plots to {options.output}.")
