@@ -1,4 +1,4 @@
-"""Help of every command and training script: groups, types, defaults and examples of all options."""
+"""Help of every command, training script and benchmark: groups, types, defaults and examples of all options."""
 
 import argparse
 import importlib
@@ -14,17 +14,22 @@ SCRIPTS = {
     f"python -m diffusers_adm.training.train_{kind}": f"diffusers_adm.training.train_{kind}"
     for kind in ("unet", "classifier", "upsampler")
 }
+BENCHMARKS = {
+    f"python -m diffusers_adm.benchmarks.{name}": f"diffusers_adm.benchmarks.{name}"
+    for name in ("metrics", "overhead", "sampling", "step", "training")
+}
+MODULES = SCRIPTS | BENCHMARKS
 
 
 def parser_of(program: str) -> argparse.ArgumentParser:
-    if program in SCRIPTS:
-        return parser_of_module(SCRIPTS[program])
+    if program in MODULES:
+        return parser_of_module(MODULES[program])
     command = program.partition(" ")[2]
     return command_parsers(command)[command] if command else build_parser("")
 
 
 every_program = pytest.mark.parametrize(
-    "program", ["diffusers-adm", *(f"diffusers-adm {command}" for command in COMMANDS), *SCRIPTS]
+    "program", ["diffusers-adm", *(f"diffusers-adm {command}" for command in COMMANDS), *MODULES]
 )
 
 
@@ -33,7 +38,8 @@ def test_each_option_has_a_heading_a_type_and_a_default(program):
     parser = parser_of(program)
     for group in parser._action_groups:
         for action in group._group_actions:
-            if isinstance(action, (argparse._HelpAction, argparse._VersionAction, argparse._SubParsersAction)):
+            others = (argparse._HelpAction, argparse._VersionAction, argparse._SubParsersAction)
+            if isinstance(action, others) or action.help == argparse.SUPPRESS:
                 continue
             name = f"{action.option_strings or action.dest} of {program}"
             assert group.title != "options", f"{name} is in no group."

@@ -16,7 +16,7 @@ from diffusers_adm.benchmarks.timing import median_seconds
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.evaluation.precision_recall import precision_and_recall
 from diffusers_adm.evaluation.statistics import GaussianStatistics, RunningStatistics, frechet_distance
-from diffusers_adm.options import add_options, at_least, build_options, option
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ def random_features(images: int, features: int) -> list[torch.Tensor]:
 def main() -> None:
     """Times all parts, and prints a table."""
     parser = CommandParser(description=__doc__)
-    add_options(parser, MetricsOptions)
+    add_options(parser, MetricsOptions, title="measurement")
+    add_examples(
+        parser,
+        "python -m diffusers_adm.benchmarks.metrics",
+        "python -m diffusers_adm.benchmarks.metrics --images 2000 --features 64",
+    )
     args = build_options(MetricsOptions, parser.parse_args())
 
     real, drawn = random_features(args.images, args.features)

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers_adm import ClassifierGuidedPipeline, default_model
 from diffusers_adm.benchmarks.timing import median_seconds
 from diffusers_adm.command_line import CommandParser, run_command
-from diffusers_adm.options import add_options, at_least, build_options, option
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,12 @@ def networks_alone(
 def main() -> None:
     """Times runs with and without guidance, and prints the time that the pipeline adds."""
     parser = CommandParser(description=__doc__)
-    add_options(parser, OverheadOptions)
+    add_options(parser, OverheadOptions, title="measurement")
+    add_examples(
+        parser,
+        "python -m diffusers_adm.benchmarks.overhead",
+        "python -m diffusers_adm.benchmarks.overhead --batch_size 4 --steps 10",
+    )
     args = build_options(OverheadOptions, parser.parse_args())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = ClassifierGuidedPipeline.from_pretrained(default_model()).to(device)

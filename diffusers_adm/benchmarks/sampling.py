@@ -30,7 +30,7 @@ from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, folder_name
 from diffusers_adm.launch import join_processes
-from diffusers_adm.options import add_options, build_options, in_range, option, option_values, text_as
+from diffusers_adm.options import add_examples, add_options, build_options, in_range, option, option_values, text_as
 from diffusers_adm.solvers import build_solver
 
 
@@ -243,13 +243,22 @@ def main() -> None:
     """Evaluates all points, then prints the table and the spread of the best points."""
     parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "reference", type=text_as(), help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`."
+        "reference",
+        type=text_as(),
+        metavar="REFERENCE",
+        help="Reference batch (.npz), or images, as for `diffusers-adm evaluate`. Required.",
     )
-    add_options(parser, BenchOptions)
+    add_options(parser, BenchOptions, title="samples")
     add_options(parser, ModelOptions, title="model")
     add_options(parser, RunOptions, title="run")
     add_options(parser, FeatureOptions, title="features")
-    add_options(parser, ImageSetOptions, without=NO_DATASET)
+    add_options(parser, ImageSetOptions, without=NO_DATASET, title="images")
+    program = "python -m diffusers_adm.benchmarks.sampling"
+    add_examples(
+        parser,
+        f"{program} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
+        f"{program} my_images --resolution 64 --model me/my-model --output bench --num_samples 5000",
+    )
     args = parser.parse_args()
 
     images, features, options, model, run = (

@@ -22,7 +22,7 @@ from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassif
 from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.guidance import classifier_gradient
-from diffusers_adm.options import add_options, at_least, build_options, option
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option
 from diffusers_adm.training.plan import forward_cost
 
 
@@ -222,7 +222,12 @@ def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: 
 def main() -> None:
     """Times all parts of a step, and prints the times."""
     parser = CommandParser(description=__doc__)
-    add_options(parser, StepOptions)
+    add_options(parser, StepOptions, title="measurement")
+    add_examples(
+        parser,
+        "python -m diffusers_adm.benchmarks.step",
+        "python -m diffusers_adm.benchmarks.step --batch_size 1 --packed",
+    )
     parser.add_argument(
         "--memory_of", choices=BUILDERS, help=argparse.SUPPRESS
     )  # for the process that measures memory

@@ -26,7 +26,7 @@ from diffusers_adm.benchmarks.timing import last_line_of, peak_memory_bytes
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import drop_labels, hybrid_loss
-from diffusers_adm.options import add_options, at_least, build_options, option
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, option
 from diffusers_adm.training import train_unet
 from diffusers_adm.training.metrics import read_metrics
 from diffusers_adm.training.objective import build_noise_scheduler
@@ -57,7 +57,12 @@ class LoopOptions:
 def main() -> None:
     """Compares the two loops in each configuration, and prints a table."""
     parser = CommandParser(description=__doc__)
-    add_options(parser, LoopOptions)
+    add_options(parser, LoopOptions, title="measurement")
+    add_examples(
+        parser,
+        "python -m diffusers_adm.benchmarks.training",
+        "python -m diffusers_adm.benchmarks.training --steps 12 --mixed_precision no",
+    )
     parser.add_argument(
         "--loop", choices=LOOPS, help=argparse.SUPPRESS
     )  # for the process that measures, as the next two
