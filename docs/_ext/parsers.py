@@ -1,21 +1,38 @@
 """Parsers of all commands and scripts, for the pages that list their options."""
 
+import re
 from argparse import ArgumentParser
 from functools import partial
 
 from command_line import command_parsers, parser_of_module
+from sphinx_argparse_cli import _logic
+
+
+def with_short_usage(parser: ArgumentParser) -> ArgumentParser:
+    """Keeps the usage line of a parser as its help shows it, because the extension would format it anew."""
+    parser.usage = parser.format_usage().removeprefix("usage: ").strip().replace("%", "%%")
+    return parser
 
 
 def command(name: str) -> ArgumentParser:
     """Returns the parser of one command of `diffusers-adm`."""
-    return command_parsers(name)[name]
+    return with_short_usage(command_parsers(name)[name])
 
 
 def module(name: str) -> ArgumentParser:
     """Returns the parser of a module that is run by `python -m`."""
     parser = parser_of_module(name)
     parser.prog = f"python -m {name}"
-    return parser
+    return with_short_usage(parser)
+
+
+def with_literal_json(text: str, load_help_text=_logic.load_help_text) -> str:
+    """Marks objects in JSON as literals. The extension would mark their quotes and braces one by one."""
+    parts = re.split(r'(\{".*?\})(?=[ .,])', text)
+    return "".join(f"``{part}``" if index % 2 else load_help_text(part) for index, part in enumerate(parts))
+
+
+_logic.load_help_text = with_literal_json
 
 
 convert = partial(command, "convert")
