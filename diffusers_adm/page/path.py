@@ -53,6 +53,7 @@ element.addEventListener('pointerup', (event) => {
     start = null;
     if (last - first >= 0.01) trigger('drag', {first: first, last: last});
 });
+element.addEventListener('pointercancel', () => { start = null; });
 """
 
 
@@ -165,11 +166,14 @@ def build_path(model: PageModel) -> None:
     buttons = RunButtons("Draw")
     position = gr.Slider(1, MAX_STEPS, value=1, step=1, precision=0, label="Step to look at")
     with gr.Row():
-        names = ("Noised image x_t", "Predicted x_0", "Gradient: red gets brighter, blue darker")
+        names = ("Noised image x_t", "Predicted x_0", "Gradient")
         pictures = [result_picture(name) for name in names]
     status = status_line()
     if model.is_guided:
-        gr.Markdown("Guidance acts in the shaded part. Drag across the chart, or move the two sliders, to change it.")
+        gr.Markdown(
+            "The gradient makes red pixels brighter and blue ones darker. Guidance acts in the shaded part of the chart. Drag across"
+            " the chart, or move the two sliders, to change it."
+        )
     chart = gr.HTML(js_on_load=DRAG)
     record = gr.State(None, time_to_live=HOUR)
 

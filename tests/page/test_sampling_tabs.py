@@ -3,6 +3,8 @@
 import gradio as gr
 import pytest
 import torch
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 from PIL import Image
 from tiny_models import tiny_scheduler, tiny_unet
 
@@ -149,3 +151,28 @@ def test_interval_that_ends_before_it_begins_is_refused(model):
 def test_pages_of_all_models_can_be_built(model, unguided):
     for one in (model, unguided):
         assert isinstance(build_page(one), gr.Blocks)
+
+
+# --- API ---
+
+
+def test_clients_are_given_what_the_page_shows(page_url, model):
+    client = Client(page_url, verbose=False)
+    gallery, status, code = client.predict(["3", "8"], 1, 2.0, 3, "DDIM", 4, True, api_name="/play")
+    call = {"class_labels": [3, 8], "guidance_scale": 2.0, "num_inference_steps": 3}
+    for shown, image in zip(gallery, draw(model, "DDIM", range(4, 6), **call), strict=True):
+        with Image.open(shown["image"]) as picture:
+            assert same(picture.convert("L"), image)
+    assert status == "Done." and "range(4, 6)" in code
+    _, status, share, diversity = client.predict("3", 2, 0, [0, 5], "DDIM", 2, False, api_name="/trade_off")
+    assert status == "Done." and "<svg" in share and "<svg" in diversity
+    *pictures, chart, status, _ = client.predict("3", 0, "DDIM", 5.0, 4, False, 25, 75, api_name="/path")
+    assert len(pictures) == 3 and "<svg" in chart and status.startswith("Step 4 of 4, noise level 0.01, p(3 | x_t) = ")
+
+
+def test_clients_are_told_what_is_refused(page_url):
+    client = Client(page_url, verbose=False)
+    with pytest.raises(AppError, match="Choose at least one class."):
+        client.predict([], 1, 2.0, 3, "DDIM", 4, True, api_name="/play")
+    with pytest.raises(AppError, match="Guidance must begin before it ends"):
+        client.predict("3", 0, "DDIM", 5.0, 4, False, 75, 25, api_name="/path")
