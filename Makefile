@@ -9,7 +9,7 @@ install: $(VENV)/.installed
 # Made anew when the packaging changes; `python3 -m venv` and pip are all that a machine needs.
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e ".[train,eval,test]"
+	$(BIN)/python -m pip install -q -e ".[train,eval,export,test]"
 	touch $@
 
 demo: install
@@ -22,7 +22,8 @@ demo-cascade: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# In an environment of its own; `make install` in a new clone takes the newest versions.
+# In an environment of its own, without the export to ONNX, which needs a newer torch; `make install` in a new clone takes the
+# newest versions.
 LOWEST := .venv-lowest
 test-lowest: install
 	$(PYTHON) -m venv $(LOWEST)

@@ -10,3 +10,5 @@ POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 # Weaker predictions, from which classifier-free guidance and its relatives lead away.
 WEAKER_KINDS = ("null_class", "random_class", "perturbed_attention", "smoothed_attention")
+# Formats of exported networks, and the file of each.
+EXPORT_FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}

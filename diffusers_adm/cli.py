@@ -40,6 +40,12 @@ COMMANDS = {
         "inspect_data",
         "print classes, counts, sizes and unreadable files of a dataset to train on",
     ),
+    "export": (
+        "commands.export",
+        "add_export_arguments",
+        "export",
+        "write a UNet or a classifier as an ONNX file, or as a program of torch.export",
+    ),
     "sample": (
         "evaluation.commands.sample",
         "add_sample_arguments",

@@ -29,6 +29,7 @@ COMMAND_LINE = {
     "diffusers_adm.command_line",
     "diffusers_adm.commands.convert",
     "diffusers_adm.commands.demo",
+    "diffusers_adm.commands.export",
     "diffusers_adm.commands.inspect_data",
     "diffusers_adm.commands.released",
     "diffusers_adm.evaluation.commands.evaluate",
@@ -57,7 +58,7 @@ LAYERS = (
     {"guidance"},
     {"pipelines"},
     {"diffusers_adm"},
-    {"conversion", "demo", "denoiser", "evaluation", "examples", "training"},
+    {"conversion", "demo", "denoiser", "evaluation", "examples", "export", "training"},
     {"benchmarks", "commands", "page"},
     {"cli"},
 )

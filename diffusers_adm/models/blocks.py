@@ -211,7 +211,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ADMAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)  # (batch, tokens, out_channels)
+        return self.processor.__call__(self, hidden_states)  # (batch, tokens, out_channels)
 
 
 class ADMAttentionBlock(nn.Module):

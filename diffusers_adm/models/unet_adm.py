@@ -356,7 +356,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         low_res: torch.Tensor | None,
     ) -> torch.Tensor:
         """Returns D(x; sigma), the predicted x_0 [Karras et al. 2022, eq. 7], in the dtype of x."""
-        precise = torch.promote_types(sample.dtype, torch.float32)
+        precise = torch.float64 if sample.dtype == torch.float64 else torch.float32
         sigma = one_per_image("timestep", sigma, sample).expand(sample.shape[0]).to(precise)  # (batch,)
         level, scales = sigma[:, None, None, None], self.preconditioner  # (batch, 1, 1, 1)
         x = sample.to(precise)  # (batch, in_channels, height, width)

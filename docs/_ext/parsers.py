@@ -38,6 +38,7 @@ _logic.load_help_text = with_literal_json
 convert = partial(command, "convert")
 demo = partial(command, "demo")
 evaluate = partial(command, "evaluate")
+export = partial(command, "export")
 inspect_data = partial(command, "inspect-data")
 make_reference = partial(command, "make-reference")
 nll = partial(command, "nll")

@@ -65,7 +65,8 @@ def test_regional_compilation_stays_within_the_recompile_limit(kind, widths, fre
 
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
     torch.testing.assert_close(predict(model, sample), expected, rtol=1e-4, atol=1e-4)
-    assert 0 < len(compiled) <= fresh_dynamo.recompile_limit
+    # torch before 2.7 has the limit under its earlier name.
+    assert 0 < len(compiled) <= getattr(fresh_dynamo, "recompile_limit", fresh_dynamo.cache_size_limit)
     first = len(compiled)
     predict(model, sample)
     assert len(compiled) == first

@@ -1,0 +1,92 @@
+"""Loading of networks to export: from folders, the Hub, and released checkpoints."""
+
+from pathlib import Path
+
+from diffusers import ModelMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from diffusers_adm import ADMUNet2DModel, NoisyClassifier, default_model
+from diffusers_adm.hub.saved_files import CARD_FILE, check_variant
+from diffusers_adm.openai.files import check_is_saved_model
+from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
+from diffusers_adm.pipelines.released import RELEASED_PREFIX, released_folder
+from diffusers_adm.saved_folders import read_config, weight_files
+
+
+CLASSES = {cls.__name__: cls for cls in (ADMUNet2DModel, NoisyClassifier)}
+
+
+def released_network(name: str, subfolder: str | None) -> Path:
+    """
+    Returns the folder of a released checkpoint with the network to export. It is downloaded if it is not in the cache.
+
+    Args:
+        name: Name of the released checkpoint.
+        subfolder: `"classifier"` for the classifier that guides a UNet.
+
+    Raises:
+        ValueError: If there is no such network.
+        OSError: If it cannot be downloaded.
+    """
+    released = released_checkpoint(name)
+    if released.kind == "classifier" and subfolder == "unet":
+        raise ValueError(f"{name} is a classifier: leave out --subfolder {subfolder}.")
+    if released.kind != "classifier" and subfolder == "classifier":
+        released = guiding_classifier(released)
+        if released is None:
+            raise ValueError(f"{name} has no classifier: leave out --subfolder {subfolder}.")
+    return released_folder(released.name)[0]
+
+
+def download_network(repo_id: str, subfolder: str | None, revision: str | None, variant: str | None) -> Path:
+    """
+    Returns the folder that a network on the Hub, with config and card, is downloaded to. The arguments are those of `load_network`.
+
+    Raises:
+        OSError: If the Hub has no such repository, or cannot be reached.
+    """
+    files = ["config.json", *weight_files(variant)]
+    files += [f"{subfolder or 'unet'}/{file}" for file in files]
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=[CARD_FILE, "model_index.json", *files])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(f"There is no folder {repo_id!r}, and the Hub gave no such repository. {error}") from error
+
+
+def load_network(
+    model: str | None = None, subfolder: str | None = None, revision: str | None = None, variant: str | None = None
+) -> ModelMixin:
+    """
+    Loads the network to export.
+
+    Args:
+        model: Folder or Hub id of a pipeline or network, `released:NAME` of a released checkpoint, or `None` for the default model.
+        subfolder: Network of a pipeline: `"unet"`, which is the default, or `"classifier"`.
+        revision: Branch, tag or commit on the Hub.
+        variant: Variant of the weight files, such as `"fp16"`.
+
+    Raises:
+        ValueError: If there is no such network, or it is not one of this package.
+        OSError: If a file is missing or damaged, or cannot be downloaded.
+    """
+    check_variant(variant)
+    model = default_model() if model is None else model
+    is_local = model.startswith(RELEASED_PREFIX) or Path(model).is_dir()
+    if is_local and revision is not None:
+        raise ValueError(f"--revision {revision} is for networks on the Hub, but got --model {model}.")
+    if model.startswith(RELEASED_PREFIX):
+        folder = released_network(model.removeprefix(RELEASED_PREFIX), subfolder)
+    elif is_local:
+        folder = Path(model)
+    else:
+        check_is_saved_model(model)
+        folder = download_network(model, subfolder, revision, variant)
+    if (folder / "model_index.json").is_file():
+        folder = folder / (subfolder or "unet")
+    class_name = read_config(folder / "config.json").get("_class_name")
+    if class_name not in CLASSES:
+        raise ValueError(f"{str(folder)!r} holds a {class_name}, but {' or '.join(CLASSES)} is needed.")
+    return CLASSES[class_name].from_pretrained(folder, variant=variant)
