@@ -81,7 +81,7 @@ setup(
     extras_require={
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
         "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
-        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5", "torch>=2.8"],
+        "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7", "torch>=2.8"],
         "lora": ["peft>=0.18"],
         "page": ["fastapi>=0.165", "gradio>=6.31,<7"],
         "transformers": ["transformers>=5.6"],

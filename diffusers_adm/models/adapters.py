@@ -20,9 +20,33 @@ class AdapterMixin(PeftAdapterMixin):
             pretrained_model_name_or_path_or_dict: Folder of the adapter, id of a repository on the Hub, or state dict.
             prefix: Prefix of the names of the tensors.
             kwargs: Arguments of `PeftAdapterMixin.load_lora_adapter`.
+
+        Raises:
+            ValueError: If the adapter was trained for other classes, channels or widths. The model is left as it is.
         """
-        kwargs = {"use_safetensors": True, **kwargs}
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
+        from diffusers.loaders.lora_base import _fetch_state_dict
+
+        # diffusers itself would change the layers first, and then fail to fill them.
+        places = (
+            "weight_name",
+            "local_files_only",
+            "cache_dir",
+            "force_download",
+            "proxies",
+            "token",
+            "revision",
+            "subfolder",
+        )
+        adapter, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict,
+            use_safetensors=kwargs.pop("use_safetensors", True),
+            user_agent={"framework": "pytorch"},
+            allow_pickle=False,
+            metadata=kwargs.pop("metadata", None),
+            **{place: kwargs.pop(place, None) for place in places},
+        )
+        check_adapter_fits(self, adapter, "" if prefix is None else f"{prefix}.")
+        super().load_lora_adapter(adapter, prefix=prefix, metadata=metadata, **kwargs)
 
     # The signature of ModelMixin is kept, because pipelines pass on only arguments that the signature names.
     @functools.wraps(ModelMixin.save_pretrained, assigned=())
@@ -47,3 +71,37 @@ def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
         if hasattr(layer, "modules_to_save"):  # peft keeps the trained copy of such a layer beside the frozen original
             model.set_submodule(name, layer.modules_to_save[layer.active_adapters[0]])
     return model
+
+
+def check_adapter_fits(model: torch.nn.Module, adapter: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """
+    Compares the shapes of an adapter with those of a model.
+
+    Args:
+        model: Model that is to take the adapter. It may have others already.
+        adapter: State dict of the adapter: low-rank factors, and the weights of layers that were trained whole.
+        prefix: Prefix of the names of the tensors. Those without it are ignored.
+
+    Raises:
+        ValueError: If the adapter does not fit.
+    """
+    shapes = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+    for name, tensor in adapter.items():
+        name = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        layer, shape = name.replace(".lora_A", "").replace(".lora_B", ""), tuple(tensor.shape)
+        if not layer.endswith((".weight", ".bias")) or "lora" in layer:
+            continue
+        expected = shapes.get(layer)
+        if expected is not None and ".lora_A" in name:
+            expected = (shape[0], *expected[1:])
+        elif expected is not None and ".lora_B" in name:
+            expected = (expected[0], *shape[1:])
+        if expected != shape:
+            known = "the model has no such layer" if expected is None else f"the model needs {expected}"
+            raise ValueError(
+                f"The adapter does not fit this {type(model).__name__}: {name} has the shape {shape}, but {known}. Load it into a"
+                " model with the classes, channels and widths that it was trained with."
+            )

@@ -1,0 +1,53 @@
+"""Low-rank adapters: one that does not fit is refused before anything changes."""
+
+import pytest
+import torch
+from model_calls import predict
+from tiny_models import tiny_classifier, tiny_unet
+
+from diffusers_adm.training.pretrained import add_adapter
+
+
+def train(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with an adapter whose weights are no longer the first ones."""
+    add_adapter(model, rank=2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("trained", "other", "message"),
+    [
+        (
+            tiny_unet(),
+            tiny_unet(num_class_embeds=7),
+            r"class_embedding.weight has the shape \(5, 32\), but .* needs \(7, 32\)",
+        ),
+        (tiny_unet(), tiny_unet(num_class_embeds=None), "class_embedding.weight .* no such layer"),
+        (tiny_unet(), tiny_unet(in_channels=1, out_channels=2), "conv_out.bias"),
+        (tiny_unet(), tiny_unet(model_channels=16), "The adapter does not fit this ADMUNet2DModel"),
+        (tiny_classifier(), tiny_classifier(num_classes=7), "pooling.*The adapter|The adapter.*pooling"),
+    ],
+    ids=["classes", "unconditional", "channels", "widths", "classifier"],
+)
+def test_adapter_of_another_model_is_refused_and_changes_nothing(trained, other, message, tmp_path, caplog):
+    train(trained).save_lora_adapter(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        other.load_lora_adapter(tmp_path)
+    assert "\n" not in str(caught.value) and not caplog.records
+    assert not getattr(other, "peft_config", None)
+    assert weights.keys() == other.state_dict().keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in other.state_dict().items())
+
+
+def test_adapter_that_fits_loads(tmp_path):
+    model = train(tiny_unet())
+    model.save_lora_adapter(tmp_path)
+    loaded = tiny_unet()
+    loaded.load_lora_adapter(tmp_path)
+    torch.testing.assert_close(predict(loaded), predict(model))
