@@ -69,7 +69,7 @@ def load_network(
         variant: Variant of the weight files, such as `"fp16"`.
 
     Raises:
-        ValueError: If there is no such network, or it is not one of this package.
+        ValueError: If there is no such network, or its class is of another package.
         OSError: If a file is missing or damaged, or cannot be downloaded.
     """
     check_variant(variant)
