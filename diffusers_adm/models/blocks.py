@@ -211,6 +211,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ADMAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # As a method, because torch 2.6 compiles a graph for each object that is called.
         return self.processor.__call__(self, hidden_states)  # (batch, tokens, out_channels)
 
 
