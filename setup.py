@@ -72,7 +72,7 @@ setup(
         "accelerate>=1.0",
         "diffusers>=0.42.1",
         "huggingface_hub>=1.32",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "Pillow>=10.1",
         "safetensors>=0.8",
         "torch>=2.6",
@@ -80,7 +80,7 @@ setup(
     ],
     extras_require={
         "train": ["datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.16", "tqdm>=4.66.3"],
-        "eval": ["datasets>=4.0", "matplotlib>=3.8", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
+        "eval": ["datasets>=4.0", "matplotlib>=3.9", "torch-fidelity>=0.4", "tqdm>=4.66.3"],
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7", "torch>=2.8"],
         "lora": ["peft>=0.18"],
         "page": ["fastapi>=0.165", "gradio>=6.31,<7"],

@@ -10,7 +10,7 @@ from diffusers_adm import ADMUNet2DModel, NoisyClassifier, default_model
 from diffusers_adm.hub.saved_files import CARD_FILE, check_variant
 from diffusers_adm.openai.files import check_is_saved_model
 from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
-from diffusers_adm.pipelines.released import RELEASED_PREFIX, released_folder
+from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.saved_folders import read_config, weight_files
 
 
@@ -36,7 +36,7 @@ def released_network(name: str, subfolder: str | None) -> Path:
         released = guiding_classifier(released)
         if released is None:
             raise ValueError(f"{name} has no classifier: leave out --subfolder {subfolder}.")
-    return released_folder(released.name)[0]
+    return released_folder(released.name, released.kind)[0]
 
 
 def download_network(repo_id: str, subfolder: str | None, revision: str | None, variant: str | None) -> Path:
@@ -74,12 +74,12 @@ def load_network(
     """
     check_variant(variant)
     model = default_model() if model is None else model
-    is_local = model.startswith(RELEASED_PREFIX) or Path(model).is_dir()
-    if is_local and revision is not None:
+    released = name_of_released(model)
+    if revision is not None and (released is not None or Path(model).is_dir()):
         raise ValueError(f"--revision {revision} is for networks on the Hub, but got --model {model}.")
-    if model.startswith(RELEASED_PREFIX):
-        folder = released_network(model.removeprefix(RELEASED_PREFIX), subfolder)
-    elif is_local:
+    if released is not None:
+        folder = released_network(released, subfolder)
+    elif Path(model).is_dir():
         folder = Path(model)
     else:
         check_is_saved_model(model)
