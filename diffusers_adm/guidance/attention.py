@@ -1,10 +1,13 @@
 """Attention layers that are changed for a weaker prediction, without a change to the network itself."""
 
 import copy
+import math
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
+
+from diffusers_adm.models.blocks import one_per_level
 
 
 class IdentityAttnProcessor:
@@ -46,6 +49,23 @@ def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
         if hasattr(module, "to_qkv"):
             layers[name.removesuffix(".attention.attn")] = module
     return layers
+
+
+def layers_of_lowest_resolution(unet: nn.Module) -> tuple[str, ...]:
+    """
+    Returns the names of the attention layers of the middle block, and of the level of lowest resolution that has attention.
+
+    Args:
+        unet: UNet.
+    """
+    layers, config = attention_layers(unet), unet.config
+    names = {part: [name for name in layers if part in name] for part in ("down_blocks", "mid_blocks", "up_blocks")}
+    if not config.attention_resolutions:
+        return tuple(names["mid_blocks"])
+    level = round(math.log2(config.sample_size / min(config.attention_resolutions)))
+    # Of the encoder's level. The decoder's level has one more.
+    count = one_per_level("layers_per_block", config.layers_per_block, len(config.channel_mult))[level]
+    return (*names["down_blocks"][-count:], *names["mid_blocks"], *names["up_blocks"][: count + 1])
 
 
 def with_processor(network: nn.Module, layers: tuple[str, ...], processor: object) -> nn.Module:

@@ -14,6 +14,7 @@ from diffusers_adm.choices import WEAKER_KINDS
 from diffusers_adm.guidance.attention import (
     RecordingAttnProcessor,
     attention_layers,
+    layers_of_lowest_resolution,
     with_processor,
 )
 
@@ -32,8 +33,9 @@ class WeakerPrediction:
             al. 2024, arXiv 2403.17377). The UNet need not know classes.
             `"smoothed_attention"`: that for an image whose predicted x_0 has been blurred where the UNet attends (Hong et al.
             2023, arXiv 2210.00939). The UNet need not know classes.
-        layers: Names of the attention layers that are perturbed, or whose attention tells where to blur, such as
-            `"encoder.mid_blocks.0"`. `None` means the middle block.
+        layers: Names of the attention layers that are perturbed, such as `"encoder.mid_blocks.0"`, or the one layer whose attention
+            tells where to blur. `None` means the middle block, and for `"perturbed_attention"` also the level of lowest resolution
+            that has attention.
         blur_sigma: Standard deviation of the blur of `"smoothed_attention"` in pixels.
         threshold: Attention above which a place is blurred by `"smoothed_attention"`. The mean over all places is 1.
 
@@ -89,7 +91,11 @@ class WeakerPrediction:
             ValueError: If the UNet has no attention, or lacks one of the layers.
         """
         names = tuple(attention_layers(unet))
-        layers = self.layers if self.layers is not None else tuple(name for name in names if "mid_blocks" in name)
+        layers = self.layers
+        if layers is None and self.kind == "perturbed_attention":
+            layers = layers_of_lowest_resolution(unet)
+        elif layers is None:
+            layers = tuple(name for name in names if "mid_blocks" in name)
         unknown = [layer for layer in layers if layer not in names]
         if unknown or not layers:
             raise ValueError(

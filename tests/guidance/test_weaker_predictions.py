@@ -15,7 +15,7 @@ from guided_calls import LABELS, NULL, calls_of, draw, one_step_x_0, pipeline_of
 from tiny_models import NUM_CLASSES, images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.guidance import combine_predictions
+from diffusers_adm.guidance import WeakerPrediction, combine_predictions
 from diffusers_adm.guidance.attention import attention_layers
 from diffusers_adm.guidance.weaker import attended_places, blurred
 from diffusers_adm.pipelines.class_labels import draw_labels
@@ -67,6 +67,21 @@ def test_perturbed_attention_returns_the_values():
     assert torch.equal(attn.to_qkv.weight, weight) and torch.equal(attn.to_qkv.bias, bias)
     assert (strong - weak).abs().max() > 1e-3
     torch.testing.assert_close(guided, one_step_x_0(pipeline, x_t, 2 * strong - weak), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers_per_block", [1, 2, (3, 1, 2)])
+def test_perturbed_layers_are_those_of_the_lowest_resolution_by_default(layers_per_block):
+    changes = {"channel_mult": (1, 2, 2), "sample_size": 16, "attention_resolutions": (16, 8)}
+    unet = tiny_unet(layers_per_block=layers_per_block, **changes)
+    sizes = {}
+    for name, layer in attention_layers(unet).items():
+        layer.register_forward_pre_hook(
+            lambda module, arguments, name=name: sizes.update({name: arguments[0].shape[1]})
+        )
+    unet(images(height=16, width=16), 5, torch.tensor(LABELS))
+    lowest = {name for name, tokens in sizes.items() if tokens <= 8 * 8}
+    assert set(WeakerPrediction("perturbed_attention").layers_of(unet)) == lowest
+    assert len(lowest) == 2 * (layers_per_block if isinstance(layers_per_block, int) else layers_per_block[1]) + 2
 
 
 def test_the_network_that_is_perturbed_stays_as_it_is():
