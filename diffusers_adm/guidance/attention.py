@@ -7,7 +7,7 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from diffusers_adm.models.blocks import one_per_level
+from diffusers_adm.checks import one_per_level
 
 
 class IdentityAttnProcessor:
