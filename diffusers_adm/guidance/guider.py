@@ -63,6 +63,7 @@ class Guider:
         self.last_gradient: torch.Tensor | None = None  # not yet multiplied by scale and factor
         # Of this step's gradient, if it has evaluated the classifier for all images.
         self.log_probabilities: torch.Tensor | None = None
+        self.classified: torch.Tensor | None = None  # the x_t that they belong to
         self.finite = FiniteCheck("The guidance gradient of")
 
     def _limited_factors(self, factors: list[float]) -> list[float]:
@@ -90,7 +91,7 @@ class Guider:
             x_t: Noised images, on the device and of the dtype of the gradients.
         """
         self.step = step
-        self.log_probabilities = None
+        self.log_probabilities = self.classified = None
         if scales != self.scales:
             self._take_scales(scales, x_t)
         self.acts = bool(self.rows) and self.factors[step] != 0
@@ -165,6 +166,7 @@ class Guider:
                 "`x_0_fn` must return a tensor that depends on x_0, because `guidance_fn` guides through the UNet"
                 " (through_unet=True)."
             )
+        step_x_t = x_t
         if self.options.gradient_at == "mean":
             index = self.solver.visits[self.step]
             x_t = self.solver.mean(x_0, index, x_t)
@@ -172,6 +174,7 @@ class Guider:
         if self.asked_rows is None:
             gradient = guidance_gradient(self.guidance_fn, x_t, timestep, x_0, self.class_labels, self.through_half)
             self.log_probabilities = getattr(self.guidance_fn, "last_log_probabilities", None)
+            self.classified = step_x_t
         else:
             asked = [tensor[self.asked_rows] for tensor in (x_t, timestep, x_0, self.class_labels)]
             gradient = torch.zeros_like(x_t)
@@ -187,7 +190,8 @@ class Guider:
             x_t: Noised images of the step, `(batch, channels, height, width)`.
             timestep: Training timestep of each image, `(batch,)`.
         """
-        known, guidance_fn = self.log_probabilities, self.guidance_fn
+        known = self.log_probabilities if x_t is self.classified else None  # particles may have been drawn anew since
+        guidance_fn = self.guidance_fn
         if known is not None or not isinstance(guidance_fn, RunClassifierGuidance):
             return lambda: known
 

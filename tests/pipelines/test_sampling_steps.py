@@ -121,6 +121,16 @@ def test_log_probabilities_are_of_all_images_where_some_are_guided():
     torch.testing.assert_close(last.log_probabilities.exp().sum(dim=1), torch.ones(2))
 
 
+def test_log_probabilities_are_those_of_particles_that_were_drawn_anew():
+    pipeline, counts = tiny_pipeline(), []
+    for step in steps_of(pipeline, particles=4, num_inference_steps=6, guidance_scale=200.0):
+        with torch.no_grad():
+            logits = pipeline.classifier(step.x_t, step.timestep.expand(8)).logits
+        torch.testing.assert_close(step.log_probabilities, logits.log_softmax(dim=1))
+        counts.append(len(step.x_t.unique(dim=0)))
+    assert min(counts) < 8, "no particle was drawn anew"
+
+
 @pytest.mark.parametrize("case", ["without a classifier", "guidance_fn"])
 def test_log_probabilities_are_those_of_the_classifier_alone(case):
     pipeline = tiny_pipeline(with_classifier=case == "guidance_fn")
