@@ -85,7 +85,11 @@ setup(
         "lora": ["peft>=0.18"],
         "page": ["fastapi>=0.165", "gradio>=6.31,<7"],
         "transformers": ["transformers>=5.6"],
+        "notebooks": ["ipykernel>=6.29", "jupytext>=1.16.4", "matplotlib>=3.8"],
         "docs": [
+            "jupytext>=1.16.4",
+            "matplotlib>=3.8",
+            "myst-nb>=1.4",
             "myst-parser>=5",
             "pydata-sphinx-theme>=0.17",
             "sphinx>=8.2",

@@ -15,7 +15,7 @@ project_copyright = "the diffusers_adm authors, Apache License 2.0"
 release = version = __version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -23,13 +23,22 @@ extensions = [
     "sphinx_copybutton",
     "markdown_docstrings",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "conf.py"]
 
 # Pages are MyST Markdown.
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 # An option may have the name of its group of options, and then shares its anchor.
 suppress_warnings = ["sphinx-argparse-cli"]
+
+# Notebooks are scripts. They are executed again only if their code has changed, in a temporary folder.
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
+nb_output_stderr = "remove"
 
 # Reference from docstrings, in the order of the source.
 autodoc_member_order = "bysource"

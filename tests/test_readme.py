@@ -101,7 +101,7 @@ def test_python_block_runs_by_itself(block, reason_not_to_run, few_steps, tmp_pa
 
 
 # Programs whose options belong to others.
-OTHER_PROGRAMS = ("export", "curl", "hf", "pip")
+OTHER_PROGRAMS = ("export", "curl", "hf", "jupytext", "pip")
 
 SHELLS = [shell for shell in ("bash", "zsh") if shutil.which(shell)]
 
