@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_model
 
+
 pipe = ClassifierGuidedPipeline.from_pretrained(default_model())
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
@@ -30,9 +31,16 @@ def measure(x):
     return x[:, :, 16:]
 
 
-truth = pipe([9], num_inference_steps=25, generator=torch.Generator().manual_seed(7), output_type="latent").images
+truth = pipe(
+    [9],
+    num_inference_steps=25,
+    generator=torch.Generator().manual_seed(7),
+    output_type="latent",
+).images
 clean = measure(truth)
-measured = clean + noise_level * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+measured = clean + noise_level * torch.randn(
+    clean.shape, generator=torch.Generator().manual_seed(1)
+)
 
 
 def show(ax, image, title=None, **style):
@@ -54,6 +62,7 @@ plt.show()
 # al. 2022, [arXiv 2209.14687](https://arxiv.org/abs/2209.14687)). The pipeline takes such a function as `guidance_fn`. `through_unet`
 # says that its gradient goes through the UNet to $x_t$.
 
+
 # %%
 def log_likelihood(x_t, timestep, x_0, class_labels):
     """Returns log p(y | x_0) per image, `(batch,)`, up to a constant."""
@@ -70,7 +79,9 @@ def solve(batch_size, seed=0, **call):
         num_inference_steps=50,
         guidance_fn=log_likelihood,
         guidance_scale=1.0,
-        guidance_options={"max_x_0_shift": 0.5},  # early predictions are far from any measurement
+        guidance_options={
+            "max_x_0_shift": 0.5
+        },  # early predictions are far from any measurement
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **call,
@@ -94,7 +105,9 @@ show(axes[1, 6], solutions.std(dim=0)[0], "deviation", cmap="viridis", vmin=0, v
 plt.show()
 
 error = (measure(solutions) - measured).square().mean().sqrt()
-print(f"Error of the solutions at the measured pixels: {error:.2f}. Noise of the measurement: {noise_level:.2f}.")
+print(
+    f"Error of the solutions at the measured pixels: {error:.2f}. Noise of the measurement: {noise_level:.2f}."
+)
 
 # %% [markdown]
 # The classifier knows digits. Its belief, averaged over the solutions, answers the question of the beginning:

@@ -11,7 +11,13 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_cascade, default_model
-from diffusers_adm.diffusion import NoiseSchedule, learned_log_variance, posterior_mean, x_0_from_epsilon
+from diffusers_adm.diffusion import (
+    NoiseSchedule,
+    learned_log_variance,
+    posterior_mean,
+    x_0_from_epsilon,
+)
+
 
 pipe = ClassifierGuidedPipeline.from_pretrained(default_model())
 pipe.set_progress_bar_config(disable=True)
@@ -24,8 +30,15 @@ pipe.set_progress_bar_config(disable=True)
 
 # %%
 digit, scale = 3, 10.0
-call = {"class_labels": [digit], "guidance_scale": scale, "condition_unet": False, "timestep_respacing": "50"}
-steps = list(pipe.steps(**call, generator=torch.Generator().manual_seed(0), output_type="latent"))
+call = {
+    "class_labels": [digit],
+    "guidance_scale": scale,
+    "condition_unet": False,
+    "timestep_respacing": "50",
+}
+steps = list(
+    pipe.steps(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
+)
 
 # %% [markdown]
 # Each step begins with a noised image $x_t$. The UNet predicts the clean image $x_0$. The classifier gives the gradient
@@ -42,13 +55,20 @@ for axes, (name, attribute) in zip(above.subplots(3, len(shown)), rows.items()):
     for ax, step in zip(axes, shown):
         image = getattr(step, attribute)[0, 0]
         limit = image.abs().max() if attribute == "gradient" else 1
-        ax.imshow(image, cmap="RdBu_r" if attribute == "gradient" else "gray", vmin=-limit, vmax=limit)
+        ax.imshow(
+            image,
+            cmap="RdBu_r" if attribute == "gradient" else "gray",
+            vmin=-limit,
+            vmax=limit,
+        )
         ax.set(xticks=[], yticks=[])
         if attribute == "x_t":
             ax.set_title(f"t = {step.timestep}", fontsize=10)
     axes[0].set_ylabel(name)
 
-belief = torch.stack([step.log_probabilities[0].exp() for step in steps])  # (steps, classes)
+belief = torch.stack(
+    [step.log_probabilities[0].exp() for step in steps]
+)  # (steps, classes)
 ax = below.subplots()
 picture = ax.imshow(belief.T, aspect="auto", cmap="viridis", vmin=0, vmax=1)
 ax.set(xlabel="step", ylabel="class", yticks=range(10))
@@ -73,9 +93,16 @@ for i in reversed(range(len(schedule))):
     with torch.no_grad():
         epsilon, v = pipe.unet(x, t).sample.chunk(2, dim=1)
         x_0 = x_0_from_epsilon(schedule, x, i, epsilon).clamp(-1, 1)
-        mean, log_variance = posterior_mean(schedule, x, i, x_0), learned_log_variance(schedule, i, v)
+        mean, log_variance = (
+            posterior_mean(schedule, x, i, x_0),
+            learned_log_variance(schedule, i, v),
+        )
         mean = mean + log_variance.exp() * (scale * gradient)
-        x = mean + (0.5 * log_variance).exp() * torch.randn(x.shape, generator=generator) if i else mean
+        x = (
+            mean + (0.5 * log_variance).exp() * torch.randn(x.shape, generator=generator)
+            if i
+            else mean
+        )
 
 # %% [markdown]
 # The result is the pipeline's image, to the last bit:
@@ -106,9 +133,16 @@ def draw(labels, scale, condition_unet):
 
 
 labels = [digit for digit in range(10) for _ in range(3)]
-rows = [(condition_unet, scale) for condition_unet in (False, True) for scale in (0.0, 1.0, 10.0)]
+rows = [
+    (condition_unet, scale)
+    for condition_unet in (False, True)
+    for scale in (0.0, 1.0, 10.0)
+]
 drawn = [draw(labels, scale, condition_unet) for condition_unet, scale in rows]
-names = [f"{'conditional' if condition_unet else 'unconditional'}, scale {scale:g}" for condition_unet, scale in rows]
+names = [
+    f"{'conditional' if condition_unet else 'unconditional'}, scale {scale:g}"
+    for condition_unet, scale in rows
+]
 
 # %%
 figure, axes = plt.subplots(len(rows), 1, figsize=(8, 2.2), layout="constrained")
@@ -136,7 +170,9 @@ def measure(images):
     small = torch.nn.functional.avg_pool2d(images, 2)
     right = judge(small, 0).logits.argmax(dim=1) == torch.tensor(labels)
     per_digit = images.reshape(10, 3, 32 * 32)  # (digits, images, pixels)
-    return right.float().mean().item(), torch.cdist(per_digit, per_digit).sum().item() / (10 * 3 * 2)
+    return right.float().mean().item(), torch.cdist(per_digit, per_digit).sum().item() / (
+        10 * 3 * 2
+    )
 
 
 print(f"{'UNet and guidance':<24}{'right':>8}{'variety':>9}")
