@@ -136,4 +136,4 @@ pipe = ClassifierGuidedPipeline.from_pretrained("my-model")
 
 # %% [markdown]
 # {doc}`/guides/sharing` uploads it to the Hub. Something went wrong? See {doc}`/guides/classifier_does_not_learn`,
-# {doc}`/guides/burnt_colours` and {doc}`/guides/few_images`.
+# {doc}`/guides/oversaturated_colours` and {doc}`/guides/few_images`.
