@@ -91,7 +91,7 @@ def plot(ax, run, name, label):
 plot(left, "unet", "simple", "UNet")
 plot(right, "classifier", "accuracy", "training images")
 plot(right, "classifier", "validation_accuracy", "held-out images")
-left.set(xlabel="step", ylabel="squared error of $x_0$", yscale="log")
+left.set(xlabel="step", ylabel="squared error of $x_0$", ylim=0)
 right.set(xlabel="step", ylabel="accuracy of the classifier", ylim=(0, 1))
 right.legend()
 plt.show()
