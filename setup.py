@@ -69,7 +69,7 @@ setup(
         "diffusers_adm.training": ["presets/*.yaml"],
     },
     install_requires=[
-        "accelerate>=1.1",
+        "accelerate>=1.10",
         "diffusers>=0.42.1",
         "huggingface_hub>=1.32",
         "numpy>=2.0",
