@@ -1,7 +1,7 @@
 """The command line: `diffusers-adm <command>`.
 
-A command's module builds its parser, and imports what it runs inside the function that runs it, so that the help and the errors of
-a command line need neither torch nor diffusers.
+The module of a command adds its options. It imports other modules only inside the function that runs the command. Therefore the help and
+the errors of a command line need neither torch nor diffusers.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from diffusers_adm.options import add_examples
 from diffusers_adm.quiet import hide_bars_in_logs
 
 
-# Module of each command, function that adds its options, function that runs it, purpose.
+# Module, function that adds the options, function that runs the command, and purpose of each command.
 COMMANDS = {
     "convert": (
         "commands.convert",
@@ -50,37 +50,37 @@ COMMANDS = {
         "evaluation.commands.sample",
         "add_sample_arguments",
         "sample",
-        "draw many images, on any number of processes; a run that was stopped goes on",
+        "draw many images on any number of processes, and continue an interrupted run",
     ),
     "evaluate": (
         "evaluation.commands.evaluate",
         "add_evaluate_arguments",
         "evaluate",
-        "FID, sFID, IS, precision and recall of samples against a reference",
+        "compare samples with a reference by FID, sFID, IS, precision and recall",
     ),
     "make-reference": (
         "evaluation.commands.make_reference",
         "add_reference_arguments",
         "make_reference",
-        "statistics of a dataset, for evaluate",
+        "compute the statistics of a dataset, for evaluate",
     ),
     "nll": (
         "evaluation.commands.nll",
         "add_likelihood_arguments",
         "nll",
-        "variational bound of a dataset in bits per dimension",
+        "compute the variational bound of a dataset in bits per dimension",
     ),
     "sweep": (
         "evaluation.commands.sweep",
         "add_sweep_arguments",
         "sweep",
-        "metrics of samples over guidance scales, steps, schedulers",
+        "compare guidance scales, steps and schedulers by the metrics of their samples",
     ),
     "page": (
         "page.command",
         "add_page_arguments",
         "serve_page",
-        "open a page that shows in a browser what guidance does",
+        "open a page in the browser that shows the effect of guidance",
     ),
 }
 
@@ -90,8 +90,8 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     Builds the parser of all commands. Each command sets `run` to its function.
 
     Args:
-        command_name: Name of the command that will be parsed. The options of the others are left out. `None` means all options of
-            all commands.
+        command_name: Name of the command that will be parsed. Other commands have no options then. `None` means all options of all
+            commands.
     """
     parser = CommandParser(
         prog="diffusers-adm",

@@ -1,4 +1,4 @@
-"""Conversion of published checkpoints to folders that diffusers loads."""
+"""Conversion of checkpoints of the original code to folders that diffusers loads."""
 
 from pathlib import Path
 
@@ -36,16 +36,16 @@ def convert_checkpoints(
         unet: File of a UNet or an upsampler.
         classifier: File of a classifier.
         flags: Model flags of the original command line.
-        released: Name of a released checkpoint, which is downloaded with the classifier that guides it, instead of files.
+        released: Name of a released checkpoint, instead of files. It is downloaded with the classifier that guides it.
         accept_license: Whether the restrictions of the license of the released checkpoint are accepted.
-        dtype: Data type of the weights. `None` keeps the stored one.
+        dtype: Data type of the weights. `None` keeps the stored data type.
         variant: Part of the names of the weight files.
 
     Returns:
         Name of the class that loads the folder.
 
     Raises:
-        ValueError: If the folder is in use, the variant is no name, or the checkpoints cannot be converted.
+        ValueError: If the folder is not empty, the variant is not valid, or the checkpoints cannot be converted.
         OSError: If the folder cannot be written.
     """
     check_variant(variant)
@@ -64,7 +64,7 @@ def convert_checkpoints(
                 if isinstance(model, torch.nn.Module):
                     cast_weights(model, getattr(torch, dtype))
         save_converted(converted, unfinished, variant=variant)
-        # The card of a released checkpoint has come with its folder.
+        # A released checkpoint already has its card, which was copied from its folder.
         changed = flags is not None or dtype is not None or variant is not None
         card = None if changed or released is not None else find_card(unet, classifier)
         if card is not None:
@@ -90,7 +90,7 @@ def load_checkpoints(
 
 
 def find_card(unet: Path | None, classifier: Path | None) -> ModelCard | None:
-    """Returns the card of files that are released checkpoints, or `None` for others."""
+    """Returns the card of files that are released checkpoints. Returns `None` for other files."""
     known = find_released(unet or classifier)
     guide = find_released(classifier) if unet else None
     return None if known is None or guide is not guiding_classifier(known) else released_card(known)

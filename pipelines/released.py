@@ -17,23 +17,24 @@ LOADERS = {"unet": ClassifierGuidedPipeline, "upsampler": ADMUpsamplePipeline, "
 
 
 def name_of_released(model: str | os.PathLike) -> str | None:
-    """Returns `NAME` of a model that is given as `released:NAME`. `None` for one that is given as a folder or a Hub id."""
+    """Returns `NAME` if a model is given as `released:NAME`. Returns `None` for a folder or a Hub id."""
     prefix, _, name = str(model).partition(":")
     return name if prefix.lower() == "released" and name else None
 
 
 def released_folder(name: str, kind: str) -> tuple[Path, str | None]:
     """
-    Returns the folder of a converted checkpoint, and the folder of its network in it. It is downloaded if it is not in the cache.
+    Returns the folder of a converted checkpoint, and the subfolder of its network. The checkpoint is downloaded if it is not in the
+    cache.
 
     Args:
-        name: Short name or name of the file.
-        kind: Kind that it must have: "unet", "upsampler" or "classifier".
+        name: Short name or file name.
+        kind: Expected kind: "unet", "upsampler" or "classifier".
 
     Raises:
-        ValueError: If there is no such checkpoint, it is of another kind, it cannot be converted, its license is not accepted, or
-            its file is another one.
-        OSError: If it cannot be downloaded or written.
+        ValueError: If no checkpoint has this name, it is of another kind, it cannot be converted, its license is not accepted, or the
+            downloaded file is not this checkpoint.
+        OSError: If the checkpoint cannot be downloaded or written.
     """
     released = released_checkpoint(name)
     if released.kind != kind:
@@ -52,19 +53,19 @@ def load_released(
     accept_license: bool = False,
 ) -> ClassifierGuidedPipeline | ADMUpsamplePipeline | NoisyClassifier:
     """
-    Loads a released checkpoint by the class of its kind. The arguments are those of a pipeline's `from_released`.
+    Loads a released checkpoint with the class of its kind. The arguments are those of a pipeline's `from_released`.
 
     Args:
-        name: Short name or name of the file.
+        name: Short name or file name.
         cache_dir: Folder of the cache.
-        local_files_only: Whether nothing must be downloaded.
+        local_files_only: Whether to use only files in the cache, without a download.
         dtype: Data type of the weights. `None` means float32.
         accept_license: Whether the restrictions of the checkpoint's license are accepted.
 
     Raises:
-        ValueError: If there is no such checkpoint, it cannot be converted, its license is not accepted, its file is another one,
-            or `dtype` is not a floating-point type.
-        OSError: If it cannot be downloaded or written.
+        ValueError: If no checkpoint has this name, it cannot be converted, its license is not accepted, the downloaded file is not
+            this checkpoint, or `dtype` is not a floating-point type.
+        OSError: If the checkpoint cannot be downloaded or written.
     """
     check_dtype(dtype)
     released = released_checkpoint(name)

@@ -20,19 +20,19 @@ from diffusers_adm.saved_folders import loading
 
 
 class SavingMixin:
-    """Loads and saves a `DiffusionPipeline` of this package together with the code of its classes."""
+    """Mixin that loads and saves a `DiffusionPipeline` together with the code of its classes."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        Loads a saved pipeline with the classes of this package. Code that is saved beside the weights is not run.
+        Loads a saved pipeline with the classes of this package. Code in the folder of the pipeline is not run.
 
         Args:
             pretrained_model_name_or_path: Folder, or id of a repository on the Hub.
             kwargs: Arguments of every pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
 
         Raises:
-            ValueError: If the pipeline or a component has another class, or their configs describe no pipeline.
+            ValueError: If the pipeline or a component has another class, or the configs do not describe a pipeline.
             OSError: If a file is missing or damaged.
         """
         kwargs.pop("trust_remote_code", None)  # ignored, because no code of the folder is run
@@ -52,21 +52,21 @@ class SavingMixin:
         accept_license: bool = False,
     ) -> Self:
         """
-        Loads a released checkpoint. At first it is downloaded, checked and converted, and later it comes from the cache.
+        Loads a released checkpoint. The first call downloads, checks and converts it. Later calls load it from the cache.
 
         Args:
-            name: Short name or name of the file, such as `"imagenet-256"`. `diffusers-adm released` lists all.
-            classifier: Whether to load the classifier that guides the published samples, where there is one.
-            cache_dir: Folder of the cache. The default is the folder `diffusers_adm` of the Hugging Face cache.
-            local_files_only: Whether nothing must be downloaded.
+            name: Short name, such as `"imagenet-256"`, or file name. `diffusers-adm released` lists all names.
+            classifier: Whether to also load the classifier that guides the published samples, if there is one.
+            cache_dir: Folder of the cache. `None` means the folder `diffusers_adm` in the Hugging Face cache.
+            local_files_only: Whether to use only files in the cache, without a download.
             dtype: Data type of the weights. `None` means float32, as in `from_pretrained`.
-            accept_license: Whether the restrictions of the checkpoint's license are accepted. A few checkpoints need it for
+            accept_license: Whether the restrictions of the checkpoint's license are accepted. A few checkpoints require this before
                 their download.
 
         Raises:
-            ValueError: If there is no such checkpoint, another class loads it, it cannot be converted, its license is not
-                accepted, its file is another one, or `dtype` is not a floating-point type.
-            OSError: If it cannot be downloaded or written.
+            ValueError: If no checkpoint has this name, another class loads it, it cannot be converted, its license is not accepted,
+                the downloaded file is not this checkpoint, or `dtype` is not a floating-point type.
+            OSError: If the checkpoint cannot be downloaded or written.
         """
         check_dtype(dtype)
         released = released_checkpoint(name)
@@ -91,7 +91,7 @@ class SavingMixin:
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """Loads the index of a saved pipeline, and points it to the installed classes of this package."""
+        """Loads the index of a saved pipeline. Its entries are changed to the installed classes of this package."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         as_installed(config, cls)
@@ -108,22 +108,22 @@ class SavingMixin:
         **kwargs,
     ) -> None:
         """
-        Saves the pipeline with the code of its classes, so that it loads without this package too:
-        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. The card of the folder or repository that the
-        pipeline was loaded from is copied. If there is none, a card is made from the config.
+        Saves the pipeline with the code of its classes. Users can then load it without this package:
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. If the pipeline was loaded from a folder or repository with
+        a card, the card is copied. Otherwise, a card is made from the config.
 
         Args:
-            save_directory: Folder to write. If it has a card, that is kept.
+            save_directory: Folder to write. If it has a card, the card is kept.
             safe_serialization: Whether to save weights as safetensors.
-            variant: Part of the weight files' names, such as `"fp16"`.
+            variant: Part of the names of the weight files, such as `"fp16"`.
             max_shard_size: Largest size of a weight file, such as `"5GB"`.
-            push_to_hub: Whether to upload the pipeline too, always as safetensors of the default size.
-            repo_id: Id of the repository. The default is the folder's name.
+            push_to_hub: Whether to also upload the pipeline, always as safetensors of the default size.
+            repo_id: Id of the repository. `None` means the name of the folder.
             kwargs: Other arguments of `push_to_hub`.
 
         Raises:
-            TypeError: If there are such arguments, but `push_to_hub` is `False`.
-            ValueError: If the variant cannot be a part of a file's name.
+            TypeError: If arguments of `push_to_hub` are given, but `push_to_hub` is `False`.
+            ValueError: If the variant cannot be part of a file name.
         """
         check_variant(variant)
         if kwargs and not push_to_hub:
@@ -145,16 +145,16 @@ class SavingMixin:
         revision: str | None = None,
     ) -> CommitInfo:
         """
-        Uploads the pipeline with its card (see `save_pretrained`) as one commit. The repository is created if it does not
-        exist. If it has a card, that is kept, and so are all its other files.
+        Uploads the pipeline with its card (see `save_pretrained`) in one commit. The repository is created if it does not exist. If the
+        repository has a card or other files, they are kept.
 
         Args:
             repo_id: Id of the repository, such as `"me/my-model"`.
-            commit_message: Message of the commit. The default is `"Upload"` and the name of the class.
+            commit_message: Message of the commit. `None` means `"Upload"` and the name of the class.
             private: Whether a new repository is private.
-            token: Token of the account. The default is that of `hf auth login`.
+            token: Token of the account. `None` means the token of `hf auth login`.
             create_pr: Whether to open a pull request instead of committing.
-            variant: Part of the weight files' names, such as `"fp16"`.
+            variant: Part of the names of the weight files, such as `"fp16"`.
             revision: Branch to commit to. It is created if it does not exist.
 
         Raises:

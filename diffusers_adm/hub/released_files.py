@@ -1,7 +1,7 @@
-"""Cache of the released checkpoints: files that were downloaded and checked, and the folders that they were converted to.
+"""Cache of released checkpoints: downloaded and checked files, and the folders of their conversion.
 
-The cache is the folder `diffusers_adm` of the Hugging Face cache, which `HF_HOME` moves. `files/NAME.pt` is a downloaded
-file, and `converted/NAME/DIGEST` what `from_pretrained` loads.
+The cache is the folder `diffusers_adm` in the Hugging Face cache. `HF_HOME` moves it. `files/NAME.pt` is a downloaded file, and
+`converted/NAME/DIGEST` is a folder that `from_pretrained` loads.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from diffusers_adm.saved_folders import read_config
 
 
 MIRROR_VARIABLE = "DIFFUSERS_ADM_MIRROR"
-# Raised whenever a conversion gives another folder than before.
+# Version of the conversion. Raise it when the conversion writes other folders than before.
 CONVERSION = 2
-# File of a converted folder: SHA-256 of the checkpoint, and a fingerprint of each file of the folder.
+# File in a converted folder with the SHA-256 of the checkpoint and a fingerprint of each file of the folder.
 RECORD_FILE = "conversion.json"
 # Largest download of a checkpoint of unknown size.
 MOST_BYTES = 2**36
@@ -45,19 +45,19 @@ def converted_folder(
     accept_license: bool = False,
 ) -> Path:
     """
-    Returns the folder of a converted checkpoint. It is downloaded, checked and converted if it is not in the cache, or is damaged
-    there. Folders of the checkpoint that other versions of this package converted are removed.
+    Returns the folder of a converted checkpoint. If it is missing in the cache or damaged, the checkpoint is downloaded, checked and
+    converted. Folders of the same checkpoint from other versions of this package are removed.
 
     Args:
         released: Checkpoint.
-        convert: Function that makes a pipeline or a model of its file.
-        cache_dir: Folder of the cache. `None` means that of all checkpoints, see above.
-        local_files_only: Whether nothing must be downloaded.
+        convert: Function that converts the file of the checkpoint to a pipeline or a model.
+        cache_dir: Folder of the cache. `None` means the default cache, see the docstring of this module.
+        local_files_only: Whether to use only files in the cache, without a download.
         accept_license: Whether the restrictions of the license are accepted.
 
     Raises:
-        ValueError: If the checkpoint cannot be converted, its license is not accepted, or the file is another one.
-        OSError: If it cannot be downloaded or written.
+        ValueError: If the checkpoint cannot be converted, its license is not accepted, or the file is not this checkpoint.
+        OSError: If the checkpoint cannot be downloaded or written.
     """
     if released.unsupported is not None:
         raise ValueError(f"{released.name} cannot be converted, because {released.unsupported}.")
@@ -86,14 +86,14 @@ def converted_folder(
 
 
 def _conversion_digest(released: ReleasedCheckpoint) -> str:
-    """Returns a digest of all that changes the weights and configs of a converted folder."""
+    """Returns a digest of everything that affects the weights and configs of a converted folder."""
     row = (released.kind, released.flags, released.imagenet_labels, released.guidance_scale)
     content = (CONVERSION, *row, released.timestep_respacing, released.layout, released.sha256)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    """Returns the size and a digest of the beginning of each file, which is quick and covers configs and headers of weights."""
+    """Returns the size and a digest of the beginning of each file. This is quick, and covers configs and headers of weights."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: _fingerprint(path) for name, path in files.items() if name != RECORD_FILE}
 
@@ -149,19 +149,19 @@ def _check_room(released: ReleasedCheckpoint, file: Path) -> None:
 
 
 def address_of(released: ReleasedCheckpoint) -> str:
-    """Returns the address to download a checkpoint from: its own, or that of the mirror which the environment names."""
+    """Returns the address from which a checkpoint is downloaded. An environment variable can name a mirror."""
     mirror = os.environ.get(MIRROR_VARIABLE)
     return f"{mirror.rstrip('/')}/{released.file}" if mirror else released.url
 
 
 def _part_of(released: ReleasedCheckpoint, file: Path) -> Path:
-    # Named by the address, so that parts of two sources are never mixed.
+    # The name depends on the address, so that parts from two sources are never mixed.
     return file.with_name(f"{file.name}.{hashlib.sha256(address_of(released).encode()).hexdigest()[:8]}.part")
 
 
 def download_file(released: ReleasedCheckpoint, file: Path) -> str:
     """
-    Downloads a checkpoint, and checks it before it takes its place. A download that was interrupted is resumed.
+    Downloads a checkpoint under a temporary name, checks it, and renames it. An interrupted download is resumed.
 
     Args:
         released: Checkpoint.
@@ -171,8 +171,8 @@ def download_file(released: ReleasedCheckpoint, file: Path) -> str:
         SHA-256 of the file.
 
     Raises:
-        ValueError: If the downloaded file is another one.
-        OSError: If it cannot be downloaded or written.
+        ValueError: If the downloaded file is not this checkpoint.
+        OSError: If the file cannot be downloaded or written.
     """
     address, part = address_of(released), _part_of(released, file)
     try:
@@ -187,7 +187,7 @@ def download_file(released: ReleasedCheckpoint, file: Path) -> str:
         _remove(part)
         raise
     except Exception as error:  # errors of the clients behind huggingface_hub have no class in common
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
             _remove(part)
             raise OSError(error.errno, error.strerror, str(file)) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -207,18 +207,18 @@ def _remove(part: Path) -> None:
 
 def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> str:
     """
-    Checks that a file is a certain released checkpoint, by its SHA-256 and by the names and shapes of its tensors.
+    Checks that a file is a released checkpoint, by its SHA-256 and by the names and shapes of its tensors.
 
     Args:
         file: File to check.
-        released: Checkpoint that it should be.
-        source: Path or address of the file, for the message.
+        released: Expected checkpoint.
+        source: Path or address of the file, for error messages.
 
     Returns:
         SHA-256 of the file.
 
     Raises:
-        ValueError: If it is another file, damaged, or holds code.
+        ValueError: If the file is not this checkpoint, is damaged, or holds code.
     """
     with file.open("rb") as stream:
         kind = other_kind_of_file(stream.read(100))

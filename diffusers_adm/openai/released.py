@@ -16,7 +16,7 @@ from diffusers_adm.openai.released_guided import GUIDED_DIFFUSION
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 
 
-# The checkpoints of the paper, by file.
+# Checkpoints of the paper, by file name.
 RELEASED_CHECKPOINTS = {released.file: released for released in GUIDED_DIFFUSION}
 # All checkpoints, by short name.
 RELEASED_BY_NAME = {
@@ -28,15 +28,15 @@ RELEASED_KINDS = ("unet", "upsampler", "classifier")
 
 def register_released(released: ReleasedCheckpoint) -> None:
     """
-    Adds a checkpoint to those that are found by name, for the rest of the process.
+    Registers a checkpoint in this process, so that it is found by name.
 
     Raises:
-        ValueError: If the name is that of another checkpoint or cannot be one, the file is that of another one, its flags are
-            not known, or there is no such kind or no such classifier.
+        ValueError: If the name or the file belongs to another checkpoint, or if the name, a flag, the kind or the classifier is not
+            valid.
     """
     if RELEASED_BY_NAME.get(released.name) == released:
         return
-    # It names files of the cache, where it must not lead to another folder.
+    # The cache has files of this name, so the name must not lead to another folder.
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", released.name):
         raise ValueError(
             f"`name` must be lower-case letters and digits, joined by single hyphens, but got {released.name!r}."
@@ -69,10 +69,10 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
     Returns a released checkpoint.
 
     Args:
-        name: Short name or name of the file. Upper and lower case, `-` and `_` make no difference.
+        name: Short name or file name. Case does not matter, and `-` equals `_`.
 
     Raises:
-        ValueError: If there is no checkpoint of this name. The message names the nearest ones.
+        ValueError: If no checkpoint has this name. The message lists similar names.
     """
     known = _rows_by_plain_name()
     if not isinstance(name, str):
@@ -88,8 +88,8 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
 
 def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
     """
-    Returns the released checkpoint that a path names by its file, or by a file of its short name. `None` for other paths
-    and for state dicts.
+    Returns the released checkpoint whose file name or short name is the file name of a path. Returns `None` for other paths and for
+    state dicts.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         return None
@@ -99,7 +99,7 @@ def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
 
 
 def guiding_classifier(unet: ReleasedCheckpoint) -> ReleasedCheckpoint | None:
-    """Returns the classifier that guides a UNet's published samples. `None` if they are not guided."""
+    """Returns the classifier that guides the published samples of a UNet. Returns `None` if they are not guided."""
     return None if unet.guided_by is None else RELEASED_BY_NAME[unet.guided_by]
 
 
