@@ -30,6 +30,7 @@ THEME = gr.themes.Default(
 CSS = """
 .pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }
 .pixelated .grid-wrap img { padding-top: 0; }
+.pixelated .grid-container { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)) !important; }
 """
 MAX_UPLOAD = 5 * 10**6  # bytes
 MAX_REQUEST = 6 * 10**6
