@@ -60,7 +60,7 @@ def cosine_pipeline(scheduler_class: type):
 
 
 @pytest.mark.parametrize("scheduler_class", FAST, ids=lambda scheduler: scheduler.__name__)
-def test_fast_solvers_do_not_burn_images_of_the_cosine_schedule(scheduler_class):
+def test_fast_solvers_do_not_oversaturate_images_of_the_cosine_schedule(scheduler_class):
     pipeline = cosine_pipeline(scheduler_class)
     steps = 50 if scheduler_class in NEED_STEPS else 10
     unguided = share_of_extremes(pipeline, 0.0, num_inference_steps=steps)
