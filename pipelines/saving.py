@@ -45,7 +45,7 @@ class SavingMixin:
     def from_released(
         cls,
         name: str,
-        classifier: bool = True,
+        classifier: bool | str = True,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
@@ -56,7 +56,8 @@ class SavingMixin:
 
         Args:
             name: Short name, such as `"imagenet-256"`, or file name. `diffusers-adm released` lists all names.
-            classifier: Whether to also load the classifier that guides the published samples, if there is one.
+            classifier: Whether to also load the classifier that guides the published samples, if there is one. The name of a
+                released classifier loads that one instead.
             cache_dir: Folder of the cache. `None` means the folder `diffusers_adm` in the Hugging Face cache.
             local_files_only: Whether to use only files in the cache, without a download.
             dtype: Data type of the weights. `None` means float32, as in `from_pretrained`.
@@ -71,19 +72,24 @@ class SavingMixin:
         check_dtype(dtype)
         released = released_checkpoint(name)
         if released.kind == "classifier":
-            raise ValueError(f"{released.name} is a classifier, which draws no images: choose the name of a UNet.")
+            raise ValueError(
+                f"{released.name} is a classifier, which draws no images: choose the name of a UNet, and"
+                f" pass classifier={released.name!r} to guide it."
+            )
         own = next(base for base in cls.__mro__ if base.__name__ in SAVED_CLASSES)
         needed = CLASS_NAMES[released.kind]
         if own.__name__ != needed:
             raise OtherPipelineError(f"{released.name} is loaded by {needed}, not by {own.__name__}.")
+        guiding = released_checkpoint(classifier) if isinstance(classifier, str) else guiding_classifier(released)
+        if isinstance(classifier, str) and guiding.kind != "classifier":
+            raise ValueError(f"`classifier` must be the name of a released classifier, but got {classifier!r}.")
         cache = {
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
             "accept_license": accept_license,
         }
         folder = converted_folder(released, own.from_openai, **cache)
-        guiding = guiding_classifier(released) if classifier else None
-        if guiding is None:
+        if guiding is None or not classifier:
             return cls.from_pretrained(folder, dtype=dtype)
         guiding_folder = converted_folder(guiding, NoisyClassifier.from_openai, **cache)
         network = NoisyClassifier.from_pretrained(guiding_folder, dtype=dtype)

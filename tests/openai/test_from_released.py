@@ -53,6 +53,16 @@ def test_classifier_is_left_out_and_weights_are_cast(server, tmp_path):
     assert ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet.dtype == torch.float32
 
 
+def test_classifier_is_chosen_by_name(server, tmp_path):
+    add("tiny-alone", server)
+    assert ClassifierGuidedPipeline.from_released("tiny-alone", cache_dir=tmp_path).classifier is None
+    guided = ClassifierGuidedPipeline.from_released("tiny-alone", classifier="Tiny_classifier", cache_dir=tmp_path)
+    expected = ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path).classifier.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in guided.classifier.state_dict().items())
+    with pytest.raises(ValueError, match="`classifier` must be the name of a released classifier, but got 'tiny'"):
+        ClassifierGuidedPipeline.from_released("tiny-alone", classifier="tiny", cache_dir=tmp_path)
+
+
 def test_cache_is_below_that_of_hugging_face(server, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     ClassifierGuidedPipeline.from_released("tiny", classifier=False)
