@@ -17,6 +17,8 @@ from diffusers_adm.training.options import TrainingOptions
 
 
 Options = TypeVar("Options", bound=TrainingOptions)
+# Options that name the model that training starts from.
+START_OPTIONS = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretrained_flags")
 
 
 def parse(
@@ -52,11 +54,31 @@ def parse(
 
 def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
     """
-    Returns the options of the preset and of the configuration file that a command line names, as words of a command line.
+    Returns the options of the preset and of the configuration file that a command line names, as words of a command line. If nothing
+    says the architecture, they begin with the options of the model that training starts from.
 
     Raises:
-        ValueError: If a file is not a table of the script's options.
+        ValueError: If a file is not a table of the script's options, or the model to start from cannot be read.
     """
+    words = _preset_and_config_words(options, argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("model_channels", "resolution", *START_OPTIONS):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("-h", "--help", action="store_true")
+    given, _ = parser.parse_known_args([*words, *argv])
+    if given.pretrained_model_name_or_path is None or given.model_channels is not None or given.help:
+        return words
+    from diffusers_adm.training.pretrained_options import options_of_pretrained  # slow to import
+
+    known = options_of(options)
+    kind = "classifier" if "pool" in known else "upsampler" if "low_resolution" in known else "unet"
+    start = [getattr(given, name) for name in START_OPTIONS]
+    resolution = int(given.resolution) if (given.resolution or "").isdecimal() else None
+    table = options_of_pretrained(kind, *start, resolution)
+    return as_words(options, yaml.safe_dump(table), f"--pretrained_model_name_or_path {start[0]}") + words
+
+
+def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=options_of(options)["preset"].choices)
     parser.add_argument("--config", type=Path)

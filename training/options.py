@@ -115,7 +115,8 @@ class ArchitectureOptions:
     pretrained_model_name_or_path: str | None = option(
         None,
         help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, or a .pt file of the original code."
-        " Its architecture must be the same, but classes, channels and resolution may differ.",
+        " Without --preset and --model_channels, architecture, resolution and noise schedule are those of the model. Classes,"
+        " channels and resolution may differ.",
         unset="random weights",
         metavar="NAME_OR_PATH",
         resumable=True,

@@ -7,7 +7,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
 
-from diffusers_adm.models import NoisyClassifier
+from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.training.options import ArchitectureOptions
 
@@ -24,6 +24,13 @@ CHANNEL_WEIGHTS = {"encoder.conv_in.weight": 1, "conv_out.weight": 0, "conv_out.
 # Layers that depend on classes or channels. They are trained whole, because an adapter cannot train a layer that begins at random.
 WHOLE_LAYERS = ("class_embedding", "encoder.conv_in", "conv_out", "pooling")
 ADAPTER_FOLDER = "lora"
+
+
+def kind_of(model: ModelMixin) -> str:
+    """Returns the kind of a model: "unet", "upsampler" or "classifier"."""
+    if isinstance(model, NoisyClassifier):
+        return "classifier"
+    return "upsampler" if model.config.low_res_conditioning else "unet"
 
 
 def start_from_pretrained(model: ModelMixin, options: ArchitectureOptions) -> None:
@@ -62,7 +69,7 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         ValueError: If the models differ in other options than classes, channels and resolution, or the pretrained model cannot be
             loaded.
     """
-    pretrained = read_pretrained(model, name, subfolder, flags)
+    pretrained = read_pretrained(kind_of(model), name, subfolder, flags)
     # Both configs go through JSON, which turns tuples into lists, because a saved config has gone through it.
     ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
     # Resolutions are in pixels of the image, so the same layers have other values at another sample size.
@@ -79,7 +86,10 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         )
     if differing - CLASS_OPTIONS - SIZE_OPTIONS:
         pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
-        raise ValueError(f"--pretrained_model_name_or_path {name} has another architecture: {pairs}.")
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} has another architecture: {pairs}. Leave out --preset and all options of the"
+            " architecture: their defaults are those of the model."
+        )
     pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
     random_keys = copy_weights(model, pretrained)
     if random_keys:
@@ -90,12 +100,12 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         )
 
 
-def read_pretrained(model: ModelMixin, name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
+def read_pretrained(kind: str, name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
     """
     Loads the pretrained model from which training starts.
 
     Args:
-        model: Model to train.
+        kind: Kind of the model to train: "unet", "upsampler" or "classifier".
         name: Name or path, see `load_pretrained`.
         subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
         flags: Model flags of the original command line, for a file.
@@ -103,7 +113,8 @@ def read_pretrained(model: ModelMixin, name: str, subfolder: str | None, flags: 
     Raises:
         ValueError: If the model cannot be loaded.
     """
-    model_class, is_classifier = type(model), isinstance(model, NoisyClassifier)
+    is_classifier = kind == "classifier"
+    model_class = NoisyClassifier if is_classifier else ADMUNet2DModel
     if Path(name).is_file():
         return model_class.from_openai(name, flags)
     if flags is not None:
@@ -113,8 +124,6 @@ def read_pretrained(model: ModelMixin, name: str, subfolder: str | None, flags: 
             raise ValueError(
                 f"--pretrained_subfolder requires a folder or Hub id, but the model is {name}. Leave it out."
             )
-        upsamples = not is_classifier and model.config.low_res_conditioning
-        kind = "classifier" if is_classifier else "upsampler" if upsamples else "unet"
         place, subfolder = released_folder(released, kind)
         return model_class.from_pretrained(place, subfolder=subfolder)
     if subfolder is None and is_pipeline(name):

@@ -28,6 +28,7 @@ from diffusers_adm.training.objective import Objective
 from diffusers_adm.training.options import AverageOptions, TrainingOptions
 from diffusers_adm.training.plan import describe_run
 from diffusers_adm.training.pretrained import add_adapter, start_from_pretrained
+from diffusers_adm.training.pretrained_options import warn_of_another_schedule
 from diffusers_adm.training.run_folder import set_aside_earlier_run
 from diffusers_adm.training.schedule import Schedule
 from diffusers_adm.training.setup import (
@@ -80,6 +81,7 @@ class Trainer:
             self.checkpointer.check(checkpoint, images)
         else:
             start_from_pretrained(model, options.architecture)
+            warn_of_another_schedule(model, options)
         add_adapter(model, options.architecture.lora_rank)
         prepare_model(model, options, accelerator)
         optimizer = build_optimizer(model, optimisation, scaled=accelerator.scaler is not None)

@@ -1,0 +1,101 @@
+"""Options of a run that follow from the model that training starts from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from diffusers import DDPMScheduler, ModelMixin
+
+from diffusers_adm.choices import BETA_SCHEDULES
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
+from diffusers_adm.pipelines.released import name_of_released, released_folder
+from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.training.pretrained import kind_of, read_pretrained
+
+
+logger = get_logger(__name__)
+
+# Options that have the names of entries of a model's config.
+SAME_NAMES = (
+    "model_channels",
+    "channel_mult",
+    "layers_per_block",
+    "attention_resolutions",
+    "attention_head_dim",
+    "num_attention_heads",
+    "norm_num_groups",
+    "resnet_time_scale_shift",
+    "output_scale_factor",
+    "timestep_scale",
+)
+
+
+def options_of_pretrained(
+    kind: str, name: str, subfolder: str | None = None, flags: str | None = None, resolution: int | None = None
+) -> dict[str, Any]:
+    """
+    Returns the options of a run that follow from the pretrained model: architecture, resolution, prediction and noise schedule.
+
+    Args:
+        kind: Kind of the model to train: "unet", "upsampler" or "classifier".
+        name: Name or path, see `load_pretrained`.
+        subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
+        flags: Model flags of the original command line, for a file.
+        resolution: Resolution to train at, in pixels. `None` means that of the model.
+
+    Raises:
+        ValueError: If the model cannot be loaded.
+    """
+    # The config goes through JSON, which turns tuples into lists, because a table in YAML has lists.
+    config = json.loads(read_pretrained(kind, name, subfolder, flags).to_json_string())
+    options = {option: config[option] for option in SAME_NAMES} | {"resample_type": config["downsample_type"]}
+    if resolution is None:
+        options["resolution"] = config["sample_size"]
+    else:
+        pixels = config["attention_resolutions"]
+        options["attention_resolutions"] = [size * resolution // config["sample_size"] for size in pixels]
+    if kind == "classifier":
+        return options | {"pool": config["pool"], **schedule_options(config)}
+    options["learn_sigma"] = config["out_channels"] == 2 * config["in_channels"]
+    if config["preconditioning"] is not None:
+        levels = {level: config[level] for level in ("sigma_data", "sigma_min", "sigma_max")}
+        return options | levels | {"preconditioning": "edm"}
+    noise = read_noise_config(kind, name, subfolder, flags)
+    return options | schedule_options(noise) | {"prediction_type": noise.get("prediction_type")}
+
+
+def schedule_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of the noise schedule in the config of a scheduler or a classifier. Unknown ones are `None`."""
+    names = {value: name for name, value in BETA_SCHEDULES.items()}
+    return {
+        "noise_schedule": names.get(config.get("beta_schedule")),
+        "num_train_timesteps": config.get("num_train_timesteps"),
+    }
+
+
+def read_noise_config(kind: str, name: str, subfolder: str | None, flags: str | None) -> dict[str, Any]:
+    """Returns the config that has the noise schedule of a pretrained model. It is empty for a UNet without a scheduler."""
+    if kind == "classifier":
+        return dict(read_pretrained(kind, name, subfolder, flags).config)
+    if Path(name).is_file():
+        return dict(PublishedCheckpoint(name, flags).scheduler().config)
+    released = name_of_released(name)
+    place = name if released is None else released_folder(released, kind)[0]
+    try:
+        return DDPMScheduler.load_config(place, subfolder="scheduler")
+    except OSError:  # a UNet that is saved alone
+        return {}
+
+
+def warn_of_another_schedule(model: ModelMixin, options: TrainingOptions) -> None:
+    """Warns if the pretrained model of a run was trained with another noise schedule than the run has."""
+    start = options.architecture
+    name = start.pretrained_model_name_or_path
+    if name is None or model.config.get("preconditioning") is not None:
+        return
+    noise = read_noise_config(kind_of(model), name, start.pretrained_subfolder, start.pretrained_flags)
+    for option, theirs in schedule_options(noise).items():
+        ours = getattr(options.diffusion, option)
+        if theirs not in (None, ours):
+            logger.warning("%s was trained with --%s %s, but this run has %s.", name, option, theirs, ours)
