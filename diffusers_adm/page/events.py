@@ -73,4 +73,6 @@ class RunButtons:
         run = reporting_errors(function)
         running = [self.run.click(run, inputs, outputs, api_name=api_name, **SAMPLING)]
         running += [listen(run, inputs, outputs, api_visibility="private", **SAMPLING) for listen in also]
-        self.stop.click(None, cancels=running, api_visibility="private")
+        status = [output for output in outputs if isinstance(output, gr.Markdown)]
+        say = (lambda: "Stopped.") if status else None
+        self.stop.click(say, None, status, cancels=running, queue=False, api_visibility="private")

@@ -180,7 +180,7 @@ def test_uploaded_picture_is_made_a_counterfactual(page, pipeline, tmp_path):
     image.resize((256, 256), Image.Resampling.NEAREST).save(tmp_path / "digit.png")
     panel = open_tab(page, "Edit")
     with page.expect_file_chooser() as chooser:
-        panel.get_by_role("button", name="Image", exact=True).first.click()
+        panel.get_by_role("button", name="Clear canvas").first.click()
         panel.get_by_role("button", name="Upload", exact=True).first.click()
     chooser.value.set_files(tmp_path / "digit.png")
     page.get_by_role("tab", name="Counterfactual").click()
@@ -227,6 +227,7 @@ def test_stopped_run_makes_room_for_the_next(page):
     status = panel.locator(".prose.status").filter(visible=True)
     expect(status).to_contain_text("A: step 2 of 250")
     panel.get_by_role("button", name="Stop").click()
+    expect(status).to_have_text("Stopped.")
     for side in "AB":
         panel.get_by_role("spinbutton", name=f"Steps of {side}").fill("2")
     press(panel, "Compare")
