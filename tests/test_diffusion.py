@@ -103,7 +103,7 @@ def test_strides_are_added_up_not_multiplied(steps, place, timestep):
     "respacing", ["ddim7.5", "ddim999", "1001", "400,400,400", "0", "abc", "10,", "-5", "ddim", "1e2", "10;20"]
 )
 def test_impossible_respacing_is_refused(respacing):
-    with pytest.raises(ValueError, match="`timestep_respacing` must"):
+    with pytest.raises(ValueError, match="`timestep_respacing`"):
         respaced_timesteps(respacing, 1000)
 
 

@@ -15,14 +15,15 @@ class ExportOptions:
     output: Path = option(metavar="DIR", help="Folder to write. It must be new or empty.")
     model: str | None = option(
         None,
-        help="Folder or Hub id of a pipeline or network, or released:NAME of a released checkpoint. By default the pipeline of"
-        " digits that ships with this package.",
+        metavar="MODEL",
+        help="Folder or Hub id of a pipeline or network, or released:NAME of a released checkpoint.",
+        unset="the pipeline of digits that ships with this package",
     )
     subfolder: str | None = option(
-        None, choices=("unet", "classifier"), help="Network of a pipeline. By default its UNet."
+        None, choices=("unet", "classifier"), help="Network of a pipeline.", unset="the UNet"
     )
-    revision: str | None = option(None, help="Branch, tag or commit on the Hub.")
-    variant: str | None = option(None, help="Variant of the weight files, such as fp16.")
+    revision: str | None = option(None, metavar="NAME", help="Branch, tag or commit on the Hub.", unset="main")
+    variant: str | None = option(None, metavar="NAME", help="Variant of the weight files, such as fp16.")
     format: str = option(
         "onnx", choices=tuple(EXPORT_FILES), help="Kind of file: model.onnx, or model.pt2 of torch.export."
     )
@@ -33,7 +34,7 @@ class ExportOptions:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `export`."""
-    add_options(parser, ExportOptions)
+    add_options(parser, ExportOptions, title="export")
     add_examples(
         parser,
         "diffusers-adm export --output digits-onnx",

@@ -184,5 +184,5 @@ def test_depth_that_shapes_leave_open_comes_from_the_flag():
     assert (read.layers_per_block, read.channel_mult) == (3, (1, 1, 1))
     assert NoisyClassifier.from_openai(published, flags).config.layers_per_block == 2  # the published default
     assert NoisyClassifier.from_openai(published, f"{flags} --channel_mult 1,1,1").config.layers_per_block == 3
-    with pytest.raises(ValueError, match="classifier_depth 4"):
+    with pytest.raises(ValueError, match="--classifier_depth must be one of .*, but got 4"):
         NoisyClassifier.from_openai(published, f"{flags} --classifier_depth 4")

@@ -90,5 +90,5 @@ def test_pipeline_declares_what_diffusers_reads():
     assert issubclass(ClassifierGuidedPipeline, DiffusionPipeline)
     assert ClassifierGuidedPipeline._optional_components == ["classifier"]
     assert ClassifierGuidedPipeline.model_cpu_offload_seq.split("->") == ["unet", "classifier"]
-    assert ClassifierGuidedPipeline._callback_tensor_inputs == ["latents", "x_0", "gradient"]
+    assert ClassifierGuidedPipeline._callback_tensor_inputs == ["latents", "x_0", "gradient", "log_probabilities"]
     assert tiny_pipeline(with_classifier=False).classifier is None

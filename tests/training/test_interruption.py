@@ -186,7 +186,7 @@ def test_asked_to_stop_it_saves_and_leaves_quietly(moment, dataset, tmp_path):
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert f"saved checkpoint-{step}" in out
+    assert f"saving checkpoint-{step}" in out
     assert not sampling or step == 3
     run(train_unet, dataset, tmp_path, step + 2, "--num_validation_images", "2")
     assert (tmp_path / "samples" / f"step-{step + 2}.png").exists()
