@@ -291,7 +291,7 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
         (("convert", "--released", "bound", *output), "bound is for non-commercial use"),
         (("convert", "--released", "tiny", "--unet", "a.pt", *output), "leave out --unet"),
         (("sample", "--model", "released:bound", *output), "accept it by"),
-        (("sample", "--model", "released:tiny-classifier", *output), "draws no images: choose the name of a UNet."),
+        (("sample", "--model", "released:tiny-classifier", *output), "draws no images: choose the name of a UNet"),
         (
             ("sample", "--model", "released:tiny", "--variant", "fp16", *output),
             "--revision and --variant require a saved",
