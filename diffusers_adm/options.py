@@ -111,7 +111,7 @@ def option(
         parse: Function that parses a word, instead of the type of the annotation.
         check: Condition on values that are not `None`.
         negatable: Whether a switch that is off by default has a `--no-` form. Switches that are on by default always have it.
-        unset: Meaning of the default `None`, which the help shows.
+        unset: Meaning of the default `None`, or of an empty text, which the help shows.
         notes: Further facts for the code that uses the options.
     """
     info = OptionInfo(default, help, choices, metavar, parse, check, negatable or default is True, unset, notes)
@@ -197,7 +197,7 @@ def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
         words["type"] = info.parse or (text_as(kind) if kind in (str, Path) and default != "" else kind)
         words["choices"] = info.choices
         words["metavar"] = info.metavar or (None if info.choices else metavar)
-    shown = "Required." if required else f"Default: {info.unset if default is None else _as_text(default)}."
+    shown = "Required." if required else f"Default: {info.unset if default in (None, '') else _as_text(default)}."
     target.add_argument(f"--{name}", help=f"{info.help} {shown}".replace("%", "%%"), **words)
 
 

@@ -1,7 +1,8 @@
-"""Help of every command, training script and benchmark: groups, types, defaults and examples of all options."""
+"""Help of every command, training script, benchmark and example: groups, types, defaults and examples of all options."""
 
 import argparse
 import importlib
+import re
 import shlex
 
 import pytest
@@ -18,7 +19,11 @@ BENCHMARKS = {
     f"python -m diffusers_adm.benchmarks.{name}": f"diffusers_adm.benchmarks.{name}"
     for name in ("metrics", "overhead", "sampling", "step", "training")
 }
-MODULES = SCRIPTS | BENCHMARKS
+EXAMPLES = {
+    f"python -m diffusers_adm.examples.{name}": f"diffusers_adm.examples.{name}"
+    for name in ("ddnm", "dps", "repaint", "symmetry")
+}
+MODULES = SCRIPTS | BENCHMARKS | EXAMPLES
 
 
 def parser_of(program: str) -> argparse.ArgumentParser:
@@ -47,7 +52,7 @@ def test_each_option_has_a_heading_a_type_and_a_default(program):
             text = action.help % vars(action)
             assert text.endswith(".") and text[0].isupper(), f"{name}: {text}"
             end = text.rpartition(". ")[2]
-            assert end == "Required." if action.required else end.startswith("Default: "), f"{name}: {text}"
+            assert end == "Required." if action.required else re.match(r"Default: .+\.", end), f"{name}: {text}"
             assert text.count("efault: ") == (not action.required), f"{name}: {text}"
 
 

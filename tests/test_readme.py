@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from argparse import ArgumentParser
 from collections.abc import Callable
+from importlib.metadata import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tiny_models import tiny_classifier, tiny_pipeline
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.hub.cards import card_name
 from diffusers_adm.openai.flags import parse_flags
-from diffusers_adm.openai.released import RELEASED_CHECKPOINTS
+from diffusers_adm.openai.released import RELEASED_BY_NAME, RELEASED_CHECKPOINTS
 
 
 def files_of_training() -> dict:
@@ -181,6 +182,21 @@ def test_links_and_pictures_exist(document):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert missing == []
+
+
+def test_readme_counts_the_released_checkpoints():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    usable = [released for released in RELEASED_BY_NAME.values() if not released.unsupported]
+    assert f"lists {len(RELEASED_BY_NAME)} checkpoints" in text
+    assert f"| 15, and {len(usable) - 15} of its family |" in text
+
+
+def test_every_extra_is_listed():
+    extras = set(metadata("diffusers-adm").get_all("Provides-Extra"))
+    listed = re.findall(
+        r"^\| `\[([\w-]+)\]` \|", (ROOT / "docs" / "get_started.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert extras == set(listed)
 
 
 def test_readme_is_short():

@@ -44,6 +44,12 @@ def test_help_imports_no_slow_package(words):
     assert text.startswith("usage: ") and not SLOW & set(imported.split())
 
 
+def test_released_checkpoints_are_listed_without_a_slow_package():
+    code = "import sys; from diffusers_adm.cli import main\nassert main(['released']) == 0\nprint('imported:', *sys.modules)"
+    text, _, imported = run_python(code).partition("imported:")
+    assert "imagenet-256" in text and not SLOW & set(imported.split())
+
+
 def test_wrong_options_are_refused_before_anything_slow_is_imported():
     code = "import sys; from diffusers_adm.cli import main\nassert main(['convert', '--output', 'x']) == 2\nprint(*sys.modules)"
     assert not SLOW & set(run_python(code).split())

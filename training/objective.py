@@ -11,7 +11,8 @@ from torch import nn
 
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import classifier_loss, edm_loss, hybrid_loss, vlb_loss
-from diffusers_adm.openai.flags import Flags, build_scheduler, build_sigma_scheduler
+from diffusers_adm.openai.flags import Flags
+from diffusers_adm.openai.schedulers import build_scheduler, build_sigma_scheduler
 from diffusers_adm.training.objective_options import ObjectiveOptions
 from diffusers_adm.training.options import DiffusionOptions, UNetTrainingOptions
 from diffusers_adm.training.timestep_sampling import SAMPLERS

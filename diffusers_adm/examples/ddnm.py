@@ -3,11 +3,13 @@
 At each step, the predicted x_0 is corrected so that it shrinks exactly to the small image.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from diffusers_adm.command_line import run_command
 from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
 
 
@@ -49,10 +51,15 @@ def super_resolve(pipeline, small: torch.Tensor, steps: int, **call) -> torch.Te
     return draw(pipeline, len(small), num_inference_steps=steps, eta=0.85, x_0_fn=agreeing_with(small), **call)
 
 
-if __name__ == "__main__":
-    args = parse_arguments(__doc__, steps=50)
+def main() -> None:
+    """Enlarges small digits, and writes a picture of them."""
+    args = parse_arguments("ddnm", __doc__)
     pipeline, whole = quiet_pipeline(ddim=True), true_digits(args.digits)
     small = shrink(whole)
     drawn = super_resolve(pipeline, small, args.steps)
     print(f"Mean absolute error after shrinking: {(shrink(drawn) - small).abs().mean():.4f}")
     save_rows(pipeline, {"whole": whole, "8x8 pixels": enlarge(small), "enlarged": drawn}, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("ddnm", main))

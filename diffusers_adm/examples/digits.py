@@ -1,24 +1,45 @@
 """Functions that the examples share: their options, their digits and their pictures."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_model
+from diffusers_adm.command_line import CommandParser
 from diffusers_adm.data.grids import labelled_grid
+from diffusers_adm.options import add_examples, add_options, at_least, build_options, in_range, option
 
 
-def parse_arguments(description: str, steps: int) -> argparse.Namespace:
-    """Parses the options of an example: `--output`, `--steps` and `--digits`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--output", type=Path, default=Path("example.png"), help="Picture to write. Default: %(default)s."
+@dataclass(frozen=True)
+class ExampleOptions:
+    """Options of an example."""
+
+    output: Path = option(
+        Path("example.png"), metavar="FILE", help="Picture to write, such as digits.png or digits.jpg."
     )
-    parser.add_argument("--steps", type=int, default=steps, help="Number of sampling steps. Default: %(default)s.")
-    parser.add_argument("--digits", type=int, default=10, help="Number of digits, at most 10. Default: %(default)s.")
-    return parser.parse_args()
+    steps: int = option(50, help="Number of sampling steps.", check=at_least(1))
+    digits: int = option(10, help="Number of digits, at most 10.", check=in_range(1, 10))
+
+
+def parse_arguments(name: str, description: str, **defaults: int) -> ExampleOptions:
+    """
+    Parses the options of an example.
+
+    Args:
+        name: Name of the example's module.
+        description: Text at the top of the help.
+        defaults: Defaults that replace those of [`ExampleOptions`].
+
+    Raises:
+        ValueError: If the value of an option is not allowed.
+    """
+    program = f"python -m diffusers_adm.examples.{name}"
+    parser = CommandParser(description=description)
+    add_options(parser, ExampleOptions, title="picture", **defaults)
+    add_examples(parser, f"{program} --output {name}.png", f"{program} --digits 3 --steps 25")
+    return build_options(ExampleOptions, parser.parse_args())
 
 
 def quiet_pipeline(ddim: bool = False) -> ClassifierGuidedPipeline:

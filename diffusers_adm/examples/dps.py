@@ -3,9 +3,12 @@
 After each step, the image is corrected by the gradient of the error of the predicted x_0, which goes through the UNet (Algorithm 1).
 """
 
+import sys
+
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
+from diffusers_adm.command_line import run_command
 from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
 
 
@@ -44,8 +47,9 @@ def restore(pipeline, measured: torch.Tensor, steps: int, step_size: float = 1.0
     return draw(pipeline, len(measured), num_inference_steps=steps, **hooks, **call)
 
 
-if __name__ == "__main__":
-    args = parse_arguments(__doc__, steps=100)
+def main() -> None:
+    """Restores blurred digits, and writes a picture of them."""
+    args = parse_arguments("dps", __doc__, steps=100)
     pipeline, whole = quiet_pipeline(), true_digits(args.digits)
     measured = blur(whole) + 0.05 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
     drawn = restore(pipeline, measured, args.steps)
@@ -53,3 +57,7 @@ if __name__ == "__main__":
         f"Mean absolute error: {(measured - whole).abs().mean():.4f} before, {(drawn - whole).abs().mean():.4f} after restoration"
     )
     save_rows(pipeline, {"whole": whole, "measured": measured.clamp(-1, 1), "restored": drawn}, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("dps", main))

@@ -1,10 +1,12 @@
 """Inpainting by RePaint (Lugmayr et al. 2022, arXiv 2201.09865): the lower half of each digit is drawn again."""
 
+import sys
 from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_adm.command_line import run_command
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows, true_digits
 
@@ -61,8 +63,9 @@ def inpaint(pipeline, known: torch.Tensor, mask: torch.Tensor, timesteps: list[i
     return mask * known + (1 - mask) * drawn
 
 
-if __name__ == "__main__":
-    args = parse_arguments(__doc__, steps=50)
+def main() -> None:
+    """Inpaints the lower half of digits, and writes a picture of them."""
+    args = parse_arguments("repaint", __doc__)
     pipeline, known = quiet_pipeline(), true_digits(args.digits)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16, :] = 1
@@ -71,3 +74,7 @@ if __name__ == "__main__":
     masked = mask * known - (1 - mask)
     rows = {"whole": known, "known": masked, "inpainted": inpaint(pipeline, known, mask, timesteps)}
     save_rows(pipeline, rows, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("repaint", main))

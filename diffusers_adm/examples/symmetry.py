@@ -1,7 +1,10 @@
 """Guidance by a custom function, towards digits that equal their mirror images."""
 
+import sys
+
 import torch
 
+from diffusers_adm.command_line import run_command
 from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline, save_rows
 
 
@@ -20,8 +23,9 @@ def asymmetry(images: torch.Tensor) -> float:
     return (images - images.flip(-1)).abs().mean().item()
 
 
-if __name__ == "__main__":
-    args = parse_arguments(__doc__, steps=50)
+def main() -> None:
+    """Draws symmetric digits, and writes a picture of them."""
+    args = parse_arguments("symmetry", __doc__)
     pipeline = quiet_pipeline(ddim=True)
     plain = draw(pipeline, args.digits, num_inference_steps=args.steps)
     guided = draw(pipeline, args.digits, num_inference_steps=args.steps, guidance_fn=symmetric, guidance_scale=0.03)
@@ -29,3 +33,7 @@ if __name__ == "__main__":
         f"Mean absolute difference from the mirror image: {asymmetry(plain):.3f} unguided, {asymmetry(guided):.3f} guided"
     )
     save_rows(pipeline, {"unguided": plain, "symmetric": guided}, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("symmetry", main))

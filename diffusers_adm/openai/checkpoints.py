@@ -12,19 +12,13 @@ from diffusers_adm.checks import check_dtype
 from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
-from diffusers_adm.openai.flags import (
-    Flags,
-    build_scheduler,
-    build_sigma_scheduler,
-    check_flags,
-    parse_flags,
-    sampler_of,
-)
+from diffusers_adm.openai.flags import Flags, check_flags, parse_flags
 from diffusers_adm.openai.released import (
     find_released,
     imagenet_class_names,
 )
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint
+from diffusers_adm.openai.schedulers import build_scheduler, build_sigma_scheduler, sampler_of
 from diffusers_adm.openai.tensors import load_published
 
 

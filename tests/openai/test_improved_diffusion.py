@@ -7,7 +7,8 @@ from golden_cases import draw_weights, load_case, published_flags
 from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline
 from diffusers_adm.diffusion import NoiseSchedule, add_noise
 from diffusers_adm.losses import hybrid_loss, vlb_loss
-from diffusers_adm.openai.flags import build_scheduler, parse_flags
+from diffusers_adm.openai.flags import parse_flags
+from diffusers_adm.openai.schedulers import build_scheduler
 
 
 UNETS = ("improved_unet", "improved_unet_class_conditional", "improved_unet_lsun", "improved_upsampler")

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from tiny_models import NUM_CLASSES, SIZE, images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
+from diffusers_adm.command_line import run_command
 from diffusers_adm.diffusion import NoiseSchedule, add_noise, learned_log_variance, renoise, x_0_from_epsilon
 from diffusers_adm.examples import ddnm, digits, dps, repaint, symmetry
 from diffusers_adm.guidance import classifier_gradient
@@ -275,6 +276,12 @@ def test_a_function_of_ones_own_makes_digits_symmetric():
         for call in ({}, {"guidance_fn": symmetry.symmetric, "guidance_scale": 0.03})
     )
     assert symmetry.asymmetry(guided) < 0.6 * symmetry.asymmetry(plain)
+
+
+def test_examples_say_in_one_line_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["symmetry", "--digits", "11"])
+    assert run_command("symmetry", symmetry.main) == 2
+    assert capsys.readouterr().err == "symmetry: error: --digits 11 must be in [1, 10].\n"
 
 
 def test_examples_write_their_pictures(tmp_path, capsys):

@@ -5,15 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.utils import PrecisionType
+from diffusers.optimization import SchedulerType
 from golden_cases import meta_state_dict
 
 from diffusers_adm import NoisyClassifier
+from diffusers_adm.models.blocks import RESAMPLE_TYPES, TIME_SCALE_SHIFTS
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released import find_released
+from diffusers_adm.options import options_of
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
 from diffusers_adm.training.configuration import as_command_line, as_yaml, contradictions
 from diffusers_adm.training.objective import build_noise_scheduler
-from diffusers_adm.training.options import preset_names
+from diffusers_adm.training.options import LR_SCHEDULERS, MIXED_PRECISIONS, UNetTrainingOptions, preset_names
 from diffusers_adm.training.setup import build_unet, model_config
 
 
@@ -143,6 +147,15 @@ def test_choices_of_schedules_are_listed(capsys):
     with pytest.raises(SystemExit):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--lr_scheduler", "foo"])
     assert "constant_with_warmup" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_choices_are_those_of_the_code_that_is_given_them():
+    # Options are declared without imports of these libraries, so that help comes at once.
+    assert set(LR_SCHEDULERS) == {schedule.value for schedule in SchedulerType} - {"piecewise_constant"}
+    assert set(MIXED_PRECISIONS) == {precision.value for precision in PrecisionType} - {"fp8"}
+    known = options_of(UNetTrainingOptions)
+    assert set(known["resnet_time_scale_shift"].choices) == set(TIME_SCALE_SHIFTS)
+    assert set(known["resample_type"].choices) == set(RESAMPLE_TYPES)
 
 
 def test_configuration_file_may_name_a_preset(tmp_path):

@@ -19,7 +19,8 @@ class LikelihoodOptions:
     )
     timestep_respacing: str = option(
         "",
-        help="Timesteps of the bound as a respacing string, such as 250. An empty string means all training timesteps.",
+        help="Timesteps of the bound as a respacing string, such as 250.",
+        unset="all training timesteps",
     )
     unconditional: bool = option(False, help="Give the UNet its null class instead of the labels.")
     clip_denoised: bool = option(True, help="Clip the predicted x_0 to [-1, 1].")
