@@ -9,11 +9,12 @@ import importlib
 import sys
 
 from diffusers_adm import __version__
-from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.command_line import CommandParser, run_command, suggest_nearest
 from diffusers_adm.options import add_examples
 from diffusers_adm.quiet import hide_bars_in_logs
 
 
+GENERAL_OPTIONS = ("-h", "--help", "--version")
 # Module, function that adds the options, function that runs the command, and purpose of each command.
 COMMANDS = {
     "convert": (
@@ -113,6 +114,13 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _check_first_word(parser: argparse.ArgumentParser, word: str) -> None:
+    """Reports a misspelt command, or a misspelt option before it, which `argparse` would report as a missing command."""
+    kind, known = ("option", GENERAL_OPTIONS) if word.startswith("-") else ("command", tuple(COMMANDS))
+    if word and word not in known and not any(option.startswith(word) for option in GENERAL_OPTIONS):
+        parser.error(f"there is no {kind} {word}{suggest_nearest(word, known)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Runs one command.
@@ -129,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     name = argv[0] if argv else ""
 
     def run() -> None:
-        args = build_parser(name).parse_args(argv)
+        parser = build_parser(name)
+        _check_first_word(parser, name)
+        args = parser.parse_args(argv)
         args.run(args)
 
     return run_command(f"diffusers-adm {name}".rstrip(), run)

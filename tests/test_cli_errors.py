@@ -181,6 +181,25 @@ def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):
     assert set(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--verzion", "there is no option --verzion: did you mean --version?"),
+        ("smple", "there is no command smple: did you mean sample?"),
+        ("xyz", "there is no command xyz"),
+    ],
+)
+def test_a_misspelt_first_word_is_told_the_nearest_one(word, message, capsys):
+    assert run(word) == 2
+    assert capsys.readouterr().err == f"diffusers-adm: error: {message} (see diffusers-adm --help)\n"
+
+
+@pytest.mark.parametrize("words", [["--versio"], ["--version"]], ids=" ".join)
+def test_options_may_be_shortened(words, capsys):
+    assert run(*words) == 0
+    assert capsys.readouterr().out == f"diffusers-adm {__version__}\n"
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
