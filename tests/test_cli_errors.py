@@ -194,14 +194,9 @@ def test_a_misspelt_first_word_is_told_the_nearest_one(word, message, capsys):
     assert capsys.readouterr().err == f"diffusers-adm: error: {message} (see diffusers-adm --help)\n"
 
 
-@pytest.mark.parametrize("words", [["--versio"], ["--version"]], ids=" ".join)
-def test_options_may_be_shortened(words, capsys):
-    assert run(*words) == 0
-    assert capsys.readouterr().out == f"diffusers-adm {__version__}\n"
-
-
-def test_the_version_is_that_of_the_package(capsys):
+@pytest.mark.parametrize("word", ["--version", "--versio"])
+def test_the_version_is_that_of_the_package(word, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["--version"])
+        main([word])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"diffusers-adm {__version__}\n"
