@@ -74,5 +74,6 @@ class RunButtons:
         running = [self.run.click(run, inputs, outputs, api_name=api_name, **SAMPLING)]
         running += [listen(run, inputs, outputs, api_visibility="private", **SAMPLING) for listen in also]
         status = [output for output in outputs if isinstance(output, gr.Markdown)]
-        say = (lambda: "Stopped.") if status else None
-        self.stop.click(say, None, status, cancels=running, queue=False, api_visibility="private")
+        stopped = self.stop.click(None, cancels=running, queue=False, api_visibility="private")
+        if status:  # said after the run is cancelled, so that none of its messages takes its place
+            stopped.then(lambda: "Stopped.", None, status, queue=False, api_visibility="private")
