@@ -70,6 +70,10 @@ class Denoiser(nn.Module):
         config = self.unet.config
         self.given_sigma = config.get("preconditioning") is not None
         self.schedule = None if self.given_sigma else NoiseSchedule.from_config(self.pipeline.scheduler.config)
+        self.classifier_schedule = self.schedule
+        if self.given_sigma and self.classifier is not None:
+            noise = self.classifier.config
+            self.classifier_schedule = training_schedule(noise.num_train_timesteps, noise.beta_schedule)
         self.img_channels, self.img_resolution = config.in_channels, config.sample_size
         levels = (config.sigma_min, config.sigma_max) if self.given_sigma else self.schedule.sigma[[0, -1]].tolist()
         self.sigma_min, self.sigma_max = (level / 2 if unit_range else level for level in levels)
@@ -165,18 +169,13 @@ class Denoiser(nn.Module):
 
     def _shift(self, x_t: torch.Tensor, sigma: torch.Tensor, x_0: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Returns sigma^2 * s * grad log p(y | x), by which guidance moves x_0, `(batch, channels, height, width)`."""
-        schedule = self.schedule
-        if schedule is None:
-            config = self.classifier.config
-            schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
-        guidance, timestep = ClassifierGuidance(self.classifier), timestep_at(schedule, sigma)
+        guidance, timestep = ClassifierGuidance(self.classifier), timestep_at(self.classifier_schedule, sigma)
         loss_scale = FLOAT16_LOSS_SCALE if guidance.dtype == torch.float16 else 1.0
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
             gradient = torch.func.grad(lambda image: loss_scale * guidance(image, timestep, x_0, labels).sum())(x_t)
         sigma = sigma[:, None, None, None]
-        shift = gradient * (
-            self.guidance_scale / loss_scale * sigma**2 / (1 + sigma**2).sqrt()
-        )  # x_t = x / sqrt(1 + sigma^2)
+        # The gradient is with respect to x_t = x / sqrt(1 + sigma^2).
+        shift = gradient * (self.guidance_scale / loss_scale * sigma**2 / (1 + sigma**2).sqrt())
         return shift if self.max_x_0_shift is None else shortened(shift, self.max_x_0_shift)
 
     def _labels(self, class_labels: ClassLabels | None, x: torch.Tensor | None) -> torch.Tensor | None:

@@ -89,6 +89,7 @@ def build_denoiser(
         class_labels = torch.tensor(labels, device=device)
     elif unet.null_class is not None and not options.condition_unet:
         class_labels = torch.full((batch_size,), unet.null_class, device=device)
+    timesteps = solver.schedule.timesteps[solver.visits].tolist()
     weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
     predictions, combination = None, None
     if any(weights) or options.guider is not None:
@@ -97,17 +98,9 @@ def build_denoiser(
         weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
         combination = WeightedCombination(weight, factors)
     elif options.guider is not None:
-        combination = GuiderCombination(options.guider, solver.schedule.timesteps[solver.visits].tolist(), factors)
-    return RunDenoiser(
-        unet,
-        class_labels,
-        low_res,
-        solver.sigmas,
-        solver.prediction_type == "sample",
-        predictions,
-        combination,
-        epsilon_scales(options.epsilon_scale, solver.schedule.timesteps[solver.visits].tolist()),
-    )
+        combination = GuiderCombination(options.guider, timesteps, factors)
+    scales = epsilon_scales(options.epsilon_scale, timesteps)
+    return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales)
 
 
 def _predictions(

@@ -5,6 +5,8 @@ import copy
 import torch
 from diffusers import ConfigMixin
 
+from diffusers_adm.diffusion import epsilon_from_x_0
+
 
 # Guiders of diffusers that can act here, by the name of the class.
 GUIDERS = (
@@ -98,14 +100,12 @@ class GuiderCombination:
         self, run, prediction: torch.Tensor, weaker: torch.Tensor, x_t: torch.Tensor, step: int
     ) -> torch.Tensor:
         """Returns the guided output, `(batch, channels or 2 * channels, height, width)`."""
-        channels, of_x_0 = x_t.shape[1], type(self.guider).__name__ in GUIDERS_OF_X_0
+        of_x_0 = type(self.guider).__name__ in GUIDERS_OF_X_0
         pair = [run.x_0_and_epsilon(output, x_t, step)[0 if of_x_0 else 1] for output in (prediction, weaker)]
         guided = pair[0] + self.factors[step] * (self.guider.forward(*pair).pred - pair[0])
-        if of_x_0 != run.predicts_x_0:  # x_0 = x - sigma * epsilon
-            sigma = run.sigmas[step]
-            x = x_t * (1 + sigma**2) ** 0.5
-            guided = (x - guided) / sigma if of_x_0 else x - sigma * guided
-        return torch.cat([guided, prediction[:, channels:]], dim=1)
+        if of_x_0:
+            guided = epsilon_from_x_0(run.solver.schedule, x_t, run.solver.visits[step], guided)
+        return run.with_epsilon(prediction, guided, x_t, step)
 
 
 def check_guider(guider: object) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusers_adm.checks import check_types
 from diffusers_adm.choices import WEAKER_KINDS
+from diffusers_adm.diffusion import add_noise
 from diffusers_adm.guidance.attention import (
     RecordingAttnProcessor,
     attention_layers,
@@ -184,12 +185,11 @@ class SmoothedAttention:
 
     def __call__(self, run, x_t: torch.Tensor, timestep: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         output = run.output(self.unet, x_t, timestep, run.class_labels, run.low_res)
-        sigma, channels = run.sigmas[step], x_t.shape[1]
         x_0, epsilon = run.x_0_and_epsilon(output, x_t, step)
         mask = attended_places(self.processor.attention, x_t.shape[2:], self.options.threshold)
         smooth = torch.where(mask, blurred(x_0, self.options.blur_sigma), x_0)
-        smooth_x_t = (smooth + sigma * epsilon) / (1 + sigma**2) ** 0.5
-        weaker = run.output(run.unet, smooth_x_t, timestep, run.class_labels, run.low_res)[:, :channels]
+        smooth_x_t = add_noise(run.solver.schedule, smooth, run.solver.visits[step], epsilon)
+        weaker = run.output(run.unet, smooth_x_t, timestep, run.class_labels, run.low_res)[:, : x_t.shape[1]]
         return output, weaker + (x_0 - smooth) if run.predicts_x_0 else weaker  # of the same noise at x_t
 
 
