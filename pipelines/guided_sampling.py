@@ -1,5 +1,7 @@
 """Sampling that both pipelines share: checks and preparation of a run, predictions and inversion."""
 
+from functools import partial
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -10,6 +12,7 @@ from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
+from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.pipelines.checks import (
@@ -31,8 +34,10 @@ from diffusers_adm.pipelines.class_labels import (
 )
 from diffusers_adm.pipelines.denoising import DenoisingMixin, Generators
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
-from diffusers_adm.pipelines.predictions import check_weaker
+from diffusers_adm.pipelines.particles import for_particles, repeated
+from diffusers_adm.pipelines.predictions import build_denoiser, check_weaker
 from diffusers_adm.pipelines.runs import Runs
+from diffusers_adm.pipelines.sampling_steps import SamplingSteps
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
@@ -220,6 +225,53 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         if not latents.isfinite().all():
             raise ValueError("`latents` must be finite in float32, but some values are NaN or infinite.")
         return latents
+
+    def _run(
+        self,
+        options: SamplingOptions,
+        solver: Solver,
+        factors: list[float],
+        labels: list[int] | None,
+        size: tuple[int, int, int],
+        generator: Generators,
+        latents: torch.Tensor | None,
+        hooks: StepHooks,
+        output_type: str,
+        return_dict: bool,
+        low_res: torch.Tensor | None = None,
+    ) -> SamplingSteps:
+        """
+        Prepares guidance and x_T, and returns an iterator over the steps.
+
+        Args:
+            options: Resolved options of the run.
+            solver: Solver of the run.
+            factors: Factor of guidance at each step.
+            labels: Class of each image, or `None`.
+            size: Number of images, height and width.
+            generator: Generator of the noise, one for all images or one per image.
+            latents: Noise x_T of the caller, or `None`.
+            hooks: Functions of the caller.
+            output_type: Type of the images.
+            return_dict: Whether the iterator returns an `ImagePipelineOutput` instead of a tuple.
+            low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
+        """
+        batch_size, height, width = size
+        device = self._execution_device  # read once, because it walks over all modules
+        particles = None
+        if options.particles not in (None, 1):  # each particle is a row of its own
+            count = options.particles
+            particles = Particles(batch_size, count, generator, device)
+            options, batch_size = for_particles(options, batch_size), batch_size * count
+            labels, generator = repeated(labels, count), repeated(generator, count)
+            low_res = None if low_res is None else low_res.repeat_interleave(count, dim=0)
+        low_res = None if low_res is None else low_res.to(device)
+        guider = self._prepare_guider(options, solver, factors, labels, device)
+        denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)
+        x_T = solver.begin(self._prepare_latents(batch_size, height, width, generator, latents, device), generator)
+        make_images = partial(self.image_processor.postprocess, output_type=output_type)
+        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, particles)
+        return self._finish(steps, make_images, return_dict)
 
     def predict(
         self,

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers_adm.checks import is_integer
 from diffusers_adm.guidance import GuidanceOptions
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
+from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import DDPMSolver, Solver
 
 
@@ -17,7 +18,7 @@ def check_particles(
     solver: Solver,
     batch_size: int,
     latents: torch.Tensor | None,
-    has_hooks: bool,
+    hooks: StepHooks,
 ) -> None:
     """
     Checks a run with several particles per image.
@@ -28,7 +29,7 @@ def check_particles(
         solver: Run of the scheduler.
         batch_size: Number of images.
         latents: x_T of the caller, or `None`.
-        has_hooks: Whether callbacks may replace x_t.
+        hooks: Functions of the caller.
 
     Raises:
         ValueError: If the number is not an integer of at least 1, or something does not go together with particles.
@@ -53,7 +54,7 @@ def check_particles(
         raise ValueError(
             "`particles` requires that x_T is drawn, because each particle has its own. Leave out `latents`."
         )
-    if has_hooks:
+    if hooks.on_step_start is not None or hooks.on_step_end is not None:
         raise ValueError(
             "`particles` does not go together with callbacks, which may replace x_t. Use `pipeline.steps`."
         )
@@ -66,8 +67,6 @@ def repeated(given: list | object, particles: int) -> list | object:
 
 def for_particles(options: SamplingOptions, batch_size: int) -> SamplingOptions:
     """Returns the options of a run with one scale and weight per particle."""
-    if options.particles in (None, 1):
-        return options
     changes = {
         name: repeated(per_image(getattr(options, name), batch_size, name), options.particles)
         for name in ("guidance_scale", "cfg_weight")

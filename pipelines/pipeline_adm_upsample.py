@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from PIL import Image
 from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.guidance.gradient import without_gradients
-from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -21,8 +19,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import NO_LABELS, GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
-from diffusers_adm.pipelines.particles import check_particles, for_particles, repeated
-from diffusers_adm.pipelines.predictions import build_denoiser
+from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
@@ -136,8 +133,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         particles: int | None = None,
     ) -> SamplingSteps:
         r"""
-        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked immediately, and
-        labels and x_T are drawn immediately. Each step is taken when the next item of the iterator is requested.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and x_T is
+        drawn, before the iterator is returned. Each step is taken when the next item of the iterator is requested.
 
         A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving a
         `for` loop over `pipe.steps(...)` does this too.
@@ -216,33 +213,19 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         labels = None if class_labels is None else self.class_ids(class_labels)
         batch_size = count_images(1, image=low_res, class_labels=labels, latents=latents)
         self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
-        device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
-        has_hooks = callback_on_step_start is not None or callback_on_step_end is not None
-        check_particles(self, options, solver, batch_size, latents, has_hooks)
+        check_particles(self, options, solver, batch_size, latents, hooks)
         factors = self._guidance_factors(options, solver, labels is not None, batch_size)
 
-        # 3. Prepare labels, which are never drawn here, and guidance.
+        # 3. Prepare labels, which are never drawn here.
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
-        particles = particles or 1
-        weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
-        options, rows = for_particles(options, batch_size), batch_size * particles
-        labels, generator = repeated(labels, particles), repeated(generator, particles)
-        low_res = low_res.to(device).repeat_interleave(particles, dim=0)  # (rows, channels, small height, small width)
-        guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = build_denoiser(self, options, solver, factors, labels, rows, generator, low_res)
 
-        # 4. Prepare x_T.
-        x_T = self._prepare_latents(rows, height, width, generator, latents, device)
-        x_T = solver.begin(x_T, generator)
-
-        # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
-        make_images = partial(self.image_processor.postprocess, output_type=output_type)
-        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, weights)
-        return self._finish(steps, make_images, return_dict)
+        # 4. Prepare guidance and x_T, denoise (Algorithm 1 or 2), and make images of x_0.
+        run = (options, solver, factors, labels, (batch_size, height, width))
+        return self._run(*run, generator, latents, hooks, output_type, return_dict, low_res)
 
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:

@@ -1,14 +1,12 @@
 """Class-guided sampling with ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.guidance.gradient import without_gradients
-from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -16,8 +14,7 @@ from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.options import SamplingOptions
-from diffusers_adm.pipelines.particles import check_particles, for_particles, repeated
-from diffusers_adm.pipelines.predictions import build_denoiser
+from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
@@ -137,8 +134,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         particles: int | None = None,
     ) -> SamplingSteps:
         r"""
-        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked immediately, and
-        labels and x_T are drawn immediately. Each step is taken when the next item of the iterator is requested.
+        Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels and
+        x_T are drawn, before the iterator is returned. Each step is taken when the next item of the iterator is requested.
 
         A loop that is left early takes no further step. `close()` then closes the progress bar and releases offloaded models. Leaving a
         `for` loop over `pipe.steps(...)` does this too.
@@ -244,33 +241,20 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
-        device = self._execution_device  # read once, because it walks over all modules
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
-        has_hooks = callback_on_step_start is not None or callback_on_step_end is not None
-        check_particles(self, options, solver, batch_size, latents, has_hooks)
+        check_particles(self, options, solver, batch_size, latents, hooks)
         factors = self._guidance_factors(
             options, solver, labels is not None or known_classes(self) is not None, batch_size
         )
 
-        # 3. Prepare labels and guidance. Labels are drawn before x_T, and this order decides the labels and noise of a seed.
+        # 3. Prepare labels. They are drawn before x_T, and this order decides the labels and noise of a seed.
         labels = self._prepare_labels(labels, options, batch_size, generator)
-        particles = particles or 1
-        weights = Particles(batch_size, particles, generator, device) if particles > 1 else None
-        options, rows = for_particles(options, batch_size), batch_size * particles
-        labels, generator = repeated(labels, particles), repeated(generator, particles)
-        guider = self._prepare_guider(options, solver, factors, labels, device)
-        denoiser = build_denoiser(self, options, solver, factors, labels, rows, generator)
 
-        # 4. Prepare x_T.
-        x_T = self._prepare_latents(rows, height, width, generator, latents, device)
-        x_T = solver.begin(x_T, generator)
-
-        # 5. Denoise (Algorithm 1 or 2), and make images of x_0.
-        make_images = partial(self.image_processor.postprocess, output_type=output_type)
-        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, weights)
-        return self._finish(steps, make_images, return_dict)
+        # 4. Prepare guidance and x_T, denoise (Algorithm 1 or 2), and make images of x_0.
+        run = (options, solver, factors, labels, (batch_size, height, width))
+        return self._run(*run, generator, latents, hooks, output_type, return_dict)
 
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:
