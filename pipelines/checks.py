@@ -69,7 +69,7 @@ def count_images(batch_size: int, latents: torch.Tensor | None, **inputs: torch.
 
     Args:
         batch_size: Argument `batch_size` of the call. Its default, 1, has no effect if another input is given.
-        latents: x_T, or `None`.
+        latents: Noise or noised images, or `None`.
         inputs: Other inputs with one entry per image, by name.
 
     Raises:

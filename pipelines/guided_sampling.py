@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
@@ -15,6 +14,7 @@ from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGu
 from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
+from diffusers_adm.pipelines.beginning import Beginning, step_at
 from diffusers_adm.pipelines.checks import (
     check_classifier,
     check_data,
@@ -206,26 +206,6 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         elif options.guidance_fn is None and any(scales):
             raise ValueError(NO_LABELS.format(given))
 
-    def _prepare_latents(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Checks given latents, or draws random ones. Returns x_T, `(batch, channels, height, width)`, float32."""
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have the shape {shape}, but got {tuple(latents.shape)}.")
-        latents = latents.to(device, torch.float32, copy=True)  # callbacks may change x_t in place
-        if not latents.isfinite().all():
-            raise ValueError("`latents` must be finite in float32, but some values are NaN or infinite.")
-        return latents
-
     def _run(
         self,
         options: SamplingOptions,
@@ -234,14 +214,14 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         labels: list[int] | None,
         size: tuple[int, int, int],
         generator: Generators,
-        latents: torch.Tensor | None,
+        beginning: Beginning,
         hooks: StepHooks,
         output_type: str,
         return_dict: bool,
         low_res: torch.Tensor | None = None,
     ) -> SamplingSteps:
         """
-        Prepares guidance and x_T, and returns an iterator over the steps.
+        Prepares guidance and the images of the first step, and returns an iterator over the steps.
 
         Args:
             options: Resolved options of the run.
@@ -250,7 +230,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             labels: Class of each image, or `None`.
             size: Number of images, height and width.
             generator: Generator of the noise, one for all images or one per image.
-            latents: Noise x_T of the caller, or `None`.
+            beginning: Images with which the run begins.
             hooks: Functions of the caller.
             output_type: Type of the images.
             return_dict: Whether the iterator returns an `ImagePipelineOutput` instead of a tuple.
@@ -264,13 +244,15 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             particles = Particles(batch_size, count, generator, device)
             options, batch_size = for_particles(options, batch_size), batch_size * count
             labels, generator = repeated(labels, count), repeated(generator, count)
+            beginning = beginning.per_particle(count)
             low_res = None if low_res is None else low_res.repeat_interleave(count, dim=0)
         low_res = None if low_res is None else low_res.to(device)
         guider = self._prepare_guider(options, solver, factors, labels, device)
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)
-        x_T = solver.begin(self._prepare_latents(batch_size, height, width, generator, latents, device), generator)
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        x_t = beginning.first_images(solver, shape, generator, device)
         make_images = partial(self.image_processor.postprocess, output_type=output_type)
-        steps = self._denoise(x_T, options, solver, denoiser, guider, hooks, generator, make_images, particles)
+        steps = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator, make_images, particles)
         return self._finish(steps, make_images, return_dict)
 
     def predict(
@@ -322,33 +304,41 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         class_labels: ClassLabels | None = None,
         num_inference_steps: int = 250,
         low_res: torch.Tensor | None = None,
+        until: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Returns the noise x_T from which DDIM draws given images, by running its ODE in reverse (Dhariwal & Nichol 2021, appendix F). To
         draw the images again, pass the noise as `latents`, with a `DDIMScheduler`, the same labels and steps, and no guidance.
+
+        With `until`, the images keep more of their content: they are noised only up to that timestep. To draw the images again, also
+        pass it as `start`.
 
         Args:
             images: Clean images x_0 in [-1, 1], `(batch, channels, height, width)`.
             class_labels: Class of each image, by number or name. `None` for a UNet without classes, or for the null class.
             num_inference_steps: Number of steps of DDIM. With more steps, the images that are drawn again are closer to `images`.
             low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
+            until: Training timestep at which inversion ends. It ends at the highest visited timestep that is at most `until`. `None`
+                means the last one.
 
         Returns:
-            Noise x_T, of the shape of `images`.
+            Noise x_T, or noised images x_t, of the shape of `images`.
 
         Raises:
-            ValueError: If the number of steps is out of its range, a class does not exist, images have a wrong type or shape, or the
-                noise is not finite.
+            ValueError: If the number of steps is out of its range, `until` is not a timestep or below all visited ones, a class does
+                not exist, images have a wrong type or shape, or the noise is not finite.
         """
         check_data("images", images, self.unet.config.in_channels)
         check_takes_timesteps(self.unet, "invert")
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)
+        if until is not None:
+            solver.begin_at(step_at(self, solver, "until", until))
         schedule = solver.schedule
         x = images.to(self._execution_device, torch.float32)
         # Each step uses the noise that is predicted before it. The step from the clean images uses the noise of the first timestep.
         x = add_noise(schedule, x, 0, self.predict(x, schedule.timesteps[0].item(), class_labels, low_res).epsilon)
-        for index in range(1, len(schedule)):
+        for index in reversed(solver.visits[:-1]):
             before = index - 1
             x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
             x_0 = solver.clip(x_0)  # as sampling does, because the steps must be its reverse

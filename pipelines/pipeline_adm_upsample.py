@@ -1,31 +1,25 @@
 """Class-conditional super-resolution with ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.4, appendix A)."""
 
-import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
-from diffusers.utils import load_image
-from PIL import Image
 
-from diffusers_adm.data.image_modes import is_deep, to_mode
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.guidance.gradient import without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.pipelines.beginning import Beginning
 from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels
 from diffusers_adm.pipelines.guided_sampling import NO_LABELS, GuidedSamplingMixin
+from diffusers_adm.pipelines.images import PipelineImage, model_images
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn
-
-
-LowResImage = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 
 class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
@@ -105,7 +99,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
     @without_gradients()
     def steps(
         self,
-        image: LowResImage | list[LowResImage],
+        image: PipelineImage | list[PipelineImage],
         class_labels: ClassLabels | None = None,
         guidance_scale: float | list[float] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
@@ -131,6 +125,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
         particles: int | None = None,
+        start: float | torch.Tensor | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and x_T is
@@ -155,7 +150,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
                 the factor `sample_size / low_res_size`.
             width: Width of the large image in pixels, like `height`.
             generator: Generator for all images, or a list of one generator per image.
-            latents: Noise x_T, `(batch, channels, height, width)`. `None` draws it.
+            latents: Noise x_T, or noised images x_t at the timestep `start`, `(batch, channels, height, width)`. `None` draws noise.
             output_type: Type of the images: `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`ClassifierGuidedPipeline.__call__`].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Function `callback(pipeline, step, timestep, {"latents": ...})` that is called after each
@@ -175,6 +170,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             guider: Guider of diffusers that replaces `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
             particles: Number of particles per image, see [`ClassifierGuidedPipeline.__call__`].
+            start: Timestep of `latents`, at which the run begins, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -211,11 +207,13 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         labels = None if class_labels is None else self.class_ids(class_labels)
+        beginning = Beginning(latents=latents, start=start)
         batch_size = count_images(1, image=low_res, class_labels=labels, latents=latents)
         self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
+        beginning.skip(self, solver)
         check_particles(self, options, solver, batch_size, latents, hooks)
         factors = self._guidance_factors(options, solver, labels is not None, batch_size)
 
@@ -223,9 +221,9 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         if labels is not None:
             labels = self._prepare_labels(labels, options, batch_size, generator)
 
-        # 4. Prepare guidance and x_T, denoise (Algorithm 1 or 2), and make images of x_0.
+        # 4. Prepare guidance and the first images, denoise (Algorithm 1 or 2), and make images of x_0.
         run = (options, solver, factors, labels, (batch_size, height, width))
-        return self._run(*run, generator, latents, hooks, output_type, return_dict, low_res)
+        return self._run(*run, generator, beginning, hooks, output_type, return_dict, low_res)
 
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:
@@ -272,7 +270,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             raise ValueError(NO_LABELS.format(guidance_scale))
         return 0.0
 
-    def prepare_low_res(self, image: LowResImage | list[LowResImage]) -> torch.Tensor:
+    def prepare_low_res(self, image: PipelineImage | list[PipelineImage]) -> torch.Tensor:
         """
         Converts small images to the input of the UNet, `(batch, channels, height, width)` in [-1, 1], float32.
 
@@ -282,47 +280,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an image has a wrong type, range or number of channels, or images differ in size.
         """
-        if isinstance(image, (list, tuple)):
-            parts = [self.prepare_low_res(one) for one in image]
-            if len({part.shape[1:] for part in parts}) != 1:
-                raise ValueError(
-                    "`image` must be one or more images of the same size, but got the sizes"
-                    f" {[tuple(p.shape[2:]) for p in parts]}."
-                )
-            return torch.cat(parts)
-        channels = self.unet.config.in_channels
-        if isinstance(image, (str, os.PathLike)):
-            image = load_image(os.fspath(image), convert_method=lambda picture: picture)
-        if isinstance(image, Image.Image):
-            if is_deep(image):
-                raise ValueError(
-                    f"`image` must have 8 bits, but its mode is {image.mode!r}. Pass an array of floats in [0, 1]."
-                )
-            image = np.asarray(to_mode(image, channels))
-            image = image.reshape(*image.shape[:2], channels)
-        is_array = isinstance(image, np.ndarray) and image.dtype.kind in "buif"
-        if is_array:
-            pixels = torch.tensor(image, dtype=torch.float32) / (255 if image.dtype == np.uint8 else 1)
-            pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
-        elif isinstance(image, torch.Tensor) and not (
-            image.is_complex() or image.is_meta or image.layout != torch.strided
-        ):
-            pixels = image.float()
-        else:
-            raise ValueError(
-                "`image` must be a PIL image, a path or URL, or a dense array or tensor of real numbers, but got"
-                f" {type(image).__name__} {getattr(image, 'dtype', '')}."
-            )
-        pixels = pixels[None] if pixels.ndim == 3 else pixels
-        if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.numel():
-            raise ValueError(
-                f"`image` must have {channels} channels, in the last dimension of an array or the third from last of a tensor, but"
-                f" got the shape {tuple(image.shape)}."
-            )
-        low, high = pixels.aminmax()
-        if not (0 <= low and high <= 1):  # also true for NaN
-            raise ValueError(f"`image` must be in [0, 1], but got values from {low:g} to {high:g}.")
-        return 2 * pixels - 1
+        return model_images(image, self.unet.config.in_channels)
 
     def _check_components(self) -> None:
         super()._check_components()

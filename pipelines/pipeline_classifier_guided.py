@@ -10,9 +10,11 @@ from diffusers_adm.guidance.gradient import without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
+from diffusers_adm.pipelines.beginning import Beginning
 from diffusers_adm.pipelines.checks import count_images
 from diffusers_adm.pipelines.class_labels import ClassLabels, known_classes
 from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
+from diffusers_adm.pipelines.images import PipelineImage, model_images
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
@@ -132,6 +134,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         guider: ConfigMixin | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
         particles: int | None = None,
+        image: PipelineImage | list[PipelineImage] | None = None,
+        strength: float | None = None,
+        start: float | torch.Tensor | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels and
@@ -157,13 +162,13 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             condition_unet: Whether the UNet is given the class. `False` uses the null class, so that only the classifier is given
                 the label.
             eta: Noise of DDIM, in [0, 1]. 0 is deterministic.
-            batch_size: Number of images, if neither `class_labels` nor `latents` determines it.
+            batch_size: Number of images, if none of `class_labels`, `latents` and `image` determines it.
             height: Height in pixels. `None` means the `sample_size` of the UNet.
             width: Width in pixels. `None` means the `sample_size` of the UNet.
             generator: Generator for all images, or a list of one generator per image. With a list, an image is the same in every
                 batch, up to rounding. Differences of x_0 of up to 4.5e-4 have been measured, because torch sums in another order for
                 another batch size.
-            latents: Noise x_T, `(batch, channels, height, width)`. `None` draws it.
+            latents: Noise x_T, or noised images x_t at the timestep `start`, `(batch, channels, height, width)`. `None` draws noise.
             output_type: Type of the images: `"pil"` for PIL images, `"np"` for an array `(batch, height, width, channels)` in [0, 1],
                 `"pt"` for a tensor `(batch, channels, height, width)` in [0, 1], or `"latent"` for x_0 without conversion.
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -207,6 +212,16 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 classifier and resampled. For large K, the images are samples of p(x_0) p(y | x_0)^s, where p(x_0) is the distribution
                 of unguided images (twisted sequential Monte Carlo, Wu et al. 2023, arXiv 2306.17775). The last step is unguided.
                 Particles require `DDPMScheduler`.
+            image: Images to edit, one image or a list of images, of `height` and `width`. They are noised and drawn again (SDEdit, Meng
+                et al. 2022, arXiv 2108.01073). They may be PIL images, paths or URLs, arrays `(height, width, channels)` or `(batch,
+                height, width, channels)`, uint8 or in [0, 1], or tensors `(channels, height, width)` or `(batch, channels, height,
+                width)` in [0, 1].
+            strength: Fraction of the steps that are taken from the noised `image`, in (0, 1]. Of n steps, the last int(n * strength)
+                are taken. With 1, the run begins with pure noise, and `image` has no effect.
+            start: Timestep at which the run begins with `latents` or with the noised `image`, in place of `strength`. The run
+                begins at its first step whose timestep is at most `start`, and `latents` must have the noise level of that step:
+                sqrt(alpha_bar) * x_0 + sqrt(1 - alpha_bar) * epsilon, as `invert` with `until` returns. For a UNet with
+                preconditioning, it is a noise level.
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -237,13 +252,16 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         labels = None if class_labels is None else self.class_ids(class_labels)
-        batch_size = count_images(batch_size, class_labels=labels, latents=latents)
+        image = None if image is None else model_images(image, self.unet.config.in_channels)
+        beginning = Beginning(latents, image, start, strength)
+        batch_size = count_images(batch_size, class_labels=labels, latents=latents, image=image)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_call(options, batch_size, height, width, generator, output_type, return_dict)
 
         # 2. Prepare the timesteps.
         solver = options.solver(self)
+        beginning.skip(self, solver)
         check_particles(self, options, solver, batch_size, latents, hooks)
         factors = self._guidance_factors(
             options, solver, labels is not None or known_classes(self) is not None, batch_size
@@ -252,9 +270,9 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         # 3. Prepare labels. They are drawn before x_T, and this order decides the labels and noise of a seed.
         labels = self._prepare_labels(labels, options, batch_size, generator)
 
-        # 4. Prepare guidance and x_T, denoise (Algorithm 1 or 2), and make images of x_0.
+        # 4. Prepare guidance and the first images, denoise (Algorithm 1 or 2), and make images of x_0.
         run = (options, solver, factors, labels, (batch_size, height, width))
-        return self._run(*run, generator, latents, hooks, output_type, return_dict)
+        return self._run(*run, generator, beginning, hooks, output_type, return_dict)
 
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:

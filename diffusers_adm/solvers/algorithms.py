@@ -83,9 +83,7 @@ class Solver:
     def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule, visits: list[int] | None = None):
         config = scheduler.config
         self.schedule = schedule
-        self.visits = list(reversed(range(len(schedule)))) if visits is None else visits
-        self.sigmas = schedule.sigma[self.visits].tolist()
-        self.x_0_shifts = (schedule.sigma * schedule.noise_scale)[self.visits].tolist()
+        self._visit(list(reversed(range(len(schedule)))) if visits is None else visits)
         self.prediction_type = config.get("prediction_type")
         # A config that was converted from another class keeps options of that class. This class may not support `thresholding`.
         can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
@@ -93,6 +91,25 @@ class Solver:
         # Schedulers without a clipping option clip too, because `clip_denoised` of the original code is on by default.
         clips = config.get("clip_sample", config.get("clip_denoised", True)) and not self.thresholds
         self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
+
+    def _visit(self, visits: list[int]) -> None:
+        self.visits = visits
+        self.sigmas = self.schedule.sigma[visits].tolist()
+        self.x_0_shifts = (self.schedule.sigma * self.schedule.noise_scale)[visits].tolist()
+
+    @property
+    def entries(self) -> dict[int, float]:
+        """Timestep of each step of the run at which the run may begin, by the number of the step."""
+        return dict(enumerate(self.schedule.timesteps[self.visits].tolist()))
+
+    def begin_at(self, step: int) -> None:
+        """
+        Leaves out the steps of the run before a step.
+
+        Args:
+            step: Number of the step, one of `entries`.
+        """
+        self._visit(self.visits[step:])
 
     def begin(
         self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
@@ -265,6 +282,7 @@ class EpsilonSolver(Solver):
         timesteps: Timesteps of the copy, one per timestep of the schedule, in the same order.
         visits: Indices into the schedule, in the order of the run.
         max_x_0_shift: Default limit of the shift of the predicted x_0 by guidance, a root mean square per image.
+        evaluations_per_step: Number of evaluations of the network per step.
         **step_kwargs: Arguments of the copy's `step`.
     """
 
@@ -276,14 +294,27 @@ class EpsilonSolver(Solver):
         timesteps: list[int] | torch.Tensor,
         visits: list[int] | None = None,
         max_x_0_shift: float | None = 0.5,
+        evaluations_per_step: int = 1,
         **step_kwargs,
     ):
         super().__init__(scheduler, schedule, visits)
         self.scheduler = prepared
         self.max_x_0_shift = max_x_0_shift
         self.timesteps = timesteps
+        self.evaluations_per_step = evaluations_per_step
         self.step_kwargs = step_kwargs
         self.takes_generator = "generator" in inspect.signature(prepared.step).parameters
+
+    @property
+    def entries(self) -> dict[int, float]:
+        """Timestep of each step of the run at which the run may begin. It may not begin at the second evaluation of a step."""
+        return dict(list(super().entries.items())[:: self.evaluations_per_step])
+
+    def begin_at(self, step: int) -> None:
+        """Leaves out the steps of the run before a step. The arguments are those of `Solver.begin_at`."""
+        super().begin_at(step)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(step)
 
     def step(
         self,
@@ -324,6 +355,18 @@ class VarianceExplodingSolver(EpsilonSolver):
 
 class PNDMSolver(EpsilonSolver):
     """One run of PNDM's pseudo linear multistep method. The scheduler's `step` is given epsilon instead of x_0."""
+
+    @property
+    def entries(self) -> dict[int, float]:
+        """Timestep of each step of the run at which the run may begin. The second evaluation belongs to the first step."""
+        return {step: timestep for step, timestep in super().entries.items() if step != 1}
+
+    def begin_at(self, step: int) -> None:
+        """Leaves out the steps of the run before a step. The step that is now the first is taken twice."""
+        if step:
+            first = self.visits[step]
+            lower = list(range(first - 1, -1, -1))
+            self._visit([first, *lower[:1], *lower])
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""

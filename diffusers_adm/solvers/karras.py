@@ -133,8 +133,14 @@ class KarrasSolver(EpsilonSolver):
         self.evaluations = list(reversed(evaluations))  # in the order of the schedule, least noisy first
         sigmas = torch.tensor([evaluation.sigma for evaluation in self.evaluations], dtype=torch.float64)
         schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), sigmas.float())
-        super().__init__(scheduler, schedule, scheduler, schedule.timesteps)
+        super().__init__(scheduler, schedule, copy.copy(scheduler), schedule.timesteps)
         self.prediction_type = "sample"  # UNets with preconditioning always predict x_0
+
+    @property
+    def entries(self) -> dict[int, float]:
+        """Noise level of each step of the run at which the run may begin. It may not begin at the second evaluation of a step."""
+        first = {step for step, index in enumerate(self.visits) if self.evaluations[index].origin is None}
+        return {step: sigma for step, sigma in super().entries.items() if step in first}
 
     def begin(
         self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None

@@ -227,7 +227,8 @@ def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> Epsilon
     sigmas = levels[:-1].double().flip(0)
     schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
     solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
-    solver = solver_class(scheduler, schedule, prepared, timesteps)
+    evaluations_per_step = 2 if isinstance(scheduler, TWO_STAGE) else 1
+    solver = solver_class(scheduler, schedule, prepared, timesteps, evaluations_per_step=evaluations_per_step)
     if isinstance(scheduler, SASolverScheduler):
         solver.max_guidance_sigma = HIGH_NOISE_LEVEL  # later steps extrapolate an error of the first one
     return solver

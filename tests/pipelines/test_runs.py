@@ -28,7 +28,7 @@ def test_options_of_a_run_are_arguments_of_the_call(pipeline_class):
     assert run <= {
         *("self", "image", "class_labels", "batch_size", "height", "width", "generator", "latents", "output_type"),
         *("return_dict", "x_0_fn", "callback_on_step_start", "callback_on_step_end"),
-        "callback_on_step_end_tensor_inputs",
+        *("callback_on_step_end_tensor_inputs", "start", "strength"),
     }
 
 

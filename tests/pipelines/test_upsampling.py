@@ -250,3 +250,10 @@ def test_saved_upsampler_loads_as_what_it_is(tmp_path):
     assert isinstance(loaded.unet, ADMUNet2DModel)
     with pytest.raises(ValueError, match="saved ADMUpsamplePipeline, not a saved ClassifierGuidedPipeline"):
         ClassifierGuidedPipeline.from_pretrained(tmp_path)
+
+
+def test_a_run_goes_on_from_its_middle():
+    pipeline = upsampler(scheduler=tiny_scheduler(DDIMScheduler))
+    whole = list(pipeline.steps(small_images(), [1, 2], num_inference_steps=4))
+    call = {"latents": whole[2].x_t, "start": whole[2].timestep}
+    assert torch.equal(draw(pipeline, small_images(), num_inference_steps=4, **call), whole[-1].latents)
