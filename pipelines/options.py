@@ -31,7 +31,7 @@ class SamplingOptions:
     guidance_options: GuidanceOptions | dict | None = None
     timesteps: list[int] | None = None
     churn: Churn | dict | None = None
-    guider: ConfigMixin | None = None
+    guider: ConfigMixin | dict | None = None
     epsilon_scale: float | tuple[float, float] | None = None
     particles: int | None = None
 

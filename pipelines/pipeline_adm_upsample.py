@@ -122,7 +122,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
         churn: Churn | dict | None = None,
-        guider: ConfigMixin | None = None,
+        guider: ConfigMixin | dict | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
         particles: int | None = None,
         start: float | torch.Tensor | None = None,

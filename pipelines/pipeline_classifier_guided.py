@@ -131,7 +131,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
         churn: Churn | dict | None = None,
-        guider: ConfigMixin | None = None,
+        guider: ConfigMixin | dict | None = None,
         epsilon_scale: float | tuple[float, float] | None = None,
         particles: int | None = None,
         image: PipelineImage | list[PipelineImage] | None = None,
@@ -205,7 +205,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 50, "s_noise": 1.003}` (Karras et al. 2022, arXiv 2206.00364).
             guider: Guider of diffusers that combines the two predictions, instead of `cfg_weight`: `ClassifierFreeGuidance`,
                 `AdaptiveProjectedGuidance`, `AdaptiveProjectedMixGuidance`, `ClassifierFreeZeroStarGuidance` or
-                `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w.
+                `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w. A dict such as `{"kind": "AdaptiveProjectedGuidance",
+                "guidance_scale": 2.5}` is also accepted.
             epsilon_scale: Divisor of the predicted noise before x_0 is computed, or a pair (k, b) for the divisor k t + b at timestep
                 t. Numbers such as 1.005 compensate for errors that add up over the steps (Ning et al. 2024, arXiv 2308.15321).
             particles: Number K of particles per image, at K times the cost. `None` means one. Guided particles are weighted by the

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_adm.checks import is_number
-from diffusers_adm.guidance import GuiderCombination, RunDenoiser, WeakerPrediction, WeightedCombination, check_guider
+from diffusers_adm.guidance import GuiderCombination, RunDenoiser, WeakerPrediction, WeightedCombination, parse_guider
 from diffusers_adm.guidance.attention import IdentityAttnProcessor, with_processor
 from diffusers_adm.guidance.weaker import FunctionPrediction, OtherClass, OtherUNet, Predictions, SmoothedAttention
 from diffusers_adm.pipelines.checks import check_weaker_unet
@@ -32,7 +32,7 @@ def check_weaker(pipeline: DiffusionPipeline, options: SamplingOptions, has_labe
     weighted = any(per_image(options.cfg_weight, batch_size, "cfg_weight"))
     weaker = WeakerPrediction.parse(options.weaker)
     if options.guider is not None:
-        check_guider(options.guider)
+        parse_guider(options.guider)
         if weighted:
             raise ValueError(
                 f"`cfg_weight` must be 0 with `guider`, which has its own scale, but got {options.cfg_weight}."
@@ -98,7 +98,7 @@ def build_denoiser(
         weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
         combination = WeightedCombination(weight, factors)
     elif options.guider is not None:
-        combination = GuiderCombination(options.guider, timesteps, factors)
+        combination = GuiderCombination(parse_guider(options.guider), timesteps, factors)
     scales = epsilon_scales(options.epsilon_scale, timesteps)
     return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales)
 

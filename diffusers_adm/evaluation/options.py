@@ -48,6 +48,11 @@ SAMPLING_OPTIONS = {
         f"Weaker prediction that --cfg_weight moves away from: {', '.join(WEAKER_KINDS)}, or options in JSON, such as"
         ' {"kind": "smoothed_attention", "blur_sigma": 2}. Default: null_class.',
     ),
+    "guider": (
+        "JSON",
+        "Guider of diffusers that replaces --cfg_weight, as an object in JSON, such as"
+        ' {"kind": "AdaptiveProjectedGuidance", "guidance_scale": 2.5}. Default: none.',
+    ),
     "guidance_options": (
         "JSON",
         "Options that say when guidance acts, and how strongly, as an object in JSON, such as"

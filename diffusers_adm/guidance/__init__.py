@@ -24,7 +24,7 @@ Tensors are `(batch, channels, height, width)` unless a docstring says otherwise
 
 from diffusers_adm.diffusion import shift_epsilon, shift_mean
 
-from .combination import GuiderCombination, WeightedCombination, check_guider, combine_predictions
+from .combination import GuiderCombination, WeightedCombination, combine_predictions, parse_guider
 from .denoiser import RunDenoiser
 from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance, classifier_gradient
 from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
@@ -48,13 +48,13 @@ __all__ = [
     "WeakerPrediction",
     "WeightedCombination",
     "WeightedSum",
-    "check_guider",
     "classifier_gradient",
     "combine_predictions",
     "differentiable",
     "guidance_gradient",
     "leaf",
     "normalized",
+    "parse_guider",
     "shift_epsilon",
     "shift_mean",
     "shortened",

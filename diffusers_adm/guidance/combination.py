@@ -1,9 +1,10 @@
 """Combination of a stronger and a weaker prediction: classifier-free guidance, or the arithmetic of a guider of diffusers."""
 
 import copy
+import inspect
 
 import torch
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, guiders
 
 from diffusers_adm.diffusion import epsilon_from_x_0
 
@@ -108,15 +109,30 @@ class GuiderCombination:
         return run.with_epsilon(prediction, guided, x_t, step)
 
 
-def check_guider(guider: object) -> None:
-    """Raises a `ValueError` unless a guider of diffusers can combine predictions of images."""
-    name = type(guider).__name__
+def parse_guider(given: ConfigMixin | dict) -> ConfigMixin:
+    """
+    Returns a guider of diffusers that can combine predictions of images.
+
+    Args:
+        given: Guider, or a dict with the name of its class as the entry `kind`, and its arguments as the other entries.
+
+    Raises:
+        ValueError: If the guider does not exist, cannot combine predictions of images, or has other arguments.
+    """
+    name = given.get("kind") if isinstance(given, dict) else type(given).__name__
     if name in REFUSED_GUIDERS:
         raise ValueError(f"`guider` must not be {name}: {REFUSED_GUIDERS[name]}")
     if name not in GUIDERS:
-        raise ValueError(f"`guider` must be a guider of diffusers, one of {GUIDERS}, but got {guider!r}.")
-    if getattr(guider, "zero_init_steps", 0):
+        raise ValueError(f"`guider` must be a guider of diffusers, one of {GUIDERS}, but got {given!r}.")
+    if isinstance(given, dict):
+        cls, arguments = getattr(guiders, name), {key: value for key, value in given.items() if key != "kind"}
+        known = set(inspect.signature(cls).parameters)
+        if not arguments.keys() <= known:
+            raise ValueError(f"`guider` {name} must have no other entries than {sorted(known)}, but got {given!r}.")
+        given = cls(**arguments)
+    if getattr(given, "zero_init_steps", 0):
         raise ValueError(
             "`guider` must have zero_init_steps=0, because a prediction of zero noise is an error in diffusion models, but got"
-            f" {guider.zero_init_steps}."
+            f" {given.zero_init_steps}."
         )
+    return given

@@ -243,6 +243,13 @@ def test_the_other_guiders_act_and_leave_out_the_weaker_prediction_when_they_sto
     assert rows == [4, 4, 2, 2]
 
 
+def test_a_dict_describes_a_guider():
+    pipeline = pipeline_of(DDIMScheduler)
+    described = {"kind": "AdaptiveProjectedGuidance", "guidance_scale": 3.0, "eta": 0.5}
+    guider = AdaptiveProjectedGuidance(guidance_scale=3.0, eta=0.5)
+    assert torch.equal(draw(pipeline, guider=described), draw(pipeline, guider=guider))
+
+
 BAD_CALLS = [
     ({"weaker": "no_class", "cfg_weight": 1.0}, "`weaker` must be one of"),
     ({"weaker": 3, "cfg_weight": 1.0}, "`weaker` must be one of"),
@@ -251,6 +258,9 @@ BAD_CALLS = [
     ({"weaker": {"kind": "smoothed_attention", "blur_sigma": 0.0}, "cfg_weight": 1.0}, "`blur_sigma`"),
     ({"weaker": "random_class"}, "`weaker` requires a `cfg_weight`"),
     ({"guider": "apg"}, "`guider` must be a guider of diffusers"),
+    ({"guider": {"guidance_scale": 2.0}}, "`guider` must be a guider of diffusers"),
+    ({"guider": {"kind": "AutoGuidance"}}, "must not be AutoGuidance"),
+    ({"guider": {"kind": "ClassifierFreeGuidance", "scale": 2.0}}, "must have no other entries than"),
     ({"guider": ClassifierFreeGuidance(), "cfg_weight": 1.0}, "`cfg_weight` must be 0 with `guider`"),
     ({"guider": ClassifierFreeZeroStarGuidance()}, "zero_init_steps=0"),
     ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "must not be AutoGuidance"),

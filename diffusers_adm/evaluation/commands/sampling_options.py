@@ -49,6 +49,7 @@ PARSERS = {
     "eta": NUMBER,
     "num_inference_steps": Value((int,), "a whole number"),
     "condition_unet": Value((bool,), "true or false"),
+    "guider": Value((dict,), 'an object in JSON, such as {"kind": "ClassifierFreeGuidance"}'),
     "guidance_options": Value((dict,), 'an object in JSON, such as {"every": 2}'),
     "timesteps": Value((list,), "a list in JSON, such as [90,60]"),
     "timestep_respacing": text_as(str),
