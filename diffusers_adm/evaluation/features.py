@@ -2,9 +2,6 @@
 
 import contextlib
 import os
-import runpy
-import sys
-import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from diffusers_adm.evaluation.feature_options import INCEPTION, FeatureOptions
+from diffusers_adm.evaluation.user_files import run_file
 
 
 # Channels of the network's 192 x 17 x 17 features that sFID uses [Nash et al. 2021, arXiv 2103.03841].
@@ -141,32 +139,10 @@ def load_extractor(options: FeatureOptions) -> FeatureExtractor:
         OSError: If its weights cannot be downloaded.
     """
     if options.register is not None:
-        register_from(options.register)
+        run_file(options.register, "--register")
     # Apple's accelerators are not used, because they do not support float64.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FeatureExtractor(options.feature_extractor, options.feature_extractor_weights, device)
-
-
-def register_from(path: str | Path) -> None:
-    """
-    Runs a Python file that registers feature extractors. The file can import modules from its folder, as a script can.
-
-    Raises:
-        ValueError: If the file does not exist, or raises an error.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--register must be a Python file, but there is no file {path}.")
-    beside = str(path.resolve().parent)
-    sys.path.insert(0, beside)
-    try:
-        runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # code of the user may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        place = f" in line {lines[-1]}" if lines else ""
-        raise ValueError(f"--register {path} failed{place}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(beside)
 
 
 @contextlib.contextmanager

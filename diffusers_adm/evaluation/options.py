@@ -53,6 +53,11 @@ SAMPLING_OPTIONS = {
         "Guider of diffusers that replaces --cfg_weight, as an object in JSON, such as"
         ' {"kind": "AdaptiveProjectedGuidance", "guidance_scale": 2.5}. Default: none.',
     ),
+    "guidance_fn": (
+        "FILE:NAME",
+        "Guidance function that replaces the classifier: NAME(pipeline) of a Python file returns it. The command runs the file, so"
+        " pass only files that you trust. Default: none.",
+    ),
     "guidance_options": (
         "JSON",
         "Options that say when guidance acts, and how strongly, as an object in JSON, such as"

@@ -16,6 +16,7 @@ from diffusers_adm.evaluation.options import SAMPLING_OPTIONS
 from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_samples
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
+from diffusers_adm.evaluation.user_files import guidance_from_file, place_record
 from diffusers_adm.guidance import GuidanceOptions
 from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
@@ -120,12 +121,15 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
 
     Args:
         pipeline: Pipeline of the run.
-        call: Arguments of the pipeline's call, the same for all images.
+        call: Arguments of the pipeline's call, the same for all images. `guidance_fn` is `"FILE:NAME"`, see [`guidance_from_file`].
 
     Raises:
         ValueError: If an argument cannot be used for a whole run, or is not valid for the pipeline.
     """
-    options = SamplingOptions(**given_options(call)).resolved(pipeline)
+    call = given_options(call)
+    if "guidance_fn" in call:
+        call["guidance_fn"] = guidance_from_file(call["guidance_fn"], pipeline)
+    options = SamplingOptions(**call).resolved(pipeline)
     for name in ("guidance_scale", "cfg_weight"):
         value = getattr(options, name)
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
@@ -138,9 +142,11 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
     return options
 
 
-def option_record(options: SamplingOptions) -> dict:
-    """Returns the options of a run that are recorded in its settings."""
+def option_record(options: SamplingOptions, call: dict) -> dict:
+    """Returns the options of a run that are recorded in its settings. A guidance function is recorded as its file."""
     values = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
+    if options.guidance_fn is not None:
+        values["guidance_fn"] = place_record(call["guidance_fn"])
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -169,7 +175,7 @@ def draw_samples(
         labels: Labels of the images: `"random"`, `"balanced"` (label i is i modulo the number of classes), or a file. The file is
             an `.npz` file with `arr_1`, or a text file with one number or name per line. `None` means `"random"`. For an upsampler,
             `None` means the labels of `low_res` if it has any, and no labels otherwise.
-        call: Arguments of the pipeline's call, the same for all images.
+        call: Arguments of the pipeline's call, the same for all images. `guidance_fn` is `"FILE:NAME"`, see [`guidance_from_file`].
         low_res: Path of an `.npz` file of the images that an upsampler enlarges. Their labels are in `arr_1`.
         model_name: Folder or Hub id of the pipeline, for the record.
         format: Format of the samples: `"npz"` or `"png"`.
@@ -181,6 +187,7 @@ def draw_samples(
         ValueError: If an argument is not valid, or the folder belongs to a run with other settings.
     """
     state = join_processes()
+    call = given_options(call)
     options = run_options(pipeline, call)
     small = None if low_res is None else open_low_res(low_res, pipeline, num_images)
     if labels is None and small is None:
@@ -190,7 +197,7 @@ def draw_samples(
     image_labels = Labels(labels, pipeline, options, seed, num_images)
     settings = {
         **model_settings(pipeline, model_name),
-        "call": option_record(options),
+        "call": option_record(options, call),
         "seed": seed,
         "labels": image_labels.policy,
         "low_res": None if small is None else small.fingerprint,
@@ -202,7 +209,9 @@ def draw_samples(
         if state.is_main_process:
             print(f"Found {path}.", flush=True)
         return path
-    draw_batches(pipeline, shards, image_labels, given_options(call), small)
+    if options.guidance_fn is not None:
+        call["guidance_fn"] = options.guidance_fn
+    draw_batches(pipeline, shards, image_labels, call, small)
     state.wait_for_everyone()
     if state.is_main_process:
         write_samples(shards, path)

@@ -218,3 +218,49 @@ def test_arguments_that_hold_for_one_image_are_no_options_of_a_run(tmp_path):
             with pytest.raises(ValueError, match=f"`{name}` must be one finite number for a whole run, but got "):
                 draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={name: value})
     assert not (tmp_path / "run").exists()
+
+
+GUIDANCE_FILE = """
+from diffusers_adm.guidance import ClassifierGuidance
+
+
+def own(pipeline):
+    return ClassifierGuidance(pipeline.classifier)
+
+
+def nothing(pipeline):
+    return None
+
+
+def broken(pipeline):
+    raise KeyError("weights")
+
+
+NUMBER = 3
+"""
+
+
+def test_a_function_of_a_file_guides_a_run(model, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(GUIDANCE_FILE)
+    words = ("--guidance_scale", 2.0)
+    guided = sample(model, tmp_path / "run", *words, "--guidance_fn", f"{file}:own", num_samples=4)
+    expected = sample(model, tmp_path / "expected", *words, num_samples=4)  # the same classifier
+    assert np.array_equal(guided["arr_0"], expected["arr_0"])
+    recorded = json.loads(str(guided["metadata"]))["call"]["guidance_fn"]
+    assert (recorded["file"], recorded["name"], len(recorded["sha256"])) == ("mine.py", "own", 64)
+    for place, said in (
+        (f"{file}:nothing", "returned None"),
+        (f"{file}:broken", "failed: KeyError: 'weights'"),
+        (f"{file}:NUMBER", "has no function 'NUMBER'"),
+        (f"{file}", "must be FILE.py:NAME, but got"),
+        (f"{tmp_path / 'no.py'}:own", "there is no file"),
+    ):
+        capsys.readouterr()
+        common = ["--model", model, "--num_samples", 4, "--output", tmp_path / "bad"]
+        assert run("sample", *common, "--guidance_fn", place) == 2
+        assert said in capsys.readouterr().err
+    file.write_text(GUIDANCE_FILE + "\nOTHER = 1\n")
+    common = ["--model", model, "--num_samples", 5, "--batch_size", 4, "--output", tmp_path / "run"]
+    assert run("sample", *common, *words, "--guidance_fn", f"{file}:own") == 2
+    assert "other settings: call" in capsys.readouterr().err

@@ -42,6 +42,11 @@ def weaker_prediction(text: str) -> str | dict | None:
     return Value((dict,), f"one of {', '.join(WEAKER_KINDS)}, or an object in JSON with the entry kind")(text)
 
 
+def place_of_function(text: str) -> str | None:
+    """Parses the file and the name of a guidance function."""
+    return None if text.lower() in ("none", "null") else text_as(str)(text)
+
+
 NUMBER = Value((int, float), "one number, which holds for the whole run")
 PARSERS = {
     "guidance_scale": NUMBER,
@@ -50,6 +55,7 @@ PARSERS = {
     "num_inference_steps": Value((int,), "a whole number"),
     "condition_unet": Value((bool,), "true or false"),
     "guider": Value((dict,), 'an object in JSON, such as {"kind": "ClassifierFreeGuidance"}'),
+    "guidance_fn": place_of_function,
     "guidance_options": Value((dict,), 'an object in JSON, such as {"every": 2}'),
     "timesteps": Value((list,), "a list in JSON, such as [90,60]"),
     "timestep_respacing": text_as(str),
