@@ -271,6 +271,33 @@ def shift_epsilon(epsilon: torch.Tensor, noise_scale: torch.Tensor | float, grad
     return epsilon - noise_scale * gradient
 
 
+def spherical_noise(noise: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
+    """
+    Returns noise that has been turned towards the gradient and scaled to a root mean square of 1, the length that noise has on average
+    in high dimensions [Yang et al. 2024, arXiv 2402.03201, section 4]. Where the gradient is zero, the noise does not change.
+
+    Args:
+        noise: Standard normal noise, `(batch, channels, height, width)`.
+        gradient: Gradient of log p(y | x_t) with respect to the noise, of any size, of the shape of `noise`.
+        rate: Rate in (0, 1] at which the gradient's direction is mixed with the noise.
+    """
+    guided = gradient.abs().amax(dim=(1, 2, 3), keepdim=True) > 0  # (batch, 1, 1, 1)
+    return torch.where(guided, normalized((1 - rate) * noise + rate * normalized(gradient)), noise)
+
+
+def normalized(gradient: torch.Tensor) -> torch.Tensor:
+    """Scales each image's gradient to a root mean square of 1. A gradient of zero stays zero."""
+    size = root_mean_square(gradient)
+    return torch.where(size > 0, gradient / size, gradient)
+
+
+def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of each image, `(batch, 1, 1, 1)`."""
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would overflow or vanish
+    return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
 def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Splits the output of a network into the prediction and the learned variance, which is `None` if the network has none.

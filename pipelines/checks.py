@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_adm.checks import check_images, is_integer
+from diffusers_adm.guidance import ClassifierGuidance, GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.solvers import check_scheduler, check_sigma_scheduler
@@ -39,6 +40,46 @@ def check_scheduler_fits(unet: ADMUNet2DModel, scheduler: SchedulerMixin) -> Non
         check_scheduler(scheduler)
     else:
         check_sigma_scheduler(scheduler)
+
+
+def check_guidance_options(
+    pipeline: DiffusionPipeline, options: GuidanceOptions, guidance_fn: GuidanceFunction | None, eta: float
+) -> None:
+    """
+    Checks options of guidance that depend on what guides, and on the scheduler.
+
+    Args:
+        pipeline: Pipeline of the run.
+        options: Options of guidance.
+        guidance_fn: Guidance function of the caller. `None` means guidance by the classifier.
+        eta: Noise of DDIM.
+
+    Raises:
+        ValueError: If an option requires another guidance function or scheduler.
+    """
+    scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
+    noise_aware = all(isinstance(one, ClassifierGuidance) for one in getattr(guidance_fn, "functions", [guidance_fn]))
+    if options.needs_function_of_x_0 and (guidance_fn is None or noise_aware):
+        raise ValueError(
+            "`through_unet`, `x_0_weight` and `smoothing` require a `guidance_fn` that is applied to the predicted x_0, such as"
+            " CleanClassifierGuidance, but a noise-aware classifier is applied to x_t."
+        )
+    if options.entropy_scaling and guidance_fn is not None:
+        raise ValueError(
+            "`entropy_scaling` requires guidance by the classifier and cannot be combined with `guidance_fn`."
+        )
+    if options.gradient_at == "mean" and options.goes_through_unet(guidance_fn):
+        raise ValueError("gradient_at='mean' is not supported for a `guidance_fn` with through_unet=True. Pass 'x_t'.")
+    if options.gradient_at == "mean" and not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(f"gradient_at='mean' requires DDPMScheduler, but the scheduler is {name}.")
+    if options.recurrence > 1 and not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        raise ValueError(f"`recurrence` requires DDPMScheduler or DDIMScheduler, but the scheduler is {name}.")
+    has_noise = isinstance(scheduler, DDPMScheduler) or (isinstance(scheduler, DDIMScheduler) and eta > 0)
+    if options.spherical is not None and not has_noise:
+        raise ValueError(
+            f"`spherical` requires steps with noise, of DDPMScheduler or of DDIMScheduler with `eta` above 0, but the scheduler is {name}"
+            f" with eta={eta}."
+        )
 
 
 def check_takes_timesteps(unet: ADMUNet2DModel, what: str) -> None:

@@ -70,7 +70,8 @@ class DenoisingMixin(RunStateMixin):
                     if particles is not None:
                         log_psi = guider.log_psi(x_t, timestep, denoised.x_0)
                         x_t, denoised, gradient = particles.select(log_psi, x_t, denoised, gradient if index else None)
-                    latents = solver.step(denoised, index, x_t, gradient, generator)  # Algorithm 1 or 2
+                    moved = guider.move(denoised, x_t, timestep)  # x_0 + w * s * grad log p(y | x_0)
+                    latents = solver.step(moved, index, x_t, gradient, generator)  # Algorithm 1 or 2
                     if particles is not None and gradient is not None:
                         particles.propose(solver.log_density_ratio(denoised, index, x_t, gradient, latents))
 

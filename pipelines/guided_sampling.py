@@ -19,6 +19,7 @@ from diffusers_adm.pipelines.checks import (
     check_classifier,
     check_data,
     check_finite,
+    check_guidance_options,
     check_no_dropout,
     check_parts,
     check_scheduler_fits,
@@ -41,7 +42,7 @@ from diffusers_adm.pipelines.sampling_steps import SamplingSteps
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
-from diffusers_adm.solvers import DDPMSolver, Solver, build_solver
+from diffusers_adm.solvers import Solver, build_solver
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -140,17 +141,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             ValueError: If the options contradict each other, or guidance acts at no step.
         """
         guidance_options, guidance_fn = GuidanceOptions.parse(options.guidance_options), options.guidance_fn
-        if guidance_options.gradient_at == "mean" and getattr(guidance_fn, "through_unet", False):
-            raise ValueError(
-                "gradient_at='mean' is not supported for a `guidance_fn` with through_unet=True. Pass 'x_t'."
-            )
-        if guidance_options.gradient_at == "mean" and not isinstance(solver, DDPMSolver):
-            name = type(self.scheduler).__name__
-            raise ValueError(f"gradient_at='mean' requires DDPMScheduler, but the scheduler is {name}.")
-        if guidance_options.entropy_scaling and guidance_fn is not None:
-            raise ValueError(
-                "`entropy_scaling` requires guidance by the classifier and cannot be combined with `guidance_fn`."
-            )
+        check_guidance_options(self, guidance_options, guidance_fn, options.eta)
         scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
         weaker_guides = check_weaker(self, options, has_labels, batch_size)
         if any(scales) and guidance_fn is None and self.classifier is None:
@@ -168,6 +159,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         solver: Solver,
         factors: list[float],
         labels: list[int] | None,
+        generator: Generators,
         device: torch.device,
     ) -> Guider:
         """Returns the guidance of a run, by the classifier or by `guidance_fn`."""
@@ -190,8 +182,9 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             solver,
             factors,
             None if labels is None else torch.tensor(labels, device=device),
-            through_half=getattr(guidance_fn, "through_unet", False) and self.unet.dtype == torch.float16,
+            through_half=guidance_options.goes_through_unet(guidance_fn) and self.unet.dtype == torch.float16,
             check_scales=check_scales,
+            generator=generator,
         )
 
     def _check_scales(
@@ -247,7 +240,12 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             beginning = beginning.per_particle(count)
             low_res = None if low_res is None else low_res.repeat_interleave(count, dim=0)
         low_res = None if low_res is None else low_res.to(device)
-        guider = self._prepare_guider(options, solver, factors, labels, device)
+        guidance_options = GuidanceOptions.parse(options.guidance_options)
+        counts = [guidance_options.recurrence if factor else 1 for factor in factors]
+        factors = [factor for factor, count in zip(factors, counts) for _ in range(count)]
+        solver.repeat(counts)
+        solver.spherical = guidance_options.spherical
+        guider = self._prepare_guider(options, solver, factors, labels, generator, device)
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)
         shape = (batch_size, self.unet.config.in_channels, height, width)
         x_t = beginning.first_images(solver, shape, generator, device)

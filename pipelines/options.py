@@ -28,7 +28,7 @@ class SamplingOptions:
     cfg_weight: float | list[float] | torch.Tensor = 0.0
     weaker: str | dict | ADMUNet2DModel | Callable | None = None
     guidance_fn: GuidanceFunction | None = None
-    guidance_options: GuidanceOptions | dict | None = None
+    guidance_options: GuidanceOptions | dict | str | None = None
     timesteps: list[int] | None = None
     churn: Churn | dict | None = None
     guider: ConfigMixin | dict | None = None

@@ -42,14 +42,20 @@ def check_particles(
     if not isinstance(solver, DDPMSolver):
         name = type(pipeline.scheduler).__name__
         raise ValueError(f"`particles` requires DDPMScheduler, whose steps have a known density, but got {name}.")
-    if any(later > earlier for earlier, later in zip(solver.visits, solver.visits[1:])):
+    if any(later >= earlier for earlier, later in zip(solver.visits, solver.visits[1:])):
         raise ValueError("`particles` requires timesteps that only go down, but `timesteps` jumps back up.")
     if not any(per_image(options.guidance_scale, batch_size, "guidance_scale")):
         raise ValueError(
             "`particles` requires a `guidance_scale` that is not 0, because guidance weights the particles."
         )
-    if GuidanceOptions.parse(options.guidance_options).gradient_at != "x_t":
+    guidance_options = GuidanceOptions.parse(options.guidance_options)
+    if guidance_options.gradient_at != "x_t":
         raise ValueError("`particles` requires gradient_at='x_t', because particles are weighted at x_t.")
+    if not guidance_options.has_known_density:
+        raise ValueError(
+            "`particles` does not go together with x_0_weight, smoothing, recurrence and spherical of `guidance_options`, whose steps have"
+            " no known density."
+        )
     if latents is not None:
         raise ValueError(
             "`particles` requires that x_T is drawn, because each particle has its own. Leave out `latents`."

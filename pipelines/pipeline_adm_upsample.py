@@ -117,7 +117,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         cfg_weight: float | list[float] | torch.Tensor = 0.0,
         weaker: str | dict | ADMUNet2DModel | Callable | None = None,
         guidance_fn: GuidanceFunction | None = None,
-        guidance_options: GuidanceOptions | dict | None = None,
+        guidance_options: GuidanceOptions | dict | str | None = None,
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
@@ -160,7 +160,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             cfg_weight: Weight w of classifier-free guidance, see [`ClassifierGuidedPipeline.__call__`].
             weaker: Weaker prediction that `cfg_weight` moves away from, see [`ClassifierGuidedPipeline.__call__`].
             guidance_fn: Function that guides instead of the classifier, see [`ClassifierGuidedPipeline.__call__`].
-            guidance_options: Options of guidance, a [`~diffusers_adm.guidance.GuidanceOptions`] or a dict.
+            guidance_options: Options of guidance, a [`~diffusers_adm.guidance.GuidanceOptions`], a dict or the name of a method.
             timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0 before guidance, see
                 [`ClassifierGuidedPipeline.__call__`].

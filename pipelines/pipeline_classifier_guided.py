@@ -126,7 +126,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         cfg_weight: float | list[float] | torch.Tensor = 0.0,
         weaker: str | dict | ADMUNet2DModel | Callable | None = None,
         guidance_fn: GuidanceFunction | None = None,
-        guidance_options: GuidanceOptions | dict | None = None,
+        guidance_options: GuidanceOptions | dict | str | None = None,
         timesteps: list[int] | None = None,
         x_0_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         callback_on_step_start: Callable | None = None,
@@ -194,6 +194,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 `diffusers_adm.guidance`.
             guidance_options: Options of guidance, such as the noise levels at which it acts: a
                 [`~diffusers_adm.guidance.GuidanceOptions`], or a dict such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
+                The name of a method of training-free guidance selects its options: `"dps"`, `"lgd"`, `"freedom"`, `"mpgd"`, `"ugd"`,
+                `"tfg"` or `"dsg"`. A dict changes them, such as `{"method": "freedom", "recurrence": 4}`.
             timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step goes down to the next lower timestep of the
                 list. If the next entry of the list is a higher timestep, noise is added up to it, as in RePaint (Lugmayr et al. 2022,
                 arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.

@@ -12,7 +12,7 @@ return a gradient itself, of the shape of `x_t`.
 
 By default, the gradient is the sum of the gradients with respect to `x_t` and to `x_0`, as if `x_0` did not depend on `x_t`. If the
 function has an attribute `through_unet` that is true, `x_0` depends on `x_t` through the UNet, and the gradient is taken with respect
-to `x_t`. For example, this function draws brighter images:
+to `x_t`. The option `through_unet` of [`GuidanceOptions`] overrides the attribute. For example, this function draws brighter images:
 
     def brighter(x_t, timestep, x_0, class_labels):
         return 100 * x_0.mean(dim=(1, 2, 3))
@@ -22,12 +22,12 @@ to `x_t`. For example, this function draws brighter images:
 Tensors are `(batch, channels, height, width)` unless a docstring says otherwise.
 """
 
-from diffusers_adm.diffusion import shift_epsilon, shift_mean
+from diffusers_adm.diffusion import normalized, shift_epsilon, shift_mean
 
 from .combination import GuiderCombination, WeightedCombination, combine_predictions, parse_guider
 from .denoiser import RunDenoiser
 from .functions import ClassifierGuidance, CleanClassifierGuidance, CLIPGuidance, classifier_gradient
-from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, normalized, shortened
+from .gradient import GuidanceFunction, differentiable, guidance_gradient, leaf, shortened
 from .guider import FiniteCheck, Guider
 from .options import GuidanceOptions
 from .sums import DiscriminatorGuidance, WeightedSum

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from diffusers_adm.diffusion import root_mean_square
+
 
 GuidanceFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -14,23 +16,10 @@ GuidanceFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 FLOAT16_LOSS_SCALE = 2.0**10
 
 
-def normalized(gradient: torch.Tensor) -> torch.Tensor:
-    """Scales each image's gradient to a root mean square of 1. A gradient of zero stays zero."""
-    size = root_mean_square(gradient)
-    return torch.where(size > 0, gradient / size, gradient)
-
-
 def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
     """Shortens each image's gradient to a root mean square of at most `max_size`."""
     size = root_mean_square(gradient)
     return torch.where(size > max_size, gradient * (max_size / size), gradient)
-
-
-def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the root mean square of each image, `(batch, 1, 1, 1)`."""
-    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
-    largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would overflow or vanish
-    return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 @contextlib.contextmanager

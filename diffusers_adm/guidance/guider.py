@@ -4,21 +4,23 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
+from diffusers_adm.diffusion import normalized
 from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.guidance.gradient import (
     GuidanceFunction,
     differentiable,
     guidance_gradient,
     leaf,
-    normalized,
     shortened,
     without_gradients,
 )
 from diffusers_adm.guidance.options import GuidanceOptions
-from diffusers_adm.solvers import Solver
+from diffusers_adm.guidance.training_free import GuidanceAtX0, SmoothedGuidance
+from diffusers_adm.solvers import Denoised, Solver
 from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL
 
 
@@ -35,6 +37,7 @@ class Guider:
         through_half: Whether a gradient through the UNet passes through float16 weights.
         check_scales: Function that is called with the guidance scale of each image after a change. It raises a `ValueError` if a
             scale is invalid.
+        generator: Generator of the noise of smoothing, one for all images or one per image.
     """
 
     def __init__(
@@ -46,15 +49,17 @@ class Guider:
         class_labels: torch.Tensor | None,
         through_half: bool = False,
         check_scales: Callable[[list[float]], None] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ):
         self.guidance_fn = guidance_fn
         self.options = options
         self.solver = solver
         self.class_labels = class_labels
-        self.through_unet = getattr(guidance_fn, "through_unet", False)
+        self.through_unet = options.goes_through_unet(guidance_fn)
         self.independent_rows = getattr(guidance_fn, "independent_rows", False)
         self.through_half = through_half
         self.check_scales = check_scales
+        self.generator = generator
         self.factors = self._limited_factors(factors)
         self.max_sizes = self._largest_sizes()
         self.step_counts = options.gradient_steps(self.factors)
@@ -74,11 +79,15 @@ class Guider:
         limited = [factor if sigma <= limit else 0.0 for sigma, factor in zip(self.solver.sigmas, factors)]
         return limited if any(limited) else factors
 
+    @property
+    def max_x_0_shift(self) -> float | None:
+        """Largest root mean square of the shift of the predicted x_0. `None` means no limit."""
+        limit = self.options.max_x_0_shift
+        return self.solver.max_x_0_shift if limit == "auto" else limit
+
     def _largest_sizes(self) -> list[float] | None:
         """Returns the largest root mean square of the scaled gradient at each step. `None` means no limit."""
-        max_shift = self.options.max_x_0_shift
-        if max_shift == "auto":
-            max_shift = self.solver.max_x_0_shift
+        max_shift = self.max_x_0_shift
         return None if max_shift is None else [max_shift / shift for shift in self.solver.x_0_shifts]
 
     def begin_step(self, step: int, scales: list[float], x_t: torch.Tensor) -> None:
@@ -95,7 +104,8 @@ class Guider:
         if scales != self.scales:
             self._take_scales(scales, x_t)
         self.acts = bool(self.rows) and self.factors[step] != 0
-        self.needs_gradient = self.acts and (step in self.step_counts or self.last_gradient is None)
+        self.shifts = self.acts and self.options.x_t_weight != 0
+        self.needs_gradient = self.shifts and (step in self.step_counts or self.last_gradient is None)
 
     def _take_scales(self, scales: list[float], x_t: torch.Tensor) -> None:
         if self.check_scales is not None:
@@ -136,7 +146,7 @@ class Guider:
 
     def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor | None:
         """
-        Returns s * grad log p(y | x_t), `(batch, channels, height, width)`, or `None` if the step is not guided.
+        Returns s * grad log p(y | x_t), `(batch, channels, height, width)`, or `None` if no gradient shifts the step.
 
         Args:
             x_t: Noised images that `tracking` has yielded, `(batch, channels, height, width)`.
@@ -146,19 +156,51 @@ class Guider:
         Raises:
             ValueError: If the gradient goes through the UNet, but `x_0` does not depend on x_t.
         """
-        if not self.acts or (not self.needs_gradient and self.options.skipped == "sum"):
+        if not self.shifts or (not self.needs_gradient and self.options.skipped == "sum"):
             return None
         if self.needs_gradient:
             x_0 = x_0 if self.through_unet else x_0.detach()  # x_0_fn may return a tensor with a graph
             self.last_gradient = self._new_gradient(x_t, timestep, x_0)
         count = self.step_counts.get(self.step, 1)
-        gradient = self.last_gradient * self.scale * (self.factors[self.step] * count)
-        if self.options.max_size is not None:
-            gradient = shortened(gradient, self.options.max_size)
+        gradient = self._scaled(self.last_gradient, self.options.x_t_weight * count)
         if self.max_sizes is not None:
             gradient = shortened(gradient, self.max_sizes[self.step])
         self.finite.see(gradient, self.step)
         return gradient
+
+    def move(self, denoised: Denoised, x_t: torch.Tensor, timestep: torch.Tensor) -> Denoised:
+        """
+        Returns the prediction with an x_0 that has been moved up the gradient with respect to x_0, if the options ask for it.
+
+        Args:
+            denoised: Prediction at x_t.
+            x_t: Noised images, `(batch, channels, height, width)`.
+            timestep: Training timestep of each image, `(batch,)`.
+        """
+        if not self.acts or self.options.x_0_weight == 0:
+            return denoised
+        guidance_fn, move = GuidanceAtX0(self._smoothed_function()), torch.zeros_like(x_t)
+        for _ in range(self.options.x_0_iterations):
+            gradient = guidance_gradient(guidance_fn, x_t, timestep, denoised.x_0 + move, self.class_labels)
+            gradient = normalized(gradient) if self.options.normalize else gradient
+            move = move + self._scaled(gradient, self.options.x_0_weight)
+            if self.max_x_0_shift is not None:
+                move = shortened(move, self.max_x_0_shift)
+        self.finite.see(move, self.step)
+        return replace(denoised, x_0=denoised.x_0 + move)
+
+    def _scaled(self, gradient: torch.Tensor, weight: float) -> torch.Tensor:
+        """Returns a gradient times the guidance scale, the factor of the step and a weight, with the size that the options allow."""
+        gradient = gradient * self.scale * (self.factors[self.step] * weight)
+        return gradient if self.options.max_size is None else shortened(gradient, self.options.max_size)
+
+    def _smoothed_function(self) -> GuidanceFunction:
+        """Returns the guidance function of this step."""
+        if not self.options.smoothing:
+            return self.guidance_fn
+        sigma = self.solver.sigmas[self.step]
+        deviation = self.options.smoothing * sigma / (1 + sigma**2) ** 0.5  # gamma * sqrt(1 - alpha_bar)
+        return SmoothedGuidance(self.guidance_fn, deviation, self.options.smoothing_samples, self.generator)
 
     def _new_gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         if self.through_unet and not x_0.requires_grad:
@@ -172,7 +214,8 @@ class Guider:
             x_t = self.solver.mean(x_0, index, x_t)
             timestep = torch.full_like(timestep, self.solver.schedule.timesteps[max(index - 1, 0)].item())
         if self.asked_rows is None:
-            gradient = guidance_gradient(self.guidance_fn, x_t, timestep, x_0, self.class_labels, self.through_half)
+            function = self._smoothed_function()
+            gradient = guidance_gradient(function, x_t, timestep, x_0, self.class_labels, self.through_half)
             self.log_probabilities = getattr(self.guidance_fn, "last_log_probabilities", None)
             self.classified = step_x_t
         else:

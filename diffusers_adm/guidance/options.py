@@ -1,9 +1,11 @@
-"""Options of guidance: the steps at which it acts, and its strength."""
+"""Options of guidance: the steps at which it acts, its strength, and the methods of training-free guidance."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
+
+from diffusers_adm.checks import is_integer, is_number
 
 
 SCALE_SCHEDULES = {
@@ -11,21 +13,47 @@ SCALE_SCHEDULES = {
     "linear": lambda fraction: 1.0 - fraction,
     "cosine": lambda fraction: 0.5 + 0.5 * math.cos(math.pi * fraction),
 }
+# Schedules by the noise level, which are scaled to a mean of 1 over the steps of the run (Ye et al. 2024, arXiv 2409.15761).
+NOISE_SCHEDULES = {
+    "increase": lambda sigma: 1 / (1 + sigma**2),  # alpha_bar
+    "decrease": lambda sigma: 1 - 1 / (1 + sigma**2),
+}
+SCHEDULES = (*SCALE_SCHEDULES, *NOISE_SCHEDULES)
+# Methods for functions of clean images, as special cases of training-free guidance (Ye et al. 2024, arXiv 2409.15761, section 3).
+METHODS = {
+    "dps": {"through_unet": True},  # Chung et al. 2022, arXiv 2209.14687
+    "lgd": {"through_unet": True, "smoothing": 1.0},  # Song et al. 2023, loss-guided diffusion
+    "freedom": {"through_unet": True, "recurrence": 2},  # Yu et al. 2023, arXiv 2303.09833
+    "mpgd": {"x_t_weight": 0.0, "x_0_weight": 1.0},  # He et al. 2023, arXiv 2311.16424
+    "ugd": {
+        "through_unet": True,
+        "x_0_weight": 1.0,
+        "x_0_iterations": 4,
+        "recurrence": 2,
+    },  # Bansal et al. 2023, arXiv 2302.07121
+    "tfg": {"through_unet": True, "x_0_weight": 1.0, "x_0_iterations": 4, "smoothing": 0.1, "schedule": "increase"},
+    "dsg": {"through_unet": True, "spherical": 0.1},  # Yang et al. 2024, arXiv 2402.03201
+}
 
 
 @dataclass(frozen=True)
 class GuidanceOptions:
     """
-    Options of guidance: the steps at which it acts, and its strength. `interval`, `step_fractions` and `schedule` also apply to
-    classifier-free guidance and autoguidance.
+    Options of guidance: the steps at which it acts, and its strength. `interval`, `step_fractions`, `schedule` and `recurrence` also
+    apply to classifier-free guidance and autoguidance.
+
+    The last eight options are those of training-free guidance (Ye et al. 2024, arXiv 2409.15761), for a `guidance_fn` of the predicted
+    x_0. Order of a step: the gradient with respect to x_t, the iterations that move x_0, the step from the moved x_0, the noise that is
+    added again.
 
     Args:
         interval: Interval `(low, high)` of noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar). Guidance acts at steps with
             low < sigma <= high (Kynkaanniemi et al. 2024, arXiv 2404.07724). `None` means all noise levels.
         step_fractions: Part `(first, last)` of the run in which guidance acts, as fractions of its steps. The step at `first` is
             guided, and the step at `last` is not.
-        schedule: Schedule of the guidance scale: `"constant"`, `"linear"`, `"cosine"`, or a function from the fraction of the run
-            to a factor. The linear and the cosine schedule fall from 1 to 0 over the run.
+        schedule: Schedule of the guidance scale: `"constant"`, `"linear"`, `"cosine"`, `"increase"`, `"decrease"`, or a function from
+            the fraction of the run to a factor. The linear and the cosine schedule fall from 1 to 0 over the run. `"increase"` is
+            proportional to alpha_bar, and `"decrease"` to 1 - alpha_bar. Both have a mean of 1 over the steps.
         normalize: Whether each image's gradient is scaled to a root mean square of 1.
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
         max_x_0_shift: Largest root mean square of the shift of each image's predicted x_0. Guidance shifts x_0 by
@@ -42,9 +70,23 @@ class GuidanceOptions:
             up to the next new gradient.
         gradient_at: Point at which the gradient is taken: `"x_t"`, as in the original code, or `"mean"`, the mean of DDPM's step,
             as in the derivation of the paper.
+        through_unet: Whether the gradient with respect to x_t goes through the UNet. `None` means the attribute `through_unet` of the
+            guidance function.
+        x_t_weight: Weight of the gradient that shifts the step. It multiplies the guidance scale. 0 turns this shift off.
+        x_0_weight: Weight of the gradient with respect to x_0, by which the predicted x_0 is moved before the step. It multiplies the
+            guidance scale. The moved x_0 replaces the prediction of the UNet. `max_x_0_shift` limits the whole move.
+        x_0_iterations: Number of gradient steps that move x_0.
+        smoothing: Standard deviation of the noise that is added to x_0 before the guidance function is evaluated, divided by
+            sqrt(1 - alpha_bar). The function is replaced by log E exp(function) over this noise. 0 adds no noise.
+        smoothing_samples: Number of samples of the noise that estimate this expectation.
+        recurrence: Number of times that each step is taken at which guidance acts. In between, noise is added again up to the noise
+            level of the step. It requires DDPM or DDIM.
+        spherical: Rate in (0, 1] of spherical guidance (Yang et al. 2024, arXiv 2402.03201). The noise of the step is mixed with the
+            direction of the gradient at this rate, and scaled to the length that noise has on average. The gradient has no other effect
+            on the step. It requires DDPM, or DDIM with `eta` above 0.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, or contradicts another option.
     """
 
     interval: tuple[float, float] | None = None
@@ -58,6 +100,14 @@ class GuidanceOptions:
     every: int = 1
     skipped: str = "reuse"
     gradient_at: str = "x_t"
+    through_unet: bool | None = None
+    x_t_weight: float = 1.0
+    x_0_weight: float = 0.0
+    x_0_iterations: int = 1
+    smoothing: float = 0.0
+    smoothing_samples: int = 4
+    recurrence: int = 1
+    spherical: float | None = None
 
     def __post_init__(self):
         for name, window, last in (
@@ -69,44 +119,103 @@ class GuidanceOptions:
                 raise ValueError(
                     f"`{name}` must be two numbers in [0, {last}], the smaller first, but got {window!r}."
                 )
-        if not (callable(self.schedule) or self.schedule in tuple(SCALE_SCHEDULES)):
-            raise ValueError(
-                f"`schedule` must be one of {tuple(SCALE_SCHEDULES)}, or a function, but got {self.schedule!r}."
-            )
-        if not (isinstance(self.every, Integral) and self.every >= 1):
-            raise ValueError(f"`every` must be an integer of at least 1, but got {self.every!r}.")
+        if not (callable(self.schedule) or self.schedule in SCHEDULES):
+            raise ValueError(f"`schedule` must be one of {SCHEDULES}, or a function, but got {self.schedule!r}.")
+        for name in ("every", "x_0_iterations", "smoothing_samples", "recurrence"):
+            count = getattr(self, name)
+            if not (is_integer(count) and count >= 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, but got {count!r}.")
         for name, known in (("skipped", ("reuse", "sum")), ("gradient_at", ("x_t", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {known}, but got {getattr(self, name)!r}.")
-        for name in ("normalize", "entropy_scaling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
+        for name, others in (("normalize", ()), ("entropy_scaling", ()), ("through_unet", (None,))):
+            if not isinstance(getattr(self, name), bool) and getattr(self, name) not in others:
+                allowed = "".join(f", or {other!r}" for other in others)
+                raise ValueError(f"`{name}` must be True or False{allowed}, but got {getattr(self, name)!r}.")
         for name, others in (("max_entropy_scale", ()), ("max_size", (None,)), ("max_x_0_shift", (None, "auto"))):
             value = getattr(self, name)
             if not (isinstance(value, Real) and value > 0) and value not in others:
                 allowed = "".join(f", or {other!r}" for other in others)
                 raise ValueError(f"`{name}` must be a number above 0{allowed}, but got {value!r}.")
+        for name in ("x_t_weight", "x_0_weight", "smoothing"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but got {value!r}.")
+        if self.spherical is not None and not (is_number(self.spherical) and 0 < self.spherical <= 1):
+            raise ValueError(f"`spherical` must be a number in (0, 1], or None, but got {self.spherical!r}.")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        """Raises a `ValueError` if an option has no effect, or no meaning, together with another option."""
+        moves_x_0, shifts, mixes = self.x_0_weight != 0, self.x_t_weight != 0, self.spherical is not None
+        contradictions = (
+            ("x_t_weight=0", "x_0_weight=0", not shifts and not moves_x_0, "because nothing would guide"),
+            (
+                "x_t_weight=0",
+                "through_unet=True",
+                not shifts and bool(self.through_unet),
+                "whose gradient it turns off",
+            ),
+            ("x_t_weight=0", "`spherical`", not shifts and mixes, "whose gradient it turns off"),
+            ("`x_0_iterations`", "x_0_weight=0", self.x_0_iterations > 1 and not moves_x_0, "which turns them off"),
+            ("`normalize`", "`spherical`", self.normalize and mixes, "which uses only directions"),
+            ("`max_size`", "`spherical`", self.max_size is not None and mixes, "which uses only directions"),
+            ("`every`", "`x_0_weight`", self.every > 1 and moves_x_0, "which moves x_0 at each step"),
+            (
+                "`every`",
+                "`recurrence`",
+                self.every > 1 and self.recurrence > 1,
+                "after which a gradient is out of date",
+            ),
+            ("gradient_at='mean'", "`x_0_weight`", self.gradient_at == "mean" and moves_x_0, "which moves x_0 itself"),
+        )
+        for option, other, contradicts, reason in contradictions:
+            if contradicts:
+                raise ValueError(f"{option} does not go together with {other} in `guidance_options`, {reason}.")
 
     @classmethod
-    def parse(cls, given: "GuidanceOptions | dict | None") -> "GuidanceOptions":
+    def parse(cls, given: "GuidanceOptions | dict | str | None") -> "GuidanceOptions":
         """
-        Returns options that were given as an object, as a dict, or as `None` for the defaults.
+        Returns options that were given as an object, as the name of a method in `METHODS`, as a dict, or as `None` for the defaults. The
+        entry `"method"` of a dict is such a name. The other entries override the options of the method.
 
         Raises:
-            ValueError: If `given` has another type, or the dict has a name that is not an option.
+            ValueError: If `given` has another type, the method is unknown, or the dict has a name that is not an option.
         """
         if isinstance(given, cls):
             return given
-        if given is not None and not isinstance(given, dict):
+        if given is not None and not isinstance(given, (dict, str)):
             raise ValueError(
-                f"`guidance_options` must be a GuidanceOptions or a dict of its options, but got {given!r}."
+                f"`guidance_options` must be a GuidanceOptions, a dict of its options or the name of a method, but got {given!r}."
             )
-        unknown = [name for name in given or {} if name not in cls.__dataclass_fields__]
+        options = {"method": given} if isinstance(given, str) else dict(given or {})
+        if "method" in options:
+            method = options.pop("method")
+            if method not in tuple(METHODS):
+                raise ValueError(
+                    f"The method of `guidance_options` must be one of {tuple(METHODS)}, but got {method!r}."
+                )
+            options = METHODS[method] | options
+        unknown = [name for name in options if name not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(
-                f"`guidance_options` must have names among {tuple(cls.__dataclass_fields__)}, but got {unknown}."
+                f"`guidance_options` must have names among {('method', *cls.__dataclass_fields__)}, but got {unknown}."
             )
-        return cls(**(given or {}))
+        return cls(**options)
+
+    def goes_through_unet(self, guidance_fn: Callable | None) -> bool:
+        """Returns whether the gradient of a guidance function goes through the UNet."""
+        return getattr(guidance_fn, "through_unet", False) if self.through_unet is None else self.through_unet
+
+    @property
+    def needs_function_of_x_0(self) -> bool:
+        """Whether the options require a guidance function that is applied to the predicted x_0."""
+        return bool(self.through_unet or self.x_0_weight or self.smoothing)
+
+    @property
+    def has_known_density(self) -> bool:
+        """Whether a step of DDPM still has the density of Algorithm 1, by which particles are weighted."""
+        return not (self.x_0_weight or self.smoothing or self.recurrence > 1 or self.spherical)
 
     def factors(self, sigmas: list[float]) -> list[float]:
         """
@@ -118,19 +227,27 @@ class GuidanceOptions:
         Raises:
             ValueError: If the schedule returns a value that is not a finite number.
         """
-        schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]
-        factors = []
+        schedule, factors = self._schedule(sigmas), []
         for step, sigma in enumerate(sigmas):
             fraction = step / len(sigmas)
             acts = self.interval is None or self.interval[0] < sigma <= self.interval[1]
             acts = acts and self.step_fractions[0] <= fraction < self.step_fractions[1]
-            factor = schedule(fraction) if acts else 0.0
+            factor = schedule(step) if acts else 0.0
             if not (isinstance(factor, Real) and math.isfinite(factor)):
                 raise ValueError(
                     f"`schedule` must return a finite number, but at fraction {fraction:g} of the run it returned {factor!r}."
                 )
             factors.append(float(factor))
         return factors
+
+    def _schedule(self, sigmas: list[float]) -> Callable[[int], float]:
+        """Returns the schedule of the guidance scale as a function from the number of a step to a factor."""
+        if self.schedule in tuple(NOISE_SCHEDULES):
+            values = [NOISE_SCHEDULES[self.schedule](sigma) for sigma in sigmas]
+            mean = sum(values) / len(values)
+            return lambda step: values[step] / mean
+        schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]
+        return lambda step: schedule(step / len(sigmas))
 
     def gradient_steps(self, factors: list[float]) -> dict[int, int]:
         """

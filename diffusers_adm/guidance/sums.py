@@ -51,7 +51,9 @@ class WeightedSum:
     ) -> torch.Tensor:
         """Returns the weighted sum of the log-probabilities, `(batch,)`."""
         # Its gradient with respect to x_t is that with respect to x_0, as for functions that do not guide through the UNet.
-        direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if self.through_unet else x_0
+        # If x_t is fixed, x_0 itself is the variable.
+        through = self.through_unet and x_t.requires_grad
+        direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if through else x_0
         total = torch.zeros(len(x_t), device=x_t.device)
         for function, weight in zip(self.functions, self.weights):
             own_x_0 = x_0 if getattr(function, "through_unet", False) else direct_x_0

@@ -21,6 +21,7 @@ from diffusers_adm.diffusion import (
     renoise,
     shift_epsilon,
     shift_mean,
+    spherical_noise,
     split_learned_variance,
     x_0_from_epsilon,
     x_0_from_prediction,
@@ -74,11 +75,13 @@ class Solver:
         max_x_0_shift: Default limit of the shift of the predicted x_0, a root mean square per image. `None` means no limit.
         max_guidance_sigma: Highest noise level at which guidance acts by default.
         shifts_epsilon: Whether guidance shifts epsilon (Algorithm 2) instead of the mean of a step (Algorithm 1).
+        spherical: Rate at which the gradient's direction is mixed with the noise of a step, instead of a shift. `None` means a shift.
     """
 
     shifts_epsilon = True
     max_x_0_shift: float | None = None
     max_guidance_sigma = math.inf
+    spherical: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule, visits: list[int] | None = None):
         config = scheduler.config
@@ -110,6 +113,15 @@ class Solver:
             step: Number of the step, one of `entries`.
         """
         self._visit(self.visits[step:])
+
+    def repeat(self, counts: list[int]) -> None:
+        """
+        Takes steps of the run several times. In between, `renoise` adds noise up to the noise level of the step.
+
+        Args:
+            counts: Number of times that each step of the run is taken.
+        """
+        self._visit([index for index, count in zip(self.visits, counts) for _ in range(count)])
 
     def begin(
         self, x_T: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
@@ -232,16 +244,19 @@ class DDPMSolver(Solver):
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """
-        Draws x_{t-1} from N(mu + s * Sigma * grad log p(y | x_t), Sigma) [Algorithm 1]. The arguments are those of `Solver.step`.
+        Draws x_{t-1} from N(mu + s * Sigma * grad log p(y | x_t), Sigma) [Algorithm 1], or from N(mu, Sigma) with noise that the
+        gradient turns (spherical guidance). The arguments are those of `Solver.step`.
         """
         log_variance = denoised.log_variance
         mean = self._mean(denoised, index, x_t)  # mu
-        if gradient is not None:
+        if gradient is not None and self.spherical is None:
             mean = shift_mean(mean, log_variance, gradient)  # mu + s * Sigma * grad log p(y | x_t)
         if index == 0:
             return mean  # the last step adds no noise
         noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
         deviation = (0.5 * log_variance).exp() if self.fixed_log_variance is None else math.exp(0.5 * log_variance)
+        if gradient is not None and self.spherical is not None:
+            noise = spherical_noise(noise, deviation * gradient, self.spherical)
         return mean + deviation * noise
 
     def _mean(self, denoised: Denoised, index: int, x_t: torch.Tensor) -> torch.Tensor:
@@ -324,14 +339,20 @@ class EpsilonSolver(Solver):
         gradient: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draws x_{t-1} by the scheduler, with the guided noise [Algorithm 2]. The arguments are those of `Solver.step`."""
+        """
+        Draws x_{t-1} by the scheduler, with the guided epsilon [Algorithm 2], or with noise that the gradient turns (spherical guidance).
+        The arguments are those of `Solver.step`.
+        """
         x_0 = denoised.x_0
-        if gradient is not None:
+        if gradient is not None and self.spherical is None:
             epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)  # from the clipped x_0, as in the original code
             noise_scale = read_table(self.schedule.noise_scale, index, x_t)
             epsilon = shift_epsilon(epsilon, noise_scale, gradient)  # epsilon - sqrt(1 - alpha_bar) * s * grad
             x_0 = x_0_from_epsilon(self.schedule, x_t, index, epsilon)
         step_kwargs = {**self.step_kwargs, "generator": generator} if self.takes_generator else self.step_kwargs
+        if gradient is not None and self.spherical is not None:
+            noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            step_kwargs = {**self.step_kwargs, "variance_noise": spherical_noise(noise, gradient, self.spherical)}
         return self.advance(x_0, index, x_t, **step_kwargs)
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
