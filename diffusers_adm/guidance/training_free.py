@@ -84,7 +84,7 @@ def log_probability(value: torch.Tensor, x_t: torch.Tensor, option: str) -> torc
         option: Option that requires a log-probability.
 
     Raises:
-        ValueError: If the value is not one log-probability per image.
+        ValueError: If the value has another shape than that of a log-probability per image.
     """
     if not isinstance(value, torch.Tensor) or value.shape != x_t.shape[:1]:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
