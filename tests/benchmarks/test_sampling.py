@@ -11,7 +11,8 @@ from PIL import Image
 from tiny_models import tiny_pipeline, tiny_scheduler
 
 from diffusers_adm.benchmarks import sampling as bench_sampling
-from diffusers_adm.benchmarks.sampling import FAST_EVALUATIONS, Bench, evaluations
+from diffusers_adm.benchmarks.points import evaluations
+from diffusers_adm.benchmarks.sampling import FAST_EVALUATIONS, Bench
 from diffusers_adm.evaluation.options import SCHEDULERS
 
 

@@ -1,0 +1,218 @@
+"""Quality and cost of methods of guidance: `python -m diffusers_adm.benchmarks.guidance REFERENCE`.
+
+Each method is evaluated with some settings and the seed `--seed`. The setting with the smallest Frechet distance is the best one. It is
+evaluated with the next three seeds, if its distance is near that of plain guidance or below. Therefore the seeds of the final figures
+did not choose the settings. All points have the same labels. An interrupted run continues where it stopped. All launched processes draw.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+from diffusers_adm.atomic_files import write_json
+from diffusers_adm.benchmarks.points import (
+    BenchOptions,
+    Points,
+    add_bench_options,
+    bench_arguments,
+    distance,
+    spread_of,
+)
+from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.options import add_examples, option
+
+
+STEPS = 10
+STEPS_OF_DDPM = 25
+# A method whose best distance is above that of plain guidance by this factor is not evaluated again.
+NEAR = 1.2
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Methods that are compared with one another.
+
+    Args:
+        scheduler: Name in `SCHEDULERS`.
+        call: Arguments of the pipeline's call that all methods share.
+        methods: Settings of each method: arguments of the call. The first method is plain guidance.
+    """
+
+    scheduler: str
+    call: dict
+    methods: dict[str, list[dict]]
+
+
+def weaker(kind: str, *weights: float) -> list[dict]:
+    """Returns the settings of guidance by a weaker prediction."""
+    return [{"weaker": kind, "cfg_weight": weight} for weight in weights]
+
+
+def guider(kind: str, *scales: float, **arguments) -> list[dict]:
+    """Returns the settings of a guider of diffusers."""
+    return [{"guider": {"kind": kind, "guidance_scale": scale, **arguments}} for scale in scales]
+
+
+FAMILIES = {
+    "conditional UNet, no classifier": Family(
+        "DDIM",
+        {"num_inference_steps": STEPS, "guidance_scale": 0.0},
+        {
+            PLAIN: [{}],
+            "null class": weaker("null_class", 0.25, 0.5, 1.0),
+            "random class": weaker("random_class", 0.25, 0.5, 1.0),
+            "perturbed attention": weaker("perturbed_attention", 0.25, 0.5, 1.0),
+            "smoothed attention": weaker("smoothed_attention", 0.25, 0.5),
+            "epsilon scaling": [{"epsilon_scale": scale} for scale in (0.99, 0.995, 1.005)],
+            "adaptive projected guidance": guider(
+                "AdaptiveProjectedGuidance", 1.5, 2.0, eta=0.0, adaptive_projected_guidance_momentum=-0.5
+            ),
+            "CFG-Zero*": guider("ClassifierFreeZeroStarGuidance", 1.25, 1.5, zero_init_steps=0),
+            "tangential": guider("TangentialClassifierFreeGuidance", 1.25, 1.5),
+        },
+    ),
+    "conditional UNet and classifier": Family(
+        "DDIM",
+        {"num_inference_steps": STEPS, "guidance_scale": 1.0},
+        {
+            PLAIN: [{}],
+            "other scale": [{"guidance_scale": scale} for scale in (0.5, 1.5)],
+            "interval (1.12, 11.6]": [{"guidance_options": {"interval": (1.12, 11.6)}}],
+            "null class": weaker("null_class", 0.25),
+            "random class": weaker("random_class", 0.25),
+            "perturbed attention": weaker("perturbed_attention", 0.25, 0.5),
+            "smoothed attention": weaker("smoothed_attention", 0.25),
+            "epsilon scaling": [{"epsilon_scale": scale} for scale in (0.99, 0.995, 1.005)],
+        },
+    ),
+    "conditional UNet and classifier, DDPM": Family(
+        "DDPM",
+        {"num_inference_steps": STEPS_OF_DDPM, "guidance_scale": 1.0},
+        {PLAIN: [{}], "epsilon scaling": [{"epsilon_scale": scale} for scale in (1.005, 1.01, 1.02)]},
+    ),
+    "unconditional UNet and classifier": Family(
+        "DDIM",
+        {"num_inference_steps": STEPS, "condition_unet": False, "guidance_scale": 5.0},
+        {
+            PLAIN: [{"guidance_scale": scale} for scale in (2.0, 5.0, 10.0)],
+            "perturbed attention": weaker("perturbed_attention", 0.25, 0.5),
+        },
+    ),
+    "unconditional UNet and classifier, DDPM": Family(
+        "DDPM",
+        {"num_inference_steps": STEPS_OF_DDPM, "condition_unet": False, "guidance_scale": 1.0},
+        {PLAIN: [{}], "4 particles": [{"particles": 4}], "16 particles": [{"particles": 16}]},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GuidanceBenchOptions(BenchOptions):
+    """Samples of each point."""
+
+    discriminator: str | None = option(
+        None,
+        metavar="FILE:NAME",
+        help="Guidance function of classifier and discriminator, as for --guidance_fn of sample.",
+    )
+
+
+def families(discriminator: str | None) -> dict[str, Family]:
+    """
+    Returns the methods.
+
+    Args:
+        discriminator: Guidance function of classifier and discriminator, or `None` to leave it out.
+    """
+    if discriminator is None:
+        return FAMILIES
+    name = "conditional UNet and classifier"
+    methods = {**FAMILIES[name].methods, "discriminator": [{"guidance_fn": discriminator}]}
+    return {**FAMILIES, name: replace(FAMILIES[name], methods=methods)}
+
+
+def evaluate_method(points: Points, family: str, name: str, settings: Family, limit: float) -> tuple[dict, dict]:
+    """
+    Evaluates all settings of a method, and the best one with three more seeds if it is good.
+
+    Args:
+        points: Points of the benchmark.
+        family: Name of the family.
+        name: Name of the method.
+        settings: Family of the method.
+        limit: Distance above which the best setting is not evaluated again.
+
+    Returns:
+        Best point with the seed of the settings, and the row of the method in the table of methods.
+    """
+    seed = points.settings.seed
+
+    def evaluate(setting: dict, seed: int) -> dict:
+        point = {"family": family, "method": name, "setting": str(setting), "seed": seed}
+        return points.evaluate_point(point, settings.scheduler, {**settings.call, **setting})
+
+    tried = [(evaluate(setting, seed), setting) for setting in settings.methods[name]]
+    best, setting = min(tried, key=lambda pair: distance(pair[0]))
+    row = {"family": family, "method": name, "setting": setting, "distance_of_choice": distance(best)}
+    row["UNet"], row["classifier"] = best["point"]["UNet"], best["point"]["classifier"]
+    if distance(best) > limit:
+        return best, {**row, "metrics": best["metrics"]}
+    again = [evaluate(setting, seed + number) for number in (1, 2, 3)]
+    means = {metric: sum(result["metrics"][metric] for result in again) / len(again) for metric in again[0]["metrics"]}
+    return best, {**row, "metrics": means, "spread": spread_of(again)}
+
+
+def evaluate_all(points: Points, methods: dict[str, Family]) -> list[dict]:
+    """Evaluates all methods, and writes `methods.json` after each."""
+    rows = []
+    for family, settings in methods.items():
+        limit = float("inf")
+        for name in settings.methods:
+            best, row = evaluate_method(points, family, name, settings, limit)
+            if name == PLAIN:
+                limit = NEAR * distance(best)
+            rows.append(row)
+            if points.state.is_main_process:
+                write_json(points.folder / "methods.json", rows)
+                print(line_of(row), flush=True)
+    return rows
+
+
+def line_of(row: dict) -> str:
+    """Returns the row of a method in Markdown."""
+    metrics, spread = row["metrics"], row.get("spread")
+    value = f"{metrics['frechet_distance']:.3f}"
+    cells = [
+        row["family"],
+        row["method"],
+        f"`{row['setting']}`" if row["setting"] else "",
+        f"{row['UNet']}, {row['classifier']}",
+        f"{value} (1 seed)" if spread is None else f"{value} ± {spread['standard_deviation']:.3f}",
+        f"{100 * metrics['accuracy']:.1f} %",
+        f"{metrics['precision']:.3f}",
+        f"{metrics['recall']:.3f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Evaluates all methods, and prints their table."""
+    parser = CommandParser(description=__doc__)
+    add_bench_options(parser, GuidanceBenchOptions)
+    program = "python -m diffusers_adm.benchmarks.guidance"
+    add_examples(
+        parser,
+        f"{program} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
+        f"{program} my_images --resolution 64 --model me/my-model --output bench --discriminator guide.py:build",
+    )
+    options, arguments = bench_arguments(parser, GuidanceBenchOptions)
+    points = Points(*arguments)
+    rows = evaluate_all(points, families(options.discriminator))
+    if points.state.is_main_process:
+        header = ("methods of", "method", "best setting", "UNet, classifier", "FD", "right", "precision", "recall")
+        print("\n".join([f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *map(line_of, rows)]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("guidance", main))
