@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-lowest test-page test-page-api test-slow bench-train bench-step bench-overhead bench-eval bench-sampling cards judge docs quality style
+.PHONY: install demo demo-cascade test test-lowest test-page test-page-api test-slow bench-train bench-step bench-overhead bench-eval bench-sampling bench-guidance cards judge docs quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -69,6 +69,12 @@ bench-sampling: install
 	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.benchmarks.sampling \
 	    $(MNIST) --split test --resolution 32 --crop pad \
 	    --register tests/helpers/digit_features.py --feature_extractor mnist-digits --output runs/bench-sampling
+
+# Hours, as bench-sampling.
+bench-guidance: install
+	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m diffusers_adm.benchmarks.guidance \
+	    $(MNIST) --split test --resolution 32 --crop pad --seed 3 \
+	    --register tests/helpers/digit_features.py --feature_extractor mnist-digits --output runs/bench-guidance
 
 cards: install
 	$(BIN)/python -m diffusers_adm.hub.cards model_cards

@@ -17,7 +17,7 @@ SCRIPTS = {
 }
 BENCHMARKS = {
     f"python -m diffusers_adm.benchmarks.{name}": f"diffusers_adm.benchmarks.{name}"
-    for name in ("metrics", "overhead", "sampling", "step", "training")
+    for name in ("guidance", "metrics", "overhead", "sampling", "step", "training")
 }
 EXAMPLES = {
     f"python -m diffusers_adm.examples.{name}": f"diffusers_adm.examples.{name}"

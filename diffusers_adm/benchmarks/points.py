@@ -87,7 +87,7 @@ class Points:
         Draws and evaluates the samples of a point, and writes the table of all points so far.
 
         Args:
-            point: What the table says about the point. Its entry `seed` is the seed of the samples.
+            point: Entries of the point in the table. `seed` is the seed of the samples.
             scheduler: Name in `SCHEDULERS`.
             call: Arguments of the pipeline's call.
             num_images: Number of images. `None` means that of the settings.

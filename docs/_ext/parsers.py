@@ -56,6 +56,7 @@ dps = partial(module, "diffusers_adm.examples.dps")
 repaint = partial(module, "diffusers_adm.examples.repaint")
 symmetry = partial(module, "diffusers_adm.examples.symmetry")
 
+bench_guidance = partial(module, "diffusers_adm.benchmarks.guidance")
 bench_metrics = partial(module, "diffusers_adm.benchmarks.metrics")
 bench_overhead = partial(module, "diffusers_adm.benchmarks.overhead")
 bench_sampling = partial(module, "diffusers_adm.benchmarks.sampling")

@@ -1,0 +1,56 @@
+"""The bench of methods of guidance: the best setting of each, and the seeds that did not choose it."""
+
+import json
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+from digit_features import NAME as DIGITS
+from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
+
+from diffusers_adm.benchmarks import guidance as bench_guidance
+from diffusers_adm.benchmarks.guidance import FAMILIES, PLAIN, Family
+from diffusers_adm.benchmarks.points import evaluations
+from diffusers_adm.pipelines.options import SamplingOptions
+
+
+def test_evaluations_of_weaker_predictions_and_particles_are_counted():
+    pipeline = tiny_pipeline(tiny_unet(use_null_class=True), scheduler=tiny_scheduler(DDIMScheduler))
+    call = {"num_inference_steps": 3, "guidance_scale": 0.0, "cfg_weight": 1.0}
+    for kind in ("null_class", "perturbed_attention", "smoothed_attention"):
+        assert evaluations(pipeline, {**call, "weaker": kind}) == (6, 0)
+    particles = {"num_inference_steps": 3, "guidance_scale": 1.0, "particles": 4}
+    assert evaluations(tiny_pipeline(), particles)[0] == 12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_settings_fit_the_default_model(name):
+    for settings in FAMILIES[name].methods.values():
+        for setting in settings:
+            options = SamplingOptions(**FAMILIES[name].call | setting)
+            assert options.guidance_scale is not None and options.num_inference_steps
+
+
+def test_the_best_setting_is_drawn_with_other_seeds(tmp_path, monkeypatch, capsys):
+    real = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    methods = {
+        PLAIN: [{}],
+        "noise": [{"epsilon_scale": 1.01}, {"epsilon_scale": 30.0}],
+        "only noise": [{"epsilon_scale": 30.0}],
+    }
+    monkeypatch.setattr(bench_guidance, "FAMILIES", {"digits": Family("DDIM", call, methods)})
+    words = [tmp_path / "real.npz", "--output", tmp_path / "bench", "--num_samples", 5, "--batch_size", 5, "--seed", 3]
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, words), "--feature_extractor", DIGITS])
+    bench_guidance.main()
+    plain, noise, only_noise = json.loads((tmp_path / "bench" / "methods.json").read_text())
+    points = json.loads((tmp_path / "bench" / "results.json").read_text())
+    found = {(point["setting"], point["seed"]): point["metrics"] for point in (r["point"] | r for r in points)}
+    assert noise["setting"] == min(methods["noise"], key=lambda setting: found[str(setting), 3]["frechet_distance"])
+    assert plain["spread"]["seeds"] == [4, 5, 6] and (plain["UNet"], plain["classifier"]) == (2, 2)
+    expected = np.mean([found["{}", seed]["recall"] for seed in (4, 5, 6)])
+    assert plain["metrics"]["recall"] == pytest.approx(expected)
+    far = found[str({"epsilon_scale": 30.0}), 3]["frechet_distance"] > 1.2 * found["{}", 3]["frechet_distance"]
+    assert far == ("spread" not in only_noise)
+    assert "| digits | plain |" in capsys.readouterr().out
