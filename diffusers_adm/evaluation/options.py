@@ -61,7 +61,7 @@ SAMPLING_OPTIONS = {
     "guidance_options": (
         "JSON",
         "Options that say when guidance acts, and how strongly, as an object in JSON, such as"
-        ' {"interval": [0.28, 2.9], "every": 2}. Default: guidance at all steps.',
+        ' {"interval": [0.28, 2.9], "every": 2} or {"method": "dps"}. Default: guidance at all steps.',
     ),
     "timesteps": (
         "JSON",

@@ -21,6 +21,7 @@ from diffusers_adm.guidance import GuidanceOptions
 from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
+from diffusers_adm.pipelines.checks import check_guidance_options
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.progress import with_progress
@@ -137,7 +138,8 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
             raise ValueError(f"`{name}` must be one finite number for a whole run, but got {value!r}.")
     if not isinstance(options.condition_unet, bool):
         raise ValueError(f"`condition_unet` must be True or False, but got {options.condition_unet!r}.")
-    GuidanceOptions.parse(options.guidance_options)
+    guidance_options = GuidanceOptions.parse(options.guidance_options)
+    check_guidance_options(pipeline, guidance_options, options.guidance_fn, options.eta)
     options.solver(pipeline)
     return options
 
