@@ -217,6 +217,8 @@ def test_arguments_that_hold_for_one_image_are_no_options_of_a_run(tmp_path):
         for value in ([1.0, 2.0], torch.ones(4), float("inf"), "1"):
             with pytest.raises(ValueError, match=f"`{name}` must be one finite number for a whole run, but got "):
                 draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={name: value})
+    with pytest.raises(ValueError, match="require a `guidance_fn` that is applied to the predicted x_0"):
+        draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={"guidance_options": {"method": "dps"}})
     assert not (tmp_path / "run").exists()
 
 

@@ -27,6 +27,9 @@ TARGET = f"{Path(__file__).with_name('digit_target.py')}:guide"
 ROWS = {
     "noise-aware classifier, scale 1": (1.0, None),
     "noise-aware classifier, scale 10": (10.0, None),
+    "dps, scale 1": (1.0, {"method": "dps"}),
+    "dsg, rate 0.2": (1.0, {"method": "dsg", "spherical": 0.2}),
+    "mpgd, scale 1": (1.0, {"method": "mpgd"}),
 }
 
 
