@@ -218,7 +218,9 @@ def test_arguments_that_hold_for_one_image_are_no_options_of_a_run(tmp_path):
             with pytest.raises(ValueError, match=f"`{name}` must be one finite number for a whole run, but got "):
                 draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={name: value})
     with pytest.raises(ValueError, match="require a `guidance_fn` that is applied to the predicted x_0"):
-        draw_samples(pipeline, tmp_path / "run", num_images=4, batch_size=4, call={"guidance_options": {"method": "dps"}})
+        draw_samples(
+            pipeline, tmp_path / "run", num_images=4, batch_size=4, call={"guidance_options": {"method": "dps"}}
+        )
     assert not (tmp_path / "run").exists()
 
 
