@@ -23,12 +23,12 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # In an environment of its own, without the export to ONNX, which needs a newer torch; `make install` in a new clone takes the
-# newest versions.
+# newest versions. Old versions of some packages call names of other packages that are deprecated today.
 LOWEST := .venv-lowest
 test-lowest: install
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q -e ".[train,eval,test]" $$($(BIN)/python tests/helpers/lowest_versions.py)
-	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 # gradio requires an older Pillow than the newest. It and its packages lie in an environment that finds the rest in the usual one.
 PAGE := .venv-page

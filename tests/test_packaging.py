@@ -13,6 +13,7 @@ import yaml
 from command_line import run
 from diffusers import DDIMScheduler
 from digit_classifier import load_digit_classifier
+from lowest_versions import lowest_versions
 from PIL import Image
 
 import diffusers_adm
@@ -34,6 +35,11 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def test_each_dependency_has_one_lowest_version():
+    names = [word.partition("==")[0] for word in lowest_versions()]
+    assert len(names) == len(set(names)) and {"torch", "torchvision"} <= set(names)
 
 
 def test_wheel_of_the_source_distribution_draws_outside_the_checkout(tmp_path):

@@ -6,7 +6,7 @@ from importlib.metadata import requires
 
 def lowest_versions() -> list[str]:
     """The requirements of the package and its extras, without those that `make test-lowest` does not install."""
-    left_out = re.compile(r"extra == .(docs|export|page|test-page)\b")
+    left_out = re.compile(r"extra == .(docs|export|notebooks|page|test-page)\b")
     words = [requirement for requirement in requires("diffusers-adm") if not left_out.search(requirement)]
     return sorted({word.partition(";")[0].strip().replace(">=", "==") for word in words})
 
