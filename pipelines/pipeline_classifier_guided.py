@@ -228,8 +228,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
-            value as the call. After the last step of a run without particles, `step.images` are the images
-            of the call.
+            value as the call. After the last step of a run without particles, `step.images` are the images of the call.
 
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.

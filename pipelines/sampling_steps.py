@@ -22,18 +22,20 @@ class SamplingStep:
     Tensors are float32 and belong to the run. You can read and copy them, but only callbacks may change them. Tensors of earlier steps
     stay valid.
 
+    In a run with K `particles` per image, the batch of each tensor holds all particles: row i * K + k is particle k of image i.
+
     Args:
         index: Number of the step in the run, from 0 to `num_steps - 1`.
         num_steps: Number of steps of the run.
         timestep: Training timestep, or noise level for a UNet with preconditioning, `()`.
         sigma: Noise level sqrt((1 - alpha_bar) / alpha_bar) at which the step begins, as in `GuidanceOptions.interval`.
-        class_labels: Class of each image, given or drawn, `(batch,)`. `None` without classes.
+        class_labels: Class of each row, given or drawn, `(batch,)`. `None` without classes.
         x_t: Noised images at which the step begins, `(batch, channels, height, width)`.
         x_0: Predicted x_0 at x_t, before guidance, `(batch, channels, height, width)`. It is in [-1, 1] if the scheduler clips.
         gradient: Scaled gradient that guided the step, `(batch, channels, height, width)`. `None` if the step was not guided.
         latents: Images after the step, `(batch, channels, height, width)`. After the last step, they are the final x_0.
-        log_weights: Logarithm of the weight of each particle, up to a constant per image, `(images, particles)`. Particle k of image i
-            is row i * particles + k of the other tensors. `None` without particles.
+        log_weights: Logarithm of the weight of each particle, up to a constant per image, `(images, particles)`. `None` without
+            particles.
     """
 
     index: int
@@ -62,7 +64,10 @@ class SamplingStep:
 
     @property
     def images(self) -> list | torch.Tensor:
-        """Latents as images of the `output_type` of the run. After the last step, they are the images that the call returns."""
+        """
+        Latents as images of the `output_type` of the run. After the last step, they are the images that the call returns. With
+        particles, they are the images of all particles, and the call returns one of them per image, drawn by `log_weights`.
+        """
         return self._make_images(self.latents)
 
     @property
