@@ -14,7 +14,12 @@ from safetensors import SafetensorError
 
 INSTALL_COMMAND = 'pip install -e ".[{extra}]"'
 # Extra of each package that is not in the usual ones.
-EXTRAS = {"gradio": "page", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "gradio": "page",
+    "peft": "lora",
+    "transformers": "transformers",
+}
 USUAL_EXTRAS = "train,eval"
 
 # Errors whose message is for the user. All other errors, except those of full memory, are faults of the program.

@@ -37,10 +37,16 @@ OTHERS = {
 }
 SCRIPT = f"""
 from diffusers_adm.cli import main
+from diffusers_adm.command_line import describe_missing_package
+from diffusers_adm.training.pretrained import add_adapter
 
 assert main({SAMPLE!r}.split()) == 0
 for words in {list(OTHERS)!r}:
     assert main(words.split()) == 2, words
+try:
+    add_adapter(None, rank=8)
+except ModuleNotFoundError as error:
+    print(describe_missing_package(error))
 """
 
 
@@ -86,3 +92,4 @@ def test_a_plain_installation_draws_and_says_what_the_rest_needs(plain, tmp_path
     for line, (words, extra) in zip(errors, OTHERS.items()):
         assert line.startswith(f"diffusers-adm {words.split()[0]}: error: the package ")
         assert f'run pip install -e ".[{extra}]" in a checkout' in line
+    assert 'the package peft is not installed: run pip install -e ".[lora]" in a checkout' in run.stdout

@@ -199,14 +199,12 @@ def add_adapter(model: ModelMixin, rank: int | None) -> None:
         rank: Rank of the adapters. `None` adds none.
 
     Raises:
-        ValueError: If peft is not installed.
+        ModuleNotFoundError: If peft is not installed.
     """
     if rank is None:
         return
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("--lora_rank requires peft. Run: pip install diffusers-adm[lora]") from error
+    from peft import LoraConfig
+
     names = [name for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     adapted = [name for name in names if not name.startswith((*WHOLE_LAYERS, "time_embedding"))]
     whole = [name for name in WHOLE_LAYERS if any(name == other for other, _ in model.named_modules())]

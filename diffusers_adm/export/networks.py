@@ -101,7 +101,7 @@ def check_can_export(format: str, folder: Path) -> None:
         raise ValueError(f"`format` must be one of {', '.join(EXPORT_FILES)}, but got {format!r}.")
     for name in ONNX_PACKAGES if format == "onnx" else ():
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f'The format onnx needs {name}: pip install "diffusers-adm[export]"', name=name)
+            raise ModuleNotFoundError(f'The format onnx requires {name}: run pip install -e ".[export]".', name=name)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not an empty folder.")
 
