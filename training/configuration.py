@@ -22,13 +22,18 @@ START_OPTIONS = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretr
 
 
 def parse(
-    options: type[Options], description: str, examples: tuple[str, ...], argv: list[str] | None = None
+    options: type[Options],
+    program: str,
+    description: str,
+    examples: tuple[str, ...],
+    argv: list[str] | None = None,
 ) -> Options:
     """
     Parses the command line of a script. The command line takes precedence over `--config`, which takes precedence over `--preset`.
 
     Args:
         options: Options of the script.
+        program: Words that run the script, for the usage line.
         description: Description for the help.
         examples: Command lines for the help.
         argv: Words of the command line. `None` means those of the process.
@@ -36,7 +41,7 @@ def parse(
     Raises:
         ValueError: If a configuration file is not a table of options, or the options contradict each other.
     """
-    parser = CommandParser(description=description, allow_abbrev=False)
+    parser = CommandParser(prog=program, description=description, allow_abbrev=False)
     add_options(parser, options, title="run")
     add_examples(parser, *examples)
     argv = sys.argv[1:] if argv is None else argv

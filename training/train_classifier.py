@@ -8,15 +8,16 @@ from diffusers_adm.training.configuration import parse, run_script
 from diffusers_adm.training.options import ClassifierTrainingOptions
 
 
+PROGRAM = "python -m diffusers_adm.training.train_classifier"
 EXAMPLES = (
-    "python -m diffusers_adm.training.train_classifier --preset classifier-small-64 --train_data_dir my_images --output_dir runs/classifier",
-    "python -m diffusers_adm.training.train_classifier --dataset_name ylecun/mnist --in_channels 1 --resolution 32 --num_epochs 10 --output_dir runs/mnist",
+    f"{PROGRAM} --preset classifier-small-64 --train_data_dir my_images --output_dir runs/classifier",
+    f"{PROGRAM} --dataset_name ylecun/mnist --in_channels 1 --resolution 32 --num_epochs 10 --output_dir runs/mnist",
 )
 
 
 def parse_args(argv: list[str] | None = None) -> ClassifierTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(ClassifierTrainingOptions, __doc__, EXAMPLES, argv)
+    return parse(ClassifierTrainingOptions, PROGRAM, __doc__, EXAMPLES, argv)
 
 
 def main(options: ClassifierTrainingOptions) -> None:

@@ -9,15 +9,16 @@ from diffusers_adm.training.configuration import parse, run_script
 from diffusers_adm.training.options import UNetTrainingOptions
 
 
+PROGRAM = "python -m diffusers_adm.training.train_unet"
 EXAMPLES = (
-    "python -m diffusers_adm.training.train_unet --preset small-64 --train_data_dir my_images --output_dir runs/unet",
-    "python -m diffusers_adm.training.train_unet --config runs/unet/checkpoint-5000/options.yaml --resume_from_checkpoint latest",
+    f"{PROGRAM} --preset small-64 --train_data_dir my_images --output_dir runs/unet",
+    f"{PROGRAM} --config runs/unet/checkpoint-5000/options.yaml --resume_from_checkpoint latest",
 )
 
 
 def parse_args(argv: list[str] | None = None) -> UNetTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(UNetTrainingOptions, __doc__, EXAMPLES, argv)
+    return parse(UNetTrainingOptions, PROGRAM, __doc__, EXAMPLES, argv)
 
 
 def main(options: UNetTrainingOptions) -> None:

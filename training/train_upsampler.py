@@ -8,15 +8,16 @@ from diffusers_adm.training.configuration import parse, run_script
 from diffusers_adm.training.options import UpsamplerTrainingOptions
 
 
+PROGRAM = "python -m diffusers_adm.training.train_upsampler"
 EXAMPLES = (
-    "python -m diffusers_adm.training.train_upsampler --preset upsampler-small-64 --train_data_dir my_images --output_dir runs/upsampler",
-    "python -m diffusers_adm.training.train_upsampler --preset upsampler-256 --train_data_dir my_images --output_dir runs/upsampler --dry_run",
+    f"{PROGRAM} --preset upsampler-small-64 --train_data_dir my_images --output_dir runs/upsampler",
+    f"{PROGRAM} --preset upsampler-256 --train_data_dir my_images --output_dir runs/upsampler --dry_run",
 )
 
 
 def parse_args(argv: list[str] | None = None) -> UpsamplerTrainingOptions:
     """Parses the options, from the command line or from a list of words."""
-    return parse(UpsamplerTrainingOptions, __doc__, EXAMPLES, argv)
+    return parse(UpsamplerTrainingOptions, PROGRAM, __doc__, EXAMPLES, argv)
 
 
 def main(options: UpsamplerTrainingOptions) -> None:

@@ -198,13 +198,12 @@ def line_of(row: dict) -> str:
 
 def main() -> None:
     """Evaluates all methods, and prints their table."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.guidance", description=__doc__)
     add_bench_options(parser, GuidanceBenchOptions)
-    program = "python -m diffusers_adm.benchmarks.guidance"
     add_examples(
         parser,
-        f"{program} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
-        f"{program} my_images --resolution 64 --model me/my-model --output bench --discriminator guide.py:build",
+        f"{parser.prog} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
+        f"{parser.prog} my_images --resolution 64 --model me/my-model --output bench --discriminator guide.py:build",
     )
     options, arguments = bench_arguments(parser, GuidanceBenchOptions)
     points = Points(*arguments)

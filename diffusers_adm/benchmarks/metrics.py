@@ -53,12 +53,12 @@ def random_features(images: int, features: int) -> list[torch.Tensor]:
 
 def main() -> None:
     """Times all parts, and prints a table."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.metrics", description=__doc__)
     add_options(parser, MetricsOptions, title="measurement")
     add_examples(
         parser,
-        "python -m diffusers_adm.benchmarks.metrics",
-        "python -m diffusers_adm.benchmarks.metrics --images 2000 --features 64",
+        parser.prog,
+        f"{parser.prog} --images 2000 --features 64",
     )
     args = build_options(MetricsOptions, parser.parse_args())
 

@@ -54,12 +54,12 @@ def networks_alone(
 
 def main() -> None:
     """Times runs with and without guidance, and prints the time that the pipeline adds."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.overhead", description=__doc__)
     add_options(parser, OverheadOptions, title="measurement")
     add_examples(
         parser,
-        "python -m diffusers_adm.benchmarks.overhead",
-        "python -m diffusers_adm.benchmarks.overhead --batch_size 4 --steps 10",
+        parser.prog,
+        f"{parser.prog} --batch_size 4 --steps 10",
     )
     args = build_options(OverheadOptions, parser.parse_args())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

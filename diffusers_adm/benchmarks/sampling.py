@@ -145,13 +145,12 @@ def evaluate_all(bench: Bench) -> list[dict]:
 
 def main() -> None:
     """Evaluates all points, then prints the table and the spread of the best points."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.sampling", description=__doc__)
     add_bench_options(parser, SolverBenchOptions)
-    program = "python -m diffusers_adm.benchmarks.sampling"
     add_examples(
         parser,
-        f"{program} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
-        f"{program} my_images --resolution 64 --model me/my-model --output bench --num_samples 5000",
+        f"{parser.prog} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
+        f"{parser.prog} my_images --resolution 64 --model me/my-model --output bench --num_samples 5000",
     )
     _, arguments = bench_arguments(parser, SolverBenchOptions)
     bench = Bench(*arguments)

@@ -221,12 +221,12 @@ def print_parts(unet: ADMUNet2DModel, sample: torch.Tensor, rounds: int, total: 
 
 def main() -> None:
     """Times all parts of a step, and prints the times."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.step", description=__doc__)
     add_options(parser, StepOptions, title="measurement")
     add_examples(
         parser,
-        "python -m diffusers_adm.benchmarks.step",
-        "python -m diffusers_adm.benchmarks.step --batch_size 1 --packed",
+        parser.prog,
+        f"{parser.prog} --batch_size 1 --packed",
     )
     parser.add_argument(
         "--memory_of", choices=BUILDERS, help=argparse.SUPPRESS

@@ -56,12 +56,12 @@ class LoopOptions:
 
 def main() -> None:
     """Compares the two loops in each configuration, and prints a table."""
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m diffusers_adm.benchmarks.training", description=__doc__)
     add_options(parser, LoopOptions, title="measurement")
     add_examples(
         parser,
-        "python -m diffusers_adm.benchmarks.training",
-        "python -m diffusers_adm.benchmarks.training --steps 12 --mixed_precision no",
+        parser.prog,
+        f"{parser.prog} --steps 12 --mixed_precision no",
     )
     parser.add_argument(
         "--loop", choices=LOOPS, help=argparse.SUPPRESS

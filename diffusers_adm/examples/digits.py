@@ -35,10 +35,9 @@ def parse_arguments(name: str, description: str, **defaults: int) -> ExampleOpti
     Raises:
         ValueError: If the value of an option is not allowed.
     """
-    program = f"python -m diffusers_adm.examples.{name}"
-    parser = CommandParser(description=description)
+    parser = CommandParser(prog=f"python -m diffusers_adm.examples.{name}", description=description)
     add_options(parser, ExampleOptions, title="picture", **defaults)
-    add_examples(parser, f"{program} --output {name}.png", f"{program} --digits 3 --steps 25")
+    add_examples(parser, f"{parser.prog} --output {name}.png", f"{parser.prog} --digits 3 --steps 25")
     return build_options(ExampleOptions, parser.parse_args())
 
 

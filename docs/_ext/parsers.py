@@ -21,9 +21,7 @@ def command(name: str) -> ArgumentParser:
 
 def module(name: str) -> ArgumentParser:
     """Returns the parser of a module that is run by `python -m`."""
-    parser = parser_of_module(name)
-    parser.prog = f"python -m {name}"
-    return with_short_usage(parser)
+    return with_short_usage(parser_of_module(name))
 
 
 def with_literal_json(text: str, load_help_text=_logic.load_help_text) -> str:
