@@ -19,20 +19,22 @@ NOISE_SCHEDULES = {
     "decrease": lambda sigma: 1 - 1 / (1 + sigma**2),
 }
 SCHEDULES = (*SCALE_SCHEDULES, *NOISE_SCHEDULES)
-# Methods for functions of clean images, as special cases of training-free guidance (Ye et al. 2024, arXiv 2409.15761, section 3).
+# Methods for functions of clean images, as special cases of training-free guidance (Ye et al. 2024, arXiv 2409.15761).
 METHODS = {
-    "dps": {"through_unet": True},  # Chung et al. 2022, arXiv 2209.14687
-    "lgd": {"through_unet": True, "smoothing": 1.0},  # Song et al. 2023, loss-guided diffusion
-    "freedom": {"through_unet": True, "recurrence": 2},  # Yu et al. 2023, arXiv 2303.09833
-    "mpgd": {"x_t_weight": 0.0, "x_0_weight": 1.0},  # He et al. 2023, arXiv 2311.16424
-    "ugd": {
-        "through_unet": True,
-        "x_0_weight": 1.0,
-        "x_0_iterations": 4,
-        "recurrence": 2,
-    },  # Bansal et al. 2023, arXiv 2302.07121
+    # Chung et al. 2022, arXiv 2209.14687
+    "dps": {"through_unet": True},
+    # Song et al. 2023, Loss-guided diffusion models for plug-and-play controllable generation
+    "lgd": {"through_unet": True, "smoothing": 1.0},
+    # Yu et al. 2023, arXiv 2303.09833
+    "freedom": {"through_unet": True, "recurrence": 2},
+    # He et al. 2023, arXiv 2311.16424
+    "mpgd": {"x_t_weight": 0.0, "x_0_weight": 1.0},
+    # Bansal et al. 2023, arXiv 2302.07121
+    "ugd": {"through_unet": True, "x_0_weight": 1.0, "x_0_iterations": 4, "recurrence": 2},
+    # All of them in one (section 3)
     "tfg": {"through_unet": True, "x_0_weight": 1.0, "x_0_iterations": 4, "smoothing": 0.1, "schedule": "increase"},
-    "dsg": {"through_unet": True, "spherical": 0.1},  # Yang et al. 2024, arXiv 2402.03201
+    # Yang et al. 2024, arXiv 2402.03201
+    "dsg": {"through_unet": True, "spherical": 0.1},
 }
 
 
@@ -149,24 +151,14 @@ class GuidanceOptions:
         """Raises a `ValueError` if an option has no effect, or no meaning, together with another option."""
         moves_x_0, shifts, mixes = self.x_0_weight != 0, self.x_t_weight != 0, self.spherical is not None
         contradictions = (
-            ("x_t_weight=0", "x_0_weight=0", not shifts and not moves_x_0, "because nothing would guide"),
-            (
-                "x_t_weight=0",
-                "through_unet=True",
-                not shifts and bool(self.through_unet),
-                "whose gradient it turns off",
-            ),
+            ("x_t_weight=0", "x_0_weight=0", not (shifts or moves_x_0), "because nothing would guide"),
+            ("x_t_weight=0", "through_unet=True", not shifts and self.through_unet, "whose gradient it turns off"),
             ("x_t_weight=0", "`spherical`", not shifts and mixes, "whose gradient it turns off"),
             ("`x_0_iterations`", "x_0_weight=0", self.x_0_iterations > 1 and not moves_x_0, "which turns them off"),
             ("`normalize`", "`spherical`", self.normalize and mixes, "which uses only directions"),
             ("`max_size`", "`spherical`", self.max_size is not None and mixes, "which uses only directions"),
             ("`every`", "`x_0_weight`", self.every > 1 and moves_x_0, "which moves x_0 at each step"),
-            (
-                "`every`",
-                "`recurrence`",
-                self.every > 1 and self.recurrence > 1,
-                "after which a gradient is out of date",
-            ),
+            ("`every`", "`recurrence`", self.every > 1 and self.recurrence > 1, "which outdates gradients"),
             ("gradient_at='mean'", "`x_0_weight`", self.gradient_at == "mean" and moves_x_0, "which moves x_0 itself"),
         )
         for option, other, contradicts, reason in contradictions:
