@@ -27,9 +27,13 @@ TARGET = f"{Path(__file__).with_name('digit_target.py')}:guide"
 ROWS = {
     "noise-aware classifier, scale 1": (1.0, None),
     "noise-aware classifier, scale 10": (10.0, None),
-    "dps, scale 1": (1.0, {"method": "dps"}),
-    "dsg, rate 0.2": (1.0, {"method": "dsg", "spherical": 0.2}),
     "mpgd, scale 1": (1.0, {"method": "mpgd"}),
+    "dps, scale 1": (1.0, {"method": "dps"}),
+    "lgd, scale 4": (4.0, {"method": "lgd"}),
+    "dsg, rate 0.1": (1.0, {"method": "dsg"}),
+    "freedom, scale 1": (1.0, {"method": "freedom"}),
+    "tfg, scale 4": (4.0, {"method": "tfg", "x_0_weight": 0.02, "smoothing": 1.0, "schedule": "constant"}),
+    "ugd, scale 1": (1.0, {"method": "ugd", "x_0_weight": 0.05}),
 }
 
 
