@@ -77,6 +77,12 @@ COMMANDS = {
         "sweep",
         "compare guidance scales, steps and schedulers by the metrics of their samples",
     ),
+    "ablate": (
+        "ablation.command",
+        "add_ablation_arguments",
+        "ablate",
+        "train variants with equal budgets, such as the paper's ablations, and compare their samples",
+    ),
     "page": (
         "page.command",
         "add_page_arguments",

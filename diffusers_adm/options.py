@@ -160,6 +160,7 @@ def add_options(
     *,
     without: Collection[str] = (),
     title: str | None = None,
+    only_given: bool = False,
     **defaults,
 ) -> None:
     """
@@ -170,6 +171,7 @@ def add_options(
         options: The dataclass.
         without: Names of options that are not added.
         title: Heading of the options that are in no group.
+        only_given: Whether parsed arguments lack the options that a command line does not give.
         defaults: Defaults that replace those of the dataclass.
     """
     target = parser if title is None else parser.add_argument_group(title)
@@ -177,12 +179,16 @@ def add_options(
     for field in dataclasses.fields(options):
         if "group" in field.metadata:
             group = field.metadata["group"]
-            add_options(parser, group.options, without=without, title=group.title, **group.defaults)
+            add_options(
+                parser, group.options, without=without, title=group.title, only_given=only_given, **group.defaults
+            )
         elif "option" in field.metadata and field.name not in without:
-            _add_option(target, field.name, known[field.name], defaults.get(field.name, field.default))
+            action = _add_option(target, field.name, known[field.name], defaults.get(field.name, field.default))
+            if only_given:
+                action.default = argparse.SUPPRESS
 
 
-def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
+def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> argparse.Action:
     required = default is dataclasses.MISSING
     words: dict[str, Any] = {"required": True} if required else {"default": default}
     if info.is_switch:
@@ -198,7 +204,7 @@ def _add_option(target: Any, name: str, info: OptionInfo, default: Any) -> None:
         words["choices"] = info.choices
         words["metavar"] = info.metavar or (None if info.choices else metavar)
     shown = "Required." if required else f"Default: {info.unset if default in (None, '') else _as_text(default)}."
-    target.add_argument(f"--{name}", help=f"{info.help} {shown}".replace("%", "%%"), **words)
+    return target.add_argument(f"--{name}", help=f"{info.help} {shown}".replace("%", "%%"), **words)
 
 
 def _first_type(hint: Any) -> Any:

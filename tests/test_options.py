@@ -118,3 +118,10 @@ def test_names_and_values_are_flat():
     assert option_values(run)["flip"] is False and "computed" not in option_values(run)
     assert options_of(Run)["output"].notes == {"resumable": True}
     assert {field.name for field in dataclasses.fields(Shape)} < set(options_of(Run))
+
+
+def test_options_that_are_not_given_may_leave_no_trace():
+    parser = argparse.ArgumentParser()
+    add_options(parser, Shape, only_given=True)
+    assert vars(parser.parse_args(["--sizes", "1,2", "--no-flip"])) == {"sizes": (1, 2), "flip": False}
+    assert "Default: 1,2." in parser.format_help()

@@ -29,6 +29,7 @@ SAMPLE = "sample --output run --num_samples 3 --batch_size 2 --num_inference_ste
 OTHERS = {
     "evaluate a.npz b.npz": "train,eval",
     "sweep a.npz --output c": "train,eval",
+    "ablate a.npz --table 1 --output e --max_train_steps 1": "train,eval",
     "make-reference a b.npz": "train,eval",
     "nll a --output b": "train,eval",
     "inspect-data --dataset_name a": "train,eval",

@@ -25,6 +25,7 @@ MAX_FILE_LINES = 450
 
 # The modules that read words of a command line. All others take parameters.
 COMMAND_LINE = {
+    "diffusers_adm.ablation.command",
     "diffusers_adm.cli",
     "diffusers_adm.command_line",
     "diffusers_adm.commands.convert",
@@ -60,7 +61,7 @@ LAYERS = (
     {"pipelines"},
     {"diffusers_adm"},
     {"conversion", "demo", "denoiser", "evaluation", "examples", "export", "training"},
-    {"benchmarks", "commands", "page"},
+    {"ablation", "benchmarks", "commands", "page"},
     {"cli"},
 )
 

@@ -112,7 +112,21 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
     Raises:
         ValueError: If the text is not a table of options of the script.
     """
-    table = read_table(text, source)
+    return table_as_words(options, read_table(text, source), source)
+
+
+def table_as_words(options: type[TrainingOptions], table: dict[str, Any], source: str) -> list[str]:
+    """
+    Converts a table of options to words of a command line.
+
+    Args:
+        options: Options of the script.
+        table: Values by the names of the options. `None` is left out.
+        source: Origin of the table, for error messages.
+
+    Raises:
+        ValueError: If there is no such option, or a value is of another type.
+    """
     known, words = options_of(options), []
     for name, value in table.items():
         if name not in known:
@@ -122,7 +136,7 @@ def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str
                 raise ValueError(f"{source}: {name} takes a value. Put quotes around yes, no, on and off.")
             if value or known[name].negatable:
                 words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             words += (
                 [f"--{name}", *map(str, value)] if known[name].takes_several_words else [f"--{name}={joined(value)}"]
             )
@@ -165,7 +179,7 @@ def read_table(text: str, source: str) -> dict[str, Any]:
     return table
 
 
-def joined(values: list) -> str:
+def joined(values: list | tuple) -> str:
     """Joins values by commas, which is the form of tuples on a command line."""
     return ",".join(map(str, values))
 
@@ -186,9 +200,7 @@ def as_command_line(options: TrainingOptions) -> list[str]:
     known, parts = options_of(type(options)), []
     values = yaml.safe_load(as_yaml(options))
     for name, value in values.items():
-        notes = known[name].notes
-        shown = notes.get("on_card", not notes.get("resumable", False))
-        if value is None or not (shown(values) if callable(shown) else shown):
+        if value is None or not _is_on_card(known[name], values):
             continue
         if isinstance(value, bool):
             if value or known[name].default is True:
@@ -200,13 +212,19 @@ def as_command_line(options: TrainingOptions) -> list[str]:
     return parts
 
 
-def contradictions(options: TrainingOptions, text: str) -> list[str]:
+def _is_on_card(option: OptionInfo, values: dict[str, Any]) -> bool:
+    shown = option.notes.get("on_card", not option.notes.get("resumable", False))
+    return shown(values) if callable(shown) else shown
+
+
+def contradictions(options: TrainingOptions, text: str, exact: bool = False) -> list[str]:
     """
     Returns the options that differ from those of an interrupted run but must be the same.
 
     Args:
         options: Options of the resumed run.
         text: Content of `options.yaml` of the interrupted run. Options that it lacks are not compared.
+        exact: Whether options that a resumed run may change must be the same too, if model cards show them.
 
     Raises:
         ValueError: If the text is not a table of options.
@@ -216,7 +234,9 @@ def contradictions(options: TrainingOptions, text: str) -> list[str]:
     return [
         f"--{name} {now[name]} (was {then[name]})"
         for name in now
-        if name in then and now[name] != then[name] and not _may_differ(known[name], now)
+        if name in then
+        and now[name] != then[name]
+        and not (_may_differ(known[name], now) and not (exact and _is_on_card(known[name], now)))
     ]
 
 

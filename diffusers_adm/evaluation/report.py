@@ -135,22 +135,35 @@ def write_tables(folder: Path, results: list[dict]) -> None:
     """
     write_json(folder / "results.json", results)
     settings = results[0]["settings"]
-    extractor, reference = settings["feature_extractor"], settings["reference"]
+    extractor = settings["feature_extractor"]
     metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
     header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
     rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
-    with atomic_write(folder / "results.csv") as partial, open(partial, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
     cells = [
-        [*map(str, result["point"].values()), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)]
-        for result in results
+        [*result["point"].values(), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)] for result in results
     ]
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
-    lines += [
-        "",
-        f"Features: {extractor}. {settings['samples']['num_images']} samples per point. Reference:"
-        f" {Path(reference['name']).name}, with statistics of {reference['num_images'] or '?'} images, and"
-        f" {reference['num_neighbours']} images for precision and recall.",
-    ]
-    with atomic_write(folder / "results.md") as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    remark = f"{settings['samples']['num_images']} samples per point. {describe_features(settings)}"
+    write_csv(folder / "results.csv", header, rows)
+    write_markdown(folder / "results.md", header, cells, remark)
+
+
+def describe_features(settings: dict) -> str:
+    """Returns sentences about the extractor and the reference of an evaluation, from its settings."""
+    reference = settings["reference"]
+    return (
+        f"Features: {settings['feature_extractor']}. Reference: {Path(reference['name']).name}, with statistics of"
+        f" {reference['num_images'] or '?'} images, and {reference['num_neighbours']} images for precision and recall."
+    )
+
+
+def write_csv(path: Path, header: list, rows: list[list]) -> None:
+    """Writes a table as CSV."""
+    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_markdown(path: Path, header: list, rows: list[list], remark: str) -> None:
+    """Writes a table in Markdown, with a remark below it."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+    with atomic_write(path) as partial:
+        partial.write_text("\n".join([*lines, "", remark]) + "\n", encoding="utf-8")

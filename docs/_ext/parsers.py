@@ -33,6 +33,7 @@ def with_literal_json(text: str, load_help_text=_logic.load_help_text) -> str:
 _logic.load_help_text = with_literal_json
 
 
+ablate = partial(command, "ablate")
 convert = partial(command, "convert")
 demo = partial(command, "demo")
 evaluate = partial(command, "evaluate")

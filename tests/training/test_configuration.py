@@ -214,6 +214,15 @@ def test_resumed_run_may_change_what_does_not_decide_what_is_trained(before, aft
     assert contradictions(after, as_yaml(before)) == differing
 
 
+def test_an_equal_run_may_change_less_than_a_resumed_run():
+    before, after = (
+        train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", *words.split()])
+        for words in ("", "--learning_rate 1e-5 --mixed_precision bf16 --output_dir elsewhere --compile")
+    )
+    differing = ["--learning_rate 1e-05 (was 0.0001)", "--mixed_precision bf16 (was None)"]
+    assert contradictions(after, as_yaml(before), exact=True) == differing
+
+
 def test_checkpoints_of_other_versions_may_lack_options_or_have_more():
     options = train_unet.parse_args([*REQUIRED, "--max_train_steps", "1"])
     lines = [line for line in as_yaml(options).splitlines() if not line.startswith("noise_offset:")]

@@ -1,0 +1,83 @@
+"""Trainings of an ablation, one after the other, and the evaluation of their samples."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers_adm.ablation.results import write_results
+from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget
+from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
+from diffusers_adm.evaluation.schedulers import set_scheduler
+from diffusers_adm.launch import join_processes
+from diffusers_adm.training.metrics import read_metrics
+
+
+def run_ablation(
+    runs: list[AblationRun],
+    costs: dict[str, dict[str, int]],
+    folder: Path,
+    samples: AblationSamples,
+    evaluate: Callable[[Path], dict] | None,
+) -> None:
+    """
+    Trains, samples and evaluates each run, and writes tables and plots after each. Finished parts of an earlier call are kept. All
+    launched processes train and draw, and the main process evaluates.
+
+    Args:
+        runs: Runs in their order.
+        costs: Number of parameters and of multiplications and additions (MACs) per image of each variant.
+        folder: Folder of the results, on a disk that all processes can read and write.
+        samples: Samples to draw.
+        evaluate: [`PointEvaluator`] of the main process.
+    """
+    state = join_processes()
+    results: list[dict] = []
+    for number, run in enumerate(runs):
+        if state.is_main_process:
+            print(f"Run {number + 1} of {len(runs)}: {run.variant}, seed {run.seed}", flush=True)
+        trained = not run.finished
+        if trained:
+            run.train()
+        state.wait_for_everyone()
+        drawn = draw_from_run(run, samples)
+        if state.is_main_process:
+            evaluation = evaluate(drawn)
+            metrics, curve = training_metrics(run)
+            metrics = {**evaluation["metrics"], **metrics}
+            results.append({"variant": run.variant, "seed": run.seed, "metrics": metrics, "loss_curve": curve})
+            if trained or number == len(runs) - 1:  # otherwise, the files of an earlier call already have this run
+                about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
+                write_results(folder, results, costs, about)
+        state.wait_for_everyone()
+
+
+def draw_from_run(run: AblationRun, samples: AblationSamples) -> Path:
+    """Draws the samples of a finished training, and returns the path of their file."""
+    pipeline = load_pipeline(run.folder / "pipeline", device=join_processes().device)
+    set_scheduler(pipeline, samples.scheduler)
+    return draw_samples(
+        pipeline,
+        run.folder / "evaluation",
+        samples.num_images,
+        samples.batch_size,
+        seed=run.seed,
+        labels=samples.labels,
+        call=samples.call,
+        model_name=f"{run.variant}-seed-{run.seed}",
+    )
+
+
+def training_metrics(run: AblationRun) -> tuple[dict[str, float], list[list[float]]]:
+    """
+    Returns the last held-out loss and the training time in seconds, where they are known, and the held-out loss at each validation as
+    pairs of a step and a loss. The time is that of the median speed. It excludes validations, checkpoints and interruptions.
+    """
+    entries = read_metrics(run.folder / "metrics.jsonl")
+    speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
+    curve = [[entry["step"], entry["validation_loss"]] for entry in entries if "validation_loss" in entry]
+    values = {}
+    if speeds:
+        values["train_seconds"] = run.num_steps * run.images_per_step / statistics.median(speeds)
+    if curve:
+        values["validation_loss"] = curve[-1][1]
+    return values, curve
