@@ -288,14 +288,16 @@ def spherical_noise(noise: torch.Tensor, gradient: torch.Tensor, rate: float) ->
 def normalized(gradient: torch.Tensor) -> torch.Tensor:
     """Scales each image's gradient to a root mean square of 1. A gradient of zero stays zero."""
     size = root_mean_square(gradient)
-    return torch.where(size > 0, gradient / size, gradient)
+    return gradient / size.where(size > 0, 1.0)
 
 
 def root_mean_square(gradient: torch.Tensor) -> torch.Tensor:
     """Returns the root mean square of each image, `(batch, 1, 1, 1)`."""
-    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    largest = gradient.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
     largest = largest.where(largest > 0, 1.0)  # squares of very large or small numbers would overflow or vanish
-    return largest * (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    mean = (gradient / largest).square().mean(dim=(1, 2, 3), keepdim=True)
+    size = largest * mean.where(mean != 0, 1.0).sqrt()  # the square root has no derivative at 0
+    return size.where(mean != 0, 0.0)
 
 
 def split_learned_variance(model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from diffusers_adm.checks import check_images, is_integer
 from diffusers_adm.guidance import ClassifierGuidance, GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
+from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.solvers import check_scheduler, check_sigma_scheduler
 
 
@@ -139,6 +140,38 @@ def check_no_dropout(**models: torch.nn.Module | None) -> None:
             raise ValueError(
                 f"The {name} must be in eval mode, because its dropout is active in training mode. Call {name}.eval()."
             )
+
+
+def check_with_gradients(options: SamplingOptions, output_type: str) -> None:
+    """
+    Checks a run whose result has gradients.
+
+    Args:
+        options: Resolved options of the run.
+        output_type: Type of the images.
+
+    Raises:
+        ValueError: If an option has no gradient, or the images cannot carry one.
+    """
+    if not options.with_gradients:
+        return
+    if output_type not in ("pt", "latent"):
+        raise ValueError(f"`with_gradients` requires output_type='pt' or 'latent', but got {output_type!r}.")
+    if options.particles not in (None, 1):
+        raise ValueError(
+            "`with_gradients` requires one particle per image, because the choice of particles has no gradient, but got"
+            f" particles={options.particles}."
+        )
+    guidance_options = GuidanceOptions.parse(options.guidance_options)
+    if guidance_options.goes_through_unet(options.guidance_fn):
+        raise ValueError(
+            "`with_gradients` does not support guidance with through_unet=True, because it would keep second derivatives of the UNet of"
+            " all steps in memory."
+        )
+    if guidance_options.entropy_scaling:
+        raise ValueError("`with_gradients` does not support `entropy_scaling`, whose factor has no gradient.")
+    if guidance_options.smoothing:
+        raise ValueError("`with_gradients` does not support `smoothing`, whose noise would be drawn again.")
 
 
 def check_finite(x_0: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import ImagePipelineOutput
 
 from diffusers_adm.guidance import Guider, RunDenoiser
-from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.gradient import gradients
 from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.pipelines.checks import check_finite
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
@@ -57,7 +57,7 @@ class DenoisingMixin(RunStateMixin):
         ):
             for step, index in enumerate(visits):
                 # Both contexts end before the yield, because the code of the caller runs there.
-                with self._runs.step_of(run), without_gradients():
+                with self._runs.step_of(run), gradients(options.with_gradients):
                     t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
                     x_t = hooks.start(step, t, x_t)
                     guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
@@ -66,7 +66,7 @@ class DenoisingMixin(RunStateMixin):
                         denoised = solver.predict(denoiser(x_in, timestep, step), index, x_in)
                         denoised = hooks.x_0(step, t, denoised)
                     gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
-                    denoised = denoised.detach()
+                    denoised = denoised if options.with_gradients else denoised.detach()
                     if particles is not None:
                         log_psi = guider.log_psi(x_t, timestep, denoised.x_0)
                         x_t, denoised, gradient = particles.select(log_psi, x_t, denoised, gradient if index else None)
@@ -102,13 +102,17 @@ class DenoisingMixin(RunStateMixin):
         return x_t if particles is None else x_t[particles.draw()]
 
     def _finish(
-        self, steps: Generator[SamplingStep, None, torch.Tensor], make_images: Callable, return_dict: bool
+        self,
+        steps: Generator[SamplingStep, None, torch.Tensor],
+        make_images: Callable,
+        return_dict: bool,
+        with_gradients: bool,
     ) -> SamplingSteps:
         """Yields the steps of a run, and returns its images. Offloaded models are released however the run ends."""
         try:
             x_0 = yield from steps
         finally:
             self.maybe_free_model_hooks()
-        with without_gradients():
+        with gradients(with_gradients):
             images = make_images(x_0)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -11,6 +11,7 @@ from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
+from diffusers_adm.guidance.gradient import gradients
 from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
@@ -24,6 +25,7 @@ from diffusers_adm.pipelines.checks import (
     check_parts,
     check_scheduler_fits,
     check_takes_timesteps,
+    check_with_gradients,
 )
 from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
@@ -185,6 +187,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             through_half=guidance_options.goes_through_unet(guidance_fn) and self.unet.dtype == torch.float16,
             check_scales=check_scales,
             generator=generator,
+            with_gradients=options.with_gradients,
         )
 
     def _check_scales(
@@ -248,10 +251,11 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         guider = self._prepare_guider(options, solver, factors, labels, generator, device)
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)
         shape = (batch_size, self.unet.config.in_channels, height, width)
-        x_t = beginning.first_images(solver, shape, generator, device)
+        with gradients(options.with_gradients):
+            x_t = beginning.first_images(solver, shape, generator, device)
         make_images = partial(self.image_processor.postprocess, output_type=output_type)
         steps = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator, make_images, particles)
-        return self._finish(steps, make_images, return_dict)
+        return self._finish(steps, make_images, return_dict, options.with_gradients)
 
     def predict(
         self,
@@ -377,7 +381,8 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         return_dict: bool,
     ) -> None:
         """Checks all inputs that can be checked before timesteps and labels are known."""
-        check_types(type(self).steps, {"condition_unet": options.condition_unet, "return_dict": return_dict})
+        booleans = {"condition_unet": options.condition_unet, "with_gradients": options.with_gradients}
+        check_types(type(self).steps, {**booleans, "return_dict": return_dict})
         self._check_components()
         weaker = options.weaker if isinstance(options.weaker, torch.nn.Module) else None
         check_no_dropout(unet=self.unet, classifier=self.classifier, weaker=weaker)
@@ -389,6 +394,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
                 " 'np', 'pt' or 'latent'."
             )
         check_function("guidance_fn", options.guidance_fn)
+        check_with_gradients(options, output_type)
         if (
             not options.condition_unet
             and self.unet.config.num_class_embeds is not None

@@ -34,6 +34,7 @@ class SamplingOptions:
     guider: ConfigMixin | dict | None = None
     epsilon_scale: float | tuple[float, float] | None = None
     particles: int | None = None
+    with_gradients: bool = False
 
     def resolved(self, pipeline) -> "SamplingOptions":
         """

@@ -6,7 +6,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
-from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.gradient import gradients, without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -126,6 +126,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         epsilon_scale: float | tuple[float, float] | None = None,
         particles: int | None = None,
         start: float | torch.Tensor | None = None,
+        with_gradients: bool = False,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and x_T is
@@ -171,6 +172,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
             particles: Number of particles per image, see [`ClassifierGuidedPipeline.__call__`].
             start: Timestep of `latents`, at which the run begins, see [`ClassifierGuidedPipeline.__call__`].
+            with_gradients: Whether the result has gradients with respect to `latents` or a tensor `image`, see
+                [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -180,7 +183,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             ValueError: If an argument is out of its range, or does not fit the models.
         """
         # 1. Check the inputs.
-        low_res = self.prepare_low_res(image)  # (batch, channels, small height, small width)
+        with gradients(with_gradients):
+            low_res = self.prepare_low_res(image)  # (batch, channels, small height, small width)
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
         self._check_size(height, width)
@@ -202,6 +206,7 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             timesteps=timesteps,
             churn=churn,
             particles=particles,
+            with_gradients=with_gradients,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs

@@ -6,7 +6,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
-from diffusers_adm.guidance.gradient import without_gradients
+from diffusers_adm.guidance.gradient import gradients, without_gradients
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.openai.files import Checkpoint
@@ -137,6 +137,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         image: PipelineImage | list[PipelineImage] | None = None,
         strength: float | None = None,
         start: float | torch.Tensor | None = None,
+        with_gradients: bool = False,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels and
@@ -225,6 +226,10 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 begins at its first step whose timestep is at most `start`, and `latents` must have the noise level of that step:
                 sqrt(alpha_bar) * x_0 + sqrt(1 - alpha_bar) * epsilon, as `invert` with `until` returns. For a UNet with
                 preconditioning, it is a noise level.
+            with_gradients: Whether the result has gradients with respect to `latents` or a tensor `image`, through all steps and their
+                guidance, for purification and adversarial attacks. Networks are evaluated again in the backward pass, so that memory
+                does not grow with the activations of the steps. Functions of the caller must then return the same again. It
+                requires an `output_type` of `"pt"` or `"latent"`. To save time, freeze the networks with `requires_grad_(False)`.
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -249,12 +254,14 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             timesteps=timesteps,
             churn=churn,
             particles=particles,
+            with_gradients=with_gradients,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         labels = None if class_labels is None else self.class_ids(class_labels)
-        image = None if image is None else model_images(image, self.unet.config.in_channels)
+        with gradients(with_gradients):
+            image = None if image is None else model_images(image, self.unet.config.in_channels)
         beginning = Beginning(latents, image, start, strength)
         batch_size = count_images(batch_size, class_labels=labels, latents=latents, image=image)
         height = self.unet.config.sample_size if height is None else height

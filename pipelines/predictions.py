@@ -100,7 +100,7 @@ def build_denoiser(
     elif options.guider is not None:
         combination = GuiderCombination(parse_guider(options.guider), timesteps, factors)
     scales = epsilon_scales(options.epsilon_scale, timesteps)
-    return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales)
+    return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales, options.with_gradients)
 
 
 def _predictions(

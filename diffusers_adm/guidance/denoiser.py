@@ -4,6 +4,7 @@ import torch
 
 from diffusers_adm.diffusion import epsilon_from_x_0, x_0_from_epsilon, x_0_from_prediction
 from diffusers_adm.guidance.combination import GuiderCombination, WeightedCombination
+from diffusers_adm.guidance.gradient import recomputed
 from diffusers_adm.guidance.weaker import Predictions
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.solvers import Solver
@@ -21,6 +22,7 @@ class RunDenoiser:
         predictions: Stronger and weaker prediction of a step. `None` means the prediction of the UNet alone.
         combination: Combination of the two predictions. It knows the steps at which it acts.
         epsilon_scales: Divisor of epsilon at each step of the run. `None` means that epsilon is not scaled.
+        with_gradients: Whether gradients flow through the predictions. The UNets are then evaluated again in the backward pass.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class RunDenoiser:
         predictions: Predictions | None = None,
         combination: WeightedCombination | GuiderCombination | None = None,
         epsilon_scales: list[float] | None = None,
+        with_gradients: bool = False,
     ):
         self.unet = unet
         self.solver = solver
@@ -40,6 +43,7 @@ class RunDenoiser:
         self.predictions = predictions
         self.combination = combination
         self.epsilon_scales = epsilon_scales
+        self.with_gradients = with_gradients
         self.takes_sigma = unet.config.get("preconditioning") is not None
         self.dtypes: dict[int, torch.dtype] = {}
 
@@ -77,7 +81,9 @@ class RunDenoiser:
             if id(unet) not in self.dtypes:  # read once per run, because a model walks over all its modules to find it
                 self.dtypes[id(unet)] = unet.dtype
             model_input = x_t.to(self.dtypes[id(unet)])
-        return unet(model_input, timestep, class_labels, low_res).sample.float()
+        inputs = (model_input, timestep, class_labels, low_res)
+        output = recomputed(unet, *inputs) if self.with_gradients else unet(*inputs)
+        return output.sample.float()
 
     def x_0_and_epsilon(self, output: torch.Tensor, x_t: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the predicted x_0 and noise of an output of the UNet, both of the shape of `x_t`."""

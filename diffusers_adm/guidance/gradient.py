@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_adm.diffusion import root_mean_square
 
@@ -19,7 +21,8 @@ FLOAT16_LOSS_SCALE = 2.0**10
 def shortened(gradient: torch.Tensor, max_size: float) -> torch.Tensor:
     """Shortens each image's gradient to a root mean square of at most `max_size`."""
     size = root_mean_square(gradient)
-    return torch.where(size > max_size, gradient * (max_size / size), gradient)
+    factor = max_size / size.where(size > max_size, 1.0)
+    return gradient * factor.where(size > max_size, 1.0)
 
 
 @contextlib.contextmanager
@@ -48,6 +51,19 @@ def without_gradients():
         yield
 
 
+def gradients(on: bool) -> contextlib.AbstractContextManager:
+    """Turns gradients on or off."""
+    return differentiable(weights_may_move=False) if on else without_gradients()
+
+
+def recomputed(function: Callable, *arguments, **keywords):
+    """
+    Calls a function with gradients. The activations of its networks are not kept, but computed again in the backward pass, so that
+    memory does not grow with the number of calls.
+    """
+    return checkpoint(function, *arguments, use_reentrant=False, **keywords)
+
+
 def moves_weights(network: Callable) -> bool:
     """Returns whether a network may replace its weights in a forward pass, as the hooks of offloading and layerwise casting do."""
     if not isinstance(network, torch.nn.Module):
@@ -74,6 +90,7 @@ def guidance_gradient(
     x_0: torch.Tensor,
     class_labels: torch.Tensor | None,
     through_half: bool = False,
+    create_graph: bool = False,
 ) -> torch.Tensor:
     """
     Returns the gradient of a guidance function, of the shape and dtype of `x_t`. Weights and their `requires_grad` do not change.
@@ -86,14 +103,22 @@ def guidance_gradient(
         class_labels: Class of each image, `(batch,)`, or `None`.
         through_half: Whether `x_0` depends on `x_t` through a network in float16. The gradient is then scaled so that the backward
             pass neither overflows nor underflows in float16. This takes a second backward pass of the function.
+        create_graph: Whether the gradient itself is differentiable with respect to `x_t` and `x_0`. The function must then not guide
+            through the UNet.
 
     Raises:
         ValueError: If the function returns neither a log-probability per image nor a gradient.
     """
     half = getattr(guidance_fn, "dtype", None) == torch.float16 or autocasts_to_half(x_t.device.type)
-    with differentiable(getattr(guidance_fn, "weights_may_move", True)):
-        depends = x_0.grad_fn is not None
-        if not depends:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(differentiable(getattr(guidance_fn, "weights_may_move", True) and not create_graph))
+        depends = x_0.grad_fn is not None and not create_graph
+        if create_graph:
+            stack.enter_context(
+                sdpa_kernel(SDPBackend.MATH)
+            )  # the fast kernels of attention have no second derivative
+            x_t, x_0 = x_t.view_as(x_t), x_0.view_as(x_0)  # the derivative is taken of each as if it were alone
+        elif not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)
         # Clones are made outside inference mode, because autograd cannot save tensors that inference mode made.
         value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
@@ -106,7 +131,7 @@ def guidance_gradient(
                 f" {tuple(x_t.shape)}, but it returned {got}."
             )
         if value.shape == x_t.shape:
-            return value.detach().to(x_t.dtype)
+            return (value if create_graph else value.detach()).to(x_t.dtype)
         inputs = [x_t] if depends else [x_t, x_0]
         gradients = [None]
         value = value.float()  # (batch,)
@@ -119,7 +144,8 @@ def guidance_gradient(
                 loss_scale = torch.ldexp(torch.ones_like(value), -exponent).clamp(max=largest)
         if value.requires_grad:
             # The sum, not the mean, because an image's gradient must not depend on the batch size.
-            gradients = torch.autograd.grad((loss_scale * value).sum(), inputs, allow_unused=True)
+            total = (loss_scale * value).sum()
+            gradients = torch.autograd.grad(total, inputs, allow_unused=True, create_graph=create_graph)
         gradients = [one for one in gradients if one is not None]
         if not gradients:
             raise ValueError(

@@ -15,6 +15,7 @@ from diffusers_adm.guidance.gradient import (
     differentiable,
     guidance_gradient,
     leaf,
+    recomputed,
     shortened,
     without_gradients,
 )
@@ -38,6 +39,7 @@ class Guider:
         check_scales: Function that is called with the guidance scale of each image after a change. It raises a `ValueError` if a
             scale is invalid.
         generator: Generator of the noise of smoothing, one for all images or one per image.
+        with_gradients: Whether the gradients of guidance are differentiable themselves.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Guider:
         through_half: bool = False,
         check_scales: Callable[[list[float]], None] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        with_gradients: bool = False,
     ):
         self.guidance_fn = guidance_fn
         self.options = options
@@ -60,6 +63,7 @@ class Guider:
         self.through_half = through_half
         self.check_scales = check_scales
         self.generator = generator
+        self.with_gradients = with_gradients
         self.factors = self._limited_factors(factors)
         self.max_sizes = self._largest_sizes()
         self.step_counts = options.gradient_steps(self.factors)
@@ -159,7 +163,8 @@ class Guider:
         if not self.shifts or (not self.needs_gradient and self.options.skipped == "sum"):
             return None
         if self.needs_gradient:
-            x_0 = x_0 if self.through_unet else x_0.detach()  # x_0_fn may return a tensor with a graph
+            if not self.through_unet and not self.with_gradients:
+                x_0 = x_0.detach()  # x_0_fn may return a tensor with a graph
             self.last_gradient = self._new_gradient(x_t, timestep, x_0)
         count = self.step_counts.get(self.step, 1)
         gradient = self._scaled(self.last_gradient, self.options.x_t_weight * count)
@@ -181,7 +186,7 @@ class Guider:
             return denoised
         guidance_fn, move = GuidanceAtX0(self._smoothed_function()), torch.zeros_like(x_t)
         for _ in range(self.options.x_0_iterations):
-            gradient = guidance_gradient(guidance_fn, x_t, timestep, denoised.x_0 + move, self.class_labels)
+            gradient = self._differentiate(guidance_fn, x_t, timestep, denoised.x_0 + move, self.class_labels)
             gradient = normalized(gradient) if self.options.normalize else gradient
             move = move + self._scaled(gradient, self.options.x_0_weight)
             if self.max_x_0_shift is not None:
@@ -214,15 +219,22 @@ class Guider:
             x_t = self.solver.mean(x_0, index, x_t)
             timestep = torch.full_like(timestep, self.solver.schedule.timesteps[max(index - 1, 0)].item())
         if self.asked_rows is None:
-            function = self._smoothed_function()
-            gradient = guidance_gradient(function, x_t, timestep, x_0, self.class_labels, self.through_half)
+            inputs = (x_t, timestep, x_0, self.class_labels)
+            gradient = self._differentiate(self._smoothed_function(), *inputs, through_half=self.through_half)
             self.log_probabilities = getattr(self.guidance_fn, "last_log_probabilities", None)
             self.classified = step_x_t
         else:
             asked = [tensor[self.asked_rows] for tensor in (x_t, timestep, x_0, self.class_labels)]
             gradient = torch.zeros_like(x_t)
-            gradient[self.asked_rows] = guidance_gradient(self.guidance_fn, *asked)
+            gradient[self.asked_rows] = self._differentiate(self.guidance_fn, *asked)
         return normalized(gradient) if self.options.normalize else gradient
+
+    def _differentiate(
+        self, guidance_fn: GuidanceFunction, *inputs: torch.Tensor | None, through_half: bool = False
+    ) -> torch.Tensor:
+        if self.with_gradients:
+            return recomputed(guidance_gradient, guidance_fn, *inputs, create_graph=True)
+        return guidance_gradient(guidance_fn, *inputs, through_half)
 
     def classification(self, x_t: torch.Tensor, timestep: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         """
