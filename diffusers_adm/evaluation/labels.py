@@ -40,6 +40,8 @@ class Labels:
         self.policy = policy
         self.seed = seed
         num_classes = options.num_classes(pipeline)
+        if num_classes is None and options.guidance_fn is not None:
+            num_classes = known_classes(pipeline)  # the guidance function is given the labels
         self.num_classes = None if policy is None else num_classes
         self.listed: list[int] | None = None
         # A pipeline with classes draws random labels if it is given none. In a run without guidance, no network needs them, but

@@ -240,8 +240,23 @@ def broken(pipeline):
     raise KeyError("weights")
 
 
+def of_class(pipeline):
+    return lambda x_t, timestep, x_0, class_labels: x_0.mean(dim=(1, 2, 3)) * (2 * class_labels - 1)
+
+
 NUMBER = 3
 """
+
+
+def test_a_function_is_given_labels_that_no_network_is_given(tmp_path):
+    file, labels = tmp_path / "mine.py", tmp_path / "labels.txt"
+    file.write_text(GUIDANCE_FILE)
+    labels.write_text("0\n1\n" * 2)
+    call = {"guidance_fn": f"{file}:of_class", "guidance_scale": 50.0, "num_inference_steps": 3}
+    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None))
+    drawn = arrays_of(draw_samples(pipeline, tmp_path / "run", 4, labels=str(labels), call=call))
+    brightness = drawn["arr_0"].astype(float).mean(axis=(1, 2, 3))
+    assert drawn["arr_1"].tolist() == [0, 1, 0, 1] and brightness[::2].max() < brightness[1::2].min()
 
 
 def test_a_function_of_a_file_guides_a_run(model, tmp_path, capsys):
