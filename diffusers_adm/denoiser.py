@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
     2206.00364, section 2). Gradients flow from the result to x.
 
     A UNet that is given timesteps is evaluated at the timestep of the same noise level, interpolated between two training
-    timesteps. Above the highest noise level and below the lowest one, it is the nearest timestep.
+    timesteps. Above the highest noise level and below the lowest one, the nearest timestep is used.
 
     Args:
         model: Pipeline, or a UNet. A UNet that is given timesteps requires `scheduler` too.
@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         cfg_weight: Weight w of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6). 0 means no guidance.
         max_x_0_shift: Largest root mean square by which classifier guidance moves an image's predicted x_0, which lies in [-1, 1].
             `None` means no limit.
-        unit_range: Whether clean images lie in [0, 1] instead of [-1, 1]. Noise levels are then of that range too.
+        unit_range: Whether clean images lie in [0, 1] instead of [-1, 1]. Noise levels then refer to [0, 1] too.
         scheduler: Scheduler whose config describes the noise of a UNet that is given timesteps.
 
     Attributes:
@@ -101,9 +101,10 @@ class Denoiser(nn.Module):
         self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: ClassLabels | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns mean and variance of each pixel of the clean image, given the noised one, both of the shape of `x`. The mean is
-        D(x; sigma). The variance is that of x_0 which explains the learned variance of the step p(x_{t-1} | x_t), whose mean is
-        linear in x_0 (Ho et al. 2020, eq. 7). Between two timesteps, its logarithm is interpolated. Guidance does not change it.
+        Returns mean and variance of each pixel of the clean image, given the noised image. Both have the shape of `x`. The mean is
+        D(x; sigma). The variance of x_0 follows from the learned variance of the step p(x_{t-1} | x_t), because the mean of the
+        step is linear in x_0 (Ho et al. 2020, eq. 7). Between two timesteps, the logarithm of the variance is interpolated.
+        Guidance does not change the variance.
 
         Args:
             x: Noised images x_0 + sigma * epsilon, `(batch, channels, height, width)`.
@@ -111,7 +112,7 @@ class Denoiser(nn.Module):
             class_labels: Classes in place of the constructor's.
 
         Raises:
-            ValueError: If the UNet has no learned variance, or as for `forward`.
+            ValueError: If the UNet has no learned variance, or in the cases of `forward`.
         """
         if self.given_sigma or not self.unet.learns_variance:
             raise ValueError(
@@ -127,7 +128,7 @@ class Denoiser(nn.Module):
         return mean, variance.to(x.dtype)
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
-        """Returns the noise level as it is, because all levels can be denoised. Samplers of the EDM family call it."""
+        """Returns the noise level unchanged, because all noise levels are supported. Samplers of the EDM family call this method."""
         return torch.as_tensor(sigma)
 
     def _predict(
@@ -179,7 +180,7 @@ class Denoiser(nn.Module):
         return shift if self.max_x_0_shift is None else shortened(shift, self.max_x_0_shift)
 
     def _labels(self, class_labels: ClassLabels | None, x: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns the class of each image, `(batch,)`, or `None`, once checked."""
+        """Checks the classes. Returns the class of each image, `(batch,)`, or `None`."""
         class_labels = self.class_labels if class_labels is None else class_labels
         if class_labels is None:
             classes = self.unet.config.num_class_embeds is not None and self.unet.null_class is None
@@ -194,7 +195,9 @@ class Denoiser(nn.Module):
     def _sigma(self, sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
         flat = sigma.flatten() if isinstance(sigma, torch.Tensor) else sigma  # some samplers pass (batch, 1, 1, 1)
         levels = one_per_image("sigma", flat, x).float().expand(len(x))
-        if levels.device.type == "cpu" and not ((levels >= 0) & levels.isfinite()).all():  # reading others waits
+        if (
+            levels.device.type == "cpu" and not ((levels >= 0) & levels.isfinite()).all()
+        ):  # reading a tensor on a GPU would wait for it
             raise ValueError(f"`sigma` must be at least 0 and finite, but got {levels.tolist()}.")
         return levels
 
@@ -211,9 +214,9 @@ class Denoiser(nn.Module):
 
 def x_0_variance(schedule: NoiseSchedule, index: torch.Tensor, variance_interpolation: torch.Tensor) -> torch.Tensor:
     """
-    Returns the variance of x_0 that explains the learned variance of p(x_{t-1} | x_t), `(batch, channels, height, width)`: the
-    difference between it and the posterior variance, over the squared coefficient of x_0 in the posterior mean (Ho et al. 2020,
-    eq. 7). It is at least 0.
+    Returns the variance of x_0 that explains the learned variance of p(x_{t-1} | x_t), `(batch, channels, height, width)`. It is
+    (learned variance - posterior variance) / c^2, but at least 0. Here c is the coefficient of x_0 in the posterior mean (Ho et al.
+    2020, eq. 7).
 
     Args:
         schedule: Steps of the process.
@@ -236,7 +239,7 @@ def _as_pipeline(
     """Returns the pipeline, or one around the UNet."""
     if isinstance(model, DiffusionPipeline):
         if scheduler is not None:
-            raise ValueError("`scheduler` is for a UNet, because a pipeline has its own scheduler.")
+            raise ValueError("`scheduler` must be None for a pipeline, because a pipeline has its own scheduler.")
         return model
     check_parts(model, None)
     if scheduler is None and model.config.get("preconditioning") is not None:

@@ -1,4 +1,4 @@
-"""Before any test: nothing is looked up on the Hub, and tests side by side take one thread each."""
+"""Settings of all tests: the Hub is not asked, and tests that run side by side use one thread each."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Commands that cannot do what they are asked: one clear line, an exit code that is not 0, and nothing written."""
+"""Commands with invalid input: one clear line, a non-zero exit code, and no written files."""
 
 import json
 import re
@@ -154,7 +154,7 @@ def folder(tmp_path_factory) -> Path:
         ),
         ((*NLL, "--split", "test"), "--split must be left out"),
         ((*NLL, "--resolution", 10**6), "--resolution 1000000 must be in"),
-        ((*EVALUATE, "--samples_split", "test"), "--samples_split test is for datasets only"),
+        ((*EVALUATE, "--samples_split", "test"), "--samples_split test requires a dataset"),
         ((*SWEEP, "--num_samples", 2), "--num_samples 2 must be in"),
         ((*SWEEP, "--num_samples", 4, "--num_inference_steps", 2, 5000), "num_inference_steps=5000"),
         (("demo", "--output", "new.png", "--seed", -1), "--seed -1 must be in"),

@@ -1,4 +1,4 @@
-"""Commands whose output cannot be written: one line, and nothing half-written under a final name."""
+"""Commands whose output cannot be written: one line, and no partial file under a final name."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def test_what_is_no_config_is_refused(config):
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
 def test_pipeline_refuses_a_scheduler_whose_betas_are_none(scheduler_class):
-    """Fast solvers too, which do not draw by the tables of [`NoiseSchedule`], but would give NaN without a word."""
+    """Fast solvers refuse it too. They do not use the tables of [`NoiseSchedule`], and would return NaN silently."""
     with pytest.raises(ValueError, match=r"Betas must be in \(0, 1\)"):
         tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, trained_betas=[0.1] * 999 + [1.5]))
     with pytest.raises(ValueError, match=r"`beta_end` must be in \(0, 1\)"):
@@ -74,7 +74,7 @@ def test_timesteps_and_betas_may_be_arrays():
 
 @pytest.mark.parametrize("index", [-1, 1000, None, "5", True])
 def test_step_that_does_not_exist_is_refused(index):
-    """A negative one would be counted from the noisiest step."""
+    """A negative index would count from the noisiest step."""
     with pytest.raises(ValueError, match="index"):
         add_noise(NoiseSchedule.from_config(CONFIG), images(), index, images())
 

@@ -1,4 +1,4 @@
-"""The package where no extra is installed: sampling works, and commands that need more say how to install it."""
+"""The package without extras: sampling works, and commands that require an extra say how to install it."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ except ModuleNotFoundError as error:
 
 
 def plain_installation(folder: Path) -> Path:
-    """Fills a folder to import from: all installed packages but those of the extras, and this one."""
+    """Fills a folder to import from, with this package and all installed packages except those of the extras."""
     installed = {path.name: path for place in sys.path if "site-packages" in place for path in Path(place).iterdir()}
     for name, path in installed.items():
         if name.partition(".")[0] not in EXTRAS and "diffusers_adm" not in name:

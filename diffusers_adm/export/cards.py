@@ -12,7 +12,7 @@ from diffusers_adm.models import NoisyClassifier
 
 # Name of the network's own card in the folder of an export.
 SOURCE_CARD = "SOURCE_CARD.md"
-# Entries of its metadata that hold for the export too.
+# Metadata of the network's card that the card of the export repeats.
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag")
 # Code that runs each file.
 USAGE = {
@@ -28,12 +28,12 @@ output = program(**inputs)  # tensors by name""",
 
 
 def source_card(network: ModelMixin) -> ModelCard | None:
-    """Returns the card of the folder or repository that a network was loaded from. `None` if there is none."""
+    """Returns the card of the folder or repository that a network was loaded from. `None` if it has no card."""
     source = network.config.get("_name_or_path") or ""
     if Path(source).is_dir():
         files = (
             [Path(source, CARD_FILE), Path(source).parent / CARD_FILE] if source else []
-        )  # the pipeline's, for a part of one
+        )  # a network in the folder of a pipeline may have the card of the pipeline
     else:
         try:
             files = [Path(hf_hub_download(source, CARD_FILE))]
@@ -92,7 +92,7 @@ def describe_output(network: ModelMixin) -> str:
 
 def write_card(network: ModelMixin, folder: Path, file: str, factor: int | None, difference: float | None) -> None:
     """
-    Writes the card of an exported network, and beside it the card that the network was loaded with.
+    Writes the card of an exported network, and a copy of the card that the network was loaded with.
 
     Args:
         network: Network that was exported.

@@ -1,7 +1,7 @@
-"""Export of one network: its program with named inputs, the file, and the check of the file against the network.
+"""Export of one network to a file, and the comparison of the file with the network.
 
 torch.export traces the forward pass once, for all batch sizes and all sizes of the images that the network supports. ONNX files are
-made of the same program.
+made from the same program.
 """
 
 import copy
@@ -20,11 +20,11 @@ from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.models.adapters import without_adapters
 
 
-# What writes an ONNX file, and runs it.
+# Packages that write an ONNX file and run it.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Bound of batch size and sizes, because torch before 2.7 refuses unbounded ones.
+# Upper bound of batch size, height and width, because torch before 2.7 refuses dimensions without a bound.
 MAX_SIZE = 2**20
-# Largest difference between file and network that passes for rounding, as a share of the largest output.
+# Largest difference between file and network that counts as rounding, as a fraction of the largest output.
 TOLERANCE = 1e-3
 
 
@@ -54,20 +54,20 @@ def export_network(
     check: bool = True,
 ) -> float | None:
     """
-    Exports a network in float32 to a folder of its own: the program, the config of the network, a card that describes the inputs,
-    and the card that the network was loaded with. Adapters are merged into the weights.
+    Exports a network in float32 to a new folder. The folder holds the program, the config of the network, a card that describes the
+    inputs, and the card that the network was loaded with. Adapters are merged into the weights.
 
     Args:
         network: `ADMUNet2DModel` or `NoisyClassifier`.
         folder: Folder to write. It must be new or empty.
         format: `"onnx"`, which needs the extra `export`, or `"torch-export"`.
-        check: Whether the file is run on random images, and its outputs are compared with those of the network.
+        check: Whether to run the file on random images, and compare its outputs with those of the network.
 
     Returns:
         Largest absolute difference between the outputs of file and network. `None` without the check.
 
     Raises:
-        ValueError: If the format is unknown, the folder is in use, or the file computes something else than the network.
+        ValueError: If the format is unknown, the folder is not empty, or the outputs of file and network differ.
         ModuleNotFoundError: If a package that the format needs is not installed.
         OSError: If a file cannot be written.
     """
@@ -94,7 +94,7 @@ def check_can_export(format: str, folder: Path) -> None:
     Checks format and folder before a network is loaded and traced.
 
     Raises:
-        ValueError: If the format is unknown, or the folder is in use.
+        ValueError: If the format is unknown, or the folder is not empty.
         ModuleNotFoundError: If a package that the format needs is not installed.
     """
     if format not in EXPORT_FILES:
@@ -103,7 +103,7 @@ def check_can_export(format: str, folder: Path) -> None:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f'The format onnx requires {name}: run pip install -e ".[export]".', name=name)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and is not an empty folder.")
+        raise ValueError(f"`folder` must be new or empty, but got {folder}.")
 
 
 def plain_copy(network: ModelMixin) -> ModelMixin:
@@ -120,7 +120,7 @@ def size_factor(network: ModelMixin) -> int | None:
 
 
 def native_size(network: ModelMixin) -> int:
-    """Returns the height and width that a network is traced with: its `sample_size`, but at least two pixels at all levels."""
+    """Returns the height and width that a network is traced with: its `sample_size`, or two pixels at the lowest resolution."""
     return max(network.config.sample_size, 2 * (size_factor(network) or 0))
 
 
@@ -146,7 +146,7 @@ def trace(network: ModelMixin) -> ExportedProgram:
     batch = Dim("batch", min=1, max=MAX_SIZE)
     shapes = {name: {0: batch} for name in inputs}
     if (factor := size_factor(network)) is not None:
-        # From 2, because a program that is traced with more than one pixel is another one than that of a single pixel.
+        # At least 2, because torch.export makes another program for a single pixel than for several.
         rows, columns = (Dim(name, min=2, max=MAX_SIZE) for name in ("rows", "columns"))
         shapes["sample"] |= {2: factor * rows, 3: factor * columns}
     if "low_res" in inputs:
@@ -157,7 +157,7 @@ def trace(network: ModelMixin) -> ExportedProgram:
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> None:
-    """Writes a program as an ONNX file. Weights above 2 GB, the limit of such a file, get a file of their own beside it."""
+    """Writes a program as an ONNX file. Weights above 2 GB, the limit of an ONNX file, are written to a second file."""
     inputs = program.graph_signature.user_inputs
     names = {"sample": ("batch", None, "height", "width"), "low_res": (None, None, "low_res_height", "low_res_width")}
     written = torch.onnx.export(
@@ -185,7 +185,7 @@ def open_program(file: Path) -> Callable[[dict[str, torch.Tensor]], torch.Tensor
 @torch.no_grad()
 def largest_difference(network: ModelMixin, run: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> float:
     """
-    Compares a written program with its network, for one image of the network's size, and for three images of another size.
+    Compares a written program with its network, on one image of the network's size and on three images of another size.
 
     Args:
         network: Network that was exported.
@@ -195,7 +195,7 @@ def largest_difference(network: ModelMixin, run: Callable[[dict[str, torch.Tenso
         Largest absolute difference of the outputs.
 
     Raises:
-        ValueError: If they differ by more than rounding.
+        ValueError: If the outputs differ by more than rounding.
     """
     size, factor = native_size(network), size_factor(network)
     other_size = (size, size) if factor is None else (2 * factor, 3 * factor)

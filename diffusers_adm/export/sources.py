@@ -19,7 +19,7 @@ CLASSES = {cls.__name__: cls for cls in (ADMUNet2DModel, NoisyClassifier)}
 
 def released_network(name: str, subfolder: str | None) -> Path:
     """
-    Returns the folder of a released checkpoint with the network to export. It is downloaded if it is not in the cache.
+    Returns the folder of a released checkpoint that holds the network to export. A missing checkpoint is downloaded.
 
     Args:
         name: Name of the released checkpoint.
@@ -41,7 +41,7 @@ def released_network(name: str, subfolder: str | None) -> Path:
 
 def download_network(repo_id: str, subfolder: str | None, revision: str | None, variant: str | None) -> Path:
     """
-    Returns the folder that a network on the Hub, with config and card, is downloaded to. The arguments are those of `load_network`.
+    Downloads a network with its config and card from the Hub, and returns the folder. The arguments are those of `load_network`.
 
     Raises:
         OSError: If the Hub has no such repository, or cannot be reached.
@@ -53,7 +53,9 @@ def download_network(repo_id: str, subfolder: str | None, revision: str | None, 
             snapshot_download(repo_id, revision=revision, allow_patterns=[CARD_FILE, "model_index.json", *files])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise OSError(f"There is no folder {repo_id!r}, and the Hub gave no such repository. {error}") from error
+        raise OSError(
+            f"The network must be a folder or a repository on the Hub, but got {repo_id!r}. {error}"
+        ) from error
 
 
 def load_network(
@@ -76,7 +78,7 @@ def load_network(
     model = default_model() if model is None else model
     released = name_of_released(model)
     if revision is not None and (released is not None or Path(model).is_dir()):
-        raise ValueError(f"--revision {revision} is for networks on the Hub, but got --model {model}.")
+        raise ValueError(f"--revision {revision} requires a network on the Hub, but got --model {model}.")
     if released is not None:
         folder = released_network(released, subfolder)
     elif Path(model).is_dir():
@@ -88,5 +90,7 @@ def load_network(
         folder = folder / (subfolder or "unet")
     class_name = read_config(folder / "config.json").get("_class_name")
     if class_name not in CLASSES:
-        raise ValueError(f"{str(folder)!r} holds a {class_name}, but {' or '.join(CLASSES)} is needed.")
+        raise ValueError(
+            f"The network must be of the class {' or '.join(CLASSES)}, but {str(folder)!r} holds {class_name}."
+        )
     return CLASSES[class_name].from_pretrained(folder, variant=variant)

@@ -1,4 +1,4 @@
-"""Attention layers that are changed for a weaker prediction, without a change to the network itself."""
+"""Attention layers that are changed in a twin of the network, for a weaker prediction. The network itself does not change."""
 
 import copy
 import math
@@ -12,8 +12,8 @@ from diffusers_adm.checks import one_per_level
 
 class IdentityAttnProcessor:
     """
-    Attention in which each token attends to itself alone: its output is its value. This is the perturbed attention of Ahn et al.
-    2024 (arXiv 2403.17377).
+    Attention in which each token attends only to itself, so that its output is its value. This is the perturbed attention of Ahn et
+    al. 2024 (arXiv 2403.17377).
     """
 
     def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ class IdentityAttnProcessor:
 
 class RecordingAttnProcessor:
     """
-    Attention that keeps its map of the last call.
+    Attention that keeps the attention weights of its last call.
 
     Attributes:
         attention: Weight of each key, `(batch, heads, queries, keys)`.
@@ -53,7 +53,7 @@ def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 def layers_of_lowest_resolution(unet: nn.Module) -> tuple[str, ...]:
     """
-    Returns the names of the attention layers of the middle block, and of the level of lowest resolution that has attention.
+    Returns the names of the attention layers in the middle block, and in the level with the lowest resolution that has attention.
 
     Args:
         unet: UNet.
@@ -63,15 +63,15 @@ def layers_of_lowest_resolution(unet: nn.Module) -> tuple[str, ...]:
     if not config.attention_resolutions:
         return tuple(names["mid_blocks"])
     level = round(math.log2(config.sample_size / min(config.attention_resolutions)))
-    # Of the encoder's level. The decoder's level has one more.
+    # Number of layers in the encoder's level. The decoder's level has one more.
     count = one_per_level("layers_per_block", config.layers_per_block, len(config.channel_mult))[level]
     return (*names["down_blocks"][-count:], *names["mid_blocks"], *names["up_blocks"][: count + 1])
 
 
 def with_processor(network: nn.Module, layers: tuple[str, ...], processor: object) -> nn.Module:
     """
-    Returns a network with the same weights, not copies of them, in which some attention layers have another processor. The given
-    network does not change, so that other threads may use it.
+    Returns a twin of a network, in which some attention layers have another processor. The twin shares the weights. The given network
+    does not change, so that other threads may use it.
 
     Args:
         network: Network.

@@ -1,4 +1,4 @@
-"""Combination of a stronger and a weaker prediction: classifier-free guidance, or the arithmetic of a guider of diffusers."""
+"""Combination of a stronger and a weaker prediction, by classifier-free guidance or by a guider of diffusers."""
 
 import copy
 import inspect
@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, guiders
 from diffusers_adm.diffusion import epsilon_from_x_0
 
 
-# Guiders of diffusers that can act here, by the name of the class.
+# Class names of the guiders of diffusers that are supported.
 GUIDERS = (
     "AdaptiveProjectedGuidance",
     "AdaptiveProjectedMixGuidance",
@@ -17,9 +17,9 @@ GUIDERS = (
     "ClassifierFreeZeroStarGuidance",
     "TangentialClassifierFreeGuidance",
 )
-# Adaptive projected guidance is defined for predictions of x_0 (Sadat et al. 2024, arXiv 2410.02416), the others for the noise.
+# Guiders that combine predictions of x_0 (Sadat et al. 2024, arXiv 2410.02416). The others combine predictions of the noise.
 GUIDERS_OF_X_0 = GUIDERS[:2]
-# Why the other guiders of diffusers cannot act here.
+# Reasons why the other guiders of diffusers are not supported.
 REFUSED_GUIDERS = {
     "AutoGuidance": "it drops layers of transformers. Pass the weaker UNet as `weaker` with `cfg_weight`.",
     "FrequencyDecoupledGuidance": "it requires the package kornia.",
@@ -34,9 +34,9 @@ def combine_predictions(
     prediction: torch.Tensor, weaker: torch.Tensor, weight: torch.Tensor | float, channels: int
 ) -> torch.Tensor:
     """
-    Returns (1 + w) * prediction - w * weaker. This is classifier-free guidance if the weaker output is that of the null class
-    (Ho & Salimans 2022, arXiv 2207.12598, eq. 6). It is autoguidance if the weaker output is that of a worse network (Karras et
-    al. 2024, arXiv 2406.02507).
+    Returns (1 + w) * prediction - w * weaker. With a weaker output for the null class, this is classifier-free guidance (Ho &
+    Salimans 2022, arXiv 2207.12598, eq. 6). With the output of a worse network, it is autoguidance (Karras et al. 2024, arXiv
+    2406.02507).
 
     Args:
         prediction: Stronger output, `(batch, channels or 2 * channels, height, width)`. A learned variance is taken from it.
@@ -50,7 +50,7 @@ def combine_predictions(
 
 class WeightedCombination:
     """
-    Classifier-free guidance with the weight of each image.
+    Classifier-free guidance with one weight per image.
 
     Args:
         weight: Weight w of each image, `(batch, 1, 1, 1)`.
@@ -74,12 +74,12 @@ class WeightedCombination:
 
 class GuiderCombination:
     """
-    Arithmetic of a guider of diffusers over one run. The given guider does not change.
+    Combination by a guider of diffusers in one run. A copy of the guider is used, so that the given guider does not change.
 
     Args:
         guider: Guider, one of `GUIDERS`.
         timesteps: Training timestep of each step of the run.
-        factors: Factor of the guider's shift of the prediction at each step of the run.
+        factors: Factor at each step of the run, by which the guider's change of the prediction is multiplied.
     """
 
     def __init__(self, guider: ConfigMixin, timesteps: list[float], factors: list[float]):
@@ -114,7 +114,7 @@ def parse_guider(given: ConfigMixin | dict) -> ConfigMixin:
     Returns a guider of diffusers that can combine predictions of images.
 
     Args:
-        given: Guider, or a dict with the name of its class as the entry `kind`, and its arguments as the other entries.
+        given: Guider, or a dict. The entry `kind` of the dict is the name of the class, and the other entries are its arguments.
 
     Raises:
         ValueError: If the guider does not exist, cannot combine predictions of images, or has other arguments.
@@ -128,7 +128,7 @@ def parse_guider(given: ConfigMixin | dict) -> ConfigMixin:
         cls, arguments = getattr(guiders, name), {key: value for key, value in given.items() if key != "kind"}
         known = set(inspect.signature(cls).parameters)
         if not arguments.keys() <= known:
-            raise ValueError(f"`guider` {name} must have no other entries than {sorted(known)}, but got {given!r}.")
+            raise ValueError(f"`guider` of the kind {name} takes the entries {sorted(known)}, but got {given!r}.")
         given = cls(**arguments)
     if getattr(given, "zero_init_steps", 0):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Twisted sequential Monte Carlo (Wu et al. 2023, arXiv 2306.17775): samples of p(x_0 | y) that are exact for many particles.
 
-Each image has K particles. At each step, a particle is weighted by psi_t(x_t) = p(y | x_t)^s against the guided step that has proposed
-it. Where few particles bear most of the weight, all are drawn anew from the weighted ones.
+Each image has K particles. At each step, the weight of a particle is multiplied by psi_t(x_t) = p(y | x_t)^s and divided by psi of the
+step before. A second factor corrects the weight, because a guided step has proposed the particle in place of the unguided step. If few
+particles of an image carry most of the weight, all its particles are resampled: they are drawn anew from the weighted ones.
 """
 
 import torch
@@ -16,7 +17,7 @@ class Particles:
     Args:
         num_images: Number of images.
         num_particles: Number K of particles of each image.
-        generator: Generator of the choice of particles, one for all images or one per image.
+        generator: Generator that chooses particles, one for all images or one per image.
         device: Device of the particles.
 
     Attributes:
@@ -48,8 +49,8 @@ class Particles:
         self, log_psi: torch.Tensor, x_t: torch.Tensor, denoised: Denoised, gradient: torch.Tensor | None
     ) -> tuple[torch.Tensor, Denoised, torch.Tensor | None]:
         """
-        Weights the particles at a step. Where the effective number has fallen below K / 2, particles are drawn from the weighted
-        ones (systematic resampling). Returns the given tensors of the particles that are left.
+        Weights the particles at a step, and resamples the particles of each image whose effective number has fallen below K / 2
+        (systematic resampling). Returns the rows of the given tensors that belong to the chosen particles.
 
         Args:
             log_psi: Logarithm of psi_t(x_t), `(batch,)`.
@@ -67,10 +68,10 @@ class Particles:
 
     def propose(self, log_density_ratio: torch.Tensor) -> None:
         """
-        Takes account of a guided step.
+        Corrects the next weights for the guidance of a step.
 
         Args:
-            log_density_ratio: Log-density of the particles by the unguided step minus that by the guided one, `(batch,)`.
+            log_density_ratio: Log-density of the particles under the unguided step, minus that under the guided step, `(batch,)`.
         """
         self.unweighted = self.unweighted - log_density_ratio
 
@@ -79,7 +80,7 @@ class Particles:
         return self._rows(self._systematic(1))
 
     def _systematic(self, count: int) -> torch.Tensor:
-        """Draws particles of each image, evenly spaced in the sum of the weights, `(images, count)`."""
+        """Draws particles of each image at evenly spaced places of the cumulative weights, `(images, count)`."""
         start = self._uniform() + torch.arange(count, device=self.places.device)  # (images, count)
         sums = self.log_weights.softmax(dim=1).cumsum(dim=1)  # (images, particles)
         return torch.searchsorted(sums, start / count).clamp(max=self.num_particles - 1)

@@ -10,20 +10,20 @@ from diffusers_adm.guidance.gradient import GuidanceFunction, moves_weights
 
 class WeightedSum:
     """
-    Weighted sum of guidance functions. Functions that guide through the UNet still do so in the sum. The others are given x_0 as if it
-    did not depend on x_t.
+    Weighted sum of guidance functions. Functions that guide through the UNet still do so in the sum. The other functions are given x_0
+    as if it did not depend on x_t.
 
     Args:
         functions: Guidance functions, see the docstring of `diffusers_adm.guidance`.
         weights: Weight of each function. `None` means 1 for each.
 
     Attributes:
-        dtype: float16 if one of the functions is evaluated in float16.
-        through_unet: Whether one of the functions guides through the UNet.
+        dtype: float16 if at least one function is evaluated in float16, otherwise the data type of the first function.
+        through_unet: Whether at least one function guides through the UNet.
         weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
 
     Raises:
-        ValueError: If no function is given, one of them is not callable, or the number of weights is not that of the functions.
+        ValueError: If no function is given, one of them is not callable, or the numbers of weights and functions differ.
     """
 
     def __init__(self, *functions: GuidanceFunction, weights: list[float] | None = None):
@@ -50,15 +50,15 @@ class WeightedSum:
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns the weighted sum of the log-probabilities, `(batch,)`."""
-        # Its gradient with respect to x_t is that with respect to x_0, as for functions that do not guide through the UNet.
-        # If x_t is fixed, x_0 itself is the variable.
+        # The gradient with respect to direct_x_0 reaches x_t unchanged, as for functions that do not guide through the UNet.
+        # If x_t needs no gradient, x_0 itself is the variable.
         through = self.through_unet and x_t.requires_grad
         direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if through else x_0
         total = torch.zeros(len(x_t), device=x_t.device)
         for function, weight in zip(self.functions, self.weights):
             own_x_0 = x_0 if getattr(function, "through_unet", False) else direct_x_0
             value = function(x_t, timestep, own_x_0, class_labels)
-            if value.shape == x_t.shape:  # a gradient: that of the product below with respect to x_t
+            if value.shape == x_t.shape:  # a gradient, which the product below has with respect to x_t
                 value = (value.detach() * x_t).sum(dim=(1, 2, 3))
             total = total + weight * value.float()
         return total
@@ -68,7 +68,7 @@ class DiscriminatorGuidance(ClassifierGuidance):
     """
     Guidance by a discriminator, a noise-aware classifier of real and generated images: log d(x_t) - log(1 - d(x_t)), where d is the
     probability that an image is real. It corrects the errors of the model that has generated the images (Kim et al. 2023, arXiv
-    2211.17091). With a guidance scale of 1, it is the derived correction.
+    2211.17091). The correction as it is derived there has a guidance scale of 1.
 
     Args:
         discriminator: Module with two classes that is called as `discriminator(x_t, timestep).logits`, `(batch, 2)`.
@@ -91,6 +91,6 @@ class DiscriminatorGuidance(ClassifierGuidance):
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the log-ratio of real and generated, `(batch,)`."""
+        """Returns log d(x_t) - log(1 - d(x_t)), `(batch,)`."""
         log_probabilities = self.log_probabilities(x_t, timestep)  # (batch, 2)
         return log_probabilities[:, self.real_class] - log_probabilities[:, 1 - self.real_class]

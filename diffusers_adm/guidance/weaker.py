@@ -1,4 +1,4 @@
-"""Weaker predictions, from which classifier-free guidance and its relatives lead away."""
+"""Weaker predictions. Classifier-free guidance and related methods extrapolate from the weaker prediction to the stronger one."""
 
 import math
 from collections.abc import Callable
@@ -27,16 +27,16 @@ class WeakerPrediction:
 
     Args:
         kind: Kind of the prediction:
-            `"null_class"`: that of the null class (Ho & Salimans 2022, arXiv 2207.12598).
-            `"random_class"`: that of a random class, drawn anew for each image and step. It stands for the null class of a UNet
-            that has none (independent condition guidance, Sadat et al. 2024, arXiv 2407.02687).
-            `"perturbed_attention"`: that of a UNet in some of whose attention layers each token attends to itself alone (Ahn et
-            al. 2024, arXiv 2403.17377). The UNet need not know classes.
-            `"smoothed_attention"`: that for an image whose predicted x_0 has been blurred where the UNet attends (Hong et al.
-            2023, arXiv 2210.00939). The UNet need not know classes.
-        layers: Names of the attention layers that are perturbed, such as `"encoder.mid_blocks.0"`, or the one layer whose attention
-            tells where to blur. `None` means the middle block, and for `"perturbed_attention"` also the level of lowest resolution
-            that has attention.
+            `"null_class"`: prediction for the null class (Ho & Salimans 2022, arXiv 2207.12598).
+            `"random_class"`: prediction for a random class, drawn anew for each image and step. It replaces the null class of a
+            UNet that has none (independent condition guidance, Sadat et al. 2024, arXiv 2407.02687).
+            `"perturbed_attention"`: prediction of a UNet with changed attention layers, in which each token attends only to itself
+            (Ahn et al. 2024, arXiv 2403.17377). It does not require classes.
+            `"smoothed_attention"`: prediction for an image whose predicted x_0 has been blurred where the UNet attends (Hong et al.
+            2023, arXiv 2210.00939). It does not require classes.
+        layers: Names of attention layers, such as `"encoder.mid_blocks.0"`. `"perturbed_attention"` changes these layers, and
+            `"smoothed_attention"` blurs where the last of them attends. `None` means the middle block, and for
+            `"perturbed_attention"` also the level with the lowest resolution that has attention.
         blur_sigma: Standard deviation of the blur of `"smoothed_attention"` in pixels.
         threshold: Attention above which a place is blurred by `"smoothed_attention"`. The mean over all places is 1.
 
@@ -63,7 +63,7 @@ class WeakerPrediction:
         cls, given: "str | dict | WeakerPrediction | nn.Module | Callable | None"
     ) -> "WeakerPrediction | nn.Module | Callable":
         """
-        Returns what was given by name or as a dict as an object. UNets and functions are returned as they are.
+        Returns the object that a name or a dict describes. UNets and functions are returned unchanged.
 
         Raises:
             ValueError: If `given` has another type, or the dict has a name that is not an option.
@@ -115,7 +115,7 @@ class Predictions(Protocol):
 
 class OtherClass:
     """
-    Weaker prediction of another class, from one batch of twice the size.
+    Weaker prediction for another class. Both predictions come from one batch of twice the size.
 
     Args:
         labels: Function that returns the other class of each image, `(batch,)`. It is called at each step.
@@ -133,7 +133,8 @@ class OtherClass:
 
 class OtherUNet:
     """
-    Weaker prediction of another UNet: that of autoguidance (Karras et al. 2024, arXiv 2406.02507), or one with perturbed attention.
+    Weaker prediction by another UNet: a worse UNet in autoguidance (Karras et al. 2024, arXiv 2406.02507), or one with perturbed
+    attention.
 
     Args:
         unet: UNet of the weaker prediction.
@@ -150,10 +151,10 @@ class OtherUNet:
 
 class FunctionPrediction:
     """
-    Weaker prediction of a function of the caller.
+    Weaker prediction by a function of the caller.
 
     Args:
-        function: Function of x_t, the timestep and the class of each image, which returns a prediction of the UNet's kind.
+        function: Function `function(x_t, timestep, class_labels)` that returns a prediction of the same kind as the UNet's.
     """
 
     def __init__(self, function: Callable):
@@ -171,7 +172,7 @@ class FunctionPrediction:
 
 class SmoothedAttention:
     """
-    Weaker prediction for an image whose predicted x_0 has been blurred where the UNet attends, and noised with the predicted noise.
+    Weaker prediction for a smoothed image: the predicted x_0 is blurred where the UNet attends, and gets the predicted noise again.
 
     Args:
         unet: UNet of both predictions.
@@ -190,13 +191,15 @@ class SmoothedAttention:
         smooth = torch.where(mask, blurred(x_0, self.options.blur_sigma), x_0)
         smooth_x_t = add_noise(run.solver.schedule, smooth, run.solver.visits[step], epsilon)
         weaker = run.output(run.unet, smooth_x_t, timestep, run.class_labels, run.low_res)[:, : x_t.shape[1]]
-        return output, weaker + (x_0 - smooth) if run.predicts_x_0 else weaker  # of the same noise at x_t
+        return output, weaker + (
+            x_0 - smooth
+        ) if run.predicts_x_0 else weaker  # x_0 at x_t, from the same predicted noise
 
 
 def attended_places(attention: torch.Tensor, size: torch.Size, threshold: float) -> torch.Tensor:
     """
-    Returns where the attention to a place, averaged over heads and summed over queries, is above a threshold: `(batch, 1, height,
-    width)`, boolean.
+    Returns a mask of the places that the UNet attends to, `(batch, 1, height, width)`, boolean. It is true where the attention to a
+    place, averaged over heads and summed over queries, is above a threshold.
 
     Args:
         attention: Weight of each key, `(batch, heads, queries, keys)`.
@@ -213,8 +216,8 @@ def attended_places(attention: torch.Tensor, size: torch.Size, threshold: float)
 
 def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """
-    Returns images after a Gaussian blur, of the same shape. The kernel reaches three standard deviations, if the images do. Beyond
-    their borders, images are mirrored.
+    Returns images after a Gaussian blur, of the same shape. The kernel reaches three standard deviations, or to the edge of smaller
+    images. Beyond their borders, images are mirrored.
 
     Args:
         images: Images, `(batch, channels, height, width)`.

@@ -8,7 +8,7 @@ Laws for every module that `pipelines/` or `models/` import, directly or indirec
 1. At top level, a module only imports and defines: functions, classes and constants.
 2. The name of a top-level definition is unique among these modules.
 3. Names of this package are imported at top level by `from ... import ...`, without `as`.
-4. No code of a file calls a method of `LEFT_OUT`, unless diffusers also has a method of this name.
+4. Code of a file calls a method of `LEFT_OUT` only if diffusers has a method of the same name.
 5. In the file of a pipeline, the class of a component is `ModelMixin`, because the real class is in another file.
 
 A violation of one of the first three laws raises a `ValueError` when a pipeline is saved. Code that only methods of `LEFT_OUT` use is

@@ -126,13 +126,14 @@ def _check_may_download(
 ) -> None:
     if local_files_only or is_offline_mode():
         raise OSError(
-            f"{released.name} is not in the cache {cache}, and local_files_only or HF_HUB_OFFLINE forbids to download it."
+            f"{released.name} is not in the cache {cache}, and local_files_only or HF_HUB_OFFLINE disables downloads."
+            " Download it once without them."
         )
     if released.terms is not None and not accept_license:
         raise ValueError(
-            f"{released.name} is for {released.terms} use, by its license {released.license} (see"
-            f" https://github.com/{released.code}): accept it by accept_license=True, or once by `diffusers-adm convert --released"
-            f" {released.name} --accept_license --output DIR`."
+            f"The license of {released.name}, {released.license}, allows {released.terms} use only (see"
+            f" https://github.com/{released.code}). To accept the license, pass accept_license=True, or run `diffusers-adm convert"
+            f" --released {released.name} --accept_license --output DIR` once."
         )
 
 
@@ -143,8 +144,8 @@ def _check_room(released: ReleasedCheckpoint, file: Path) -> None:
     needed, free = missing + (released.size or 0), shutil.disk_usage(file.parent).free
     if needed > free:
         raise OSError(
-            f"{released.name} needs {needed / 1e9:.1f} GB in {file.parent.parent}, for the file and its conversion, but"
-            f" {free / 1e9:.1f} GB are free: choose another folder by cache_dir or HF_HOME."
+            f"The file of {released.name} and its conversion require {needed / 1e9:.1f} GB in {file.parent.parent}, but only"
+            f" {free / 1e9:.1f} GB are free. Choose another folder by cache_dir or HF_HOME."
         )
 
 
@@ -238,8 +239,8 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> str:
         tensors = read_state_dict(file)
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{source} is no checkpoint of tensors by name: it is damaged or incomplete, or holds code or objects, which are"
-            " not loaded."
+            f"{source} must be a checkpoint of tensors by name, but is damaged or incomplete, or holds code or objects, which"
+            " are never loaded."
         ) from error
     _check_layout(tensors, released, source)
     return sha256

@@ -1,6 +1,6 @@
 """Flags of the original command lines.
 
-They are those of openai/guided-diffusion, openai/improved-diffusion and openai/consistency_models.
+The flags of openai/guided-diffusion, openai/improved-diffusion and openai/consistency_models are known.
 """
 
 import difflib
@@ -28,7 +28,7 @@ def _multipliers(text: str) -> tuple[float, ...]:
 
 
 def _blocks(text: str) -> int | tuple[int, ...]:
-    """Parses one number for all levels, or one per level, which only DifFace has."""
+    """Parses one number for all levels, or one number per level, which only models of DifFace use."""
     numbers = _integers(text)
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
@@ -84,7 +84,7 @@ _COUNTS = (
     "diffusion_steps",
     "steps",
 )
-# Flags of a UNet that improved-diffusion, where timesteps are rescaled by default, does not have.
+# Flags of a UNet that improved-diffusion lacks. It is the code in which timesteps are rescaled by default.
 _GUIDED_DIFFUSION_FLAGS = ("num_head_channels", "resblock_updown", "use_new_attention_order")
 _KINDS = {
     int: "an integer",
@@ -112,7 +112,7 @@ class Flags(dict):
         return _FLAGS[name][1]
 
     def of_classifier(self) -> "Flags":
-        """Returns those flags of a command line for UNet and classifier that describe the classifier."""
+        """Returns the flags of the classifier, from a command line that describes UNet and classifier."""
         shared = ("image_size", "diffusion_steps", "noise_schedule", "rescale_timesteps")
         return Flags({name: self[name] for name in self if name in shared or name.startswith("classifier_")})
 
@@ -128,19 +128,23 @@ def _flag_texts(flags: str) -> dict[str, str]:
     try:
         words = shlex.split(flags)
     except ValueError as error:
-        raise ValueError(f"flags={flags!r} cannot be read: {error}.") from error
+        raise ValueError(f"`flags` cannot be read ({error}), but got {flags!r}.") from error
     texts = {}
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"flags={flags!r}: {word!r} stands where a flag (--name value) should.")
+            raise ValueError(
+                f"`flags` must be a list of --name value, but got {word!r} in place of a name in {flags!r}."
+            )
         name, separator, text = word[2:].partition("=")
         if name not in _FLAGS and name not in _RUN_FLAGS and not name.endswith(_RUN_SUFFIXES):
             near = difflib.get_close_matches(name, [*_FLAGS, *_RUN_FLAGS], n=3)
-            raise ValueError(f"--{name} is not a known flag" + (f"; near it are {near}." if near else "."))
+            raise ValueError(
+                f"--{name} is not a known flag." + (f" Similar flags: --{', --'.join(near)}." if near else "")
+            )
         if not separator:
             if not words or words[0].startswith("--"):
-                raise ValueError(f"--{name} lacks a value.")
+                raise ValueError(f"--{name} requires a value, but got none.")
             text = words.pop(0)
         texts[name] = text
     return texts
@@ -161,7 +165,7 @@ def parse_flags(flags: str) -> Flags:
             try:
                 parsed[name] = kind(text)
             except (KeyError, ValueError) as error:
-                raise ValueError(f"--{name} takes {_KINDS[kind]}: got {text!r}.") from error
+                raise ValueError(f"--{name} must be {_KINDS[kind]}, but got {text!r}.") from error
     return parsed
 
 
@@ -175,7 +179,7 @@ def check_flags(flags: Flags) -> None:
     heads = flags["num_heads_upsample"]
     if flags["num_head_channels"] == -1 and heads not in (-1, flags["num_heads"]):
         raise ValueError(
-            f"--num_heads_upsample {heads} is not supported: it must be --num_heads, which is {flags['num_heads']}."
+            f"--num_heads_upsample must equal --num_heads, which is {flags['num_heads']}, but got {heads}."
         )
     for name in _COUNTS:
         if flags[name] < 1 and (name, flags[name]) != ("num_head_channels", -1):

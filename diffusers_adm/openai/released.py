@@ -45,7 +45,7 @@ def register_released(released: ReleasedCheckpoint) -> None:
     for name in (released.name, released.file, *released.aliases):
         if _plain(name) in known:
             raise ValueError(
-                f"{name!r} is a name of the released checkpoint {known[_plain(name)].name}: choose another."
+                f"{name!r} is already a name of the released checkpoint {known[_plain(name)].name}. Choose another name."
             )
     if released.kind not in RELEASED_KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(RELEASED_KINDS)}, but got {released.kind!r}.")
@@ -81,7 +81,7 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
         )
     if _plain(name) not in known:
         near = list(dict.fromkeys(known[match].name for match in difflib.get_close_matches(_plain(name), known, n=5)))
-        advice = f" Near it are {', '.join(near[:3])}." if near else ""
+        advice = f" Similar names: {', '.join(near[:3])}." if near else ""
         raise ValueError(f"No released checkpoint is called {name!r}.{advice} `diffusers-adm released` lists all.")
     return known[_plain(name)]
 

@@ -1,7 +1,7 @@
-"""Checkpoints that others have trained with the original code, or with code that differs in its flags alone.
+"""Checkpoints that others have trained with the original code, or with code that differs from it only in the flags.
 
-Source: the README, the configurations and the download scripts of each repository. Where no license of the weights is stated,
-the license is that of the code.
+Source: the README, the configurations and the download scripts of each repository. If no license of the weights is stated,
+the license of the code is given.
 """
 
 from diffusers_adm.openai.released_family import IMPROVED_LSUN_LAYOUT
@@ -54,8 +54,8 @@ P2_WEIGHTING = (
         "FFHQ",
         "https://huggingface.co/deepinv/diffunet/resolve/main/diffusion_ffhq_10m.pt",
         "jychoi118/ilvr_adm",
-        note="the faces of ILVR, DPS, DiffPIR, DAPS and deepinv",
-        # Not ffhq256.pt, which others call their own files.
+        note="faces, used by ILVR, DPS, DiffPIR, DAPS and deepinv",
+        # ffhq256.pt is no alias, because other projects have files of this name.
         aliases=("diffusion_ffhq_10m.pt",),
     ),
     _p2(
@@ -262,7 +262,7 @@ def _perturbed(name: str, file: str, size: int, trained_on: str, file_id: str) -
     )
 
 
-# All files are called ADM-IP.pt or ADM.pt, and the folders are those of this package.
+# All files are called ADM-IP.pt or ADM.pt. This package adds the folders.
 INPUT_PERTURBATION = (
     _perturbed("adm-ip-cifar10", "cifar10/ADM-IP.pt", 32, "CIFAR-10", "107CyhiRazNZWkksvoyYRLn71Pcs5FOBo"),
     _perturbed("adm-cifar10", "cifar10/ADM.pt", 32, "CIFAR-10", "1m-a3WqfpMTibzuTC2om046yWQr20GT0I"),

@@ -1,4 +1,4 @@
-"""Checkpoints that openai/guided-diffusion released: what each is, and the score that it must reproduce.
+"""Checkpoints that openai/guided-diffusion released, with the scores that they must reproduce.
 
 Source: the README of openai/guided-diffusion for files, flags and guidance scales; Dhariwal & Nichol 2021 (arXiv
 2105.05233), Tables 4 to 6, for the scores.
@@ -113,7 +113,7 @@ GUIDED_DIFFUSION = (
         f"--attention_resolutions 32,16 --large_size 512 --small_size 128 --num_head_channels 64 {_UPSAMPLER}",
         imagenet_labels=True,
         fid=3.85,
-        # Table 12: the classifier behind this score was trained otherwise than that behind the 2.97 at 128x128.
+        # Table 12: the classifier of this score and the classifier of the 2.97 at 128x128 were trained differently.
         fid_setting="250 steps, from guided samples of 128x128_diffusion.pt (250 steps)",
         name="imagenet-128-512-upsampler",
         trained_on="ImageNet",
@@ -160,7 +160,7 @@ GUIDED_DIFFUSION = (
         fid=2.95,
         fid_setting="1000 steps, not guided",
         name="lsun-horse-nodropout",
-        note="trained without dropout, for which the paper has a worse FID",
+        note="trained without dropout, with a worse FID in the paper",
         trained_on="LSUN horse",
         layout=ADM_256_LAYOUT,
     ),

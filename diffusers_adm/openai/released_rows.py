@@ -59,7 +59,7 @@ class ReleasedCheckpoint:
         sha256: SHA-256 of the file. `None` if it is not published.
         license: License of the weights. It ends with "(code)" if only the code that trained the weights has a license.
         terms: Restriction of the license, which must be accepted before the file is downloaded. `None` if there is none.
-        for_research: Whether the model card in the repository of `code` intends research only, and no commercial deployment.
+        for_research: Whether the model card in the repository of `code` allows research only, and excludes commercial deployment.
         code: Repository whose code trained the model.
         note: Purpose of the checkpoint, or a special feature of it.
         aliases: Other names of the file.

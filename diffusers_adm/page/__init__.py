@@ -1,7 +1,7 @@
-"""The page of `diffusers-adm page`: what guidance does, in a browser. It requires the extra `page`."""
+"""Page of `diffusers-adm page`, which shows in a browser what guidance does. It requires the extra `page`."""
 
 import os
 
 
-# gradio reads it when it is imported. Nothing of this package calls home.
+# gradio reads this variable when it is imported. This package sends no usage data.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -9,8 +9,8 @@ TEXT = r"""
 ## What guidance computes
 
 A diffusion model draws an image by removing noise in steps. A classifier that was trained on noised images says how well the noised image
-$x_t$ fits a class $y$. The gradient of its log-probability says how to change $x_t$ so that it fits better. At a guidance scale $s$, each
-step follows it.
+$x_t$ fits a class $y$. The gradient of its log-probability says how to change $x_t$ so that it fits better. Each step follows this gradient,
+multiplied by the guidance scale $s$.
 
 **Steps with noise (DDPM).** The UNet predicts the mean $\mu$ and the variance $\Sigma$ of the next step. Guidance shifts the mean:
 
@@ -20,7 +20,8 @@ $$x_{t-1} \sim \mathcal N\big(\mu + s\,\Sigma\,\nabla_{x_t} \log p(y \mid x_t),\
 
 $$\hat\epsilon = \epsilon(x_t) - s\,\sqrt{1 - \bar\alpha_t}\;\nabla_{x_t} \log p(y \mid x_t)$$
 
-With $s = 0$ nothing is guided. A scale above 1 sharpens what the classifier believes: images fit their class better, and vary less.
+With $s = 0$ there is no guidance. A scale above 1 sharpens the distribution of the classifier. Images then fit their class better, and
+vary less.
 
 ## Links
 

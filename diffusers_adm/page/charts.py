@@ -1,4 +1,4 @@
-"""Line charts as SVG, which screens of every width, both colour schemes and screen readers can show."""
+"""Line charts as SVG, which fit screens of every width and both colour schemes, and which screen readers can read."""
 
 from html import escape
 from xml.etree.ElementTree import Element, SubElement, tostring
@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 34, 8, 8, 32
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 Y_TICKS = 4
-FEW_POINTS = 12  # they are marked
+FEW_POINTS = 12  # lines with at most so many points get markers
 COLOURS = (
     "#1f77b4",
     "#ff7f0e",

@@ -102,7 +102,7 @@ def draw_side(
         steps: Number of steps.
 
     Yields:
-        Grid of the images so far, the images in [-1, 1], and how far the run is.
+        Grid of the images so far, the images in [-1, 1], and the progress of the run.
     """
     call = {} if label is None else {"class_labels": [label] * count}
     generator = [torch.Generator().manual_seed(seed + number) for number in range(count)]

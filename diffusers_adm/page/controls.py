@@ -1,4 +1,4 @@
-"""Controls that several tabs have."""
+"""Controls that several tabs share."""
 
 import gradio as gr
 
@@ -19,7 +19,7 @@ def class_control(model: PageModel, label: str, index: int = 0, optional: bool =
         model: Model whose classes are offered.
         label: Name of the control.
         index: Number of the class that is chosen at first.
-        optional: Whether `NO_CLASS` is offered too, where the model can draw without a class.
+        optional: Whether to offer `NO_CLASS` too, if the model can draw without a class.
     """
     names = [NO_CLASS] * (optional and model.can_forget_classes) + model.classes
     chosen = model.classes[min(index, len(model.classes) - 1)] if model.classes else NO_CLASS
@@ -53,19 +53,19 @@ def scheduler_control(model: PageModel, label: str = "Solver") -> gr.Dropdown:
 
 
 def told_control(model: PageModel, value: bool = True, label: str = "Tell the UNet the class") -> gr.Checkbox:
-    """Returns a control for whether the UNet is told the class. It is shown for a UNet that can be run with and without."""
+    """Returns a control for whether the UNet is told the class. It is shown for a UNet that can be run with and without a class."""
     shown = model.is_told_classes and model.can_forget_classes
     return gr.Checkbox(value or not model.can_forget_classes, label=label, visible=shown)
 
 
 def result_picture(label: str) -> gr.Image:
-    """Returns an output for a picture, lossless and by its pixels."""
-    buttons = ["download", "fullscreen"]  # without the one that shares, which uploads it
+    """Returns an output for a picture, without loss and with sharp pixels."""
+    buttons = ["download", "fullscreen"]  # no button for sharing, because it would upload the picture
     return gr.Image(
         label=label, format="png", type="pil", interactive=False, buttons=buttons, elem_classes="pixelated"
     )
 
 
 def status_line() -> gr.Markdown:
-    """Returns an output for what a run does, which screen readers read aloud."""
+    """Returns an output for the status of a run, which screen readers read aloud."""
     return gr.Markdown(label="Status", elem_classes="status")

@@ -151,7 +151,7 @@ def build_inpainting(model: PageModel, editor: gr.ImageEditor) -> None:
 
 
 def boxed_region(name: str, size: int) -> Image.Image:
-    """Returns one of `REGIONS`, from black to white."""
+    """Returns a mask of one of `REGIONS`, which is white in the region."""
     region = Image.new("L", (size, size))
     region.paste(255, tuple(round(fraction * size) for fraction in REGIONS[name]))
     return region
@@ -175,7 +175,7 @@ def build_super_resolution(model: PageModel, editor: gr.ImageEditor) -> None:
 
 
 def show_results(*labels: str) -> list[Component]:
-    """Adds pictures and a line of status below each other, and returns them."""
+    """Adds pictures side by side, and a status line below them. Returns all of them."""
     with gr.Row():
         pictures = [result_picture(label) for label in labels]
     return [*pictures, status_line()]

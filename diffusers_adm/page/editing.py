@@ -12,7 +12,7 @@ from diffusers_adm.page.pictures import enlarged, model_input
 from diffusers_adm.pipelines.sampling_steps import SamplingStep
 
 
-Shown = Iterator[tuple[Image.Image, str]]  # picture so far, and what it is
+Shown = Iterator[tuple[Image.Image, str]]  # picture so far, and progress of the run
 
 JUMP_LENGTH = 10
 ETA = 0.85  # of DDNM
@@ -33,12 +33,12 @@ def class_arguments(model: PageModel, label: int | None, guidance_scale: float =
     if label is None and guidance_scale:
         raise ValueError("A guidance scale other than 0 needs a class. Choose a class, or set the scale to 0.")
     told = {"condition_unet": label is not None, "guidance_scale": guidance_scale}
-    # A label that nothing is told, because otherwise one would be drawn.
+    # Without a label, a random one would be drawn. With condition_unet=False and no guidance, the label has no effect.
     return told | ({"class_labels": [label or 0]} if model.classes else {})
 
 
 def progress_of(step: SamplingStep) -> str:
-    """Returns how far a run is."""
+    """Returns the progress of a run."""
     return f"Step {step.index + 1} of {step.num_steps}"
 
 
@@ -50,10 +50,10 @@ def invert(model: PageModel, picture: Image.Image, label: int | None, steps: int
         model: Model that draws.
         picture: Picture of any size.
         label: Number of the picture's class, or `None` for no class.
-        steps: Number of steps each way.
+        steps: Number of steps of the inversion, and also of the drawing.
 
     Yields:
-        Noise, picture so far, and what it is.
+        Noise, picture so far, and progress of the run.
     """
     pipeline, x_0 = model.pipeline("DDIM"), model_input(picture, model)
     labels = None if label is None else [label]
@@ -80,7 +80,7 @@ def counterfactual(
     steps: int,
 ) -> Shown:
     """
-    Draws a picture as another class: from its noise, which DDIM in reverse finds, with the other class.
+    Draws a picture as another class. DDIM in reverse finds the noise of the picture, and DDIM draws it with the other class.
 
     Args:
         model: Model that draws.
@@ -88,7 +88,7 @@ def counterfactual(
         label: Number of the picture's class, or `None` for no class.
         target: Number of the class to draw.
         guidance_scale: Guidance scale towards it.
-        steps: Number of steps each way.
+        steps: Number of steps of the inversion, and also of the drawing.
     """
     pipeline, x_0 = model.pipeline("DDIM"), model_input(picture, model)
     call = class_arguments(model, target, guidance_scale)
@@ -114,11 +114,11 @@ def inpaint(
     Args:
         model: Model that draws.
         picture: Picture of any size.
-        region: Part to draw, as grey levels above 127, of the size of the picture.
+        region: Mask of the size of the picture. The part with grey levels above 127 is drawn.
         label: Number of the class, or `None` for no class.
         guidance_scale: Guidance scale towards it.
         steps: Number of steps.
-        rounds: Number of times that each stretch of steps is run, which fits the new part to the old one.
+        rounds: Number of times that each stretch of steps is run. More rounds fit the new part better to the old part.
         seed: Seed of the noise.
     """
     pipeline, known = model.pipeline("DDPM"), model_input(picture, model)
@@ -148,7 +148,7 @@ def super_resolve(
         seed: Seed of the noise.
 
     Yields:
-        Shrunk picture, picture so far, and what it is.
+        Shrunk picture, picture so far, and progress of the run.
     """
     pipeline = model.pipeline("DDIM")
     small = shrink(model_input(picture, model), factor)

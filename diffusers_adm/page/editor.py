@@ -12,18 +12,18 @@ from diffusers_adm.page.pictures import SHOWN_SIDE, decode_upload
 
 
 MAX_LAYERS = 16
-MAX_PENDING = 64  # drawings that were sent and not used yet, of all users
+MAX_PENDING = 64  # drawings of all users that were sent but not used yet
 
 
 def picture_editor(label: str, background: Image.Image, brush: gr.Brush) -> gr.ImageEditor:
     """
-    Returns an editor whose pictures are decoded by [`decode_upload`], with a message where one cannot be. Its functions are replaced
-    on the object, because gradio writes a file beside the source of every subclass of a component. Events must set its value alone:
-    an update of other properties makes another object.
+    Returns an editor whose pictures are decoded by [`decode_upload`]. The user gets a message if a picture cannot be decoded. Two
+    functions are replaced on the object instead of in a subclass, because gradio writes a file beside the source of every subclass
+    of a component. Events may only set the value of the editor, because an update of other properties makes another object.
 
     Args:
         label: Name of the editor.
-        background: Picture that it shows at first.
+        background: Picture that the editor shows at first.
         brush: Brush to draw with.
     """
     editor = gr.ImageEditor(
@@ -74,7 +74,7 @@ def edited_picture(value: EditorValue | None) -> Image.Image:
     Returns the picture that an editor shows.
 
     Raises:
-        ValueError: If it shows none.
+        ValueError: If the editor shows no picture.
     """
     picture = None if value is None else value["composite"] or value["background"]
     if picture is None:
@@ -84,14 +84,14 @@ def edited_picture(value: EditorValue | None) -> Image.Image:
 
 def painted_region(value: EditorValue | None) -> Image.Image:
     """
-    Returns where something is drawn on an editor's picture, from black for nothing to white.
+    Returns a mask of what is drawn on an editor's picture. It is black where nothing is drawn.
 
     Raises:
         ValueError: If nothing is drawn.
     """
     layers = [layer.getchannel("A") for layer in (value or {}).get("layers", [])]
     if not any(layer.getbbox() for layer in layers):
-        raise ValueError("Paint over the part that shall be drawn anew first.")
+        raise ValueError("First paint over the part to draw anew.")
     region = Image.new("L", layers[0].size)
     for layer in layers:
         region.paste(255, mask=layer)

@@ -1,4 +1,4 @@
-"""Buttons that run and stop a function of the page, and what a user sees of its errors."""
+"""Buttons that run and stop a function of the page, and messages about its errors."""
 
 import functools
 import logging
@@ -10,17 +10,17 @@ from gradio.components import Component
 
 logger = logging.getLogger(__name__)
 
-# Runs that sample at the same time, of all users and tabs together. Others wait in the queue.
+# Number of runs of all users and tabs that sample at the same time. Other runs wait in the queue.
 SAMPLING = {"concurrency_id": "sampling", "concurrency_limit": 2}
 
 
 def reporting_errors(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
     """
     Wraps a generator function so that its errors are shown in the page as one sentence. A fault of the program is logged with its
-    traceback, which the user is not shown.
+    traceback, which is not shown to the user.
 
     Args:
-        function: Generator function, each of whose results is shown while it goes on.
+        function: Generator function. Each of its results is shown when it is yielded.
     """
 
     @functools.wraps(function)
@@ -40,7 +40,7 @@ def reporting_errors(function: Callable[..., Iterator]) -> Callable[..., Iterato
 
 class RunButtons:
     """
-    Button that runs a function, and one that stops it, below each other or side by side.
+    Button that runs a function, and button that stops it.
 
     Args:
         label: Text of the button that runs.
@@ -65,8 +65,8 @@ class RunButtons:
         Args:
             function: Generator function of the values of `inputs`. It yields values of `outputs`. Its parameters are named for
                 clients of the API.
-            inputs: Controls whose values are its arguments.
-            outputs: Components that show its results.
+            inputs: Controls whose values are the arguments of the function.
+            outputs: Components that show the results of the function.
             api_name: Name for clients of the API.
             also: Other events that run the function, such as `slider.release`.
         """
@@ -75,5 +75,5 @@ class RunButtons:
         running += [listen(run, inputs, outputs, api_visibility="private", **SAMPLING) for listen in also]
         status = [output for output in outputs if isinstance(output, gr.Markdown)]
         stopped = self.stop.click(None, cancels=running, queue=False, api_visibility="private")
-        if status:  # said after the run is cancelled, so that none of its messages takes its place
+        if status:  # set after the run is cancelled, so that a late message of the run cannot replace it
             stopped.then(lambda: "Stopped.", None, status, queue=False, api_visibility="private")

@@ -11,14 +11,14 @@ from diffusers_adm.solvers import SIGMA_SCHEDULERS
 
 class PageModel:
     """
-    Pipeline that all users of a page share. Its networks are only read, so that runs of several users do not touch each other.
+    Pipeline that all users of a page share. Its networks are only read, so that runs of several users do not affect each other.
 
     Args:
         pipeline: Pipeline to sample with.
-        loading: Arguments of `load_pipeline` that loaded it.
+        loading: Arguments of `load_pipeline` with which the pipeline was loaded.
 
     Attributes:
-        classes: Names of the classes, each of which means one class. The list is empty for a model without classes.
+        classes: Names of the classes, without duplicates. The list is empty for a model without classes.
         schedulers: Names of the schedulers that the model supports. The first one is the default.
         is_told_timesteps: Whether the UNet is told timesteps. Otherwise it is told noise levels, and cannot invert.
         is_told_classes: Whether the UNet can be told the class.
@@ -46,7 +46,7 @@ class PageModel:
 
     def pipeline(self, scheduler: str | None = None) -> ClassifierGuidedPipeline:
         """
-        Returns a pipeline of one run, which shares the networks and nothing that a run changes.
+        Returns a pipeline for one run. It shares the networks, but nothing that a run changes.
 
         Args:
             scheduler: Name of the scheduler. `None` means that of the model.

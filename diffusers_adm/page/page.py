@@ -21,12 +21,12 @@ TABS = {
     "About": build_about,
 }
 
-# System fonts, because others would be fetched from elsewhere.
+# System fonts, because other fonts would be downloaded from another server.
 THEME = gr.themes.Default(
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "Consolas", "monospace"],
 )
-# Small images are shown by their pixels, below the label of their frame.
+# Small images are shown with sharp pixels, below the label of their frame.
 CSS = """
 .pixelated img { image-rendering: pixelated; padding-top: 1.75rem; }
 .pixelated .grid-wrap img { padding-top: 0; }
@@ -64,7 +64,7 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
         options: Further arguments of `gr.Blocks.launch`.
 
     Raises:
-        OSError: If no such port is free.
+        OSError: If the port is in use, or no port is free.
     """
     page.launch(
         server_name=host,

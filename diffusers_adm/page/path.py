@@ -92,7 +92,7 @@ class Path:
             self.beliefs.append(step.log_probabilities[0].exp().tolist())
 
     def shown(self) -> list[int]:
-        """Returns the classes whose lines are shown: at most ten, those that the classifier once believed in most, in order."""
+        """Returns the numbers of at most ten classes to show: the drawn class, and the classes with the highest probability at any step."""
         peaks = [max(column) for column in zip(*self.beliefs)]
         highest = sorted(range(len(peaks)), key=lambda number: (self.names[number] != self.class_name, -peaks[number]))
         return sorted(highest[:MOST_LINES])
@@ -122,21 +122,21 @@ class Path:
         )
 
     def words(self, index: int) -> str:
-        """Returns what happens at a step, as a sentence."""
+        """Returns a sentence about a step."""
         said = f"Step {index + 1} of {self.num_steps}, noise level {self.sigmas[index]:.3g}"
         if self.beliefs and self.class_name in self.names:
             said += f", p({self.class_name} | x_t) = {self.beliefs[index][self.names.index(self.class_name)]:.3f}"
         return f"{said}, {'guided' if self.guided[index] else 'not guided'}."
 
     def view(self, index: int) -> tuple:
-        """Returns what is shown of a step: three pictures, the chart and a sentence."""
+        """Returns three pictures, the chart and a sentence of a step."""
         return *(enlarged(picture) for picture in self.pictures[index]), self.chart(index), self.words(index)
 
 
 def gradient_picture(gradient: torch.Tensor | None, size: tuple[int, int]) -> Image.Image:
     """
-    Returns a picture of a gradient's mean over channels. Red pixels become brighter, and blue ones darker. The largest value has
-    the full colour. A step that was not guided has a grey picture.
+    Returns a picture of a gradient, averaged over channels. Guidance makes red pixels brighter and blue pixels darker. The largest
+    value has the full colour. The picture of a step that was not guided is grey.
 
     Args:
         gradient: Gradient of one image, `(1, channels, height, width)`, or `None`.
@@ -171,7 +171,7 @@ def build_path(model: PageModel) -> None:
     status = status_line()
     if model.is_guided:
         gr.Markdown(
-            "The gradient makes red pixels brighter and blue ones darker. Guidance acts in the shaded part of the chart. Drag across"
+            "The gradient makes red pixels brighter and blue pixels darker. Guidance acts in the shaded part of the chart. Drag across"
             " the chart, or move the two sliders, to change it."
         )
     chart = gr.HTML(js_on_load=DRAG)

@@ -24,7 +24,7 @@ def decode_upload(file: str | BytesIO) -> Image.Image:
         file: Path of the file, or its content.
 
     Raises:
-        ValueError: If it has another format than those of `FORMATS`, is damaged, or has more than `MAX_PIXELS` pixels.
+        ValueError: If the format is not in `FORMATS`, the file is damaged, or the picture has more than `MAX_PIXELS` pixels.
     """
     try:
         with Image.open(file, formats=FORMATS) as picture:
@@ -35,12 +35,12 @@ def decode_upload(file: str | BytesIO) -> Image.Image:
         raise ValueError(
             f"The picture is too large: at most {MAX_PIXELS // 10**6} million pixels are allowed."
         ) from None
-    except Exception:  # decoders raise all sorts
+    except Exception:  # decoders raise errors of many types
         raise ValueError(f"The upload must be a picture that can be read ({', '.join(FORMATS)}).") from None
 
 
 def model_picture(picture: Image.Image, model: PageModel) -> Image.Image:
-    """Returns the central square of a picture in the size and mode of a model's images. Each pixel is the mean of those it covers."""
+    """Returns the central square of a picture in the size and mode of a model's images. Pixels are averaged."""
     picture = to_mode(picture, model.channels)
     return ImageOps.fit(picture, (model.size, model.size), Image.Resampling.BOX)
 
@@ -56,13 +56,13 @@ def enlarged(picture: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
 
     Args:
         picture: Picture of the model's pixels.
-        side: Number of pixels that its longer side has at least.
+        side: Smallest length of the longer side in pixels.
     """
     factor = max(1, -(-side // max(picture.size)))
     return distinct(picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST))
 
 
 def distinct(picture: Image.Image) -> Image.Image:
-    """Returns a picture whose file differs from that of any other, because gradio writes equal files again while they are read."""
+    """Makes the file of a picture unique, because gradio writes equal files again, even while they are read. Returns the picture."""
     picture.info["Title"] = uuid.uuid4().hex
     return picture

@@ -1,4 +1,4 @@
-"""The tab Play: images of chosen classes, drawn while one watches."""
+"""The tab Play, which draws images of chosen classes and shows them while they are drawn."""
 
 import time
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from diffusers_adm.page.pictures import distinct
 
 
 MAX_IMAGES = 64
-MOST_BOXES = 12  # classes that are offered as boxes instead of in a list
-SECONDS_BETWEEN_PICTURES = 0.4  # many pictures take a browser longer than a step takes
+MOST_BOXES = 12  # largest number of classes that are offered as boxes instead of in a list
+SECONDS_BETWEEN_PICTURES = 0.4  # a browser needs more time to show many pictures than a step takes
 
 
 def build_play(model: PageModel) -> None:
@@ -44,7 +44,11 @@ def build_play(model: PageModel) -> None:
         height="auto",
         object_fit="contain",
         interactive=False,
-        buttons=["download", "download_all", "fullscreen"],  # without the one that shares, which uploads them
+        buttons=[
+            "download",
+            "download_all",
+            "fullscreen",
+        ],  # no button for sharing, because it would upload the images
         elem_classes="pixelated",
     )
     status = status_line()
@@ -98,7 +102,7 @@ def play(
         told: Whether the UNet is told the class.
 
     Yields:
-        Pictures with their captions, how far the run is, and code that draws the same images.
+        Pictures with their captions, the progress of the run, and code that draws the same images.
 
     Raises:
         ValueError: If no class is chosen, or there are too many images.

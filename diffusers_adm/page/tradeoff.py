@@ -37,7 +37,7 @@ def build_tradeoff(model: PageModel) -> None:
         return
     gr.Markdown(
         "Each row starts from the same noise, and each column has its guidance scale. A larger scale makes the images fit their class"
-        " better, and makes them more alike. Run the model without telling the UNet the class to see it best."
+        " better, and makes them more alike. The effect is clearest if the UNet is not told the class."
     )
     with gr.Row():
         label = class_control(model, "Class", index=3)
@@ -85,7 +85,7 @@ def trade_off(
         told: Whether the UNet is told the class.
 
     Yields:
-        Grid of the images so far, how far the run is, and the charts of the share judged right and of the diversity.
+        Grid of the images so far, the progress of the run, and the charts of the share judged right and of the diversity.
 
     Raises:
         ValueError: If fewer than two scales are chosen.
@@ -118,8 +118,8 @@ def trade_off(
 @torch.no_grad()
 def judged_share(classifier: torch.nn.Module, images: torch.Tensor, label: int) -> float:
     """
-    Returns the share of images whose most likely class is the given one, by a noise-aware classifier that is told that the images
-    have no noise.
+    Returns the share of images whose most likely class is the given class. The noise-aware classifier is given timestep 0, because
+    the images have no noise.
 
     Args:
         classifier: Classifier that judges.

@@ -1,4 +1,4 @@
-"""Benchmarks that are asked for what cannot be measured."""
+"""Benchmarks refuse options that cannot be measured."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""The bench of quality against cost: its points, their cost, and the spread of the best."""
+"""Benchmark of quality against cost: its points, their cost, and the spread of the best points."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Times of calls in turn, and the benchmark of an evaluation's parts in small."""
+"""Times of calls that take turns, and the benchmark of an evaluation with small sizes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Images that users have, and the items that they become."""
+"""Datasets of users, and the items that are made from them."""
 
 import re
 

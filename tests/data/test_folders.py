@@ -1,4 +1,4 @@
-"""Folders of images: which images are read, whatever their names are."""
+"""Folders of images: the images that are read, for all kinds of file names."""
 
 import pytest
 from data_options import arguments, load_images, picture

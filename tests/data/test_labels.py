@@ -1,4 +1,4 @@
-"""Labels that users have, and the classes that they become."""
+"""Labels of users, and the classes that are made from them."""
 
 import pytest
 from data_options import arguments, load_images, parquet, picture

@@ -1,4 +1,4 @@
-"""Words of the command line, and schedulers by their names."""
+"""Options of the command line, and names of schedulers."""
 
 from dataclasses import fields
 

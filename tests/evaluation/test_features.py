@@ -1,4 +1,4 @@
-"""Features: Inception's as the published evaluator reads them, and weights that run no code."""
+"""Features of Inception equal those of the published evaluator, and code in files of weights is not run."""
 
 import os
 import pickle
@@ -24,7 +24,7 @@ def test_spatial_features_run_over_rows_then_columns_then_seven_channels():
 
 
 class BlankInception(FeatureExtractorInceptionV3):
-    """Takes no weights."""
+    """Extractor without weights."""
 
     def load_state_dict(self, state_dict):
         pass

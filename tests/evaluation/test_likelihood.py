@@ -1,4 +1,4 @@
-"""The variational bound against the recorded one, and against closed forms; how it is measured on a dataset."""
+"""The variational bound equals recorded values and closed forms, and is measured on datasets."""
 
 import csv
 import json

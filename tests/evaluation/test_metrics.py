@@ -1,4 +1,4 @@
-"""Metrics of samples against a reference, by the command line: figures, and what is refused."""
+"""Metrics of samples and a reference on the command line: their values, and input that is refused."""
 
 import json
 import os

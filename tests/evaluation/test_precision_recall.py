@@ -1,4 +1,4 @@
-"""Precision and recall, against all distances in float64."""
+"""Precision and recall equal the values from all distances in float64."""
 
 import pytest
 import torch

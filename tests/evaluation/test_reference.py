@@ -1,4 +1,4 @@
-"""Reference batches: what they hold, and which are refused."""
+"""Reference batches: their content, and batches that are refused."""
 
 import json
 from pathlib import Path

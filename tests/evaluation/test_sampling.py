@@ -1,4 +1,4 @@
-"""Samples by the thousand: the pipeline's images, the same after any interruption."""
+"""Runs of many images: they draw the images of the pipeline, also after an interruption."""
 
 import json
 from pathlib import Path
@@ -171,7 +171,7 @@ def test_other_weights_and_other_folders_are_refused(model, tmp_path, capsys):
     ],
 )
 def test_a_runs_settings_are_recorded_as_ever(words, call, model, tmp_path):
-    """So that runs of earlier versions go on."""
+    """Runs of earlier versions can be continued."""
     sample(model, tmp_path / "run", *words, num_samples=1)
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["call"] == {"condition_unet": True, "eta": 0.0, "cfg_weight": 0.0, **call}
@@ -207,7 +207,7 @@ def test_settings_are_strict_json_and_those_of_earlier_versions_go_on(model, tmp
 
 
 def strict_json(text: str):
-    """The content of a text without the numbers that JSON lacks."""
+    """Content of a JSON text, which must not hold NaN or infinity."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 

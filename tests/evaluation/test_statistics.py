@@ -1,4 +1,4 @@
-"""Statistics and the Frechet distance, against closed forms."""
+"""Statistics and the Frechet distance equal closed forms."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Exported files compute what the networks compute, and say what they are."""
+"""Exported files compute the outputs of the networks, and have cards that describe them."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ CASES = [
 
 
 def input_cases(kind: str) -> list[dict[str, torch.Tensor]]:
-    """Batch sizes and sizes that were not traced, with timesteps and labels from end to end."""
+    """Inputs with other batch sizes and image sizes than the traced ones, and all timesteps and labels."""
     cases = []
     for batch, height, width in ((1, 8, 8), (5, 8, 8)) + (() if kind == "attention" else ((2, 4, 4), (3, 12, 16))):
         inputs = example_inputs(NETWORKS[kind], batch, height, width)
@@ -206,7 +206,7 @@ def test_command_downloads_one_network_from_the_hub(tmp_path):
     )
     server.shutdown()
     assert finished.stdout.endswith("[2, 0]\n"), finished
-    assert finished.stderr.count("\n") == 1 and "the Hub gave no such repository" in finished.stderr
+    assert finished.stderr.count("\n") == 1 and "must be a folder or a repository on the Hub" in finished.stderr
     assert (tmp_path / "exported" / "SOURCE_CARD.md").is_file()
     weights = [name for name in server.requests if name.startswith("GET") and name.endswith(".safetensors")]
     assert len(weights) == 1 and "classifier" in weights[0]

@@ -1,4 +1,4 @@
-"""Arguments of guidance functions that are refused by name."""
+"""Guidance functions refuse invalid arguments, and name them."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ def gradient_of(classifier: torch.nn.Module, sample: torch.Tensor | None = None,
 
 
 class LinearClassifier(torch.nn.Module):
-    """Its gradient of log p(y | x) is known: W_y - sum_k p_k W_k."""
+    """Classifier whose gradient of log p(y | x) is known: W_y - sum_k p_k W_k."""
 
     def __init__(self):
         super().__init__()

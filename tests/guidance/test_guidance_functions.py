@@ -157,7 +157,7 @@ def test_a_gradient_that_its_scale_makes_no_number_is_told(call):
 
 
 def test_a_function_of_ones_own_is_asked_about_all_images():
-    """Also where it derives from the package's own and only some images are guided: its gradient may go through the UNet."""
+    """Tests a subclass of the package's function that guides only some images. Its gradient may go through the UNet."""
 
     class OfBoth(ClassifierGuidance):
         through_unet = True

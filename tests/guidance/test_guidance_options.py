@@ -1,4 +1,4 @@
-"""Options of guidance: when, how strongly and from which gradients it acts."""
+"""Options of guidance: the steps in which it acts, its strength, and its gradients."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Guidance by networks that never saw noise, real ones of transformers with random weights."""
+"""Guidance by networks of transformers that were not trained on noise. Their weights are random."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def classifier() -> ResNetForImageClassification:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> tuple[CLIPModel, CLIPProcessor]:
-    """CLIP in small, and a tokenizer of a few words."""
+    """A small CLIP model, and a tokenizer of a few words."""
     folder = tmp_path_factory.mktemp("tokenizer")
     words = ["<|startoftext|>", "<|endoftext|>", *(letter + end for letter in "adghotx" for end in ("", "</w>"))]
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))

@@ -1,4 +1,4 @@
-"""Particles: samples of the posterior that are exact, on data whose posterior is known."""
+"""Particles draw exact samples of the posterior, on data whose posterior is known."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def shares(scale: float, particles: int, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale, particles, steps", [(1.0, 16, 30), (3.0, 64, 30)])
 def test_many_particles_draw_from_the_posterior(scale, particles, steps):
-    """The prior is what the unguided run draws: few steps draw the components in slightly wrong shares."""
+    """The shares of the unguided run are the prior, because few steps draw the components in slightly wrong shares."""
     posterior = shares(0.0, 1, steps) * CLASS_1**scale
     posterior = posterior / posterior.sum()
     errors = [(shares(scale, number, steps) - posterior).abs().max().item() for number in (1, particles)]

@@ -1,4 +1,4 @@
-"""The limit of how far guidance moves the predicted x_0."""
+"""Limit of the distance by which guidance moves the predicted x_0."""
 
 import warnings
 
@@ -26,7 +26,7 @@ NEED_STEPS = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscr
 
 
 def wrong_direction(x_t, timestep, x_0, class_labels):
-    """A gradient as small as a trained classifier's at the noisiest timesteps, that knows nothing."""
+    """Gradient as small as that of a trained classifier at the noisiest timesteps, without information about x_0."""
     return 0.007 * torch.randn(x_t.shape[1:], generator=torch.Generator().manual_seed(1)).expand_as(x_t)
 
 
@@ -108,7 +108,7 @@ def test_the_limit_shortens_gradients_and_keeps_their_direction():
 
 
 def test_sa_solver_is_not_guided_at_the_highest_noise_level():
-    """Its later steps extrapolate what guidance did there."""
+    """Later steps of a multistep solver extrapolate the effect of guidance."""
     pipeline, guided = cosine_pipeline(SASolverScheduler), []
 
     def remember(_, step, timestep, tensors):

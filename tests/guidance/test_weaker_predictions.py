@@ -1,4 +1,4 @@
-"""Weaker predictions beside the null class, guiders of diffusers, and the scale of epsilon."""
+"""Weaker predictions other than that of the null class, guiders of diffusers, and the scale of epsilon."""
 
 import pytest
 import torch
@@ -260,7 +260,7 @@ BAD_CALLS = [
     ({"guider": "apg"}, "`guider` must be a guider of diffusers"),
     ({"guider": {"guidance_scale": 2.0}}, "`guider` must be a guider of diffusers"),
     ({"guider": {"kind": "AutoGuidance"}}, "must not be AutoGuidance"),
-    ({"guider": {"kind": "ClassifierFreeGuidance", "scale": 2.0}}, "must have no other entries than"),
+    ({"guider": {"kind": "ClassifierFreeGuidance", "scale": 2.0}}, "takes the entries"),
     ({"guider": ClassifierFreeGuidance(), "cfg_weight": 1.0}, "`cfg_weight` must be 0 with `guider`"),
     ({"guider": ClassifierFreeZeroStarGuidance()}, "zero_init_steps=0"),
     ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "must not be AutoGuidance"),

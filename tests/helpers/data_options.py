@@ -18,7 +18,7 @@ CLASSES = (ImageSource, ImageFormat, ImageSelection)
 
 
 def arguments(*options: str) -> argparse.Namespace:
-    """Parsed options, with `seed`; images are of 16 pixels."""
+    """Returns parsed options with `seed`, for images of 16 pixels."""
     parser = argparse.ArgumentParser()
     for cls in CLASSES:
         add_options(parser, cls)
@@ -30,17 +30,17 @@ def arguments(*options: str) -> argparse.Namespace:
 def load_images(
     args: argparse.Namespace, labelled: bool = True
 ) -> tuple[LabelledImages | StreamedImages, LabelledImages | None]:
-    """The images that parsed options name."""
+    """Opens the images that parsed options name."""
     source, format, selection = (build_options(cls, args) for cls in CLASSES)
     return datasets.load_images(source, format, selection, seed=args.seed, labelled=labelled)
 
 
 def picture(seed: int, size: tuple[int, int] = (20, 24)) -> PILImage.Image:
-    """A coloured picture of noise."""
+    """Returns a coloured picture of noise."""
     return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def parquet(folder: Path, features: dict, **columns: list) -> str:
-    """Writes a dataset of one file; its folder."""
+    """Writes a dataset of one file, and returns its folder."""
     Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / "train.parquet")
     return str(folder)

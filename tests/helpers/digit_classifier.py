@@ -65,7 +65,7 @@ def load_digits(dataset_name: str, split: str) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images that are given their label."""
+    """Share of images that are classified correctly."""
     hits = [classifier(x).argmax(dim=1) == y for x, y in zip(images.split(500), labels.split(500))]
     return torch.cat(hits).float().mean().item()
 

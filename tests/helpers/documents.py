@@ -13,12 +13,12 @@ BLOCK = r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```{language}\n(?P<code>.*?)^`
 
 
 def blocks_with_reasons(path: Path, language: str) -> list[tuple[str, str | None]]:
-    """The fenced blocks of a language, in their order, and for those that are not to be run, why."""
+    """Returns the fenced blocks of a language in their order. Each has the reason why it is not run, or `None`."""
     pattern = BLOCK.replace("{language}", language)
     found = re.finditer(pattern, path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [(match["code"], match["reason"]) for match in found]
 
 
 def code_blocks(path: Path, language: str) -> list[str]:
-    """The fenced blocks of a language, in their order."""
+    """Returns the fenced blocks of a language in their order."""
     return [code for code, _ in blocks_with_reasons(path, language)]

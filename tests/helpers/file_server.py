@@ -1,4 +1,4 @@
-"""Server of files on the loopback interface, which knows ranges, and which breaks in all the ways that a test asks for."""
+"""Server of files on the loopback interface. It supports ranges, and can fail in many ways."""
 
 import hashlib
 import re

@@ -21,19 +21,19 @@ FAMILY = json.loads(gzip.decompress((GOLDEN / "family.json.gz").read_bytes()))
 
 
 def meta_state_dict(file: str) -> dict[str, torch.Tensor]:
-    """A released checkpoint's tensors without their values."""
+    """Returns the tensors of a released checkpoint without their values."""
     return {name: torch.empty(shape, device="meta") for name, shape in (RELEASED | FAMILY)[file]["parameters"]}
 
 
 def load_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The description of a case, and its recorded tensors."""
+    """Returns the description of a case, and its recorded tensors."""
     case = json.loads((GOLDEN / name / "case.json").read_text())
     with np.load(GOLDEN / name / "io.npz") as arrays:
         return case, {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
 def draw_weights(case: dict) -> dict[str, torch.Tensor]:
-    """The published state dict of a case, from its seed: weights of unit gain, norms near 1, biases near 0."""
+    """Returns the published state dict of a case. The seed gives weights of unit gain, norms near 1 and biases near 0."""
     generator = torch.Generator().manual_seed(case["weights_seed"])
     state_dict = {}
     for name, shape in case["parameters"]:
@@ -51,7 +51,7 @@ def draw_weights(case: dict) -> dict[str, torch.Tensor]:
 
 
 def published_flags(case: dict) -> str:
-    """The flags of a case as one command line."""
+    """Returns the flags of a case as one command line."""
     return " ".join(f"--{name} {value}" for name, value in case["flags"].items())
 
 

@@ -1,4 +1,4 @@
-"""Files of random images, and what they are read back as."""
+"""Files of random images, and the images that are read from them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Calls of the two models, alike for both."""
+"""Calls that are the same for both models."""
 
 import copy
 from collections import Counter
@@ -43,7 +43,7 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def float8_rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose convolutions and linear layers, but for the embeddings', hold values that float8 can hold."""
+    """Returns a copy whose convolutions and linear layers, except those of embeddings, have values that float8 can represent."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, module in model.named_modules():

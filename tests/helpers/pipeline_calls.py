@@ -1,4 +1,4 @@
-"""Calls of a tiny `ClassifierGuidedPipeline`, and what its networks see of them."""
+"""Calls of a tiny `ClassifierGuidedPipeline`, and the inputs of its networks."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def solver_pipeline(solver: str, **kwargs) -> tuple[ClassifierGuidedPipeline, dict]:
-    """A pipeline with the scheduler that `solver` names, and what a call needs beside."""
+    """Returns a pipeline with the scheduler that `solver` names, and the other arguments of a call."""
     scheduler_class, call = SOLVERS[solver]
     return tiny_pipeline(scheduler=tiny_scheduler(scheduler_class), **kwargs), call
 
 
 def draw(pipeline: ClassifierGuidedPipeline, class_labels=(1, 3), **kwargs) -> torch.Tensor:
-    """x_0 as it is, from a fixed seed and in few steps unless told otherwise."""
+    """Returns x_0 as a tensor. By default, the seed is fixed and the steps are few."""
     if isinstance(class_labels, tuple):
         class_labels = list(class_labels)
     arguments = {"generator": seeded(), "output_type": "latent", "guidance_scale": SCALE, **kwargs}

@@ -45,7 +45,7 @@ def add(name: str, server: FileServer, case="unet_class_conditional", served="un
 
 
 class Halting(ClassifierGuidedPipeline):
-    """Pipeline that is never done with its saving."""
+    """Pipeline whose saving never ends."""
 
     def save_pretrained(self, folder, **options) -> None:
         """Saves the weights, and waits to be killed."""
@@ -54,7 +54,7 @@ class Halting(ClassifierGuidedPipeline):
 
 
 def ask(rows: list[ReleasedCheckpoint], cache: Path, pipeline_class: type) -> None:
-    """Asks for the folder of the last row, in a process of its own."""
+    """Requests the folder of the last row in a new process."""
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     resumed_download.CHUNK_BYTES = CHUNK_BYTES
     for row in rows:
@@ -78,7 +78,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def check_refused(message: str, cache: Path, name: str = "tiny", error: type = ValueError, **options) -> None:
-    """Checks that nothing is loaded, in one line, and that neither file nor folder is left in the cache."""
+    """Checks that loading fails with one line, and leaves no file and no folder in the cache."""
     with pytest.raises(error, match=message) as caught:
         ClassifierGuidedPipeline.from_released(name, cache_dir=cache, **options)
     assert "\n" not in str(caught.value)

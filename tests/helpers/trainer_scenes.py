@@ -53,7 +53,7 @@ def slow_checkpoint(trainer):
 
 
 def stopped_while_validating(trainer):
-    """Only the last process is asked to stop; none may take the run for finished."""
+    """Only the last process is asked to stop. All processes must treat the run as unfinished."""
 
     def validate(trainer):
         if trainer.accelerator.is_last_process:
@@ -64,7 +64,7 @@ def stopped_while_validating(trainer):
 
 
 def own_disks(trainer):
-    """Only the first process has a checkpoint in its folder, but all go on from there."""
+    """Only the first process has a checkpoint in its folder. All processes must resume from it."""
     assert trainer.global_step == 1
 
 

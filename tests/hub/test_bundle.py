@@ -1,4 +1,4 @@
-"""Code files are made only of modules that obey the laws of bundling, and hold no code of the package's own loading."""
+"""Code files are made only from modules that obey the laws of bundling, and leave out the package's own code for loading."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Options of the architecture: each does what it says, and a config that describes no model is refused."""
+"""Options of the architecture: each has its documented effect, and a config that describes no model is refused."""
 
 import pytest
 import torch

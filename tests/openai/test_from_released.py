@@ -1,4 +1,4 @@
-"""Released checkpoints by name: the cache, files that are others, the license, and the commands."""
+"""Released checkpoints by name: the cache, wrong files, the license, and the commands."""
 
 import dataclasses
 import hashlib
@@ -179,7 +179,7 @@ def test_cache_that_cannot_be_written_is_named(server):
 def test_truncated_file_of_unknown_length_is_refused(server, tmp_path):
     server.says_length = False
     server.files["unet.pt"] = UNET[: len(UNET) // 2]
-    check_refused("unet.pt is no checkpoint of tensors by name: it is damaged or incomplete", tmp_path)
+    check_refused("unet.pt must be a checkpoint of tensors by name, but is damaged or incomplete", tmp_path)
     server.files["unet.pt"] = UNET
     ClassifierGuidedPipeline.from_released("tiny", classifier=False, cache_dir=tmp_path)
 
@@ -188,7 +188,7 @@ def test_file_with_flipped_bytes_is_refused(server, tmp_path):
     data, middle = bytearray(UNET), len(UNET) // 2
     data[middle : middle + 64] = bytes(byte ^ 0x5A for byte in data[middle : middle + 64])
     server.files["unet.pt"] = bytes(data)
-    check_refused("unet.pt is no checkpoint of tensors by name: it is damaged", tmp_path)
+    check_refused("unet.pt must be a checkpoint of tensors by name, but is damaged", tmp_path)
 
 
 def test_file_of_another_kind_is_refused(server, tmp_path):
@@ -239,7 +239,7 @@ def test_nothing_is_downloaded_offline(server, tmp_path, monkeypatch):
 
 def test_license_that_needs_it_is_accepted_once(server, tmp_path):
     add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
-    message = "bound is for non-commercial use, by its license CC BY-NC-SA 4.0 .*: accept it by accept_license=True"
+    message = "The license of bound, CC BY-NC-SA 4.0, allows non-commercial use only .* pass accept_license=True"
     check_refused(message, tmp_path, "bound")
     assert not server.ranges
     ClassifierGuidedPipeline.from_released("bound", cache_dir=tmp_path, accept_license=True)
@@ -249,7 +249,12 @@ def test_license_that_needs_it_is_accepted_once(server, tmp_path):
 
 def test_disk_without_room_is_named_before_the_download(server, tmp_path):
     add("huge", server, layout=TensorLayout("", 10**15))
-    check_refused("huge needs 8000000.0 GB in .*, but .* GB are free", tmp_path, "huge", OSError)
+    check_refused(
+        "The file of huge and its conversion require 8000000.0 GB in .*, but only .* GB are free",
+        tmp_path,
+        "huge",
+        OSError,
+    )
     assert not server.ranges
 
 
@@ -287,10 +292,13 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
     add("bound", server, license="CC BY-NC-SA 4.0", terms="non-commercial")
     output = ("--output", tmp_path / "out")
     for words, message in (
-        (("convert", "--released", "tinny", *output), "No released checkpoint is called 'tinny'. Near it are tiny"),
-        (("convert", "--released", "bound", *output), "bound is for non-commercial use"),
+        (("convert", "--released", "tinny", *output), "No released checkpoint is called 'tinny'. Similar names: tiny"),
+        (
+            ("convert", "--released", "bound", *output),
+            "The license of bound, CC BY-NC-SA 4.0, allows non-commercial use only",
+        ),
         (("convert", "--released", "tiny", "--unet", "a.pt", *output), "leave out --unet"),
-        (("sample", "--model", "released:bound", *output), "accept it by"),
+        (("sample", "--model", "released:bound", *output), "To accept the license, pass accept_license=True"),
         (("sample", "--model", "released:tiny-classifier", *output), "draws no images: choose the name of a UNet"),
         (
             ("sample", "--model", "released:tiny", "--variant", "fp16", *output),
@@ -329,7 +337,7 @@ def test_training_refuses_other_checkpoints_before_their_download(cache, server)
         (classifier, "tiny", "tiny has the kind unet, but needed is: classifier", {}),
         (tiny_unet(low_res_conditioning=True), "tiny", "tiny has the kind unet, but needed is: upsampler", {}),
         (unet, "tiny", "--pretrained_subfolder requires a folder or Hub id", {"subfolder": "unet"}),
-        (unet, "bound", "bound is for non-commercial use, by its license CC BY-NC-SA 4.0", {}),
+        (unet, "bound", "The license of bound, CC BY-NC-SA 4.0, allows non-commercial use only", {}),
     ):
         with pytest.raises(ValueError, match=message):
             load_pretrained(model, f"released:{name}", **options)

@@ -1,4 +1,4 @@
-"""A published checkpoint answers each question once, and callers share its answers."""
+"""A published checkpoint computes each property once, and callers share the result."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Downloads of released checkpoints that break, resume, or get other answers, and processes that ask at once or are killed."""
+"""Downloads of released checkpoints: broken, resumed and wrong ones, also by several processes and by killed processes."""
 
 import hashlib
 import shutil
@@ -17,12 +17,12 @@ from diffusers_adm.openai.released import RELEASED_BY_NAME
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Downloads in chunks of which a small file has many."""
+    """Makes chunks so small that a small file has many of them."""
     monkeypatch.setattr(resumed_download, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def ask(cache: Path) -> Path:
-    """Asks for the converted folder, which is quicker than to load it."""
+    """Requests the converted folder, which is faster than loading it."""
     return released_files.converted_folder(RELEASED_BY_NAME["tiny"], ClassifierGuidedPipeline.from_openai, cache)
 
 
@@ -112,11 +112,11 @@ def test_complete_part_is_not_asked_for_again(server, tmp_path):
 def test_answer_that_is_no_checkpoint_keeps_the_part(page, kind, server, tmp_path):
     server.page = page
     check_refused(
-        f"tiny cannot be downloaded from {server.url}/unet.pt: the answer is {kind}", tmp_path, error=OSError
+        f"tiny cannot be downloaded from {server.url}/unet.pt: the server returned {kind}", tmp_path, error=OSError
     )
     part = part_of(server, tmp_path, UNET[:5000], version_of(UNET))
     with pytest.raises(
-        OSError, match=f"the answer is {kind}, not a checkpoint. Try again, .* or save the file yourself"
+        OSError, match=f"the server returned {kind}, not a checkpoint. Try again, .* or save the file yourself"
     ):
         ask(tmp_path)
     assert part.read_bytes() == UNET[:5000]

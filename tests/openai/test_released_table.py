@@ -114,7 +114,10 @@ def test_classifiers_that_guide_are_in_the_table():
     [
         ({"name": "../../evil"}, "`name` must be lower-case letters and digits.* '../../evil'"),
         ({"name": "Mine"}, "`name` must be lower-case"),
-        ({"name": "imagenet-256"}, "'imagenet-256' is a name of the released checkpoint imagenet-256: choose another"),
+        (
+            {"name": "imagenet-256"},
+            "'imagenet-256' is already a name of the released checkpoint imagenet-256. Choose another",
+        ),
         ({"name": "64x64-diffusion"}, "'64x64-diffusion' is a name of the released checkpoint imagenet-64"),
         ({"file": "256x256_diffusion.pt"}, "'256x256_diffusion.pt' is a name of the released checkpoint imagenet-256"),
         ({"aliases": ("ImageNet_64.pt",)}, "'ImageNet_64.pt' is a name of the released checkpoint imagenet-64"),

@@ -1,4 +1,4 @@
-"""Clients of the page's API get the images of direct calls, messages for bad input, and nothing of each other."""
+"""Clients of the page's API get the images of direct calls and messages for bad input, and do not affect each other."""
 
 import struct
 import threading
@@ -155,7 +155,7 @@ def test_values_outside_the_controls_are_refused(arguments, message, client):
 def test_what_a_run_refuses_is_told_in_its_words(client, digit):
     with pytest.raises(AppError, match="A guidance scale other than 0 needs a class"):
         client.predict(editor(digit), "Lower half", None, "No class", 1.0, 20, 1, 0, api_name="/inpaint")
-    with pytest.raises(AppError, match="Paint over the part"):
+    with pytest.raises(AppError, match="First paint over the part"):
         client.predict(editor(digit), "What I paint", editor(digit), "3", 1.0, 20, 1, 0, api_name="/inpaint")
     with pytest.raises(AppError, match="Draw or upload a picture first"):
         client.predict({"background": None, "layers": [], "composite": None}, "3", 20, api_name="/invert")

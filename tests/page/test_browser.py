@@ -1,4 +1,4 @@
-"""The page in a browser: every tab is used as a person would, on a desk, on a phone, and by keyboard."""
+"""The page in a browser: every tab is used as a person would, on a wide screen, on a phone, and by keyboard."""
 
 import io
 import re
@@ -181,7 +181,7 @@ def test_interval_is_dragged_and_the_path_is_drawn_anew(page):
 
 
 def draw_three(panel: Locator, number: int) -> None:
-    """Draws a 3 with the mouse in one of the visible editors, as soon as it takes strokes."""
+    """Draws a 3 with the mouse in one of the visible editors, when the editor is ready for strokes."""
     canvas, mouse = panel.locator("canvas").filter(visible=True).nth(number), panel.page.mouse
     empty = canvas.screenshot()
     while canvas.screenshot() == empty:
@@ -218,7 +218,7 @@ def test_painted_part_is_drawn_anew(page):
     panel.get_by_role("button", name="Draw one").click()
     page.get_by_role("tab", name="Inpainting").click()
     panel.get_by_label("What I paint").check()
-    press_and_read_error(page, panel, "Inpaint", "Paint over the part")
+    press_and_read_error(page, panel, "Inpaint", "First paint over the part")
     expect(panel.get_by_role("button", name="Undo").filter(visible=True).last).to_be_enabled()  # the picture is there
     draw_three(panel, -1)
     press(panel, "Inpaint", re.compile(r"Step (\d+) of \1\b"))

@@ -1,4 +1,4 @@
-"""Charts are SVG of their own, whose lines lie where their numbers say."""
+"""Charts are valid SVG, and their lines are at the places of their numbers."""
 
 from xml.etree.ElementTree import Element, fromstring
 

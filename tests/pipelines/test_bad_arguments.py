@@ -1,4 +1,4 @@
-"""Arguments of wrong types that pipelines refuse by name, where they would crash inside or mean something else."""
+"""Pipelines refuse arguments of wrong types by name. Otherwise these would crash inside, or would be misunderstood."""
 
 import numpy as np
 import pytest

@@ -162,7 +162,7 @@ def test_upsampler_is_refused():
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, UniPCMultistepScheduler])
 def test_images_that_are_not_finite_are_refused(scheduler_class):
-    """Without guidance too, whose gradient would be checked: NaN weights would draw black pictures."""
+    """Weights with NaN are refused without guidance too. They would draw black pictures."""
     pipeline = tiny_pipeline(scheduler=tiny_scheduler(scheduler_class))
     latents = images(2)
     with torch.no_grad():

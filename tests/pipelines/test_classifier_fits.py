@@ -1,4 +1,4 @@
-"""A classifier guides the UNet whose images, noise and classes it was trained on, and knows the names of its classes."""
+"""A classifier must fit the UNet: the same images, noise and classes. It may supply the names of the classes."""
 
 import json
 

@@ -157,7 +157,7 @@ def test_a_run_goes_on_from_its_middle(scheduler_class):
 
 @pytest.mark.parametrize("scheduler_class", GIVEN_SIGMAS)
 def test_a_run_over_noise_levels_goes_on_from_its_middle(scheduler_class):
-    """The multistep solver begins anew with one step of first order, so its images are only near."""
+    """A multistep solver starts with a step of first order, so its images are only close to those of the whole run."""
     pipeline = told_sigma(scheduler_class)
     whole = run(pipeline, num_inference_steps=10)
     step = whole[4]

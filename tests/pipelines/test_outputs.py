@@ -33,7 +33,7 @@ def test_one_channel_gives_grey_images():
 
 @pytest.mark.parametrize("channels", [2, 4, 5])
 def test_images_of_other_channels_are_no_pictures(channels):
-    """The default output type is refused before the first step: two and four channels would have become transparent pictures."""
+    """The default output type is refused before the first step, because two and four channels would become transparent pictures."""
     unet = tiny_unet(in_channels=channels, out_channels=2 * channels)
     pipeline, steps = tiny_pipeline(unet, with_classifier=False), []
     unet.register_forward_pre_hook(lambda *_: steps.append(1))

@@ -51,7 +51,7 @@ def noised_classifier():
 
 
 def predict_with(pipeline, function):
-    """Puts a function of the noised images and their noise level in the place of the UNet's layers."""
+    """Replaces the UNet's layers by a function of the noised images and their noise level."""
 
     def forward(sample, sigma, class_labels=None, low_res=None):
         return ADMUNet2DOutput(sample=function(sample, sigma[:, None, None, None]))

@@ -1,4 +1,4 @@
-"""Steps of a run, one at a time: they are those of the call, and leave the code between them alone."""
+"""Steps of a run, one at a time: they equal the steps of the call, and do not affect the code between them."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""Steps of a run: which timesteps are visited, and what each solver makes of x_0."""
+"""Steps of a run: the visited timesteps, and each solver's use of x_0."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ class Constructions(TorchFunctionMode):
 
 
 class EndOfRun(Exception):
-    """Raised after the last step: what follows reads the images."""
+    """Raised after the last step, because the images are read next."""
 
 
 def copies_per_step(pipeline, **call) -> list[int]:

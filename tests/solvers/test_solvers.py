@@ -146,7 +146,7 @@ def fitted_order(steps: list[int], errors: list[float]) -> float:
 @pytest.mark.parametrize(("guided", "skipped"), [(False, 0), (True, 0), (False, 0.5)])
 @pytest.mark.parametrize("name", ORDERS)
 def test_deterministic_solvers_converge_at_their_order(name, guided, skipped):
-    """Also those that begin in the middle of their steps, without the history of earlier ones."""
+    """This also holds for runs that begin in the middle of their steps, without the history of earlier steps."""
     scheduler_class, options, order = ORDERS[name]
     steps, errors = [20, 40, 80], []
     for count in steps:
@@ -215,7 +215,7 @@ def test_every_supported_scheduler_draws_guided_and_unguided():
 
 @pytest.mark.filterwarnings("ignore:.* in one step, which oversaturates colours")
 def test_few_steps_over_all_noise_there_is_draw_numbers():
-    """From a sigma of thousands down to one of hundreds, what a step of float32 leaves of it is lost in rounding."""
+    """The error of a step from a sigma of thousands to a sigma of hundreds is rounding of float32."""
     for scheduler_class in SUPPORTED_SCHEDULERS:
         pipeline = tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, beta_schedule="squaredcos_cap_v2"))
         for steps in (1, 2, 4):

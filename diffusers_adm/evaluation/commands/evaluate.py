@@ -49,18 +49,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_splits(args: argparse.Namespace, images: ImageSetOptions, options: EvaluateOptions) -> None:
-    """Raises a ValueError if a split is named of images in an `.npz` file, which has none."""
+    """Raises a ValueError if a split is given for an `.npz` file, which has no splits."""
     for name, split, source in (
         ("split", images.split, args.reference),
         ("samples_split", options.samples_split, args.samples),
     ):
         if split != DEFAULT_SPLIT and Path(source).suffix == ".npz":
-            raise ValueError(f"--{name} {split} is for datasets only, but {source} is an .npz file.")
+            raise ValueError(f"--{name} {split} requires a dataset, but got the .npz file {source}.")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """
-    Evaluates samples against a reference, and prints the metrics.
+    Compares samples with a reference, and prints the metrics.
 
     Raises:
         ValueError: If the two cannot be compared.
@@ -81,20 +81,20 @@ def evaluate(args: argparse.Namespace) -> None:
     from diffusers_adm.evaluation.report import add_to_card, read_card
 
     card = None if options.model_card is None else read_card(options.model_card)
-    # Samples have the small size already.
+    # The samples have the size of the model's images already.
     format = replace(images.format, source_resolution=None)
     samples = open_images(args.samples, replace(images, split=options.samples_split, format=format))
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
-            f"{args.samples} has {samples.num_images} images; precision and recall need more than {NEIGHBOUR}, and"
-            " figures that mean something thousands."
+            f"SAMPLES must have more than {NEIGHBOUR} images for precision and recall, and thousands for meaningful figures,"
+            f" but {args.samples} has {samples.num_images}."
         )
     check_extractor(args.reference, features.feature_extractor)
     extractor, batch_size = load_extractor(features), features.feature_batch_size
     reference = summarise_reference(args.reference, extractor, images, batch_size)
     check_shape(reference, samples.shape)
     evaluation = compare(reference, summarise(samples, extractor, batch_size), extractor.name)
-    # Files first: the reader of the output may have gone.
+    # Files are written first, because printing fails if the program that reads the output has ended.
     if options.output is not None:
         write_json(options.output, evaluation.as_dict())
     if card is not None:

@@ -17,10 +17,10 @@ class ReferenceOptions:
 
     num_neighbours: int = option(
         10_000,
-        help="Number of images that are kept in the file, for precision and recall. The statistics are those of all images.",
+        help="Number of images to keep in the file, for precision and recall. The statistics cover all images.",
         check=at_least(NEIGHBOUR + 1),
     )
-    seed: int = option(0, help="Seed that chooses the images that are kept.", check=at_least(0))
+    seed: int = option(0, help="Seed of the choice of images to keep.", check=at_least(0))
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def make_reference(args: argparse.Namespace) -> None:
     """
     output = Path(args.output)
     if output.suffix != ".npz" or output.exists():
-        raise ValueError(f"{output} must be the name of a new .npz file.")
+        raise ValueError(f"OUTPUT must be the name of a new .npz file, but got {output}.")
     check_can_write(output)
     options, kept, features = (build_options(cls, args) for cls in (ImageSetOptions, ReferenceOptions, FeatureOptions))
     options.check(args.dataset)
@@ -74,4 +74,4 @@ def make_reference(args: argparse.Namespace) -> None:
             "source_resolution": options.format.source_resolution,
         },
     )
-    print(f"Wrote statistics of {images.num_images} images, and {count} of them, to {output}")
+    print(f"Wrote the statistics of {images.num_images} images, and {count} of the images, to {output}.")

@@ -47,7 +47,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """
-    Draws samples into `--output`: `samples_NxHxWxC.npz` as the published scripts write it, or PNG files, and a grid.
+    Draws samples into `--output`: `samples_NxHxWxC.npz` as in the original code, or PNG files. A grid is also drawn.
 
     Raises:
         ValueError: If the run is impossible, or the folder belongs to a run of other settings.

@@ -14,7 +14,7 @@ from diffusers_adm.options import text_as
 @dataclass(frozen=True)
 class Value:
     """
-    Parser of one argument of a pipeline's call: JSON of some types, or the word none, for the pipeline's default.
+    Parser of one argument of a pipeline's call. It accepts JSON of some types, and the word none for the pipeline's default.
 
     Args:
         types: Types that the value may have.

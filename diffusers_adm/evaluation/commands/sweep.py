@@ -56,7 +56,7 @@ def sweep(args: argparse.Namespace) -> None:
     Draws and evaluates samples at each point, and writes tables and plots into `--output`.
 
     Raises:
-        ValueError: If a point cannot be drawn, or compared with the reference.
+        ValueError: If the samples of a point cannot be drawn, or cannot be compared with the reference.
     """
     images, features = build_options(ImageSetOptions, args), build_options(FeatureOptions, args)
     options, model, run = (build_options(cls, args) for cls in (SweepOptions, ModelOptions, RunOptions))
