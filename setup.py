@@ -13,6 +13,13 @@ SOURCES = ("docs", "spaces", "tests", "CHANGELOG.md", "CITATION.cff", "CONTRIBUT
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_adm" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 
+def read_description() -> str:
+    """Returns the README for a package index, without the picture and the links that only a checkout can show."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[.*?\]\(.*?\)\n\n.*?\n\n", "", text, flags=re.DOTALL)  # a picture, and the paragraph about it
+    return re.sub(r"\[([^]]*)\]\((?!https://).*?\)", r"\1", text)
+
+
 class SourceDistribution(sdist):
     """Source distribution with tests and documentation."""
 
@@ -29,7 +36,7 @@ setup(
     name="diffusers-adm",
     version=VERSION,
     description="ADM and classifier guidance (Dhariwal & Nichol 2021) for diffusers",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=read_description(),
     long_description_content_type="text/markdown",
     author="The diffusers_adm authors",
     license="Apache-2.0",

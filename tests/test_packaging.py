@@ -1,6 +1,7 @@
 """Installation: the wheel holds everything, importing is cheap, and the default model draws digits anywhere."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,10 @@ def test_wheel_of_the_source_distribution_draws_outside_the_checkout(tmp_path):
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, *tmp_path.glob("*.whl")], check=True)
     assert (target / "diffusers_adm" / "py.typed").is_file()
+    (metadata,) = target.glob("diffusers_adm-*.dist-info/METADATA")
+    description = metadata.read_text()
+    assert "## Three minutes" in description and "https://github.com/openai/guided-diffusion" in description
+    assert "![" not in description and not re.search(r"\]\((?!https://)", description)
     tests = [sys.executable, "-m", "pytest", "-q", "tests/openai/test_flags.py"]
     subprocess.run(tests, cwd=unpacked, env={**os.environ, "PYTHONPATH": str(target)}, check=True, capture_output=True)
     printed = run_python(
