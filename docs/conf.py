@@ -3,12 +3,11 @@
 import sys
 from pathlib import Path
 
+from diffusers_adm import __version__
+
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent / "tests" / "helpers")]
-
-from diffusers_adm import __version__  # noqa: E402
-
 
 project = "diffusers_adm"
 project_copyright = "the diffusers_adm authors, Apache License 2.0"
