@@ -147,7 +147,7 @@ def test_room_is_needed_for_what_is_left(server, tmp_path, monkeypatch):
     size, usage = RELEASED_BY_NAME["tiny"].size, shutil.disk_usage(tmp_path)
     part = part_of(server, tmp_path, UNET[: size // 2], version_of(UNET))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size * 3 // 2 - 1))
-    with pytest.raises(OSError, match="tiny needs .* GB in"):
+    with pytest.raises(OSError, match="The file of tiny and its conversion require .* GB in"):
         ask(tmp_path)
     assert part.is_file()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size * 3 // 2))
