@@ -119,8 +119,14 @@ def test_classifiers_that_guide_are_in_the_table():
             "'imagenet-256' is already a name of the released checkpoint imagenet-256. Choose another",
         ),
         ({"name": "64x64-diffusion"}, "'64x64-diffusion' is already a name of the released checkpoint imagenet-64"),
-        ({"file": "256x256_diffusion.pt"}, "'256x256_diffusion.pt' is already a name of the released checkpoint imagenet-256"),
-        ({"aliases": ("ImageNet_64.pt",)}, "'ImageNet_64.pt' is already a name of the released checkpoint imagenet-64"),
+        (
+            {"file": "256x256_diffusion.pt"},
+            "'256x256_diffusion.pt' is already a name of the released checkpoint imagenet-256",
+        ),
+        (
+            {"aliases": ("ImageNet_64.pt",)},
+            "'ImageNet_64.pt' is already a name of the released checkpoint imagenet-64",
+        ),
         ({"kind": "vae"}, "`kind` must be one of unet, upsampler, classifier, but got 'vae'"),
         ({"guided_by": "nobody"}, "`guided_by` must be the name of a released checkpoint, but got 'nobody'"),
         ({"flags": "--image_sise 64"}, "image_sise"),
