@@ -95,6 +95,7 @@ class AblationRun:
         except RunFailed as error:
             raise ValueError(f"Variant {self.variant} with seed {self.seed} failed: {error}") from error
         if not self.finished:
+            join_processes().print("Run the same ablate command again to continue.", flush=True)
             raise KeyboardInterrupt
 
 
