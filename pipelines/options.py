@@ -9,7 +9,7 @@ from diffusers import ConfigMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
 from diffusers_adm.models import ADMUNet2DModel
-from diffusers_adm.solvers import Churn, Solver, build_sigma_solver, build_solver, takes_respacing
+from diffusers_adm.solvers import Churn, Restart, Solver, build_sigma_solver, build_solver, takes_respacing
 
 
 # Largest scale or weight. Its product with a prediction of the same size is still finite in float32.
@@ -35,6 +35,8 @@ class SamplingOptions:
     epsilon_scale: float | tuple[float, float] | None = None
     particles: int | None = None
     with_gradients: bool = False
+    sigmas: list[float] | None = None
+    restart: Restart | dict | list | None = None
 
     def resolved(self, pipeline) -> "SamplingOptions":
         """
@@ -47,7 +49,8 @@ class SamplingOptions:
         if self.guidance_scale is None:
             guides = self.guidance_fn is not None or pipeline.classifier is not None
             changes["guidance_scale"] = config.guidance_scale if guides else 0.0
-        if self.timestep_respacing is None and self.num_inference_steps is None and self.timesteps is None:
+        steps = (self.timestep_respacing, self.num_inference_steps, self.timesteps, self.sigmas)
+        if all(given is None for given in steps):
             changes["num_inference_steps"] = config.num_inference_steps
             if takes_respacing(pipeline.scheduler):
                 changes["timestep_respacing"] = config.timestep_respacing
@@ -66,10 +69,12 @@ class SamplingOptions:
         unet, steps = pipeline.unet.config, (self.num_inference_steps, self.timestep_respacing)
         if unet.get("preconditioning") is not None:
             sigma_range = (unet.sigma_min, unet.sigma_max)
-            return build_sigma_solver(pipeline.scheduler, sigma_range, *steps, self.timesteps, self.eta, self.churn)
-        if self.churn is not None:
-            raise ValueError(f"`churn` requires a UNet with preconditioning, but got {self.churn!r}.")
-        return build_solver(pipeline.scheduler, *steps, self.eta, self.timesteps)
+            lists = (self.sigmas, self.restart)
+            return build_sigma_solver(
+                pipeline.scheduler, sigma_range, *steps, self.timesteps, self.eta, self.churn, *lists
+            )
+        lists = (self.timesteps, self.sigmas)
+        return build_solver(pipeline.scheduler, *steps, self.eta, *lists, self.churn, self.restart)
 
     def unet_takes_labels(self, pipeline) -> bool:
         """Returns whether the UNet is given the class of each image."""

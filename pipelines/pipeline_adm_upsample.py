@@ -19,7 +19,7 @@ from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
-from diffusers_adm.solvers import Churn
+from diffusers_adm.solvers import Churn, Restart
 
 
 class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
@@ -127,6 +127,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
         particles: int | None = None,
         start: float | torch.Tensor | None = None,
         with_gradients: bool = False,
+        sigmas: list[float] | None = None,
+        restart: Restart | dict | list | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and x_T is
@@ -162,18 +164,19 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             weaker: Weaker prediction that `cfg_weight` moves away from, see [`ClassifierGuidedPipeline.__call__`].
             guidance_fn: Function that guides instead of the classifier, see [`ClassifierGuidedPipeline.__call__`].
             guidance_options: Options of guidance, a [`~diffusers_adm.guidance.GuidanceOptions`], a dict or the name of a method.
-            timesteps: Training timesteps that DDPM or DDIM visits, see [`ClassifierGuidedPipeline.__call__`].
+            timesteps: Training timesteps to visit, see [`ClassifierGuidedPipeline.__call__`].
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0 before guidance, see
                 [`ClassifierGuidedPipeline.__call__`].
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
-            churn: Noise that is added before each step, for a UNet with preconditioning, see
-                [`ClassifierGuidedPipeline.__call__`].
+            churn: Noise that is added before each step, see [`ClassifierGuidedPipeline.__call__`].
             guider: Guider of diffusers that replaces `cfg_weight`, see [`ClassifierGuidedPipeline.__call__`].
             epsilon_scale: Divisor of the predicted noise, see [`ClassifierGuidedPipeline.__call__`].
             particles: Number of particles per image, see [`ClassifierGuidedPipeline.__call__`].
             start: Timestep of `latents`, at which the run begins, see [`ClassifierGuidedPipeline.__call__`].
             with_gradients: Whether the result has gradients with respect to `latents` or a tensor `image`, see
                 [`ClassifierGuidedPipeline.__call__`].
+            sigmas: Noise levels to visit, see [`ClassifierGuidedPipeline.__call__`].
+            restart: Parts of the run that are repeated, see [`ClassifierGuidedPipeline.__call__`].
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -207,6 +210,8 @@ class ADMUpsamplePipeline(GuidedSamplingMixin, DiffusionPipeline):
             churn=churn,
             particles=particles,
             with_gradients=with_gradients,
+            sigmas=sigmas,
+            restart=restart,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs

@@ -19,7 +19,7 @@ from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.particles import check_particles
 from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
-from diffusers_adm.solvers import Churn
+from diffusers_adm.solvers import Churn, Restart
 
 
 class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
@@ -138,6 +138,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         strength: float | None = None,
         start: float | torch.Tensor | None = None,
         with_gradients: bool = False,
+        sigmas: list[float] | None = None,
+        restart: Restart | dict | list | None = None,
     ) -> SamplingSteps:
         r"""
         Takes the steps of a call one at a time, so that images can be shown while they are drawn. Arguments are checked, and labels and
@@ -197,15 +199,16 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 [`~diffusers_adm.guidance.GuidanceOptions`], or a dict such as `{"interval": (0.28, 2.9), "entropy_scaling": True}`.
                 The name of a method of training-free guidance selects its options: `"dps"`, `"lgd"`, `"freedom"`, `"mpgd"`, `"ugd"`,
                 `"tfg"` or `"dsg"`. A dict changes them, such as `{"method": "freedom", "recurrence": 4}`.
-            timesteps: Training timesteps that DDPM or DDIM visits, in this order. Each step goes down to the next lower timestep of the
-                list. If the next entry of the list is a higher timestep, noise is added up to it, as in RePaint (Lugmayr et al. 2022,
-                arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such as `[22, 0]`.
+            timesteps: Training timesteps to visit, in this order. Each step goes down to the next lower timestep of the list, and the
+                last step to the scheduler's own end. If the next entry of the list is a higher timestep, noise is added up to it, as in
+                RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1). For `CMStochasticIterativeScheduler`, its `timesteps`, such
+                as `[22, 0]`.
             x_0_fn: Function `x_0_fn(x_0, timestep)` that replaces the predicted x_0 before guidance. x_0 has been clipped if the
                 scheduler clips. Dynamic thresholding comes later, in the scheduler's step.
             callback_on_step_start: Function like `callback_on_step_end` that is called with x_t before each step.
-            churn: Noise that is added before each step of Euler's and Heun's method and KDPM2, for a UNet with
-                preconditioning: [`~diffusers_adm.solvers.Churn`], or a dict such as `{"s_churn": 40, "s_tmin": 0.05, "s_tmax":
-                50, "s_noise": 1.003}` (Karras et al. 2022, arXiv 2206.00364).
+            churn: Noise that is added before each step of Heun's and Euler's method (Karras et al. 2022, arXiv 2206.00364, Algorithm
+                2): [`~diffusers_adm.solvers.Churn`], or a dict such as `{"s_churn": 40, "s_tmin": 0.05, "s_tmax": 50, "s_noise":
+                1.003}`. KDPM2 takes it too if the UNet has preconditioning.
             guider: Guider of diffusers that combines the two predictions, instead of `cfg_weight`: `ClassifierFreeGuidance`,
                 `AdaptiveProjectedGuidance`, `AdaptiveProjectedMixGuidance`, `ClassifierFreeZeroStarGuidance` or
                 `TangentialClassifierFreeGuidance`. Its `guidance_scale` is 1 + w. A dict such as `{"kind": "AdaptiveProjectedGuidance",
@@ -230,6 +233,11 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 guidance, for purification and adversarial attacks. Networks are evaluated again in the backward pass, so that memory
                 does not grow with the activations of the steps. Functions of the caller must then return the same again. It
                 requires an `output_type` of `"pt"` or `"latent"`. To save time, freeze the networks with `requires_grad_(False)`.
+            sigmas: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) to visit, in this order, instead of `timesteps`. The UNet is
+                given timesteps that are interpolated between the training timesteps. Leave out the end, 0.
+            restart: Part of the run that is repeated, for solvers without noise: [`~diffusers_adm.solvers.Restart`], or a dict such as
+                `{"sigma_min": 0.3, "sigma_max": 2, "times": 3}`, or a list of them. Whenever the run arrives at the lowest noise level of
+                the part, noise is added up to its highest one (Xu et al. 2023, arXiv 2306.14878).
 
         Returns:
             Iterator over one [`~diffusers_adm.pipelines.sampling_steps.SamplingStep`] per step. It is a generator with the same return
@@ -255,6 +263,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
             churn=churn,
             particles=particles,
             with_gradients=with_gradients,
+            sigmas=sigmas,
+            restart=restart,
         ).resolved(self)
         hooks = StepHooks(
             self, x_0_fn, callback_on_step_start, callback_on_step_end, callback_on_step_end_tensor_inputs

@@ -97,6 +97,6 @@ def test_either_length_of_a_training_run_is_said_to_be_needed():
 @pytest.mark.parametrize("command", ["sample", "sweep"])
 def test_options_in_json_say_so(command):
     parser = command_parsers(command)[command]
-    for name in ("guidance_options", "timesteps", "churn", "weaker", "guider", "epsilon_scale"):
+    for name in ("guidance_options", "timesteps", "sigmas", "churn", "restart", "weaker", "guider", "epsilon_scale"):
         (action,) = [action for action in parser._actions if action.dest == name]
         assert "JSON" in action.metavar and " JSON" in action.help

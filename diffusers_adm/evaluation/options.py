@@ -65,12 +65,11 @@ SAMPLING_OPTIONS = {
     ),
     "timesteps": (
         "JSON",
-        "Training timesteps that DDPM or DDIM visits, or steps of CMStochasticIterative, as a list in JSON, such as [900,500,100]."
-        " Default: none.",
+        "Training timesteps to visit, or steps of CMStochasticIterative, as a list in JSON, such as [900,500,100]. Default: none.",
     ),
     "churn": (
         "JSON",
-        "Noise added before each step, for a UNet with preconditioning, as an object in JSON, such as"
+        "Noise added before each step of HeunDiscrete and EulerDiscrete, as an object in JSON, such as"
         ' {"s_churn": 40, "s_noise": 1.003}. Default: none.',
     ),
     "epsilon_scale": (
@@ -78,6 +77,12 @@ SAMPLING_OPTIONS = {
         "Divisor of the predicted noise, or a pair [k, b] in JSON for the divisor k t + b at timestep t. Default: none.",
     ),
     "particles": ("INT", "Number of particles per image, of which one is kept. Default: 1."),
+    "sigmas": ("JSON", "Noise levels to visit, as a list in JSON, such as [80,10,1,0.1]. Default: none."),
+    "restart": (
+        "JSON",
+        "Part of the run that is repeated after noise has been added, as an object in JSON, such as"
+        ' {"sigma_min": 0.3, "sigma_max": 2, "times": 3}, or a list of them. Default: none.',
+    ),
 }
 
 FORMATS = ("npz", "png")  # formats of samples

@@ -66,7 +66,8 @@ class Guider:
         self.with_gradients = with_gradients
         self.factors = self._limited_factors(factors)
         self.max_sizes = self._largest_sizes()
-        self.step_counts = options.gradient_steps(self.factors)
+        jumps = [step for step in range(len(solver.visits)) if solver.jumps_to(step)]
+        self.step_counts = options.gradient_steps(self.factors, jumps)
         self.scales: list[float] | None = None  # one per image
         self.rows: list[int] = []  # indices of the guided images
         self.last_gradient: torch.Tensor | None = None  # not yet multiplied by scale and factor

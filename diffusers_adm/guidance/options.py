@@ -1,8 +1,10 @@
 """Options of guidance: the steps at which it acts, its strength, and the methods of training-free guidance."""
 
 import math
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from numbers import Real
 
 from diffusers_adm.checks import is_integer, is_number
@@ -241,13 +243,15 @@ class GuidanceOptions:
         schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]
         return lambda step: schedule(step / len(sigmas))
 
-    def gradient_steps(self, factors: list[float]) -> dict[int, int]:
+    def gradient_steps(self, factors: list[float], jumps: Sequence[int] = ()) -> dict[int, int]:
         """
         Returns the steps that compute a gradient. The value of each step is the number by which its gradient is multiplied.
 
         Args:
             factors: Factor of the guidance scale at each step. It is 0 at steps without guidance.
+            jumps: Steps before which noise is added, in ascending order. No gradient is reused across them.
         """
         guided = [step for step, factor in enumerate(factors) if factor]
-        groups = [guided[first : first + self.every] for first in range(0, len(guided), self.every)]
+        parts = [list(part) for _, part in groupby(guided, key=lambda step: bisect(jumps, step))]
+        groups = [part[first : first + self.every] for part in parts for first in range(0, len(part), self.every)]
         return {group[0]: len(group) if self.skipped == "sum" else 1 for group in groups}

@@ -1,15 +1,16 @@
 """Solvers: one run of a diffusers scheduler, which samples as the original code does and applies guidance in each step."""
 
 from .algorithms import DDPMSolver, Denoised, EpsilonSolver, Solver
-from .karras import SIGMA_SCHEDULERS, Churn, KarrasSolver, build_sigma_solver, check_sigma_scheduler
+from .karras import Churn, KarrasSolver
+from .preconditioned import SIGMA_SCHEDULERS, build_sigma_solver, check_sigma_scheduler
 from .schedulers import (
     GUIDED_SETTINGS,
     SUPPORTED_SCHEDULERS,
     build_solver,
     check_scheduler,
     takes_respacing,
-    visited_steps,
 )
+from .visits import Restart
 
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "EpsilonSolver",
     "GUIDED_SETTINGS",
     "KarrasSolver",
+    "Restart",
     "SIGMA_SCHEDULERS",
     "SUPPORTED_SCHEDULERS",
     "Solver",
@@ -27,5 +29,4 @@ __all__ = [
     "check_scheduler",
     "check_sigma_scheduler",
     "takes_respacing",
-    "visited_steps",
 ]

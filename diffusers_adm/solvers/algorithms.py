@@ -3,6 +3,7 @@
 A solver is one run of a diffusers scheduler. It works on a local copy and never changes the scheduler.
 """
 
+import copy
 import inspect
 import math
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Solver:
             step: Number of the step, one of `entries`.
         """
         self._visit(self.visits[step:])
+        self.begin_part(self.visits[0])
 
     def repeat(self, counts: list[int]) -> None:
         """
@@ -184,17 +186,30 @@ class Solver:
     ) -> torch.Tensor:
         """
         Adds noise if the next step of the run is noisier than the images, as in RePaint (Lugmayr et al. 2022, arXiv 2201.09865,
-        Algorithm 1). Otherwise returns the images unchanged.
+        Algorithm 1) and Restart (Xu et al. 2023, arXiv 2306.14878). Otherwise returns the images unchanged.
 
         Args:
             x: Images after a step, `(batch, channels, height, width)`.
             step: Number of that step in the run.
             generator: Generator of the noise, one for all images or one per image.
         """
-        if step + 1 == len(self.visits) or self.visits[step + 1] < self.visits[step]:
+        if step + 1 == len(self.visits) or not self.jumps_to(step + 1):
             return x
+        self.begin_part(self.visits[step + 1])
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return renoise(self.schedule, x, self.visits[step] - 1, self.visits[step + 1], noise)
+
+    def jumps_to(self, step: int) -> bool:
+        """Returns whether noise is added before a step of the run, because the step is as noisy as the one before it or noisier."""
+        return step > 0 and self.visits[step] >= self.visits[step - 1]
+
+    def begin_part(self, index: int) -> None:
+        """
+        Forgets the predictions of earlier steps, because they do not belong to the descending part of the run that begins.
+
+        Args:
+            index: First step of the part, in the schedule.
+        """
 
 
 class DDPMSolver(Solver):
@@ -297,7 +312,7 @@ class EpsilonSolver(Solver):
         timesteps: Timesteps of the copy, one per timestep of the schedule, in the same order.
         visits: Indices into the schedule, in the order of the run.
         max_x_0_shift: Default limit of the shift of the predicted x_0 by guidance, a root mean square per image.
-        evaluations_per_step: Number of evaluations of the network per step.
+        starts: Evaluations with which a step begins, as indices into the schedule. `None` means all.
         **step_kwargs: Arguments of the copy's `step`.
     """
 
@@ -309,27 +324,21 @@ class EpsilonSolver(Solver):
         timesteps: list[int] | torch.Tensor,
         visits: list[int] | None = None,
         max_x_0_shift: float | None = 0.5,
-        evaluations_per_step: int = 1,
+        starts: list[int] | None = None,
         **step_kwargs,
     ):
         super().__init__(scheduler, schedule, visits)
         self.scheduler = prepared
         self.max_x_0_shift = max_x_0_shift
         self.timesteps = timesteps
-        self.evaluations_per_step = evaluations_per_step
+        self.starts = set(range(len(schedule)) if starts is None else starts)
         self.step_kwargs = step_kwargs
         self.takes_generator = "generator" in inspect.signature(prepared.step).parameters
 
     @property
     def entries(self) -> dict[int, float]:
         """Timestep of each step of the run at which the run may begin. It may not begin at the second evaluation of a step."""
-        return dict(list(super().entries.items())[:: self.evaluations_per_step])
-
-    def begin_at(self, step: int) -> None:
-        """Leaves out the steps of the run before a step. The arguments are those of `Solver.begin_at`."""
-        super().begin_at(step)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(step)
+        return {step: timestep for step, timestep in super().entries.items() if self.visits[step] in self.starts}
 
     def step(
         self,
@@ -360,7 +369,51 @@ class EpsilonSolver(Solver):
         return self.scheduler.step(x_0, self.timesteps[index], x_t, **step_kwargs).prev_sample
 
 
-class VarianceExplodingSolver(EpsilonSolver):
+class SigmaSolver(EpsilonSolver):
+    """
+    One run of a scheduler that counts its steps and may keep earlier predictions.
+
+    Args:
+        scheduler: Scheduler that the run belongs to.
+        schedule: Evaluations of the run, least noisy first.
+        prepared: Local copy of the scheduler whose steps have been set. Each descending part of the run begins with a copy of it.
+        timesteps: Timesteps of the copy, in the order of the schedule.
+        visits: Indices into the schedule, in the order of the run.
+        starts: Evaluations with which a step begins. `None` means all.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        schedule: NoiseSchedule,
+        prepared: SchedulerMixin,
+        timesteps: torch.Tensor,
+        visits: list[int] | None = None,
+        starts: list[int] | None = None,
+    ):
+        super().__init__(scheduler, schedule, prepared, timesteps, visits, starts=starts)
+        self.prepared = prepared
+        self.begin_part(self.visits[0])
+
+    def begin_part(self, index: int) -> None:
+        """Begins with a copy of the scheduler without earlier predictions. The argument is that of `Solver.begin_part`."""
+        self.scheduler = begun_at(self.prepared, len(self.schedule) - 1 - index)
+
+
+def begun_at(prepared: SchedulerMixin, place: int) -> SchedulerMixin:
+    """
+    Returns a copy of a scheduler that begins in the middle of its steps.
+
+    Args:
+        prepared: Scheduler whose steps have been set, and none has been taken.
+        place: Number of the first step, in the order of the scheduler.
+    """
+    begun = copy.deepcopy(prepared)
+    begun.set_begin_index(place)
+    return begun
+
+
+class VarianceExplodingSolver(SigmaSolver):
     """One run of a scheduler whose noised images are x_0 + sigma * epsilon, without a factor below 1 on x_0."""
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:

@@ -34,12 +34,20 @@ from diffusers_adm.solvers.algorithms import (
     DDPMSolver,
     EpsilonSolver,
     PNDMSolver,
+    SigmaSolver,
     VarianceExplodingSolver,
 )
+from diffusers_adm.solvers.karras import Churn, churned_solver
+from diffusers_adm.solvers.levels import (
+    TWO_STAGE,
+    listed_schedule,
+    make_ancestral_levels_exact,
+    noise_levels,
+    place_levels,
+)
+from diffusers_adm.solvers.visits import Restart, Route, check_route
 
 
-# Schedulers that evaluate the network twice per step, except in the last step.
-TWO_STAGE = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
 # Schedulers whose noised images are x_0 + sigma * epsilon.
 VARIANCE_EXPLODING = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, *TWO_STAGE)
 SUPPORTED_SCHEDULERS = (
@@ -82,6 +90,9 @@ def build_solver(
     timestep_respacing: str | None,
     eta: float,
     timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+    churn: Churn | dict | None = None,
+    restart: Restart | dict | list | None = None,
 ) -> DDPMSolver | EpsilonSolver:
     """
     Prepares a scheduler for one run.
@@ -92,36 +103,57 @@ def build_solver(
             `timestep_spacing` is `"leading"` or `"linspace"`. If it is `"trailing"`, the steps end at the last timestep.
         timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It overrides `num_inference_steps`.
         eta: Noise of DDIM, in [0, 1]. 0 is deterministic, and 1 is as noisy as DDPM.
-        timesteps: Training timesteps to visit, in the order of the run, for DDPM and DDIM. They override `num_inference_steps` and
+        timesteps: Training timesteps to visit, in the order of the run. They override `num_inference_steps` and
             `timestep_respacing`.
+        sigmas: Noise levels to visit instead, in the order of the run, without its end.
+        churn: Noise that is added before each step of Euler's and Heun's method.
+        restart: Parts of the run that are repeated.
 
     Raises:
         ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
     """
     check_scheduler(scheduler)
-    _check_steps(scheduler, num_inference_steps, timestep_respacing, eta, timesteps)
-    config = scheduler.config
-    if isinstance(scheduler, PNDMScheduler):
-        evenly_spaced = evenly_spaced_timesteps(num_inference_steps, config.num_train_timesteps)
-        return pndm_solver(scheduler, NoiseSchedule.from_config(config, evenly_spaced))
-    if not takes_respacing(scheduler):
-        return sigma_solver(scheduler, num_inference_steps)
-
+    _check_steps(scheduler, num_inference_steps, timestep_respacing, eta, timesteps, sigmas)
+    config, churn, route = scheduler.config, Churn.parse(churn), Route.of_call(timesteps, sigmas, restart)
+    if churn.s_churn and not isinstance(scheduler, (HeunDiscreteScheduler, EulerDiscreteScheduler)):
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"`churn` requires HeunDiscreteScheduler or EulerDiscreteScheduler, but got {churn} with {name}."
+        )
     if timesteps is not None:
-        visited = sorted(set(timesteps))
-    elif timestep_respacing is not None:
-        visited = respaced_timesteps(timestep_respacing, config.num_train_timesteps)
-    elif config.timestep_spacing == "trailing":
-        visited = trailing_timesteps(num_inference_steps, config.num_train_timesteps)
-    elif isinstance(scheduler, DDIMScheduler):
-        visited = evenly_spaced_timesteps(num_inference_steps, config.num_train_timesteps)
+        schedule = NoiseSchedule.from_config(config, sorted(set(timesteps)))
+    elif sigmas is not None:
+        schedule = listed_schedule(NoiseSchedule.from_config(config), sigmas)
+    elif takes_respacing(scheduler) or isinstance(scheduler, PNDMScheduler):
+        visited = respaced_steps(scheduler, num_inference_steps, timestep_respacing)
+        schedule = NoiseSchedule.from_config(config, visited)
     else:
-        visited = respaced_timesteps(str(num_inference_steps), config.num_train_timesteps)
-    schedule = NoiseSchedule.from_config(config, visited)
-    visits = visited_steps(schedule, timesteps)
+        schedule = None  # the scheduler chooses the noise levels
+    check_route(scheduler, route, adds_noise=bool(eta or churn.s_churn))
+    if isinstance(scheduler, PNDMScheduler):
+        return pndm_solver(scheduler, schedule)
     if isinstance(scheduler, DDIMScheduler):
-        return ddim_solver(scheduler, schedule, eta, visits)
-    return DDPMSolver(scheduler, schedule, visits)
+        return ddim_solver(scheduler, schedule, eta, route.visits(schedule.sigma.tolist()))
+    if isinstance(scheduler, DDPMScheduler):
+        return DDPMSolver(scheduler, schedule, route.visits(schedule.sigma.tolist()))
+    count = num_inference_steps if schedule is None else len(schedule)
+    return sigma_solver(scheduler, count, schedule, route, churn)
+
+
+def respaced_steps(
+    scheduler: DDPMScheduler | DDIMScheduler | PNDMScheduler, count: int | None, timestep_respacing: str | None
+) -> list[int]:
+    """Returns the timesteps that a run visits without a list, in ascending order. The arguments are those of `build_solver`."""
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if timestep_respacing is not None:
+        return respaced_timesteps(timestep_respacing, num_train_timesteps)
+    if isinstance(scheduler, PNDMScheduler):
+        return evenly_spaced_timesteps(count, num_train_timesteps)
+    if scheduler.config.timestep_spacing == "trailing":
+        return trailing_timesteps(count, num_train_timesteps)
+    if isinstance(scheduler, DDIMScheduler):
+        return evenly_spaced_timesteps(count, num_train_timesteps)
+    return respaced_timesteps(str(count), num_train_timesteps)
 
 
 def _check_steps(
@@ -130,6 +162,7 @@ def _check_steps(
     timestep_respacing: str | None,
     eta: float,
     timesteps: list[int] | None,
+    sigmas: list[float] | None,
 ) -> None:
     """Raises a `ValueError` if the scheduler cannot take the requested steps."""
     num_train_timesteps, name = scheduler.config.num_train_timesteps, type(scheduler).__name__
@@ -146,16 +179,18 @@ def _check_steps(
         raise ValueError(
             f"`timesteps` must be a list of one or more integers in [0, {num_train_timesteps - 1}], but got {timesteps}."
         )
-    if timesteps is None and timestep_respacing is None:
+    if timesteps is not None or sigmas is not None:
+        return
+    if timestep_respacing is None:
         if not (is_integer(num_inference_steps) and 1 <= num_inference_steps <= num_train_timesteps):
             raise ValueError(
                 f"`num_inference_steps` must be an integer in [1, {num_train_timesteps}], the model's timesteps, but got"
                 f" num_inference_steps={num_inference_steps}."
             )
     elif not takes_respacing(scheduler):
-        given = f"timesteps={timesteps}" if timesteps is not None else f"timestep_respacing={timestep_respacing!r}"
         raise ValueError(
-            f"{given} requires DDPMScheduler or DDIMScheduler, but the scheduler is {name}. Pass `num_inference_steps` instead."
+            f"timestep_respacing={timestep_respacing!r} requires DDPMScheduler or DDIMScheduler, but the scheduler is {name}. Pass"
+            " `num_inference_steps`, `timesteps` or `sigmas` instead."
         )
 
 
@@ -187,51 +222,99 @@ def ddim_solver(
     )
 
 
-def sigma_solver(scheduler: SchedulerMixin, num_inference_steps: int) -> EpsilonSolver:
+def sigma_solver(
+    scheduler: SchedulerMixin, count: int, schedule: NoiseSchedule | None, route: Route, churn: Churn
+) -> EpsilonSolver:
     """
-    Returns a run of a scheduler that chooses its noise levels (`sigmas`) and timesteps itself. One evaluation of the network counts
-    as one step of the run.
+    Returns a run of a scheduler that steps through noise levels. One evaluation of the network counts as one step of the run.
+
+    Args:
+        scheduler: Scheduler of the run.
+        count: Number of steps.
+        schedule: Steps that the caller lists, least noisy first. `None` leaves the choice to the scheduler.
+        route: Order of the steps.
+        churn: Noise that is added before each step.
 
     Raises:
-        ValueError: If the run would visit a timestep twice.
+        ValueError: If the run would visit a timestep twice, or its order is not possible.
     """
-    exploding = isinstance(scheduler, VARIANCE_EXPLODING)
-    # The copy is given the guided x_0, or the epsilon that follows from it. It must neither clip x_0 nor expect a variance.
-    off = {"variance_type": None, "clip_sample": False}
-    changes = {name: value for name, value in off.items() if name in scheduler.config}
-    if isinstance(scheduler, DPMSolverSinglestepScheduler):
-        changes["lower_order_final"] = True  # as the scheduler does by itself, with a warning
-    prepared = changed_copy(scheduler, prediction_type="epsilon" if exploding else "sample", **changes)
-    prepared.set_timesteps(num_inference_steps)  # on the CPU, because reading a timestep from a GPU would wait for it
-    prepared.set_begin_index(0)
-    prepared.is_scale_input_called = True  # x_t already has the scale that the network was trained on
+    prepared = prepared_copy(scheduler, count)
+    trained = NoiseSchedule.from_config(scheduler.config)
+    if schedule is not None:
+        place_levels(prepared, schedule, trained)
     if isinstance(scheduler, (EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
         make_ancestral_levels_exact(prepared)
     levels = noise_levels(prepared)
     steps = torch.cat([levels[:-1:2], levels[-1:]]) if isinstance(scheduler, TWO_STAGE) else levels
-    # DEIS and SA-Solver may visit the lowest noise level twice, at the end.
-    if not ((steps[:-1].diff() < 0).all() and steps[-1] <= steps[-2]):
-        raise ValueError(
-            f"`num_inference_steps` must be smaller, because {type(scheduler).__name__} would visit a timestep twice, but got"
-            f" {num_inference_steps}."
-        )
-    if isinstance(scheduler, TWO_STAGE) and steps[0] > max(HIGH_NOISE_LEVEL, 1000 * steps[1]) and steps[1] > 0:
-        warnings.warn(
-            f"{type(scheduler).__name__} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which oversaturates"
-            f" colours. Pass more steps than num_inference_steps={num_inference_steps}, or use another scheduler.",
-            stacklevel=2,
-        )
+    _check_levels(scheduler, steps, count)
+    if churn.s_churn:
+        return churned_solver(scheduler, steps.double().tolist(), route, churn, trained)
     timesteps = prepared.timesteps.flip(0)
     timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps  # MPS has no float64
     # The scheduler's own noise levels, because Karras sigmas lie between those of the training timesteps.
     sigmas = levels[:-1].double().flip(0)
-    schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
-    solver_class = VarianceExplodingSolver if exploding else EpsilonSolver
-    evaluations_per_step = 2 if isinstance(scheduler, TWO_STAGE) else 1
-    solver = solver_class(scheduler, schedule, prepared, timesteps, evaluations_per_step=evaluations_per_step)
+    run_schedule = NoiseSchedule.from_alpha_bar(1 / (1 + sigmas**2), timesteps)
+    solver_class = VarianceExplodingSolver if isinstance(scheduler, VARIANCE_EXPLODING) else SigmaSolver
+    starts = first_evaluations(prepared)
+    visits = route.visits(sigmas.tolist(), starts)
+    if levels[-1] > 0 and 0 in visits[:-1]:
+        raise ValueError(
+            f"`{route.name}` must not go back from {route.listed[-1]}, because {type(scheduler).__name__} ends at noise level"
+            f" {levels[-1]:.3g} instead of 0, but got {list(route.listed)}."
+        )
+    entries = None if isinstance(scheduler, DPMSolverSinglestepScheduler) else starts
+    solver = solver_class(scheduler, run_schedule, prepared, timesteps, visits, entries)
     if isinstance(scheduler, SASolverScheduler):
         solver.max_guidance_sigma = HIGH_NOISE_LEVEL  # later steps extrapolate an error of the first one
     return solver
+
+
+def prepared_copy(scheduler: SchedulerMixin, count: int) -> SchedulerMixin:
+    """Returns a copy of a scheduler that is set to a number of steps, and whose steps are given the guided x_0 or epsilon."""
+    # The copy must neither clip x_0 nor expect a variance.
+    off = {"variance_type": None, "clip_sample": False}
+    changes = {name: value for name, value in off.items() if name in scheduler.config}
+    if isinstance(scheduler, DPMSolverSinglestepScheduler):
+        changes["lower_order_final"] = True  # as the scheduler does by itself, with a warning
+    prediction_type = "epsilon" if isinstance(scheduler, VARIANCE_EXPLODING) else "sample"
+    prepared = changed_copy(scheduler, prediction_type=prediction_type, **changes)
+    prepared.set_timesteps(count)  # on the CPU, because reading a timestep from a GPU would wait for it
+    prepared.is_scale_input_called = True  # x_t already has the scale that the network was trained on
+    return prepared
+
+
+def _check_levels(scheduler: SchedulerMixin, steps: torch.Tensor, count: int) -> None:
+    """Raises a `ValueError` if the noise levels of the steps do not go down, and warns if a step is too long for its method."""
+    name = type(scheduler).__name__
+    # DEIS and SA-Solver may visit the lowest noise level twice, at the end.
+    if not ((steps[:-1].diff() < 0).all() and steps[-1] <= steps[-2]):
+        raise ValueError(
+            f"`num_inference_steps` must be smaller, because {name} would visit a timestep twice, but got {count}."
+        )
+    if isinstance(scheduler, TWO_STAGE) and steps[0] > max(HIGH_NOISE_LEVEL, 1000 * steps[1]) and steps[1] > 0:
+        warnings.warn(
+            f"{name} goes from noise level {steps[0]:.0f} to {steps[1]:.2g} in one step, which oversaturates colours. Pass more steps"
+            f" than num_inference_steps={count}, or use another scheduler.",
+            stacklevel=2,
+        )
+
+
+def first_evaluations(prepared: SchedulerMixin) -> list[int]:
+    """
+    Returns the evaluations with which a step of a scheduler begins, least noisy first. Steps of DPM-Solver singlestep are groups of
+    evaluations.
+
+    Args:
+        prepared: Scheduler whose steps have been set.
+    """
+    count = len(prepared.timesteps)
+    if isinstance(prepared, TWO_STAGE):
+        places = range(0, count, 2)
+    elif isinstance(prepared, DPMSolverSinglestepScheduler):
+        places = [place for place, order in enumerate(prepared.order_list) if order == 1]
+    else:
+        places = range(count)
+    return [count - 1 - place for place in reversed(places)]
 
 
 def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:
@@ -242,37 +325,6 @@ def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:
     copied = copy.deepcopy(scheduler)
     copied.register_to_config(**changes)
     return copied
-
-
-def make_ancestral_levels_exact(
-    prepared: EulerAncestralDiscreteScheduler | KDPM2AncestralDiscreteScheduler,
-) -> None:
-    """
-    Computes the noise levels of an ancestral scheduler in float64. In float32, rounding can make a step that removes nearly all
-    noise add more noise than its target has.
-    """
-    prepared.sigmas = prepared.sigmas.double()
-    if isinstance(prepared, KDPM2AncestralDiscreteScheduler):
-        # A step goes down to sigma_next^2 / sigma before it adds noise, so its geometric middle is sigma_next. The scheduler reads
-        # only the even entries of these tables. At them, the next entry of `sigmas` is sigma_next.
-        sigma_next = prepared.sigmas.roll(-1)
-        prepared.sigmas_interpol = sigma_next
-        prepared.sigmas_down = sigma_next**2 / prepared.sigmas
-        prepared.sigmas_up = (sigma_next**2 - prepared.sigmas_down**2).sqrt()
-        prepared.timesteps[1::2] = prepared.timesteps[2::2].clone()
-
-
-def noise_levels(scheduler: SchedulerMixin) -> torch.Tensor:
-    """
-    Returns the noise level of each evaluation of a run, and the noise level at its end. Every second evaluation of DPM-Solver-2 lies
-    between two steps.
-    """
-    levels = scheduler.sigmas[: len(scheduler.timesteps) + 1].clone()
-    if isinstance(scheduler, KDPM2DiscreteScheduler):
-        levels[1:-1:2] = scheduler.sigmas_interpol[1 : len(levels) - 1 : 2]
-    if isinstance(scheduler, KDPM2AncestralDiscreteScheduler):
-        levels[1:-1:2] = scheduler.sigmas_interpol[: len(levels) - 2 : 2]
-    return levels
 
 
 def pndm_solver(scheduler: PNDMScheduler, schedule: NoiseSchedule) -> PNDMSolver:
@@ -306,37 +358,8 @@ def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes)
     return respaced
 
 
-def visited_steps(schedule: NoiseSchedule, timesteps: list[int] | None) -> list[int]:
-    """
-    Returns the indices into a schedule in the order of a run.
-
-    Args:
-        schedule: Timesteps of the run, least noisy first.
-        timesteps: Training timesteps in the order of the run. `None` means from the noisiest step down.
-
-    Raises:
-        ValueError: If the timesteps skip a visited one on the way down, or do not end with the least noisy one.
-    """
-    if timesteps is None:
-        return list(reversed(range(len(schedule))))
-    index_of = {timestep: index for index, timestep in enumerate(schedule.timesteps.tolist())}
-    visits = [index_of[timestep] for timestep in timesteps]
-    for before, after in zip(visits, visits[1:]):
-        if after < before - 1:
-            skipped = schedule.timesteps[before - 1].item()
-            raise ValueError(
-                "`timesteps` must not skip a timestep on the way down that they visit elsewhere, but the step from"
-                f" {schedule.timesteps[before]} to {schedule.timesteps[after]} skips {skipped}."
-            )
-    if visits[-1] != 0:
-        raise ValueError(
-            f"`timesteps` must end with the least noisy one, {schedule.timesteps[0]}, but got {timesteps}."
-        )
-    return visits
-
-
 def takes_respacing(scheduler: SchedulerMixin) -> bool:
-    """Returns whether a scheduler takes a list of timesteps."""
+    """Returns whether a scheduler takes a respacing string."""
     return isinstance(scheduler, (DDPMScheduler, DDIMScheduler, CMStochasticIterativeScheduler))
 
 

@@ -37,6 +37,23 @@ def test_samples_are_the_pipelines_cut_to_8_bits_as_published(model, tmp_path):
         assert grid.size == (10 * SIZE, SIZE)
 
 
+def test_steps_churn_and_restart_are_options_of_the_command(model, tmp_path):
+    options = {
+        "plain": {},
+        "churn": {"s_churn": 4},
+        "restart": {"sigma_min": 1, "sigma_max": 10, "times": 1},
+    }
+    drawn = {}
+    for name, value in options.items():
+        extra = [f"--{name}", json.dumps(value)] if value else []
+        words = ["--scheduler", "HeunDiscrete", "--sigmas", "[50,10,1]", *extra]
+        found = sample(model, tmp_path / name, *words, num_samples=2)
+        drawn[name] = found["arr_0"]
+        call = json.loads(str(found["metadata"]))["call"]
+        assert call["sigmas"] == [50, 10, 1] and call.get(name, {}) == value
+    assert (drawn["plain"] != drawn["churn"]).any() and (drawn["plain"] != drawn["restart"]).any()
+
+
 def test_samples_of_other_channels_are_arrays_without_a_grid(tmp_path):
     pipeline = tiny_pipeline(tiny_unet(in_channels=5, out_channels=10), with_classifier=False, num_inference_steps=2)
     with np.load(draw_samples(pipeline, tmp_path / "run", num_images=3, batch_size=2)) as samples:

@@ -166,6 +166,37 @@ def test_schedulers_of_edm_draw_what_they_draw_with_a_network_without_scales(sch
     assert "not expected" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [EDMEulerScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, EDMDPMSolverMultistepScheduler],
+)
+def test_listed_noise_levels_and_restart(scheduler_class):
+    """For the normal distribution of deviation 1, the path is known. A restart draws it from a start that is only zeros."""
+    scheduler, told = scheduler_class(), []
+    scheduler.register_to_config(clip_sample=False)
+    pipeline = edm_pipeline(scheduler)
+    predict_with(pipeline, lambda x, sigma: told.append(sigma.max().item()) or x / (1 + sigma**2))
+    levels = [80 * (1 - step / 60) ** 7 for step in range(46)]
+    drawn = draw(pipeline, latents=0.01 * images(), sigmas=levels)
+    exact = 0.01 * images() * 80 / (1 + 80**2) ** 0.5
+    assert ((drawn - exact).norm() / exact.norm()).item() < (0.2 if scheduler_class is EDMEulerScheduler else 0.02)
+    assert set(levels) <= {min(levels, key=lambda level: abs(level - sigma)) for sigma in told}
+    small = draw(pipeline, latents=torch.zeros(2, 3, 64, 64), height=64, width=64, sigmas=levels)
+    assert small.abs().max() == 0
+    part = {"sigma_min": 0.05, "sigma_max": 60.0, "times": 1}
+    drawn = draw(pipeline, latents=torch.zeros(2, 3, 64, 64), height=64, width=64, sigmas=levels, restart=part)
+    assert drawn.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_consistency_model_takes_noise_levels():
+    pipeline, told = edm_pipeline(CMStochasticIterativeScheduler()), []
+    predict_with(pipeline, lambda x, sigma: told.append((sigma.max().item(), x.std().item())) or 0 * x)
+    draw(pipeline, sigmas=[80.0, 0.8], latents=images())
+    (first, deviation), (second, middle) = told
+    assert (first, second) == (pytest.approx(80), pytest.approx(0.8))
+    assert deviation == pytest.approx(80, rel=0.2) and middle == pytest.approx(0.8, rel=0.2)
+
+
 def test_image_is_the_same_in_any_batch():
     for scheduler, call in (
         (HeunDiscreteScheduler(), {"churn": {"s_churn": 8}}),
@@ -280,6 +311,27 @@ def test_saved_pipeline_draws_the_same(tmp_path):
         ),
         (CMStochasticIterativeScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with CMStoch"),
         (EDMDPMSolverMultistepScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with EDMDPMSolver"),
+        (
+            HeunDiscreteScheduler(),
+            {"sigmas": [100.0, 1.0]},
+            "must be between 0.002 and 80, the noise levels of the UNet",
+        ),
+        (
+            HeunDiscreteScheduler(),
+            {"churn": {"s_churn": 8}, "restart": {"sigma_min": 1, "sigma_max": 9}},
+            "if `eta` or `churn` adds noise",
+        ),
+        (
+            EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+            {"restart": {"sigma_min": 1, "sigma_max": 9}},
+            "not supported with EDMDPMSolverMultistepScheduler, whose steps add noise",
+        ),
+        (
+            CMStochasticIterativeScheduler(),
+            {"restart": {"sigma_min": 1, "sigma_max": 9}},
+            "whose steps all lead to x_0",
+        ),
+        (CMStochasticIterativeScheduler(), {"sigmas": [9.0, 1.0, 9.0, 1.0]}, "`sigmas` must go down with CMStoch"),
         (CMStochasticIterativeScheduler(), {"timesteps": [0, 22]}, "timesteps=.0, 22. must be steps of"),
         (CMStochasticIterativeScheduler(), {"timesteps": [22]}, "that include 0, the highest noise level"),
         (CMStochasticIterativeScheduler(), {"timesteps": 3}, "timesteps=3 must be steps of"),
@@ -313,7 +365,7 @@ def test_parts_that_do_not_fit_together_are_refused():
         edm_pipeline(classifier=tiny_classifier())
     with pytest.raises(ValueError, match="`weaker` must have the preconditioning of the UNet"):
         draw(edm_pipeline(), cfg_weight=1.0, weaker=tiny_unet())
-    with pytest.raises(ValueError, match="`churn` requires a UNet with preconditioning"):
+    with pytest.raises(ValueError, match="`churn` requires HeunDiscreteScheduler or EulerDiscreteScheduler"):
         draw(tiny_pipeline(), num_inference_steps=2, churn={"s_churn": 8})
     for method, call in (("predict", (images(), 3, [1, 2])), ("invert", (images(), [1, 2]))):
         with pytest.raises(ValueError, match=f"`{method}` requires a UNet that is given timesteps"):

@@ -63,6 +63,8 @@ PARSERS = {
     "epsilon_scale": Value((int, float, list), "a number, or a pair in JSON, such as [0.0001,1.0]"),
     "particles": Value((int,), "a whole number"),
     "churn": Value((dict,), 'an object in JSON, such as {"s_churn": 40}'),
+    "sigmas": Value((list,), "a list in JSON, such as [10,1]"),
+    "restart": Value((dict, list), 'an object in JSON, such as {"sigma_min": 0.3, "sigma_max": 2}, or a list of them'),
 }
 
 
