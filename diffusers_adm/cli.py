@@ -83,6 +83,12 @@ COMMANDS = {
         "ablate",
         "train variants with equal budgets, such as the paper's ablations, and compare their samples",
     ),
+    "search-steps": (
+        "evaluation.commands.search_steps",
+        "add_search_arguments",
+        "search_steps_command",
+        "search for the best noise levels of few steps",
+    ),
     "page": (
         "page.command",
         "add_page_arguments",

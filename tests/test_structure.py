@@ -38,6 +38,7 @@ COMMAND_LINE = {
     "diffusers_adm.evaluation.commands.nll",
     "diffusers_adm.evaluation.commands.sample",
     "diffusers_adm.evaluation.commands.sampling_options",
+    "diffusers_adm.evaluation.commands.search_steps",
     "diffusers_adm.evaluation.commands.sweep",
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",

@@ -15,6 +15,7 @@ _MODULES = {
     "precision_and_recall": "diffusers_adm.evaluation.precision_recall",
     "summarise_reference": "diffusers_adm.evaluation.reference",
     "draw_samples": "diffusers_adm.evaluation.sampling",
+    "search_steps": "diffusers_adm.evaluation.step_search",
     "GaussianStatistics": "diffusers_adm.evaluation.statistics",
     "RunningStatistics": "diffusers_adm.evaluation.statistics",
     "frechet_distance": "diffusers_adm.evaluation.statistics",

@@ -89,6 +89,18 @@ FORMATS = ("npz", "png")  # formats of samples
 NEIGHBOUR = 3  # balls of precision and recall reach to the third nearest other image, as in the paper
 MAX_IMAGES = 10**8  # a larger number is a typing error, which should not fill the memory
 MAX_BATCH_SIZE = 10**5
+MAX_CANDIDATES = 1000  # of a search for steps, whose memory grows with it
+# Arguments of a call that choose its steps, or add noise in them.
+STEP_OPTIONS = (
+    "num_inference_steps",
+    "timestep_respacing",
+    "timesteps",
+    "sigmas",
+    "eta",
+    "churn",
+    "restart",
+    "particles",
+)
 
 
 @dataclass(frozen=True)

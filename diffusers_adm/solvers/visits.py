@@ -154,8 +154,10 @@ class Route:
             raise ValueError(
                 f"`timesteps` and `sigmas` both list the steps, but got {timesteps} and {sigmas}. Pass one."
             )
-        name = "timesteps" if timesteps is not None else "sigmas" if sigmas is not None else None
-        return cls(name, timesteps or sigmas or [], Restart.parse(restart))
+        restarts = Restart.parse(restart)
+        if timesteps is not None:
+            return cls("timesteps", timesteps, restarts)
+        return cls(None, [], restarts) if sigmas is None else cls("sigmas", sigmas, restarts)
 
     @property
     def jumps(self) -> bool:
@@ -194,7 +196,7 @@ def check_route(scheduler: SchedulerMixin, route: Route, adds_noise: bool = Fals
     name, config = type(scheduler).__name__, scheduler.config
     reason = None
     if isinstance(scheduler, PNDMScheduler):
-        reason = "which takes its first step twice and can begin nowhere else"
+        reason = "which takes its first step twice"
     elif isinstance(scheduler, CMStochasticIterativeScheduler):
         reason = "whose steps all lead to x_0"
     elif route.jumps and isinstance(scheduler, DPMSolverSinglestepScheduler) and config.solver_order > 1:

@@ -44,6 +44,7 @@ nll = partial(command, "nll")
 page = partial(command, "page")
 released = partial(command, "released")
 sample = partial(command, "sample")
+search_steps = partial(command, "search-steps")
 sweep = partial(command, "sweep")
 
 train_unet = partial(module, "diffusers_adm.training.train_unet")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,11 @@ PARSERS = {
 
 
 def add_sampling_options(
-    parser: argparse.ArgumentParser, title: str, description: str, nargs: str | None = None
+    parser: argparse.ArgumentParser,
+    title: str,
+    description: str,
+    nargs: str | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """
     Adds the arguments of the pipelines' calls that hold for a whole run.
@@ -79,22 +84,25 @@ def add_sampling_options(
         title: Heading of the options.
         description: Sentence below the heading.
         nargs: `"+"` for several values of each option.
+        without: Options to leave out.
     """
     group = parser.add_argument_group(title, description)
     names = sorted(SCHEDULERS + PRECONDITIONED_SCHEDULERS)
-    group.add_argument(
-        "--scheduler",
-        choices=names,
-        default=None if nargs is None else [None],
-        nargs=nargs,
-        metavar="NAME",
-        help=f"Scheduler of diffusers: {', '.join(names)}. -guided: with the settings that its authors advise for guided sampling."
-        " -Karras: with the noise levels of Karras et al. 2022. Default: the pipeline's.",
-    )
-    for name, (metavar, text) in SAMPLING_OPTIONS.items():
+    if "scheduler" not in without:
         group.add_argument(
-            f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text
+            "--scheduler",
+            choices=names,
+            default=None if nargs is None else [None],
+            nargs=nargs,
+            metavar="NAME",
+            help=f"Scheduler of diffusers: {', '.join(names)}. -guided: with the settings that its authors advise for guided sampling."
+            " -Karras: with the noise levels of Karras et al. 2022. Default: the pipeline's.",
         )
+    for name, (metavar, text) in SAMPLING_OPTIONS.items():
+        if name not in without:
+            group.add_argument(
+                f"--{name}", type=PARSERS[name], nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text
+            )
 
 
 def given_sampling_options(args: argparse.Namespace) -> dict:
