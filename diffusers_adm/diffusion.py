@@ -142,8 +142,7 @@ def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
         schedule: Noise schedule over all training timesteps.
         sigma: Noise level sqrt((1 - alpha_bar) / alpha_bar) of each image, `(batch,)`.
     """
-    level = sigma.log()
-    levels = schedule.sigma.log().to(sigma.dtype).to(sigma.device)  # MPS has no float64
+    levels, level = schedule.sigma.log().to(sigma.dtype).to(sigma.device), sigma.log()  # MPS has no float64
     above = torch.searchsorted(levels, level).clamp(1, len(levels) - 1)
     fraction = (level - levels[above - 1]) / (levels[above] - levels[above - 1])
     return above - 1 + fraction.clamp(0, 1)
