@@ -12,10 +12,15 @@ from PIL import Image as PILImage
 from diffusers_adm.data.datasets import required_class_names
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Sets the seconds that datasets waits at the end of each pass. datasets 4.0 does not wait."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
 @pytest.fixture
-def shards(tmp_path, monkeypatch):
+def shards(tmp_path):
     """Four parquet files of five images; image i of all is of the grey i, and of class i % 2."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, at the end of each pass
     folder = tmp_path / "shards"
     folder.mkdir()
     features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
@@ -84,12 +89,14 @@ def test_held_out_split_of_a_stream_is_a_dataset(shards):
     assert held_out.class_names == ["even", "odd"]
 
 
-def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+def test_classes_of_a_stream_are_numbers_if_it_is_said_how_many(tmp_path):
     source = parquet(tmp_path, {"image": Image(), "label": Value("int64")}, image=[picture(0)] * 2, label=[1, 4])
     with pytest.raises(ValueError, match="--num_classes"):
         stream(source, "--label_column", "label")
-    with pytest.raises(ValueError, match=r"must be in \[0, 3\], but image .* has the label 4"):
+    # Early versions of datasets check the labels of a stream themselves.
+    with pytest.raises(
+        ValueError, match=r"must be in \[0, 3\], but image .* has the label 4|Class label 4 greater than"
+    ):
         list(itertools.islice(stream(source, "--label_column", "label", "--num_classes", "4")[0], 2))
     with pytest.raises(ValueError, match="--num_classes requires --streaming"):
         load_images(arguments("--dataset_name", source, "--num_classes", "5"))
