@@ -21,7 +21,7 @@ BENCHMARKS = {
 }
 EXAMPLES = {
     f"python -m diffusers_adm.examples.{name}": f"diffusers_adm.examples.{name}"
-    for name in ("ddnm", "dps", "repaint", "symmetry")
+    for name in ("anomaly_map", "counterfactual", "ddnm", "dps", "repaint", "sdedit", "symmetry")
 }
 MODULES = SCRIPTS | BENCHMARKS | EXAMPLES
 

@@ -51,9 +51,12 @@ train_unet = partial(module, "diffusers_adm.training.train_unet")
 train_classifier = partial(module, "diffusers_adm.training.train_classifier")
 train_upsampler = partial(module, "diffusers_adm.training.train_upsampler")
 
+anomaly_map = partial(module, "diffusers_adm.examples.anomaly_map")
+counterfactual = partial(module, "diffusers_adm.examples.counterfactual")
 ddnm = partial(module, "diffusers_adm.examples.ddnm")
 dps = partial(module, "diffusers_adm.examples.dps")
 repaint = partial(module, "diffusers_adm.examples.repaint")
+sdedit = partial(module, "diffusers_adm.examples.sdedit")
 symmetry = partial(module, "diffusers_adm.examples.symmetry")
 
 bench_guidance = partial(module, "diffusers_adm.benchmarks.guidance")

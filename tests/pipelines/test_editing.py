@@ -24,7 +24,7 @@ from pipeline_calls import draw, refused, seeded, visited
 from tiny_models import SIZE, images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm.diffusion import NoiseSchedule
-from diffusers_adm.examples import digits
+from diffusers_adm.examples import anomaly_map, counterfactual, digits, sdedit
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
 
 
@@ -292,3 +292,32 @@ def test_callbacks_see_the_run_that_is_left():
 
     draw(pipeline_with(DDIMScheduler), image=PICTURES, start=500, num_inference_steps=4, callback_on_step_start=look)
     assert seen == [(0, 500, 3), (1, 250, 3), (2, 0, 3)]
+
+
+# --- Examples ---
+
+
+def test_a_3_becomes_an_8_that_resembles_it():
+    pipeline = digits.quiet_pipeline(ddim=True)
+    threes, eights = (
+        digits.draw(pipeline, 3, seed, class_labels=[label] * 3, num_inference_steps=20, guidance_scale=1.0)
+        for label, seed in ((3, 100), (8, 200))
+    )
+    changed = counterfactual.as_another_class(pipeline, threes, 3, 8, steps=20)
+    with torch.no_grad():
+        found = pipeline.classifier(changed, torch.zeros(3)).logits.argmax(dim=1)
+    assert found.tolist() == [8, 8, 8]
+    assert (changed - threes).abs().mean() < 0.8 * (eights - threes).abs().mean()
+
+
+def test_spots_are_found_by_drawing_digits_again():
+    pipeline, whole = digits.quiet_pipeline(ddim=True), digits.true_digits(4)
+    spoilt, is_spoilt = anomaly_map.spoilt_digits(whole)
+    again = anomaly_map.drawn_again(pipeline, spoilt, steps=20, repeats=2)
+    assert anomaly_map.separation(anomaly_map.anomaly_map(spoilt, again), is_spoilt) > 0.85
+    assert anomaly_map.separation(torch.ones_like(spoilt), is_spoilt) == 0.5
+
+
+def test_printed_digits_fill_their_pictures():
+    printed = sdedit.printed_digits(10)
+    assert all(picture.size == (32, 32) and 0.02 < np.asarray(picture).mean() / 255 < 0.5 for picture in printed)
