@@ -166,7 +166,7 @@ def test_command_takes_a_network_by_itself_and_half_precision(tmp_path, capsys):
         (["--model", "released:imagenet-64-classifier", "--subfolder", "unet"], "is a classifier"),
         (["--model", "released:lsun-cat", "--subfolder", "classifier"], "has no classifier"),
         (["--model", "released:imagenet-64", "--revision", "main"], "--revision"),
-        (["--output", "pipeline"], "is not an empty folder"),
+        (["--output", "pipeline"], "must be new or empty"),
     ],
 )
 def test_unusable_input_is_reported_in_one_line(words, message, tmp_path, monkeypatch, capsys):
