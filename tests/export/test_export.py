@@ -127,7 +127,7 @@ def test_command_writes_one_network_of_a_pipeline(tmp_path, capsys):
     assert "license: apache-2.0" in card and "| `sample` | batch, 1, 32, 32 | float32 |" in card
     assert (folder / "SOURCE_CARD.md").read_bytes() == Path(default_model(), "README.md").read_bytes()
     assert run("export", *words) == 2
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "must be new or empty" in capsys.readouterr().err
 
 
 def test_command_takes_a_network_by_itself_and_half_precision(tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_command_takes_a_network_by_itself_and_half_precision(tmp_path, capsys):
     ("words", "message"),
     [
         (["--model", "nobody/nothing"], "nobody/nothing"),
-        (["--model", "nowhere"], "There is no folder 'nowhere'"),
+        (["--model", "nowhere"], "must be a folder or a repository on the Hub, but got 'nowhere'"),
         (["--model", "pipeline", "--subfolder", "classifier"], "has no config.json"),
         (["--model", "pipeline/scheduler"], "config.json"),
         (["--model", "released:nothing"], "nothing"),
