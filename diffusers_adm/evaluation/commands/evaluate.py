@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
             f"SAMPLES must have more than {NEIGHBOUR} images for precision and recall, and thousands for meaningful figures,"
-            f" but {args.samples} has {samples.num_images}."
+            f" but {args.samples} has {samples.num_images} images."
         )
     check_extractor(args.reference, features.feature_extractor)
     extractor, batch_size = load_extractor(features), features.feature_batch_size
