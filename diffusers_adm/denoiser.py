@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_adm.checks import check_images, check_types, one_per_image
 from diffusers_adm.diffusion import NoiseSchedule, read_table, split_learned_variance, timestep_at
 from diffusers_adm.guidance import ClassifierGuidance, combine_predictions, shortened
-from diffusers_adm.guidance.functions import training_schedule
 from diffusers_adm.guidance.gradient import FLOAT16_LOSS_SCALE
 from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.checks import check_parts
 from diffusers_adm.pipelines.class_labels import ClassLabels, check_labels

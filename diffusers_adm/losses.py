@@ -3,6 +3,7 @@
 Sources:
 - hybrid loss: Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1
 - loss of EDM: Karras et al. 2022 (arXiv 2206.00364), Table 1
+- consistency models: Geng et al. 2024 (arXiv 2406.14548), section 3
 - classifier: Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4.3 and appendix H
 - label dropout: Ho & Salimans 2022 (arXiv 2207.12598)
 """
@@ -25,6 +26,9 @@ from diffusers_adm.diffusion import (
     split_learned_variance,
     x_0_from_prediction,
 )
+
+
+PSEUDO_HUBER = 0.00054  # per root of a dimension [Song & Dhariwal 2023, arXiv 2310.14189, section 3.3]
 
 
 @dataclass
@@ -195,3 +199,24 @@ def drop_labels(
     device = class_labels.device if generator is None else generator.device
     dropped = torch.rand(class_labels.shape, generator=generator, device=device) < probability
     return torch.where(dropped.to(class_labels.device), null_class, class_labels)
+
+
+def consistency_loss(
+    predicted: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, target_sigma: torch.Tensor, sigma_data: float
+) -> torch.Tensor:
+    """
+    Returns the distance between the predicted x_0 at two noise levels of one path, `(batch,)`. It is a Pseudo-Huber distance of the
+    root mean square (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3), with the weight 1 / (sigma - target_sigma) (Geng et al.
+    2024, arXiv 2406.14548, section 3) plus 1 / sigma_data. The addend keeps the highest noise levels from being neglected, at which
+    sampling begins.
+
+    Args:
+        predicted: Predicted x_0 at the noise level `sigma`, `(batch, channels, height, width)`.
+        target: Predicted x_0 at the noise level `target_sigma`, of the shape of `predicted`.
+        sigma: Higher noise level of each image, `(batch,)`.
+        target_sigma: Lower noise level of each image, `(batch,)`.
+        sigma_data: Standard deviation of the clean images.
+    """
+    error = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
+    distance = (error + PSEUDO_HUBER**2).sqrt() - PSEUDO_HUBER
+    return distance * (1 / (sigma - target_sigma) + 1 / sigma_data)

@@ -10,11 +10,12 @@ from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
 from diffusers_adm.guidance import GuidanceOptions, Guider
-from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance, training_schedule
+from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance
 from diffusers_adm.guidance.gradient import gradients
 from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
+from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.pipelines.beginning import Beginning, step_at
 from diffusers_adm.pipelines.checks import (
     check_classifier,

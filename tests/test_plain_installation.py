@@ -75,7 +75,7 @@ def run_python(plain: Path, folder: Path, *words: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["train_unet", "train_classifier", "train_upsampler"])
+@pytest.mark.parametrize("script", ["train_unet", "train_classifier", "train_upsampler", "train_consistency"])
 def test_training_scripts_say_what_they_need_in_one_line(script, plain, tmp_path):
     words = "--train_data_dir images --output_dir run --max_train_steps 1".split()
     run = run_python(plain, tmp_path, "-m", f"diffusers_adm.training.{script}", *words)

@@ -61,7 +61,8 @@ LAYERS = (
     {"guidance"},
     {"pipelines"},
     {"diffusers_adm"},
-    {"conversion", "demo", "denoiser", "evaluation", "examples", "export", "training"},
+    {"denoiser"},
+    {"conversion", "demo", "evaluation", "examples", "export", "training"},
     {"ablation", "benchmarks", "commands", "page"},
     {"cli"},
 )

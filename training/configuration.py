@@ -19,6 +19,8 @@ from diffusers_adm.training.options import TrainingOptions
 Options = TypeVar("Options", bound=TrainingOptions)
 # Options that name the model that training starts from.
 START_OPTIONS = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretrained_flags")
+# Options that only the script of one kind of model has.
+KIND_OPTIONS = {"pool": "classifier", "low_resolution": "upsampler", "noise_embedding": "consistency"}
 
 
 def parse(
@@ -76,7 +78,7 @@ def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[st
     from diffusers_adm.training.pretrained_options import options_of_pretrained  # slow to import
 
     known = options_of(options)
-    kind = "classifier" if "pool" in known else "upsampler" if "low_resolution" in known else "unet"
+    kind = next((kind for option, kind in KIND_OPTIONS.items() if option in known), "unet")
     start = [getattr(given, name) for name in START_OPTIONS]
     resolution = int(given.resolution) if (given.resolution or "").isdecimal() else None
     table = options_of_pretrained(kind, *start, resolution)
@@ -84,8 +86,10 @@ def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[st
 
 
 def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=options_of(options)["preset"].choices)
+    known, parser = options_of(options), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.set_defaults(preset=None)
+    if "preset" in known:
+        parser.add_argument("--preset", choices=known["preset"].choices)
     parser.add_argument("--config", type=Path)
     sources, _ = parser.parse_known_args(argv)
     config, preset = [], sources.preset

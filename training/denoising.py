@@ -1,4 +1,4 @@
-"""Training of the UNet of a pipeline, shared by the scripts for UNets and upsamplers."""
+"""Training of the UNet of a pipeline, shared by the scripts for UNets, upsamplers and consistency models."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.losses import drop_labels
-from diffusers_adm.training.objective import DenoisingObjective, NoiseLevelObjective
-from diffusers_adm.training.options import ClassOptions, UNetTrainingOptions
+from diffusers_adm.training.objective import DenoisingObjective, NoiseLevelObjective, Objective
+from diffusers_adm.training.options import ClassOptions, PipelineTrainingOptions
 from diffusers_adm.training.publishing import BackgroundPush, print_results, publish, write_card
 from diffusers_adm.training.setup import build_validation_loader
 from diffusers_adm.training.trainer import Trainer
@@ -24,13 +24,14 @@ def label_conditions(options: ClassOptions, unet: ADMUNet2DModel, batch: dict) -
 
 
 def train_pipeline(
-    options: UNetTrainingOptions,
+    options: PipelineTrainingOptions,
     trainer: Trainer,
     objective: DenoisingObjective | NoiseLevelObjective,
     pipeline: DiffusionPipeline,
     grid: SampleGrid,
     class_names: list[str] | None,
     held_out: LabelledImages | None,
+    training_loss: Objective | None = None,
 ) -> None:
     """
     Trains the UNet of a pipeline. Saves the pipeline with each moving average, a model card, and sample grids.
@@ -43,6 +44,7 @@ def train_pipeline(
         grid: Validation that draws sample grids.
         class_names: Names of the classes, for the model card.
         held_out: Held-out images, on which losses are computed.
+        training_loss: Loss of the training. The default is the objective.
     """
     accelerator, folder = trainer.accelerator, options.output.output_dir / "pipeline"
     push = BackgroundPush(options.hub, options.output.output_dir)
@@ -60,7 +62,7 @@ def train_pipeline(
     if options.validation.push_every is not None:
         validations.append(RegularPush(options.validation.push_every, saved, push, add_card))
 
-    trainer.train(objective, validations)
+    trainer.train(training_loss or objective, validations)
     if accelerator.is_main_process and trainer.finished:
         if not folder.exists():  # an earlier process finished the run, and the pipeline was removed since
             saved(trainer)

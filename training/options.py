@@ -314,23 +314,19 @@ class ValidationOptions:
 
 
 @dataclass(kw_only=True)
-class UNetTrainingOptions(TrainingOptions):
+class PipelineTrainingOptions(TrainingOptions):
     """
-    Options of a UNet's training.
+    Options of a training that saves a pipeline.
 
     Raises:
         ValueError: If options contradict one another.
     """
 
-    preset: str | None = preset_option("unet")
     classes: ClassOptions = option_group(ClassOptions, "classes")
-    objective: ObjectiveOptions = option_group(ObjectiveOptions, "objective")
-    noise_levels: NoiseLevelOptions = option_group(NoiseLevelOptions, "noise levels")
     averages: AverageOptions = option_group(AverageOptions, "moving averages")
     validation: ValidationOptions = option_group(ValidationOptions, "validation")
 
     def __post_init__(self):
-        check_objective(self.objective, self.noise_levels)
         push_every, validation_steps = self.push_every, self.output.validation_steps
         if push_every is not None and not self.hub.push_to_hub:
             raise ValueError("--push_every requires --push_to_hub.")
@@ -346,6 +342,24 @@ class UNetTrainingOptions(TrainingOptions):
     def push_every(self) -> int | None:
         """Number of steps between uploads during training."""
         return self.validation.push_every
+
+
+@dataclass(kw_only=True)
+class UNetTrainingOptions(PipelineTrainingOptions):
+    """
+    Options of a UNet's training.
+
+    Raises:
+        ValueError: If options contradict one another.
+    """
+
+    preset: str | None = preset_option("unet")
+    objective: ObjectiveOptions = option_group(ObjectiveOptions, "objective")
+    noise_levels: NoiseLevelOptions = option_group(NoiseLevelOptions, "noise levels")
+
+    def __post_init__(self):
+        check_objective(self.objective, self.noise_levels)
+        super().__post_init__()
 
 
 @dataclass

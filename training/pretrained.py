@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.training.options import ArchitectureOptions
 
@@ -77,13 +79,18 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     theirs["attention_resolutions"] = [pixels * scale for pixels in theirs["attention_resolutions"]]
     differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
     differing -= FREE_OPTIONS
-    if (theirs.get("preconditioning"), ours.get("preconditioning")) == ("consistency", "edm"):
+    kinds = theirs.get("preconditioning"), ours.get("preconditioning")
+    if kinds[1] == "consistency":  # training begins by adapting the network to other scales
+        differing -= {"preconditioning", "sigma_data", "sigma_min", "sigma_max"}
+    if kinds == ("consistency", "edm"):
         # Both kinds use the same network. Their scales differ only by about sigma_min.
         differing.remove("preconditioning")
         logger.warning(
             "%s is a consistency model, but the trained model will not be one. It will need many steps, such as 40 of Heun's method.",
             name,
         )
+    if "preconditioning" not in differing and _given_logarithm(ours) != _given_logarithm(theirs):
+        differing.add("beta_schedule")
     if differing - CLASS_OPTIONS - SIZE_OPTIONS:
         pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
         raise ValueError(
@@ -92,12 +99,22 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         )
     pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
     random_keys = copy_weights(model, pretrained)
+    predicted = read_noise_config("unet", name, subfolder, flags).get("prediction_type", "epsilon")
+    if kinds == (None, "consistency") and predicted == "epsilon":
+        # At low noise levels, the output of a network with preconditioning is -epsilon.
+        for parameter in model.conv_out.parameters():
+            parameter.data.neg_()
     if random_keys:
         logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
     if differing & SIZE_OPTIONS:
         logger.warning(
             "All other weights are pretrained, and weights of new channels begin at 0, because of %s.", pairs
         )
+
+
+def _given_logarithm(config: dict[str, Any]) -> bool:
+    """Returns whether a model is given the logarithm of the noise level."""
+    return config.get("preconditioning") is not None and config.get("beta_schedule") is None
 
 
 def read_pretrained(kind: str, name: str, subfolder: str | None, flags: str | None) -> ModelMixin:
@@ -129,6 +146,20 @@ def read_pretrained(kind: str, name: str, subfolder: str | None, flags: str | No
     if subfolder is None and is_pipeline(name):
         subfolder = "classifier" if is_classifier else "unet"
     return model_class.from_pretrained(name, subfolder=subfolder)
+
+
+def read_noise_config(kind: str, name: str, subfolder: str | None, flags: str | None) -> dict[str, Any]:
+    """Returns the config that has the noise schedule of a pretrained model. It is empty for a UNet without a scheduler."""
+    if kind == "classifier":
+        return dict(read_pretrained(kind, name, subfolder, flags).config)
+    if Path(name).is_file():
+        return dict(PublishedCheckpoint(name, flags).scheduler().config)
+    released = name_of_released(name)
+    place = name if released is None else released_folder(released, kind)[0]
+    try:
+        return DDPMScheduler.load_config(place, subfolder="scheduler")
+    except OSError:  # a UNet that is saved alone
+        return {}
 
 
 def is_pipeline(name: str) -> bool:

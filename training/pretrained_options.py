@@ -1,17 +1,14 @@
 """Options of a run that follow from the model that training starts from."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
 
 from diffusers_adm.choices import BETA_SCHEDULES
-from diffusers_adm.openai.checkpoints import PublishedCheckpoint
-from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.training.options import TrainingOptions
-from diffusers_adm.training.pretrained import kind_of, read_pretrained
+from diffusers_adm.training.pretrained import kind_of, read_noise_config, read_pretrained
 
 
 logger = get_logger(__name__)
@@ -38,7 +35,7 @@ def options_of_pretrained(
     Returns the options of a run that follow from the pretrained model: architecture, resolution, prediction and noise schedule.
 
     Args:
-        kind: Kind of the model to train: "unet", "upsampler" or "classifier".
+        kind: Kind of the model to train: "unet", "upsampler", "classifier" or "consistency".
         name: Name or path, see `load_pretrained`.
         subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
         flags: Model flags of the original command line, for a file.
@@ -48,7 +45,8 @@ def options_of_pretrained(
         ValueError: If the model cannot be loaded.
     """
     # The config goes through JSON, which turns tuples into lists, because a table in YAML has lists.
-    config = json.loads(read_pretrained(kind, name, subfolder, flags).to_json_string())
+    start = "unet" if kind == "consistency" else kind
+    config = json.loads(read_pretrained(start, name, subfolder, flags).to_json_string())
     options = {option: config[option] for option in SAME_NAMES} | {"resample_type": config["downsample_type"]}
     if resolution is None:
         options["resolution"] = config["sample_size"]
@@ -57,10 +55,16 @@ def options_of_pretrained(
         options["attention_resolutions"] = [size * resolution // config["sample_size"] for size in pixels]
     if kind == "classifier":
         return options | {"pool": config["pool"], **schedule_options(config)}
+    given_sigma = config["preconditioning"] is not None
+    if given_sigma:
+        options |= {level: config[level] for level in ("sigma_data", "sigma_min", "sigma_max")}
+    if kind == "consistency":
+        given_logarithm = given_sigma and config["beta_schedule"] is None
+        noise = config if given_sigma else read_noise_config(start, name, subfolder, flags)
+        return options | schedule_options(noise) | {"noise_embedding": "log_sigma" if given_logarithm else "timestep"}
     options["learn_sigma"] = config["out_channels"] == 2 * config["in_channels"]
-    if config["preconditioning"] is not None:
-        levels = {level: config[level] for level in ("sigma_data", "sigma_min", "sigma_max")}
-        return options | levels | {"preconditioning": "edm"}
+    if given_sigma:
+        return options | {"preconditioning": "edm"}
     noise = read_noise_config(kind, name, subfolder, flags)
     return options | schedule_options(noise) | {"prediction_type": noise.get("prediction_type")}
 
@@ -72,20 +76,6 @@ def schedule_options(config: dict[str, Any]) -> dict[str, Any]:
         "noise_schedule": names.get(config.get("beta_schedule")),
         "num_train_timesteps": config.get("num_train_timesteps"),
     }
-
-
-def read_noise_config(kind: str, name: str, subfolder: str | None, flags: str | None) -> dict[str, Any]:
-    """Returns the config that has the noise schedule of a pretrained model. It is empty for a UNet without a scheduler."""
-    if kind == "classifier":
-        return dict(read_pretrained(kind, name, subfolder, flags).config)
-    if Path(name).is_file():
-        return dict(PublishedCheckpoint(name, flags).scheduler().config)
-    released = name_of_released(name)
-    place = name if released is None else released_folder(released, kind)[0]
-    try:
-        return DDPMScheduler.load_config(place, subfolder="scheduler")
-    except OSError:  # a UNet that is saved alone
-        return {}
 
 
 def warn_of_another_schedule(model: ModelMixin, options: TrainingOptions) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -144,7 +144,9 @@ class SampleGrid:
         self.accelerator = accelerator
         self.pipeline = copy.copy(pipeline)  # a copy, because the saved pipeline keeps its scheduler
         self.num_steps = 20  # steps of Heun's method, which evaluates the UNet twice per step
-        if pipeline.unet.config.preconditioning is None:
+        if isinstance(pipeline.scheduler, CMStochasticIterativeScheduler):
+            self.num_steps = pipeline.config.num_inference_steps
+        elif pipeline.unet.config.preconditioning is None:
             self.pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
             self.num_steps = min(50, pipeline.scheduler.config.num_train_timesteps)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -106,20 +106,6 @@ class RunClassifierGuidance(ClassifierGuidance):
         return log_probabilities
 
 
-def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSchedule:
-    """
-    Returns the noise schedule that a classifier was trained with.
-
-    Args:
-        num_train_timesteps: Number of training timesteps.
-        beta_schedule: Name of the schedule in diffusers. The betas of `"linear"` go from 0.1 to 20, divided by the number of
-            timesteps.
-    """
-    start, end = 0.1 / num_train_timesteps, 20 / num_train_timesteps
-    config = {"num_train_timesteps": num_train_timesteps, "beta_schedule": beta_schedule}
-    return NoiseSchedule.from_config({**config, "beta_start": start, "beta_end": end})
-
-
 def classifier_gradient(
     classifier: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:

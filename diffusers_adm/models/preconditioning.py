@@ -1,11 +1,27 @@
 """Preconditioning of a network that is given the noise level (Karras et al. 2022, arXiv 2206.00364, Table 1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from diffusers_adm.diffusion import NoiseSchedule, timestep_at
+
 
 PRECONDITIONINGS = ("edm", "consistency")
+
+
+def training_schedule(num_train_timesteps: int, beta_schedule: str) -> NoiseSchedule:
+    """
+    Returns the noise schedule that a network was trained with, from entries of its config.
+
+    Args:
+        num_train_timesteps: Number of training timesteps.
+        beta_schedule: Name of the schedule in diffusers. The betas of `"linear"` go from 0.1 to 20, divided by the number of
+            timesteps.
+    """
+    start, end = 0.1 / num_train_timesteps, 20 / num_train_timesteps
+    config = {"num_train_timesteps": num_train_timesteps, "beta_schedule": beta_schedule}
+    return NoiseSchedule.from_config({**config, "beta_start": start, "beta_end": end})
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,12 @@ class Preconditioning:
         sigma_data: Standard deviation of the clean images.
         sigma_min: Lowest noise level.
         sigma_max: Highest noise level.
+        beta_schedule: Noise schedule of diffusers whose timesteps the network is given. `None` if it is given the logarithm of the
+            noise level.
+        num_train_timesteps: Number of timesteps of `beta_schedule`.
+
+    Attributes:
+        schedule: Tables of `beta_schedule`, or `None`.
 
     Raises:
         ValueError: If the kind is unknown, a number is not positive, or `sigma_min` is not below `sigma_max`.
@@ -29,6 +51,9 @@ class Preconditioning:
     sigma_data: float
     sigma_min: float
     sigma_max: float
+    beta_schedule: str | None = None
+    num_train_timesteps: int = 1000
+    schedule: NoiseSchedule | None = field(init=False, default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if self.kind not in PRECONDITIONINGS:
@@ -40,6 +65,10 @@ class Preconditioning:
                 "`sigma_min` and `sigma_max` must be positive and finite, and `sigma_min` must be the smaller one, but got"
                 f" {self.sigma_min} and {self.sigma_max}."
             )
+        if self.beta_schedule is not None:
+            with torch.device("cpu"):  # a model whose weights are on the meta device needs the tables too
+                schedule = training_schedule(self.num_train_timesteps, self.beta_schedule)
+            object.__setattr__(self, "schedule", schedule)
 
     def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
         """Returns the scale of the network's input, of the shape of sigma."""
@@ -47,7 +76,7 @@ class Preconditioning:
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
         """Returns the noise level in the form in which the network is given it, of the shape of sigma."""
-        return sigma.log() / 4
+        return sigma.log() / 4 if self.schedule is None else timestep_at(self.schedule, sigma)
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
         """Returns the coefficient of x in the predicted x_0, of the shape of sigma."""

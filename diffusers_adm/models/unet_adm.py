@@ -114,6 +114,9 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         sigma_data: Standard deviation of the clean images, for the preconditioning.
         sigma_min: Lowest noise level of a model with preconditioning.
         sigma_max: Highest noise level of a model with preconditioning.
+        beta_schedule: Noise schedule of diffusers, for a network with preconditioning that began as one without. It is given the
+            timestep with the noise level sigma, interpolated. `None` for a network that is given log(sigma) / 4.
+        num_train_timesteps: Number of timesteps of `beta_schedule`.
 
     Raises:
         ValueError: If the arguments do not describe a model.
@@ -152,6 +155,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         sigma_data: float = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        beta_schedule: str | None = None,
+        num_train_timesteps: int = 1000,
     ):
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
@@ -164,6 +169,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
                 f"preconditioning={preconditioning!r} requires out_channels={in_channels}, because it does not support a learned"
                 f" variance, but got {out_channels}."
             )
+        if beta_schedule is not None and preconditioning is None:
+            raise ValueError(f"beta_schedule={beta_schedule!r} requires a `preconditioning`, but got None.")
         if use_null_class and num_class_embeds is None:
             raise ValueError("use_null_class=True requires a class-conditional model, but num_class_embeds is None.")
         if num_class_embeds is not None and num_class_embeds < 1:
@@ -185,7 +192,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         self.gradient_checkpointing = False
         self.preconditioner = None
         if preconditioning is not None:
-            self.preconditioner = Preconditioning(preconditioning, sigma_data, sigma_min, sigma_max)
+            levels = (sigma_data, sigma_min, sigma_max)
+            self.preconditioner = Preconditioning(preconditioning, *levels, beta_schedule, num_train_timesteps)
 
         # 1. Embeddings
         self.time_embedding = ADMTimeEmbedding(model_channels, timestep_scale)

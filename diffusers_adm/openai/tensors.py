@@ -114,7 +114,10 @@ def to_published(
     Raises:
         ValueError: If the original code has no such model.
     """
-    for option, published in (("norm_num_groups", PUBLISHED_NORM_GROUPS), ("output_scale_factor", 1.0)):
+    options = {"norm_num_groups": PUBLISHED_NORM_GROUPS, "output_scale_factor": 1.0}
+    if _is_preconditioned(config):
+        options["beta_schedule"] = None
+    for option, published in options.items():
         if config.get(option, published) != published:
             raise ValueError(f"`{option}` must be {published}, as in the original code, but got {config[option]}.")
     converted = {}

@@ -50,6 +50,7 @@ sweep = partial(command, "sweep")
 train_unet = partial(module, "diffusers_adm.training.train_unet")
 train_classifier = partial(module, "diffusers_adm.training.train_classifier")
 train_upsampler = partial(module, "diffusers_adm.training.train_upsampler")
+train_consistency = partial(module, "diffusers_adm.training.train_consistency")
 
 anomaly_map = partial(module, "diffusers_adm.examples.anomaly_map")
 counterfactual = partial(module, "diffusers_adm.examples.counterfactual")

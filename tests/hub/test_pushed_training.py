@@ -11,8 +11,8 @@ from PIL import Image as PILImage
 
 TRAIN = """
 import sys
-from diffusers_adm.training import train_classifier, train_unet, train_upsampler
-script = {"unet": train_unet, "upsampler": train_upsampler, "classifier": train_classifier}[sys.argv[1]]
+from importlib import import_module
+script = import_module(f"diffusers_adm.training.train_{sys.argv[1]}")
 try:
     script.main(script.parse_args(sys.argv[2:]))
     print("drawn ended")
@@ -78,6 +78,23 @@ def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub)
     with_package = (
         "from diffusers_adm import ADMUpsamplePipeline\npipe = ADMUpsamplePipeline.from_pretrained('me/trained')\n"
     )
+    without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
+    drawn_with = run(WITH_PACKAGE + with_package + draw, **environment)
+    assert drawn_with == run(WITHOUT_PACKAGE + without + draw, **environment) and float(drawn_with)
+
+
+@pytest.mark.slow
+def test_trained_consistency_model_is_pushed_and_loads_without_this_package(images, hub):
+    server, environment = hub
+    more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--hub_token", TOKEN]
+    assert train("consistency", images, environment, *more) == "ended"
+    repository = server.repositories["me/trained"]
+    assert "--closer_every" not in repository.commits[repository.branches["main"]]["README.md"].decode()
+    draw = (
+        "image = pipe(['white'], generator=torch.manual_seed(0), output_type='latent').images\n"
+        "print('drawn', image.double().sum().item())\n"
+    )
+    with_package = "pipe = ClassifierGuidedPipeline.from_pretrained('me/trained')\n"
     without = "pipe = DiffusionPipeline.from_pretrained('me/trained', trust_remote_code=True)\n"
     drawn_with = run(WITH_PACKAGE + with_package + draw, **environment)
     assert drawn_with == run(WITHOUT_PACKAGE + without + draw, **environment) and float(drawn_with)

@@ -9,7 +9,7 @@ from command_line import parser_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import classifier_args, unet_args
 
-from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training import train_classifier, train_consistency, train_unet, train_upsampler
 
 
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
@@ -54,7 +54,10 @@ def test_misspelt_option_names_the_nearest(capsys, tmp_path):
         train_unet.parse_args([*REQUIRED, "--config", str(tmp_path / "options.yaml")])
 
 
-@pytest.mark.parametrize("script", [train_unet, train_classifier, train_upsampler], ids=lambda script: script.__name__)
+SCRIPTS = (train_unet, train_classifier, train_upsampler, train_consistency)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help_names_type_and_default_of_every_option(script):
     parser = parser_of(script.parse_args, [])
     actions = [action for action in parser._actions if action.dest != "help"]

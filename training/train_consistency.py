@@ -1,0 +1,86 @@
+"""Trains a consistency model, which draws in one or two steps.
+
+Training starts from a trained UNet, by consistency tuning (Geng et al. 2024, arXiv 2406.14548). With a teacher, the model learns where
+the teacher's guided steps lead. Sampling then needs neither guidance nor a classifier.
+"""
+
+from diffusers_adm.training.configuration import parse, run_script
+from diffusers_adm.training.consistency_options import ConsistencyTrainingOptions
+
+
+PROGRAM = "python -m diffusers_adm.training.train_consistency"
+EXAMPLES = (
+    f"{PROGRAM} --pretrained_model_name_or_path runs/unet/pipeline --train_data_dir my_images"
+    " --max_train_steps 20000 --output_dir runs/consistency",
+    f"{PROGRAM} --pretrained_model_name_or_path my-model --teacher_model_name_or_path my-model"
+    " --guidance_scale 1 --train_data_dir my_images --max_train_steps 20000 --output_dir runs/consistency",
+)
+
+
+def parse_args(argv: list[str] | None = None) -> ConsistencyTrainingOptions:
+    """Parses the options, from the command line or from a list of words."""
+    return parse(ConsistencyTrainingOptions, PROGRAM, __doc__, EXAMPLES, argv)
+
+
+def main(options: ConsistencyTrainingOptions) -> None:
+    """
+    Trains a consistency model, and saves the pipeline of the averaged weights.
+
+    Raises:
+        ValueError: If the options contradict each other, the dataset or the teacher.
+    """
+    # Imported here, because the help of the script needs none of it.
+    from diffusers_adm.data.datasets import required_class_names
+    from diffusers_adm.training.consistency import (
+        ConsistencyObjective,
+        Teacher,
+        build_consistency_unet,
+        consistency_pipeline,
+    )
+    from diffusers_adm.training.denoising import label_conditions, train_pipeline
+    from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.publishing import check_hub
+    from diffusers_adm.training.run_folder import reserved_folder
+    from diffusers_adm.training.setup import load_training_images, resolve_steps, set_up_accelerator
+    from diffusers_adm.training.teacher_paths import stored_paths
+    from diffusers_adm.training.trainer import Trainer
+    from diffusers_adm.training.validation import SampleGrid
+
+    accelerator = set_up_accelerator(options)
+    with reserved_folder(options, accelerator):
+        class_conditional = options.classes.class_conditional
+        with accelerator.main_process_first():
+            images, held_out = load_training_images(options, class_conditional)
+        names = required_class_names(images) if class_conditional else None
+        unet = build_consistency_unet(options, len(names) if names else None)
+        teacher = None
+        if options.teacher.teacher_model_name_or_path is not None:
+            teacher = Teacher(options, images, accelerator)
+        stored = options.teacher.num_paths is not None and not options.dry_run
+        if stored:
+            images = stored_paths(options, images, teacher, accelerator)
+        resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
+        if options.dry_run:
+            print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
+        check_hub(options.hub, accelerator, options.dry_run)
+
+        trainer = Trainer(options, accelerator, unet, images, options.averages)
+        objective = ConsistencyObjective(
+            options,
+            conditions=lambda batch: label_conditions(options.classes, unet, batch),
+            step=lambda: trainer.global_step,
+            teacher=teacher,
+        )
+        pipeline = consistency_pipeline(options.consistency, unet, names)
+
+        def inputs(numbers: list[int]) -> dict:
+            return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
+
+        num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
+        grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size)
+        loss = objective.stored_terms if stored else objective
+        train_pipeline(options, trainer, objective, pipeline, grid, names, held_out, training_loss=loss)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
