@@ -15,12 +15,10 @@ SCALE_SCHEDULES = {
     "linear": lambda fraction: 1.0 - fraction,
     "cosine": lambda fraction: 0.5 + 0.5 * math.cos(math.pi * fraction),
 }
-# Schedules by the noise level, which are scaled to a mean of 1 over the steps of the run (Ye et al. 2024, arXiv 2409.15761).
-NOISE_SCHEDULES = {
-    "increase": lambda sigma: 1 / (1 + sigma**2),  # alpha_bar
-    "decrease": lambda sigma: 1 - 1 / (1 + sigma**2),
-}
-SCHEDULES = (*SCALE_SCHEDULES, *NOISE_SCHEDULES)
+# Schedules of training-free guidance (Ye et al. 2024, arXiv 2409.15761), which are scaled to a mean of 1 over the steps of the run. They are
+# functions of alpha_t = alpha_bar_t / alpha_bar_{t-1}, where t-1 is the next lower noise level of the run.
+ALPHA_SCHEDULES = {"increase": lambda alpha: alpha, "decrease": lambda alpha: 1 - alpha}
+SCHEDULES = (*SCALE_SCHEDULES, *ALPHA_SCHEDULES)
 # Methods for functions of clean images, as special cases of training-free guidance (Ye et al. 2024, arXiv 2409.15761).
 METHODS = {
     # Chung et al. 2022, arXiv 2209.14687
@@ -57,7 +55,8 @@ class GuidanceOptions:
             guided, and the step at `last` is not.
         schedule: Schedule of the guidance scale: `"constant"`, `"linear"`, `"cosine"`, `"increase"`, `"decrease"`, or a function from
             the fraction of the run to a factor. The linear and the cosine schedule fall from 1 to 0 over the run. `"increase"` is
-            proportional to alpha_bar, and `"decrease"` to 1 - alpha_bar. Both have a mean of 1 over the steps.
+            proportional to alpha_t, the ratio of alpha_bar before and after a step, and `"decrease"` to 1 - alpha_t. Both have a mean of
+            1 over the steps.
         normalize: Whether each image's gradient is scaled to a root mean square of 1.
         max_size: Largest root mean square of each image's scaled gradient. Larger gradients are shortened to it.
         max_x_0_shift: Largest root mean square of the shift of each image's predicted x_0. Guidance shifts x_0 by
@@ -236,8 +235,11 @@ class GuidanceOptions:
 
     def _schedule(self, sigmas: list[float]) -> Callable[[int], float]:
         """Returns the schedule of the guidance scale as a function from the number of a step to a factor."""
-        if self.schedule in tuple(NOISE_SCHEDULES):
-            values = [NOISE_SCHEDULES[self.schedule](sigma) for sigma in sigmas]
+        if self.schedule in tuple(ALPHA_SCHEDULES):
+            levels = sorted({0.0, *sigmas})
+            lower = dict(zip(levels[1:], levels))
+            alphas = [(1 + lower.get(sigma, 0.0) ** 2) / (1 + sigma**2) for sigma in sigmas]
+            values = [ALPHA_SCHEDULES[self.schedule](alpha) for alpha in alphas]
             mean = sum(values) / len(values)
             return lambda step: values[step] / mean
         schedule = self.schedule if callable(self.schedule) else SCALE_SCHEDULES[self.schedule]

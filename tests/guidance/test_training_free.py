@@ -239,12 +239,18 @@ def test_methods_are_names_for_options():
     assert changed == GuidanceOptions(through_unet=True, recurrence=5)
 
 
-def test_schedules_by_noise_level_have_a_mean_of_one():
+def test_schedules_of_training_free_guidance_have_a_mean_of_one():
     sigmas = [10.0, 3.0, 1.0, 0.1]
     rising, falling = (GuidanceOptions(schedule=name).factors(sigmas) for name in ("increase", "decrease"))
     assert sum(rising) / 4 == pytest.approx(1.0) and sum(falling) / 4 == pytest.approx(1.0)
-    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert rising[0] / rising[2] == pytest.approx((1 / 101) / (1 / 2))
+    alphas = [
+        10 / 101,
+        2 / 10,
+        1.01 / 2,
+        1 / 1.01,
+    ]  # alpha_bar of the level over that of the next lower one, 1 at the end
+    assert rising == pytest.approx([4 * alpha / sum(alphas) for alpha in alphas])
+    assert falling == pytest.approx([4 * (1 - alpha) / (4 - sum(alphas)) for alpha in alphas])
 
 
 def pull(x_t, timestep, x_0, class_labels):
