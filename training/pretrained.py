@@ -99,11 +99,12 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         )
     pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
     random_keys = copy_weights(model, pretrained)
-    predicted = read_noise_config("unet", name, subfolder, flags).get("prediction_type", "epsilon")
-    if kinds == (None, "consistency") and predicted == "epsilon":
-        # At low noise levels, the output of a network with preconditioning is -epsilon.
-        for parameter in model.conv_out.parameters():
-            parameter.data.neg_()
+    if kinds == (None, "consistency"):
+        noise = read_noise_config("unet", name, subfolder, flags)
+        if noise.get("prediction_type", "epsilon") == "epsilon":
+            # At low noise levels, the output of a network with preconditioning is -epsilon.
+            for parameter in model.conv_out.parameters():
+                parameter.data.neg_()
     if random_keys:
         logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
     if differing & SIZE_OPTIONS:

@@ -115,7 +115,7 @@ def test_speed_counts_neither_validating_nor_saving(small_run):
 
 
 def test_second_ctrl_c_ends_at_once(small_run, capfd):
-    trainer, seen = small_run(9), []
+    trainer, seen, before = small_run(9), [], signal.getsignal(signal.SIGINT)
 
     def objective(model, batch):
         for _ in range(2):
@@ -128,7 +128,7 @@ def test_second_ctrl_c_ends_at_once(small_run, capfd):
     assert seen == [False, True] and trainer.global_step == 0
     error = capfd.readouterr().err
     assert "Press Ctrl-C again to end at once" in error and "error: interrupted" in error
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("lost", [[], ["validated"], ["validated", "metrics.jsonl"]], ids=len)
