@@ -37,7 +37,9 @@ from diffusers_adm.training.trainer import Trainer
     ids=["unet", "unet-accumulating", "upsampler", "upsampler-streaming", "classifier"],
 )
 def test_six_steps_equal_three_and_three_more(script, arguments, more, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, at the end of each pass
+    monkeypatch.setattr(
+        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False
+    )  # seconds, at the end of each pass
     # 14 images make three batches of four an epoch: step six lies in the second epoch, or with accumulation the fourth.
     options = ["--lr_scheduler", "constant", "--validation_steps", "3", *more]
     script.main(arguments(dataset, tmp_path / "whole", 6, *options))
