@@ -263,6 +263,9 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
         raise ValueError(
             f"--dataset_revision requires a dataset on the Hub, but got {source.dataset_revision} for the folder {folder}."
         )
+    given = source.train_data_dir
+    if given is not None and "://" not in given and not Path(given).is_dir():
+        raise ValueError(f"--train_data_dir must be a folder of images, but there is no folder {given}.")
     explicit = source.data_files is not None or source.dataset_config_name is not None
     layout = None if explicit else find_layout(folder)
     if layout is not None:

@@ -123,6 +123,10 @@ def test_missing_image_and_image_that_does_not_fit_are_named(tmp_path):
         (["--validation_fraction", "1.5"], "1.5"),
         (["--validation_fraction", "0.5", "--validation_split", "train"], "Pass at most one of"),
         (["--max_train_samples", "9"], "9"),
+        (
+            ["--train_data_dir", "my_imagse"],
+            "--train_data_dir must be a folder of images, but there is no folder my_imagse",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message, folder):
