@@ -43,15 +43,13 @@ class Settings:
     Args:
         num_images: Number of images per point.
         batch_size: Number of images per batch.
-        seed: Seed of the points. The best points are also evaluated with the next two seeds.
-        guidance_scale: Guidance scale.
+        seed: Seed of the points that are compared. The best points are also evaluated with the next seeds.
         model_name: Folder or Hub id of the pipeline, for the record.
     """
 
     num_images: int = 1000
     batch_size: int = 50
     seed: int = 0
-    guidance_scale: float = 1.0
     model_name: str | None = None
 
 
@@ -213,7 +211,6 @@ def bench_arguments(parser: CommandParser, options: type) -> tuple:
     evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, judged=True)
     settings = Settings(
         num_images=samples.num_samples,
-        guidance_scale=getattr(samples, "guidance_scale", 1.0),
         model_name=model.model,
         **option_values(run),
     )

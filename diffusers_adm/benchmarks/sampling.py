@@ -49,7 +49,17 @@ class SolverBenchOptions(BenchOptions):
 
 
 class Bench(Points):
-    """Evaluation of solvers and kinds of guidance. The arguments are those of [`Points`]."""
+    """
+    Evaluation of solvers and kinds of guidance.
+
+    Args:
+        arguments: Arguments of [`Points`].
+        guidance_scale: Guidance scale.
+    """
+
+    def __init__(self, *arguments, guidance_scale: float = 1.0):
+        super().__init__(*arguments)
+        self.guidance_scale = guidance_scale
 
     def steps_within(self, scheduler: str, evaluations: int) -> int:
         """Returns the largest number of steps of a scheduler that takes at most `evaluations` evaluations of the UNet."""
@@ -76,7 +86,7 @@ class Bench(Points):
         seed = self.settings.seed if seed is None else seed
         call = {
             "num_inference_steps": steps,
-            "guidance_scale": self.settings.guidance_scale,
+            "guidance_scale": self.guidance_scale,
             "guidance_options": GUIDANCE[guidance],
         }
         return self.evaluate_point(
@@ -152,8 +162,8 @@ def main() -> None:
         f"{parser.prog} reference.npz --output bench --feature_extractor mnist-digits --register digit_features.py",
         f"{parser.prog} my_images --resolution 64 --model me/my-model --output bench --num_samples 5000",
     )
-    _, arguments = bench_arguments(parser, SolverBenchOptions)
-    bench = Bench(*arguments)
+    options, arguments = bench_arguments(parser, SolverBenchOptions)
+    bench = Bench(*arguments, guidance_scale=options.guidance_scale)
     spread = evaluate_all(bench)
     if not bench.state.is_main_process:
         return

@@ -34,7 +34,9 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
         return
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
-    unet, config = pipeline.unet.config, pipeline.scheduler.config
+    unet = pipeline.unet.config
+    # With this entry, diffusers would replace betas that were defaults of the old class by those of the new class.
+    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
     if name in PRECONDITIONED_SCHEDULERS:  # these have no noise schedule to keep
         pipeline.scheduler = scheduler_class(sigma_min=unet.sigma_min, sigma_max=unet.sigma_max)
     else:

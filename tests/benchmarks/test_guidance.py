@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 from digit_features import NAME as DIGITS
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
@@ -11,7 +12,8 @@ from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
 from diffusers_adm.benchmarks import guidance as bench_guidance
 from diffusers_adm.benchmarks.guidance import FAMILIES, PLAIN, Family
 from diffusers_adm.benchmarks.points import evaluations
-from diffusers_adm.pipelines.options import SamplingOptions
+from diffusers_adm.evaluation.sampling import load_pipeline
+from diffusers_adm.evaluation.schedulers import set_scheduler
 
 
 def test_evaluations_of_weaker_predictions_and_particles_are_counted():
@@ -24,11 +26,19 @@ def test_evaluations_of_weaker_predictions_and_particles_are_counted():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_settings_fit_the_default_model(name):
-    for settings in FAMILIES[name].methods.values():
-        for setting in settings:
-            options = SamplingOptions(**FAMILIES[name].call | setting)
-            assert options.guidance_scale is not None and options.num_inference_steps
+def test_default_model_can_be_drawn_with_all_settings(name):
+    pipeline, family = load_pipeline(None), FAMILIES[name]
+    set_scheduler(pipeline, family.scheduler)
+    plain, *others = [
+        draw(pipeline, **{**family.call, **setting, "num_inference_steps": 4})
+        for settings in family.methods.values()
+        for setting in settings
+    ]
+    assert all((other - plain).abs().max() > 1e-4 for other in others)
+
+
+def draw(pipeline, **call):
+    return pipeline([3], generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
 
 
 def test_the_best_setting_is_drawn_with_other_seeds(tmp_path, monkeypatch, capsys):

@@ -31,6 +31,14 @@ def test_schedulers_are_set_as_they_are_named():
     assert pipeline.scheduler.config.variance_type == "learned_range"
 
 
+def test_schedulers_keep_a_noise_schedule_of_default_betas():
+    pipeline = tiny_pipeline(
+        scheduler=DDPMScheduler(variance_type="learned_range")
+    )  # other classes have other defaults
+    set_scheduler(pipeline, "HeunDiscrete")
+    assert (pipeline.scheduler.config.beta_start, pipeline.scheduler.config.beta_end) == (0.0001, 0.02)
+
+
 def test_all_supported_schedulers_have_a_name():
     assert {f"{name}Scheduler" for name in SCHEDULERS if "-" not in name} == {
         scheduler_class.__name__ for scheduler_class in SUPPORTED_SCHEDULERS

@@ -126,7 +126,9 @@ def test_training_finds_the_consistency_function_of_gaussian_images(teacher):
         c_out = (sigma - SIGMA_MIN) * DEVIATION / (sigma**2 + DEVIATION**2)  # times c_in
         return c_skip + c_out * network(sigma.log()[:, None] / 4)[:, 0]
 
-    model = lambda x, sigma: SimpleNamespace(sample=x * column(gain(sigma)))  # noqa: E731
+    def model(x, sigma):
+        return SimpleNamespace(sample=x * column(gain(sigma)))
+
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     for step in range(400):
         objective = gaussian_objective(1 if teacher is None else 10, teacher, step, 10_000 if teacher else 50)
