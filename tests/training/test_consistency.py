@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from diffusers import CMStochasticIterativeScheduler
+from safetensors.torch import load_file
 from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 from training_runs import checkpoint_tensors, without_times
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.denoiser import Denoiser
 from diffusers_adm.diffusion import add_noise, timestep_at
+from diffusers_adm.losses import consistency_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.training import train_consistency, train_unet
@@ -104,6 +106,19 @@ def test_loss_of_the_exact_consistency_function_vanishes_with_the_teachers_steps
     close = gaussian_objective(step=12)(exact_model, gaussian_batch(200))
     far = gaussian_objective(step=3)(exact_model, gaussian_batch(200))
     assert far.loss.mean() > 10 * close.loss.mean()
+
+
+def test_loss_is_a_weighted_pseudo_huber_distance():
+    target = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    predicted = target + column(torch.tensor([0.3, 0.001], dtype=torch.float64))
+    sigma, lower = torch.tensor([2.0, 1.0]).double(), torch.tensor([0.5, 0.2]).double()
+    loss = consistency_loss(predicted, target, sigma, lower, sigma_data=0.5)
+    c = 0.00054  # sqrt(d) times as large for the sum over d dimensions
+    expected = [
+        ((0.3**2 + c**2) ** 0.5 - c) * (1 / 1.5 + 2),
+        ((0.001**2 + c**2) ** 0.5 - c) * (1 / 0.8 + 2),
+    ]
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_noise_levels_of_a_pair_move_closer():
@@ -239,6 +254,8 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
     once, twice = (checkpoint_tensors(tmp_path / name / "checkpoint-4") for name in ("once", "twice"))
     assert once and all(torch.equal(once[name][key], twice[name][key]) for name in once for key in once[name])
 
+    first_rows, other_rows = (load_file(file)["label"][:6] for file in files)
+    assert not torch.equal(first_rows, other_rows)  # each file draws its own images
     paths = StoredPaths(files, ["left", "right"])
     assert len(paths) == paths.num_images == 70 * 3
     sigma = torch.stack([paths[index]["sigma"] for index in range(3)])
