@@ -1,9 +1,10 @@
 """Search for the best noise levels of few steps: GITS (Chen et al. 2024, arXiv 2405.11326).
 
 Trajectories of many short steps are recorded. The cost of one long step is the distance between its end and the trajectory. The best
-steps are the cheapest path to noise level 0. Two things differ from the paper. Distances are those of x_t instead of x_0 + sigma *
-epsilon, because an error of the latter shrinks with the noise level on the way to x_0. And the path may begin below the highest noise
-level, because a run may begin with pure noise there. The distance of pure noise from the trajectory is the cost of it.
+steps are the cheapest path to noise level 0. Two things differ from the paper:
+
+- Distances are those of x_t instead of x_0 + sigma * epsilon, because an error of the latter shrinks on the way to x_0.
+- The path may begin below the highest noise level, with pure noise. The distance of this noise from the trajectory is added to the cost.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What a step does beside computing: on an accelerator, each copy from the CPU and each value that is read back waits.
+"""Copies and waits of a step. On an accelerator, each copy from the CPU and each value that is read back waits.
 
 Models on the meta device stand for an accelerator: a value cannot be read from it at all, and copies to it are counted.
 """
