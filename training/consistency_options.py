@@ -45,6 +45,12 @@ class TeacherOptions:
         unset="new paths in every step",
         check=at_least(1),
     )
+    learned_steps: tuple[int, ...] | None = option(
+        None,
+        help="Steps of the stored paths at whose beginnings the model learns, such as 0,6. The first step is 0. Sampling in two steps"
+        " requires only two of them.",
+        unset="all steps",
+    )
 
 
 @dataclass
@@ -115,6 +121,15 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
             raise ValueError(
                 f"--closer_every has no effect with --num_paths, whose paths end at --sigma_min. Leave out {levels.closer_every}."
             )
+        if teacher.learned_steps is not None:
+            if teacher.num_paths is None:
+                raise ValueError("--learned_steps requires --num_paths, because it chooses points of stored paths.")
+            allowed = range(teacher.teacher_steps)
+            if not teacher.learned_steps or not set(teacher.learned_steps) <= set(allowed):
+                raise ValueError(
+                    f"--learned_steps must be steps from 0 to {allowed[-1]} (--teacher_steps {teacher.teacher_steps}), but got"
+                    f" {','.join(map(str, teacher.learned_steps))}."
+                )
         if teacher.num_paths is not None and self.selection.streaming:
             raise ValueError("--num_paths does not support --streaming, because images are chosen at random.")
         if teacher.teacher_model_name_or_path is not None and self.classes.label_dropout:

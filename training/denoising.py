@@ -32,6 +32,7 @@ def train_pipeline(
     class_names: list[str] | None,
     held_out: LabelledImages | None,
     training_loss: Objective | None = None,
+    num_images: int | None = None,
 ) -> None:
     """
     Trains the UNet of a pipeline. Saves the pipeline with each moving average, a model card, and sample grids.
@@ -45,12 +46,14 @@ def train_pipeline(
         class_names: Names of the classes, for the model card.
         held_out: Held-out images, on which losses are computed.
         training_loss: Loss of the training. The default is the objective.
+        num_images: Number of training images, for the model card. The default is that of the trainer's dataset.
     """
     accelerator, folder = trainer.accelerator, options.output.output_dir / "pipeline"
     push = BackgroundPush(options.hub, options.output.output_dir)
 
     def add_card() -> None:
-        facts = (type(pipeline).__name__, trainer.state.images.num_images, class_names, trainer.global_step)
+        count = trainer.state.images.num_images if num_images is None else num_images
+        facts = (type(pipeline).__name__, count, class_names, trainer.global_step)
         write_card(options, accelerator, folder, *facts)
 
     saved = SavedPipelines(pipeline)

@@ -25,18 +25,19 @@ class StoredPaths(torch.utils.data.Dataset):
     Args:
         files: Files of `draw_paths`.
         class_names: Name of each class in the order of the labels, or `None` without labels.
+        steps: Steps of the paths at whose beginnings the points lie. `None` means all.
     """
 
-    def __init__(self, files: list[Path], class_names: list[str] | None):
+    def __init__(self, files: list[Path], class_names: list[str] | None, steps: tuple[int, ...] | None = None):
         parts = [load_file(file) for file in files]
         self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.num_steps = self.tensors["sigma"].shape[1] - 1
+        self.steps = range(self.tensors["sigma"].shape[1] - 1) if steps is None else steps
         self.class_names = class_names
 
     @property
     def num_images(self) -> int:
         """Number of points. The ends of the paths are left out."""
-        return len(self.tensors["sigma"]) * self.num_steps
+        return len(self.tensors["sigma"]) * len(self.steps)
 
     def __len__(self) -> int:
         return self.num_images
@@ -46,7 +47,8 @@ class StoredPaths(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """Returns a point `image`, its noise level `sigma`, the end `target` of its path, and its `label`."""
-        path, step = divmod(index, self.num_steps)
+        path, number = divmod(index, len(self.steps))
+        step = self.steps[number]
         points, sigma = self.tensors["points"][path], self.tensors["sigma"][path]
         item = {"image": points[step].float(), "sigma": sigma[step], "target": points[-1].float()}
         return item | {name: self.tensors[name][path] for name in ("label",) if name in self.tensors}
@@ -81,7 +83,7 @@ def stored_paths(
                 tensors = draw_paths(options, images, teacher, number, accelerator.device)
                 with atomic_write(files[number]) as partial:
                     save_file(tensors, partial)
-    return StoredPaths(files, images.class_names)
+    return StoredPaths(files, images.class_names, options.teacher.learned_steps)
 
 
 def _reserve(folder: Path, options: ConsistencyTrainingOptions) -> None:

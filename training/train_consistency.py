@@ -56,6 +56,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
         teacher = None
         if options.teacher.teacher_model_name_or_path is not None:
             teacher = Teacher(options, images, accelerator)
+        num_images = images.num_images
         stored = options.teacher.num_paths is not None and not options.dry_run
         if stored:
             images = stored_paths(options, images, teacher, accelerator)
@@ -76,10 +77,12 @@ def main(options: ConsistencyTrainingOptions) -> None:
         def inputs(numbers: list[int]) -> dict:
             return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
-        num_images, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
-        grid = SampleGrid(accelerator, pipeline, inputs, num_images, batch_size)
+        num_samples, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
+        grid = SampleGrid(accelerator, pipeline, inputs, num_samples, batch_size)
         loss = objective.stored_terms if stored else objective
-        train_pipeline(options, trainer, objective, pipeline, grid, names, held_out, training_loss=loss)
+        train_pipeline(
+            options, trainer, objective, pipeline, grid, names, held_out, training_loss=loss, num_images=num_images
+        )
 
 
 if __name__ == "__main__":

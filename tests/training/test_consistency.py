@@ -268,6 +268,11 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
     expected = share * first["image"] + (1 - share) * x_0
     torch.testing.assert_close(second["image"], expected.detach(), rtol=1e-2, atol=1e-2)  # stored in half precision
 
+    some = StoredPaths(files, ["left", "right"], steps=(0, 2))
+    assert len(some) == 70 * 2
+    assert all(torch.equal(some[i]["image"], paths[j]["image"]) for i, j in ((0, 0), (1, 2), (2, 3), (3, 5)))
+    assert "14 images of" in (tmp_path / "twice" / "pipeline" / "README.md").read_text()
+
     shutil.rmtree(tmp_path / "twice" / "checkpoint-3")
     shutil.rmtree(tmp_path / "twice" / "checkpoint-4")
     shutil.rmtree(tmp_path / "twice" / "pipeline")
@@ -308,6 +313,11 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         (
             ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --closer_every 2".split()],
             "--closer_every has no effect",
+        ),
+        (["--teacher_model_name_or_path", "{start}", "--learned_steps", "0"], "--learned_steps requires --num_paths"),
+        (
+            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --teacher_steps 3 --learned_steps 0,3".split()],
+            r"--learned_steps must be steps from 0 to 2 \(--teacher_steps 3\), but got 0,3",
         ),
         (["--sigma_min", "50"], "--sigma_min must be less than half of --sigma_max 80.0, but got 50.0"),
         (["--teacher_model_name_or_path", "{start}", "--label_dropout", "0.1"], "--label_dropout has no effect"),
