@@ -91,6 +91,7 @@ def results_of(folder: Path) -> dict:
     return results
 
 
+@pytest.mark.slow
 def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
     words = [*ABLATE[:-1], "killed", "--variants", "two.yaml", "--seeds", "0,1"]
     script = "import sys; sys.path.append(sys.argv.pop(1)); import digit_features; from diffusers_adm.cli import main; sys.exit(main())"

@@ -72,6 +72,7 @@ def test_stream_begins_where_it_is_told(workers, shards):
         assert all(torch.equal(a, b) for a, b in zip([*before, *rest], whole, strict=True))
 
 
+@pytest.mark.slow
 def test_workers_of_a_stream_do_not_count_its_passes_for_each_other(shards):
     def batches():
         images, _ = stream(shards, "--dataloader_num_workers", "2")

@@ -165,6 +165,7 @@ def test_pushed_pipeline_loads_in_every_way(saved, hub, tmp_path):
     assert run(WITHOUT_PACKAGE + folder + without + DRAW, **environment) == expected
 
 
+@pytest.mark.slow
 def test_private_repository_is_refused_without_a_token(saved, hub):
     _, folder = saved
     _, environment = hub
@@ -174,6 +175,7 @@ def test_private_repository_is_refused_without_a_token(saved, hub):
     assert push(environment, folder, repo_id="me/other") == "InvalidToken"
 
 
+@pytest.mark.slow
 def test_revisions_variants_and_what_else_lies_in_a_repository(saved, hub):
     pipeline, folder = saved
     server, environment = hub
@@ -201,6 +203,7 @@ def test_revisions_variants_and_what_else_lies_in_a_repository(saved, hub):
     assert "RevisionNotFound" == run(WITH_PACKAGE + load + DRAW, **environment)
 
 
+@pytest.mark.slow
 def test_two_repositories_of_different_code_live_side_by_side(saved, hub):
     pipeline, folder = saved
     server, environment = hub

@@ -62,6 +62,7 @@ def test_training_pushes_the_pipeline_and_nothing_else(images, hub):
     assert run(WITHOUT_PACKAGE + without + draw, **environment) == "16 16"
 
 
+@pytest.mark.slow
 def test_trained_upsampler_is_pushed_and_loads_without_this_package(images, hub):
     server, environment = hub
     more = ["--ema_decay", "0.5", "--num_validation_images", "2", "--low_resolution", "4", "--hub_token", TOKEN]

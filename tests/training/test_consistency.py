@@ -316,7 +316,11 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         ),
         (["--teacher_model_name_or_path", "{start}", "--learned_steps", "0"], "--learned_steps requires --num_paths"),
         (
-            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --teacher_steps 3 --learned_steps 0,3".split()],
+            [
+                "--teacher_model_name_or_path",
+                "{start}",
+                *"--num_paths 4 --teacher_steps 3 --learned_steps 0,3".split(),
+            ],
             r"--learned_steps must be steps from 0 to 2 \(--teacher_steps 3\), but got 0,3",
         ),
         (["--sigma_min", "50"], "--sigma_min must be less than half of --sigma_max 80.0, but got 50.0"),

@@ -96,7 +96,7 @@ def assert_same(checkpoint, other):
 
 @pytest.mark.parametrize(
     "script",
-    [train_unet, pytest.param(train_upsampler, marks=pytest.mark.slow), train_classifier],
+    [train_unet, *(pytest.param(script, marks=pytest.mark.slow) for script in (train_upsampler, train_classifier))],
     ids=["unet", "upsampler", "classifier"],
 )
 def test_killed_run_ends_as_the_undisturbed_one(script, dataset, tmp_path):
@@ -140,6 +140,7 @@ def test_second_run_in_a_folder_is_refused_until_the_first_ends(dataset, tmp_pat
     train_classifier.main(train_classifier.parse_args(second))  # workers of the killed run may still be there
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
     more = ["--checkpointing_steps", "2"]
     run(train_classifier, dataset, tmp_path, 2, *more)
@@ -162,11 +163,12 @@ def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path):
 @pytest.mark.parametrize(
     "moment",
     [
-        "training",
         "sampling",
-        "training with workers",
         "training, by Ctrl-C",
-        pytest.param("training on two processes", marks=pytest.mark.slow),
+        *(
+            pytest.param(moment, marks=pytest.mark.slow)
+            for moment in ("training", "training with workers", "training on two processes")
+        ),
     ],
 )
 def test_asked_to_stop_it_saves_and_leaves_quietly(moment, dataset, tmp_path):
@@ -192,6 +194,7 @@ def test_asked_to_stop_it_saves_and_leaves_quietly(moment, dataset, tmp_path):
     assert (tmp_path / "samples" / f"step-{step + 2}.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly(dataset, tmp_path):
     more = ["--checkpointing_steps", "3", "--num_validation_images", "3"]
     run(train_unet, dataset, tmp_path / "whole", 6, *more, processes=2)
@@ -227,6 +230,7 @@ def play(scene, dataset, output_dir, *more, processes=2):
     assert launched([script, scene, *options, *ARCHITECTURE, *more], processes).wait(TIMEOUT) == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_waits_for_those_that_still_write(dataset, tmp_path):
     play("slow_checkpoint", dataset, tmp_path)
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-0"]
