@@ -2,7 +2,7 @@
 
 Each method is evaluated with some settings and the seed `--seed`. The setting with the smallest Frechet distance is the best one. It is
 evaluated with the next three seeds, if its distance is near that of plain guidance or below. Therefore the seeds of the final figures
-did not choose the settings. All points have the same labels. An interrupted run continues where it stopped. All launched processes draw.
+did not choose the settings. Particles, which take long, are evaluated with one seed. All points have the same labels. An interrupted run continues where it stopped. All launched processes draw.
 """
 
 import sys
@@ -24,8 +24,10 @@ from diffusers_adm.options import add_examples, option
 STEPS = 10
 STEPS_OF_DDPM = 25
 # A method whose best distance is above that of plain guidance by this factor is not evaluated again.
-NEAR = 1.2
+NEAR = 1.05
 PLAIN = "plain"
+INTERVAL = {"interval": (1.12, 11.6)}
+SEARCHED_STEPS = [826, 600, 459, 322, 163]  # printed by `diffusers-adm search-steps` for the default model
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Family:
         scheduler: Name in `SCHEDULERS`.
         call: Arguments of the pipeline's call that all methods share.
         methods: Settings of each method: arguments of the call. The first method is plain guidance.
+        num_seeds: Number of further seeds of the best setting of each method.
     """
 
     scheduler: str
     call: dict
     methods: dict[str, list[dict]]
+    num_seeds: int = 3
 
 
 def weaker(kind: str, *weights: float) -> list[dict]:
@@ -78,13 +82,38 @@ FAMILIES = {
         {
             PLAIN: [{}],
             "other scale": [{"guidance_scale": scale} for scale in (0.5, 1.5)],
-            "interval (1.12, 11.6]": [{"guidance_options": {"interval": (1.12, 11.6)}}],
+            "interval (1.12, 11.6]": [{"guidance_options": INTERVAL}],
             "null class": weaker("null_class", 0.25),
             "random class": weaker("random_class", 0.25),
             "perturbed attention": weaker("perturbed_attention", 0.25, 0.5),
             "smoothed attention": weaker("smoothed_attention", 0.25),
             "epsilon scaling": [{"epsilon_scale": scale} for scale in (0.99, 0.995, 1.005)],
+            "restart": [{"restart": {"sigma_min": 0.3, "sigma_max": 2.0, "times": times}} for times in (1, 2)],
         },
+    ),
+    "conditional UNet and classifier, SA-Solver": Family(
+        "SASolver",
+        {"num_inference_steps": STEPS},
+        {
+            PLAIN: [{"guidance_scale": 1.0, "guidance_options": INTERVAL}],
+            "random class, no classifier": [
+                {"guidance_scale": 0.0, **setting} for setting in weaker("random_class", 0.25)
+            ],
+            "random class": [
+                {"guidance_scale": 0.5, "guidance_options": INTERVAL, **setting}
+                for setting in weaker("random_class", 0.125, 0.25)
+            ],
+        },
+    ),
+    "conditional UNet and classifier, Euler": Family(
+        "EulerDiscrete",
+        {"num_inference_steps": STEPS, "guidance_scale": 1.0},
+        {PLAIN: [{}], "churn": [{"churn": {"s_churn": churn, "s_tmin": 0.05, "s_tmax": 50.0}} for churn in (1, 4)]},
+    ),
+    "conditional UNet and classifier, 5 steps of DPM-Solver++": Family(
+        "DPMSolverMultistep",
+        {"guidance_scale": 1.0},
+        {PLAIN: [{"num_inference_steps": 5}], "searched steps": [{"timesteps": SEARCHED_STEPS}]},
     ),
     "conditional UNet and classifier, DDPM": Family(
         "DDPM",
@@ -103,6 +132,7 @@ FAMILIES = {
         "DDPM",
         {"num_inference_steps": STEPS_OF_DDPM, "condition_unet": False, "guidance_scale": 1.0},
         {PLAIN: [{}], "4 particles": [{"particles": 4}], "16 particles": [{"particles": 16}]},
+        num_seeds=0,
     ),
 }
 
@@ -116,20 +146,31 @@ class GuidanceBenchOptions(BenchOptions):
         metavar="FILE:NAME",
         help="Guidance function of classifier and discriminator, as for --guidance_fn of sample.",
     )
+    only: str = option(
+        "", metavar="TEXT", help="Evaluate only families whose name contains this.", unset="all families"
+    )
 
 
-def families(discriminator: str | None) -> dict[str, Family]:
+def chosen_families(only: str, discriminator: str | None) -> dict[str, Family]:
     """
-    Returns the methods.
+    Returns the families of methods.
 
     Args:
+        only: Text that the names of the families contain.
         discriminator: Guidance function of classifier and discriminator, or `None` to leave it out.
+
+    Raises:
+        ValueError: If no family has such a name.
     """
-    if discriminator is None:
-        return FAMILIES
-    name = "conditional UNet and classifier"
-    methods = {**FAMILIES[name].methods, "discriminator": [{"guidance_fn": discriminator}]}
-    return {**FAMILIES, name: replace(FAMILIES[name], methods=methods)}
+    families = dict(FAMILIES)
+    if discriminator is not None:
+        name = "conditional UNet and classifier"
+        methods = {**families[name].methods, "discriminator": [{"guidance_fn": discriminator}]}
+        families[name] = replace(families[name], methods=methods)
+    chosen = {name: family for name, family in families.items() if only in name}
+    if not chosen:
+        raise ValueError(f"--only must be part of one of {', '.join(map(repr, families))}, but got {only!r}.")
+    return chosen
 
 
 def evaluate_method(points: Points, family: str, name: str, settings: Family, limit: float) -> tuple[dict, dict]:
@@ -156,9 +197,9 @@ def evaluate_method(points: Points, family: str, name: str, settings: Family, li
     best, setting = min(tried, key=lambda pair: distance(pair[0]))
     row = {"family": family, "method": name, "setting": setting, "distance_of_choice": distance(best)}
     row["UNet"], row["classifier"] = best["point"]["UNet"], best["point"]["classifier"]
-    if distance(best) > limit:
+    if distance(best) > limit or not settings.num_seeds:
         return best, {**row, "metrics": best["metrics"]}
-    again = [evaluate(setting, seed + number) for number in (1, 2, 3)]
+    again = [evaluate(setting, seed + number) for number in range(1, settings.num_seeds + 1)]
     means = {metric: sum(result["metrics"][metric] for result in again) / len(again) for metric in again[0]["metrics"]}
     return best, {**row, "metrics": means, "spread": spread_of(again)}
 
@@ -207,7 +248,7 @@ def main() -> None:
     )
     options, arguments = bench_arguments(parser, GuidanceBenchOptions)
     points = Points(*arguments)
-    rows = evaluate_all(points, families(options.discriminator))
+    rows = evaluate_all(points, chosen_families(options.only, options.discriminator))
     if points.state.is_main_process:
         header = ("methods of", "method", "best setting", "UNet, classifier", "FD", "right", "precision", "recall")
         print("\n".join([f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *map(line_of, rows)]))

@@ -10,7 +10,7 @@ from digit_features import NAME as DIGITS
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm.benchmarks import guidance as bench_guidance
-from diffusers_adm.benchmarks.guidance import FAMILIES, PLAIN, Family
+from diffusers_adm.benchmarks.guidance import FAMILIES, NEAR, PLAIN, Family, chosen_families
 from diffusers_adm.benchmarks.points import evaluations
 from diffusers_adm.evaluation.sampling import load_pipeline
 from diffusers_adm.evaluation.schedulers import set_scheduler
@@ -30,7 +30,7 @@ def test_default_model_can_be_drawn_with_all_settings(name):
     pipeline, family = load_pipeline(None), FAMILIES[name]
     set_scheduler(pipeline, family.scheduler)
     plain, *others = [
-        draw(pipeline, **{**family.call, **setting, "num_inference_steps": 4})
+        draw(pipeline, **family.call | setting | ({} if "timesteps" in setting else {"num_inference_steps": 6}))
         for settings in family.methods.values()
         for setting in settings
     ]
@@ -50,17 +50,28 @@ def test_the_best_setting_is_drawn_with_other_seeds(tmp_path, monkeypatch, capsy
         "noise": [{"epsilon_scale": 1.01}, {"epsilon_scale": 30.0}],
         "only noise": [{"epsilon_scale": 30.0}],
     }
-    monkeypatch.setattr(bench_guidance, "FAMILIES", {"digits": Family("DDIM", call, methods)})
+    once = Family("DDIM", call, {PLAIN: [{}]}, num_seeds=0)
+    families = {"digits": Family("DDIM", call, methods), "digits once": once, "others": once}
+    monkeypatch.setattr(bench_guidance, "FAMILIES", families)
     words = [tmp_path / "real.npz", "--output", tmp_path / "bench", "--num_samples", 5, "--batch_size", 5, "--seed", 3]
-    monkeypatch.setattr("sys.argv", ["bench", *map(str, words), "--feature_extractor", DIGITS])
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, words), "--feature_extractor", DIGITS, "--only", "digits"])
     bench_guidance.main()
-    plain, noise, only_noise = json.loads((tmp_path / "bench" / "methods.json").read_text())
+    plain, noise, only_noise, plain_once = json.loads((tmp_path / "bench" / "methods.json").read_text())
     points = json.loads((tmp_path / "bench" / "results.json").read_text())
     found = {(point["setting"], point["seed"]): point["metrics"] for point in (r["point"] | r for r in points)}
     assert noise["setting"] == min(methods["noise"], key=lambda setting: found[str(setting), 3]["frechet_distance"])
     assert plain["spread"]["seeds"] == [4, 5, 6] and (plain["UNet"], plain["classifier"]) == (2, 2)
     expected = np.mean([found["{}", seed]["recall"] for seed in (4, 5, 6)])
     assert plain["metrics"]["recall"] == pytest.approx(expected)
-    far = found[str({"epsilon_scale": 30.0}), 3]["frechet_distance"] > 1.2 * found["{}", 3]["frechet_distance"]
+    assert plain_once["family"] == "digits once" and "spread" not in plain_once
+    far = found[str({"epsilon_scale": 30.0}), 3]["frechet_distance"] > NEAR * found["{}", 3]["frechet_distance"]
     assert far == ("spread" not in only_noise)
     assert "| digits | plain |" in capsys.readouterr().out
+
+
+def test_families_are_chosen_by_a_part_of_their_name():
+    assert [*chosen_families("", None)] == [*FAMILIES]
+    assert [*chosen_families("no classifier", None)] == ["conditional UNet, no classifier"]
+    assert "discriminator" in chosen_families("", "guide.py:build")["conditional UNet and classifier"].methods
+    with pytest.raises(ValueError, match="--only must be part of one of .* but got 'nothing'"):
+        chosen_families("nothing", None)
