@@ -45,11 +45,11 @@ class TeacherOptions:
         unset="new paths in every step",
         check=at_least(1),
     )
-    learned_steps: tuple[int, ...] | None = option(
+    path_levels: tuple[float, ...] | None = option(
         None,
-        help="Steps of the stored paths at whose beginnings the model learns, such as 0,6. The first step is 0. Sampling in two steps"
-        " requires only two of them.",
-        unset="all steps",
+        help="Noise levels where the stored paths begin, such as 80,0.8, each for an equal number of paths. The model then learns only"
+        " there, because sampling in two steps requires only two levels.",
+        unset="random levels, and the model learns at all points of the paths",
     )
 
 
@@ -121,14 +121,14 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
             raise ValueError(
                 f"--closer_every has no effect with --num_paths, whose paths end at --sigma_min. Leave out {levels.closer_every}."
             )
-        if teacher.learned_steps is not None:
+        if teacher.path_levels is not None:
             if teacher.num_paths is None:
-                raise ValueError("--learned_steps requires --num_paths, because it chooses points of stored paths.")
-            allowed = range(teacher.teacher_steps)
-            if not teacher.learned_steps or not set(teacher.learned_steps) <= set(allowed):
+                raise ValueError("--path_levels requires --num_paths, because it places stored paths.")
+            lowest, highest = 2 * levels.sigma_min, levels.sigma_max
+            if not teacher.path_levels or not all(lowest <= level <= highest for level in teacher.path_levels):
                 raise ValueError(
-                    f"--learned_steps must be steps from 0 to {allowed[-1]} (--teacher_steps {teacher.teacher_steps}), but got"
-                    f" {','.join(map(str, teacher.learned_steps))}."
+                    f"--path_levels must be noise levels from {lowest:g} (twice --sigma_min) to {highest:g} (--sigma_max), but got"
+                    f" {','.join(map(str, teacher.path_levels))}."
                 )
         if teacher.num_paths is not None and self.selection.streaming:
             raise ValueError("--num_paths does not support --streaming, because images are chosen at random.")

@@ -25,19 +25,18 @@ class StoredPaths(torch.utils.data.Dataset):
     Args:
         files: Files of `draw_paths`.
         class_names: Name of each class in the order of the labels, or `None` without labels.
-        steps: Steps of the paths at whose beginnings the points lie. `None` means all.
     """
 
-    def __init__(self, files: list[Path], class_names: list[str] | None, steps: tuple[int, ...] | None = None):
+    def __init__(self, files: list[Path], class_names: list[str] | None):
         parts = [load_file(file) for file in files]
         self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.steps = range(self.tensors["sigma"].shape[1] - 1) if steps is None else steps
+        self.num_points = self.tensors["sigma"].shape[1] - 1
         self.class_names = class_names
 
     @property
     def num_images(self) -> int:
         """Number of points. The ends of the paths are left out."""
-        return len(self.tensors["sigma"]) * len(self.steps)
+        return len(self.tensors["sigma"]) * self.num_points
 
     def __len__(self) -> int:
         return self.num_images
@@ -47,10 +46,9 @@ class StoredPaths(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """Returns a point `image`, its noise level `sigma`, the end `target` of its path, and its `label`."""
-        path, number = divmod(index, len(self.steps))
-        step = self.steps[number]
+        path, point = divmod(index, self.num_points)
         points, sigma = self.tensors["points"][path], self.tensors["sigma"][path]
-        item = {"image": points[step].float(), "sigma": sigma[step], "target": points[-1].float()}
+        item = {"image": points[point].float(), "sigma": sigma[point], "target": points[-1].float()}
         return item | {name: self.tensors[name][path] for name in ("label",) if name in self.tensors}
 
 
@@ -83,7 +81,7 @@ def stored_paths(
                 tensors = draw_paths(options, images, teacher, number, accelerator.device)
                 with atomic_write(files[number]) as partial:
                     save_file(tensors, partial)
-    return StoredPaths(files, images.class_names, options.teacher.learned_steps)
+    return StoredPaths(files, images.class_names)
 
 
 def _reserve(folder: Path, options: ConsistencyTrainingOptions) -> None:
@@ -120,13 +118,16 @@ def draw_paths(
 
     Returns:
         Points of the paths in half precision, `points`, `(paths, steps + 1, channels, height, width)`, their noise levels `sigma`,
-        `(paths, steps + 1)`, and `label`, `(paths,)`.
+        `(paths, steps + 1)`, and `label`, `(paths,)`. With chosen levels, only both ends of the paths.
     """
     count = min(PATHS_PER_FILE, options.teacher.num_paths - number * PATHS_PER_FILE)
     generator = torch.Generator().manual_seed(1_000_003 * options.optimisation.seed + number)
     rows = torch.randint(len(images), (count,), generator=generator).tolist()
     batch = default_collate([images[row] for row in rows])
     sigma = first_levels(options.consistency, torch.randn(count, generator=generator))
+    chosen = options.teacher.path_levels
+    if chosen is not None:
+        sigma = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     lowest = torch.full_like(sigma, options.consistency.sigma_min)
     path = path_levels(sigma, lowest, options.teacher.teacher_steps, teacher.schedule)  # (steps + 1, paths)
     noise = torch.randn(batch["image"].shape, generator=generator)
@@ -134,6 +135,8 @@ def draw_paths(
     labels = batch["label"].to(device) if "label" in batch else None
     with torch.no_grad():
         points = follow(lambda x, sigma: teacher(x, sigma, labels), x.to(device), path.to(device))
+    if chosen is not None:
+        points, path = points[[0, -1]], path[[0, -1]]  # the model learns nowhere else
     tensors = {"points": points.cpu().half().transpose(0, 1), "sigma": path.T}
     if labels is not None:
         tensors["label"] = batch["label"]

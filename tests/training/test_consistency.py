@@ -268,9 +268,6 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
     expected = share * first["image"] + (1 - share) * x_0
     torch.testing.assert_close(second["image"], expected.detach(), rtol=1e-2, atol=1e-2)  # stored in half precision
 
-    some = StoredPaths(files, ["left", "right"], steps=(0, 2))
-    assert len(some) == 70 * 2
-    assert all(torch.equal(some[i]["image"], paths[j]["image"]) for i, j in ((0, 0), (1, 2), (2, 3), (3, 5)))
     assert "14 images of" in (tmp_path / "twice" / "pipeline" / "README.md").read_text()
 
     shutil.rmtree(tmp_path / "twice" / "checkpoint-3")
@@ -279,6 +276,17 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
     other = [word if word != "2" else "1" for word in more]
     with pytest.raises(ValueError, match=r"holds paths of other options: --guidance_scale 1.0 \(was 2.0\)"):
         train_consistency.main(run_args(dataset, start, tmp_path / "twice", 4, *other))
+
+
+def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 5 --path_levels 80,2".split()]
+    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
+    paths = StoredPaths([*(tmp_path / "paths").glob("*.safetensors")], ["left", "right"])
+    assert len(paths) == 5
+    assert [paths[index]["sigma"].item() for index in range(5)] == [80, 2, 80, 2, 80]
+    for index in range(5):
+        assert 0.7 < paths[index]["image"].std() / (1 + paths[index]["sigma"] ** 2).sqrt() < 1.3
+        assert paths[index]["target"].abs().max() < 1.1  # the path has been followed to its end
 
 
 def test_guidance_of_the_teacher_is_learned(dataset, start, tmp_path):
@@ -314,14 +322,10 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
             ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --closer_every 2".split()],
             "--closer_every has no effect",
         ),
-        (["--teacher_model_name_or_path", "{start}", "--learned_steps", "0"], "--learned_steps requires --num_paths"),
+        (["--teacher_model_name_or_path", "{start}", "--path_levels", "9"], "--path_levels requires --num_paths"),
         (
-            [
-                "--teacher_model_name_or_path",
-                "{start}",
-                *"--num_paths 4 --teacher_steps 3 --learned_steps 0,3".split(),
-            ],
-            r"--learned_steps must be steps from 0 to 2 \(--teacher_steps 3\), but got 0,3",
+            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 80,90".split()],
+            r"--path_levels must be noise levels from 0.004 \(twice --sigma_min\) to 80 \(--sigma_max\), but got 80.0,90.0",
         ),
         (["--sigma_min", "50"], "--sigma_min must be less than half of --sigma_max 80.0, but got 50.0"),
         (["--teacher_model_name_or_path", "{start}", "--label_dropout", "0.1"], "--label_dropout has no effect"),
