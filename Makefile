@@ -1,4 +1,4 @@
-.PHONY: install demo demo-cascade test test-lowest test-page test-page-api test-slow bench-train bench-step bench-overhead bench-eval bench-sampling bench-guidance cards judge docs quality style
+.PHONY: install demo demo-cascade test test-lowest test-page test-page-api test-slow bench-train bench-step bench-gpu bench-overhead bench-eval bench-sampling bench-guidance cards judge docs quality style
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,6 +55,9 @@ bench-train: install
 
 bench-step: install
 	$(BIN)/python -m diffusers_adm.benchmarks.step --packed
+
+bench-gpu: install
+	$(BIN)/python -m diffusers_adm.benchmarks.gpu
 
 bench-overhead: install
 	$(BIN)/python -m diffusers_adm.benchmarks.overhead

@@ -13,11 +13,11 @@ from diffusers_adm.cli import COMMANDS, build_parser
 
 SCRIPTS = {
     f"python -m diffusers_adm.training.train_{kind}": f"diffusers_adm.training.train_{kind}"
-    for kind in ("unet", "classifier", "upsampler")
+    for kind in ("unet", "classifier", "upsampler", "consistency")
 }
 BENCHMARKS = {
     f"python -m diffusers_adm.benchmarks.{name}": f"diffusers_adm.benchmarks.{name}"
-    for name in ("guidance", "metrics", "overhead", "sampling", "step", "training")
+    for name in ("gpu", "guidance", "metrics", "overhead", "sampling", "step", "training")
 }
 EXAMPLES = {
     f"python -m diffusers_adm.examples.{name}": f"diffusers_adm.examples.{name}"

@@ -43,6 +43,7 @@ COMMAND_LINE = {
     "diffusers_adm.options",
     "diffusers_adm.examples.digits",
     "diffusers_adm.page.command",
+    "diffusers_adm.benchmarks.gpu",
     "diffusers_adm.benchmarks.guidance",
     "diffusers_adm.benchmarks.metrics",
     "diffusers_adm.benchmarks.overhead",

@@ -60,6 +60,7 @@ repaint = partial(module, "diffusers_adm.examples.repaint")
 sdedit = partial(module, "diffusers_adm.examples.sdedit")
 symmetry = partial(module, "diffusers_adm.examples.symmetry")
 
+bench_gpu = partial(module, "diffusers_adm.benchmarks.gpu")
 bench_guidance = partial(module, "diffusers_adm.benchmarks.guidance")
 bench_metrics = partial(module, "diffusers_adm.benchmarks.metrics")
 bench_overhead = partial(module, "diffusers_adm.benchmarks.overhead")
