@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 from command_line import command_parsers, parser_of_module
+from tiny_models import tiny_pipeline
 
 from diffusers_adm.cli import COMMANDS, build_parser
 
@@ -82,6 +83,8 @@ def test_help_ends_with_examples_that_are_understood(program, tmp_path, monkeypa
                 if option == "--config":
                     (tmp_path / path).parent.mkdir(parents=True)
                     (tmp_path / path).write_text("output_dir: run\nmax_train_steps: 1\n")
+                if option == "--pretrained_model_name_or_path":
+                    tiny_pipeline().save_pretrained(tmp_path / path)
             assert importlib.import_module(SCRIPTS[program]).parse_args(words).output.output_dir
         else:
             parser.parse_args(words)

@@ -10,9 +10,9 @@ from diffusers_adm.training.consistency_options import ConsistencyTrainingOption
 
 PROGRAM = "python -m diffusers_adm.training.train_consistency"
 EXAMPLES = (
-    f"{PROGRAM} --pretrained_model_name_or_path me/my-model --train_data_dir my_images"
+    f"{PROGRAM} --pretrained_model_name_or_path runs/unet/pipeline --train_data_dir my_images"
     " --max_train_steps 20000 --output_dir runs/consistency",
-    f"{PROGRAM} --pretrained_model_name_or_path me/my-model --teacher_model_name_or_path me/my-model"
+    f"{PROGRAM} --pretrained_model_name_or_path my-model --teacher_model_name_or_path my-model"
     " --guidance_scale 1 --train_data_dir my_images --max_train_steps 20000 --output_dir runs/consistency",
 )
 
