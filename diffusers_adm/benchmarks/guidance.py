@@ -70,7 +70,7 @@ FAMILIES = {
             "smoothed attention": weaker("smoothed_attention", 0.25, 0.5),
             "epsilon scaling": [{"epsilon_scale": scale} for scale in (0.99, 0.995, 1.005)],
             "adaptive projected guidance": guider(
-                "AdaptiveProjectedGuidance", 1.5, 2.0, eta=0.0, adaptive_projected_guidance_momentum=-0.5
+                "AdaptiveProjectedGuidance", 1.5, 2.0, 2.5, eta=0.0, adaptive_projected_guidance_momentum=-0.5
             ),
             "CFG-Zero*": guider("ClassifierFreeZeroStarGuidance", 1.25, 1.5, zero_init_steps=0),
             "tangential": guider("TangentialClassifierFreeGuidance", 1.25, 1.5),

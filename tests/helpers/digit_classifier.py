@@ -38,8 +38,14 @@ class DigitClassifier(nn.Module):
         )
         self.head = nn.Linear(64, 10)
 
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        return self.stages[:2](images)  # (batch, 32, 8, 8)
+
+    def pooled(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.stages[2](maps).mean(dim=(2, 3))  # (batch, 64)
+
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.stages(images).mean(dim=(2, 3))  # (batch, 64)
+        return self.pooled(self.maps(images))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(images))  # (batch, 10)
