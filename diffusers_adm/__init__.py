@@ -18,6 +18,7 @@ __all__ = [
     "ClassifierGuidedPipeline",
     "NoisyClassifier",
     "default_cascade",
+    "default_consistency_model",
     "default_model",
 ]
 
@@ -43,6 +44,14 @@ def default_model() -> str:
 def default_cascade() -> tuple[str, str]:
     """Returns the two folders of the cascade that ships with this package: digits of 16x16 pixels, and an upsampler to 32x32."""
     return _shipped("adm-mnist-16"), _shipped("adm-mnist-16-32-upsampler")
+
+
+def default_consistency_model() -> str:
+    """
+    Returns the folder of the consistency model that ships with this package. It draws the digits of the default model in one or two
+    steps, without a classifier.
+    """
+    return _shipped("cm-mnist-32")
 
 
 def _shipped(name: str) -> str:

@@ -18,7 +18,13 @@ from lowest_versions import lowest_versions
 from PIL import Image
 
 import diffusers_adm
-from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
+from diffusers_adm import (
+    ADMUpsamplePipeline,
+    ClassifierGuidedPipeline,
+    default_cascade,
+    default_consistency_model,
+    default_model,
+)
 from diffusers_adm.pipelines.cascade import draw_cascade
 
 
@@ -123,6 +129,19 @@ def test_default_model_draws_the_digits_that_are_asked_for(condition_unet, guida
     with torch.no_grad():
         judged = load_digit_classifier()(drawn.clamp(-1, 1)).argmax(dim=1)
     assert (judged == labels).sum() >= right
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_default_consistency_model_draws_the_digits_that_are_asked_for(steps):
+    files = [path for path in Path(default_consistency_model()).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 4e6
+    pipeline = ClassifierGuidedPipeline.from_pretrained(default_consistency_model())
+    labels = torch.arange(100) % 10
+    call = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    drawn = pipeline(class_labels=labels, **call).images
+    with torch.no_grad():
+        judged = load_digit_classifier()(drawn.clamp(-1, 1)).argmax(dim=1)
+    assert (judged == labels).sum() >= 96
 
 
 def test_default_cascade_draws_the_digits_that_are_asked_for():

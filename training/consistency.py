@@ -56,13 +56,35 @@ def build_consistency_unet(options: ConsistencyTrainingOptions, num_classes: int
 
 
 def consistency_pipeline(
-    options: ConsistencyOptions, unet: ADMUNet2DModel, names: list[str] | None
+    options: ConsistencyTrainingOptions, unet: ADMUNet2DModel, names: list[str] | None
 ) -> ClassifierGuidedPipeline:
-    """Builds the pipeline of a consistency model, which draws in two steps and without a classifier."""
-    levels = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max, "rho": options.sampling_rho}
-    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=NUM_LEVELS, **levels)
+    """Builds the pipeline of a consistency model, which draws in one or two steps and without a classifier."""
+    levels, chosen = options.consistency, options.teacher.path_levels
+    number, rho, steps = NUM_LEVELS, levels.sampling_rho, 2
+    if chosen is not None:  # the scheduler then refuses more steps
+        number, steps = len(chosen) + 1, len(chosen)
+        rho = spacing_through(levels.sigma_min, chosen[1], chosen[0]) if steps == 2 else rho
+    scheduler = CMStochasticIterativeScheduler(number, levels.sigma_min, levels.sigma_max, rho=rho)
     id2label = dict(enumerate(names)) if names else None
-    return ClassifierGuidedPipeline(unet, scheduler, id2label=id2label, guidance_scale=0.0, num_inference_steps=2)
+    settings = {"guidance_scale": 0.0, "num_inference_steps": steps}
+    return ClassifierGuidedPipeline(unet, scheduler, id2label=id2label, **settings)
+
+
+def spacing_through(lowest: float, middle: float, highest: float) -> float:
+    """Returns the rho of Karras et al. 2022, eq. 5, with which `middle` is the middle one of three noise levels."""
+    ends = [math.log(end / middle) for end in (lowest, highest)]
+
+    def log_middle(inverse: float) -> float:
+        """Logarithm of the middle level, relative to `middle`, for 1 / rho."""
+        powers = [inverse * end for end in ends]
+        largest = max(powers)
+        return (largest + math.log(sum(math.exp(power - largest) for power in powers) / 2)) / inverse
+
+    below, above = -1e4, 1e4 + 1  # of 1 / rho, with which the middle level grows. Bisection does not meet 0
+    for _ in range(100):
+        inverse = (below + above) / 2
+        below, above = (inverse, above) if log_middle(inverse) < 0 else (below, inverse)
+    return 1 / inverse
 
 
 class Teacher:

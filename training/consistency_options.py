@@ -47,8 +47,8 @@ class TeacherOptions:
     )
     path_levels: tuple[float, ...] | None = option(
         None,
-        help="Noise levels where the stored paths begin, such as 80,0.8, each for an equal number of paths. The model then learns only"
-        " there, because sampling in two steps requires only two levels.",
+        help="Noise levels where the stored paths begin: --sigma_max, and the level of the second step if there is one, such as 80,0.8."
+        " The model then learns only there, and its pipeline draws in at most so many steps.",
         unset="random levels, and the model learns at all points of the paths",
     )
 
@@ -124,11 +124,16 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
         if teacher.path_levels is not None:
             if teacher.num_paths is None:
                 raise ValueError("--path_levels requires --num_paths, because it places stored paths.")
-            lowest, highest = 2 * levels.sigma_min, levels.sigma_max
-            if not teacher.path_levels or not all(lowest <= level <= highest for level in teacher.path_levels):
+            first, *others = teacher.path_levels or (None,)
+            fits = first == levels.sigma_max and len(others) <= 1
+            if not fits or not all(2 * levels.sigma_min <= level < first for level in others):
                 raise ValueError(
-                    f"--path_levels must be noise levels from {lowest:g} (twice --sigma_min) to {highest:g} (--sigma_max), but got"
-                    f" {','.join(map(str, teacher.path_levels))}."
+                    f"--path_levels must be {levels.sigma_max:g} (--sigma_max), or it and a lower noise level of at least"
+                    f" {2 * levels.sigma_min:g} (twice --sigma_min), but got {','.join(map(str, teacher.path_levels))}."
+                )
+            if levels.sampling_rho != type(levels).sampling_rho:
+                raise ValueError(
+                    f"--sampling_rho has no effect with --path_levels, which sets the levels. Leave out {levels.sampling_rho}."
                 )
         if teacher.num_paths is not None and self.selection.streaming:
             raise ValueError("--num_paths does not support --streaming, because images are chosen at random.")

@@ -72,7 +72,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
             step=lambda: trainer.global_step,
             teacher=teacher,
         )
-        pipeline = consistency_pipeline(options.consistency, unet, names)
+        pipeline = consistency_pipeline(options, unet, names)
 
         def inputs(numbers: list[int]) -> dict:
             return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}

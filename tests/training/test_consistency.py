@@ -19,7 +19,7 @@ from diffusers_adm.losses import consistency_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.training import train_consistency, train_unet
-from diffusers_adm.training.consistency import ConsistencyObjective, follow, path_levels
+from diffusers_adm.training.consistency import ConsistencyObjective, follow, path_levels, spacing_through
 from diffusers_adm.training.consistency_options import ConsistencyOptions, TeacherOptions
 from diffusers_adm.training.pretrained import load_pretrained
 from diffusers_adm.training.teacher_paths import StoredPaths
@@ -287,6 +287,19 @@ def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
     for index in range(5):
         assert 0.7 < paths[index]["image"].std() / (1 + paths[index]["sigma"] ** 2).sqrt() < 1.3
         assert paths[index]["target"].abs().max() < 1.1  # the path has been followed to its end
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.config.num_inference_steps == 2
+    pipeline([0])
+    assert pipeline.scheduler.sigmas[:2].tolist() == pytest.approx([80, 2])
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be an integer in \[1, 3\]"):
+        pipeline([0], num_inference_steps=4)
+
+
+@pytest.mark.parametrize("middle", [0.004, 0.4, 7.0, 79.0])
+def test_spacing_of_three_levels_is_found(middle):
+    scheduler = CMStochasticIterativeScheduler(3, 0.002, 80.0, rho=spacing_through(0.002, middle, 80.0))
+    scheduler.set_timesteps(2)
+    assert scheduler.sigmas[1].item() == pytest.approx(middle, rel=1e-5)
 
 
 def test_guidance_of_the_teacher_is_learned(dataset, start, tmp_path):
@@ -325,7 +338,15 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         (["--teacher_model_name_or_path", "{start}", "--path_levels", "9"], "--path_levels requires --num_paths"),
         (
             ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 80,90".split()],
-            r"--path_levels must be noise levels from 0.004 \(twice --sigma_min\) to 80 \(--sigma_max\), but got 80.0,90.0",
+            r"--path_levels must be 80 \(--sigma_max\), or it and a lower noise level of at least 0.004 .* but got 80.0,90.0",
+        ),
+        (
+            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 9,1".split()],
+            "--path_levels must be 80 .* but got 9.0,1.0",
+        ),
+        (
+            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 80 --sampling_rho 9".split()],
+            "--sampling_rho has no effect with --path_levels",
         ),
         (["--sigma_min", "50"], "--sigma_min must be less than half of --sigma_max 80.0, but got 50.0"),
         (["--teacher_model_name_or_path", "{start}", "--label_dropout", "0.1"], "--label_dropout has no effect"),

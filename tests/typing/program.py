@@ -12,6 +12,7 @@ from diffusers_adm import (
     ClassifierGuidedPipeline,
     NoisyClassifier,
     default_cascade,
+    default_consistency_model,
     default_model,
 )
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, renoise
@@ -28,6 +29,7 @@ images, timestep = torch.randn(1, 1, 32, 32), torch.tensor([500])
 
 assert_type(default_model(), str)
 assert_type(default_cascade(), tuple[str, str])
+assert_type(default_consistency_model(), str)
 
 # Loading.
 pipe = ClassifierGuidedPipeline.from_pretrained(default_model(), dtype=torch.float16)
