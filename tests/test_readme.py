@@ -57,7 +57,7 @@ def few_steps(monkeypatch):
 
         def load_for_few_steps(*args, load=load, **kwargs):
             pipeline = load(*args, **kwargs)
-            pipeline.register_to_config(num_inference_steps=8)
+            pipeline.register_to_config(num_inference_steps=min(8, pipeline.config.num_inference_steps or 8))
             pipeline.set_progress_bar_config(disable=True)
             return pipeline
 
