@@ -74,21 +74,21 @@ def measure(name: str, dtype: str, options: GpuOptions, device: torch.device) ->
     sample = torch.randn(options.batch_size, 3, options.sample_size, options.sample_size, device=device)
     labels = torch.arange(options.batch_size, device=device) % 1000
     timestep = torch.tensor(500, device=device)
-    format = DTYPES[dtype]
+    data_type = DTYPES[dtype]
 
     def predict(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         output = network(x, timestep, class_labels=labels)
         return output if torch.is_tensor(output) else output.sample
 
-    network = build_network(name, options, device).eval().to(format)
-    evaluate = torch.inference_mode()(lambda: predict(network, sample.to(format)))
+    network = build_network(name, options, device).eval().to(data_type)
+    evaluate = torch.inference_mode()(lambda: predict(network, sample.to(data_type)))
     milliseconds, gigabytes = time_of(evaluate, options.rounds)
     results = {"evaluation": milliseconds, "evaluation_memory": gigabytes}
     network.train().float()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
     def train() -> None:
-        with torch.autocast(device.type, format, enabled=format != torch.float32):
+        with torch.autocast(device.type, data_type, enabled=data_type != torch.float32):
             loss = predict(network, sample).float().square().mean()
         loss.backward()
         optimizer.step()
