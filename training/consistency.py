@@ -61,7 +61,7 @@ def consistency_pipeline(
     """Builds the pipeline of a consistency model, which draws in one or two steps and without a classifier."""
     levels, chosen = options.consistency, options.teacher.path_levels
     number, rho, steps = NUM_LEVELS, levels.sampling_rho, 2
-    if chosen is not None:  # the scheduler then refuses more steps
+    if chosen is not None:  # the last level is sigma_min, where a step changes nothing, and more steps are refused
         number, steps = len(chosen) + 1, len(chosen)
         rho = spacing_through(levels.sigma_min, chosen[1], chosen[0]) if steps == 2 else rho
     scheduler = CMStochasticIterativeScheduler(number, levels.sigma_min, levels.sigma_max, rho=rho)

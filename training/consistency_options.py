@@ -48,7 +48,7 @@ class TeacherOptions:
     path_levels: tuple[float, ...] | None = option(
         None,
         help="Noise levels where the stored paths begin: --sigma_max, and the level of the second step if there is one, such as 80,0.8."
-        " The model then learns only there, and its pipeline draws in at most so many steps.",
+        " The model then learns only there, and its pipeline draws in one or two steps.",
         unset="random levels, and the model learns at all points of the paths",
     )
 

@@ -20,6 +20,7 @@ from diffusers_adm import ADMUNet2DModel, ClassifierGuidedPipeline, NoisyClassif
 from diffusers_adm.benchmarks.plain_unet import PlainUNet
 from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
 from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.evaluation.report import markdown_table
 from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values
 
 
@@ -53,8 +54,8 @@ def build_unet(options: GpuOptions) -> ADMUNet2DModel:
     return ADMUNet2DModel(**architecture(options, options.model_channels), dropout=0.0)
 
 
-def build_network(name: str, options: GpuOptions, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Builds a network of `NETWORKS`, whose call returns a tensor."""
+def build_network(name: str, options: GpuOptions, device: torch.device) -> torch.nn.Module:
+    """Builds a network of `NETWORKS`."""
     unet = build_unet(options)
     if name == "plain":
         return PlainUNet(unet).to(device)
@@ -119,11 +120,6 @@ def images_per_second(dtype: str, guided: bool, options: GpuOptions, device: tor
     return 1000 * options.batch_size / milliseconds
 
 
-def table(rows: list[tuple], header: tuple[str, ...]) -> str:
-    """Returns a table in Markdown."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
-
-
 def print_networks(options: GpuOptions) -> None:
     """Measures all networks in all data types, and prints their table."""
     sizes = {name: value for name, value in option_values(options).items() if name != "compile"}
@@ -141,7 +137,7 @@ def print_networks(options: GpuOptions) -> None:
                 milliseconds, gigabytes = result[kind], result[f"{kind}_memory"]
                 rows[-1] += (f"{milliseconds:.1f} ms", f"{plain[kind] / milliseconds:.2f}", f"{gigabytes:.2f} GB")
     header = ("UNet", "data type", "evaluation", "speed", "memory", "training step", "speed", "memory")
-    print(table(rows, header))
+    print(markdown_table(header, rows))
     print("Speed is relative to the plain UNet with the same data type.")
 
 
@@ -152,7 +148,7 @@ def print_sampling(options: GpuOptions, device: torch.device) -> None:
         for dtype in DTYPES
     ]
     print(f"Images per second with {SAMPLING_STEPS} steps of DDIM:")
-    print(table(rows, ("data type", "unguided", "guided by a classifier")))
+    print(markdown_table(("data type", "unguided", "guided by a classifier"), rows))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from diffusers_adm.benchmarks.points import (
     spread_of,
 )
 from diffusers_adm.command_line import CommandParser, run_command
+from diffusers_adm.evaluation.report import markdown_table
 from diffusers_adm.options import add_examples, option
 
 
@@ -216,15 +217,15 @@ def evaluate_all(points: Points, methods: dict[str, Family]) -> list[dict]:
             rows.append(row)
             if points.state.is_main_process:
                 write_json(points.folder / "methods.json", rows)
-                print(line_of(row), flush=True)
+                print(*cells_of(row), sep=" | ", flush=True)
     return rows
 
 
-def line_of(row: dict) -> str:
-    """Returns the row of a method in Markdown."""
+def cells_of(row: dict) -> list[str]:
+    """Returns the cells of a method's row."""
     metrics, spread = row["metrics"], row.get("spread")
     value = f"{metrics['frechet_distance']:.3f}"
-    cells = [
+    return [
         row["family"],
         row["method"],
         f"`{row['setting']}`" if row["setting"] else "",
@@ -234,7 +235,6 @@ def line_of(row: dict) -> str:
         f"{metrics['precision']:.3f}",
         f"{metrics['recall']:.3f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -251,7 +251,7 @@ def main() -> None:
     rows = evaluate_all(points, chosen_families(options.only, options.discriminator))
     if points.state.is_main_process:
         header = ("methods of", "method", "best setting", "UNet, classifier", "FD", "right", "precision", "recall")
-        print("\n".join([f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *map(line_of, rows)]))
+        print(markdown_table(header, map(cells_of, rows)))
 
 
 if __name__ == "__main__":

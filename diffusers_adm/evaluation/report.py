@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,6 +165,10 @@ def write_csv(path: Path, header: list, rows: list[list]) -> None:
 
 def write_markdown(path: Path, header: list, rows: list[list], remark: str) -> None:
     """Writes a table in Markdown, with a remark below it."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
     with atomic_write(path) as partial:
-        partial.write_text("\n".join([*lines, "", remark]) + "\n", encoding="utf-8")
+        partial.write_text(f"{markdown_table(header, rows)}\n\n{remark}\n", encoding="utf-8")
+
+
+def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """Returns a table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))

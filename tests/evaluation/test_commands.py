@@ -32,9 +32,8 @@ def test_schedulers_are_set_as_they_are_named():
 
 
 def test_schedulers_keep_a_noise_schedule_of_default_betas():
-    pipeline = tiny_pipeline(
-        scheduler=DDPMScheduler(variance_type="learned_range")
-    )  # other classes have other defaults
+    pipeline = tiny_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    # Other classes have other defaults.
     set_scheduler(pipeline, "HeunDiscrete")
     assert (pipeline.scheduler.config.beta_start, pipeline.scheduler.config.beta_end) == (0.0001, 0.02)
 

@@ -2,9 +2,12 @@
 
 import csv
 import json
+from textwrap import dedent
 
 import numpy as np
+import torch
 from command_line import run
+from digit_classifier import load_digit_classifier
 from digit_features import NAME as DIGITS
 from PIL import Image
 
@@ -51,3 +54,45 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
     np.savez(tmp_path / "real.npz", arr_0=255 - real)
     assert run(*words) == 0
     assert all(path.stat().st_mtime_ns != before for path, before in metrics.items())
+
+
+def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys):
+    real = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    words = [
+        "sweep",
+        tmp_path / "real.npz",
+        "--output",
+        tmp_path / "sweep",
+        "--num_samples",
+        10,
+        "--labels",
+        "balanced",
+    ]
+    words += ["--scheduler", "DDIM", "--num_inference_steps", 6, "--condition_unet", "false", "--judged"]
+    assert run(*words, "--feature_extractor", DIGITS) == 0
+    (result,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    (samples,) = (tmp_path / "sweep").rglob("samples_*.npz")
+    with np.load(samples) as arrays:
+        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+        right = load_digit_classifier()(images).argmax(dim=1).numpy() == arrays["arr_1"]
+    assert 0 < result["metrics"]["accuracy"] == right.mean() < 1
+    assert f"{right.mean():.4f} |" in capsys.readouterr().out
+
+    without_logits = """
+        from digit_features import DigitFeatures
+        from torch_fidelity import register_feature_extractor
+
+
+        class Features(DigitFeatures):
+            @staticmethod
+            def get_default_feature_layer_for_metric(metric):
+                return "pooled"
+
+
+        register_feature_extractor("without-logits", Features)
+    """
+    (tmp_path / "features.py").write_text(dedent(without_logits))
+    words += ["--register", tmp_path / "features.py", "--feature_extractor", "without-logits"]
+    assert run(*words) == 2
+    assert "--judged requires a feature extractor that is a classifier" in capsys.readouterr().err

@@ -23,6 +23,11 @@ class SweepOptions:
     low_res: Path | None = option(
         None, metavar="FILE", help="Small samples (.npz) that an upsampler enlarges, as for sample."
     )
+    judged: bool = option(
+        False,
+        help="Also print accuracy: the fraction of samples that show the requested class, by a feature extractor that is a classifier"
+        " of the same classes.",
+    )
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +80,14 @@ def sweep(args: argparse.Namespace) -> None:
     evaluator = None
     if state.is_main_process:
         extractor = load_extractor(features)
+        if options.judged and not extractor.has_logits:
+            raise ValueError(
+                f"--judged requires a feature extractor that is a classifier, but {features.feature_extractor} has no logits."
+            )
         reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
         config = pipeline.unet.config
         check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
-        evaluator = PointEvaluator(reference, extractor, features.feature_batch_size)
+        evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, options.judged)
     sweep_points(
         pipeline,
         {"scheduler": args.scheduler, **given_sampling_options(args)},
