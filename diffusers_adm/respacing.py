@@ -128,9 +128,10 @@ def consistency_steps(timestep_respacing: str, num_train_timesteps: int, given: 
 def check_consistency_steps(steps: list[int], num_train_timesteps: int, given: str) -> None:
     """Raises a `ValueError` that names the given argument, unless steps rise from 0 to at most `num_train_timesteps - 1`."""
     if not steps or steps[0] != 0 or steps != sorted(set(steps)) or steps[-1] >= num_train_timesteps:
+        middle, last = num_train_timesteps // 2, num_train_timesteps - 1
         raise ValueError(
             f"{given} must be steps of a consistency model: different integers below {num_train_timesteps} that include 0, the"
-            " highest noise level, such as [22, 0] or '0,22,39'."
+            f" highest noise level, such as [{middle}, 0] or '0,{middle},{last}'."
         )
 
 

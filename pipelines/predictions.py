@@ -1,7 +1,7 @@
 """Denoiser of a run: the UNet, and the weaker prediction that guides it."""
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 
 from diffusers_adm.checks import is_number
 from diffusers_adm.guidance import GuiderCombination, RunDenoiser, WeakerPrediction, WeightedCombination, parse_guider
@@ -83,6 +83,9 @@ def build_denoiser(
         batch_size: Number of images.
         generator: Generator of random classes, one for all images or one per image.
         low_res: Low-resolution images of an upsampler, `(batch, channels, any height, any width)`, or `None`.
+
+    Raises:
+        ValueError: If the guider or `epsilon_scale` is not valid, or the scheduler does not support it.
     """
     unet, device, class_labels = pipeline.unet, pipeline._execution_device, None
     if labels is not None and options.unet_takes_labels(pipeline):
@@ -99,6 +102,11 @@ def build_denoiser(
         combination = WeightedCombination(weight, factors)
     elif options.guider is not None:
         combination = GuiderCombination(parse_guider(options.guider), timesteps, factors)
+    if options.epsilon_scale is not None and isinstance(pipeline.scheduler, CMStochasticIterativeScheduler):
+        raise ValueError(
+            "`epsilon_scale` is not supported with CMStochasticIterativeScheduler, whose steps all lead to x_0, but got"
+            f" {options.epsilon_scale}."
+        )
     scales = epsilon_scales(options.epsilon_scale, timesteps)
     return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales, options.with_gradients)
 

@@ -310,6 +310,8 @@ def test_saved_pipeline_draws_the_same(tmp_path):
             "`churn` must not be given with EulerAncestral",
         ),
         (CMStochasticIterativeScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with CMStoch"),
+        (CMStochasticIterativeScheduler(), {"epsilon_scale": 1.01}, "`epsilon_scale` is not supported with CMStoch"),
+        (CMStochasticIterativeScheduler(40), {"timesteps": [40, 0]}, r"such as \[20, 0\] or '0,20,39'"),
         (EDMDPMSolverMultistepScheduler(), {"churn": {"s_churn": 8}}, "`churn` must not be given with EDMDPMSolver"),
         (
             HeunDiscreteScheduler(),
