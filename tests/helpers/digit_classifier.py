@@ -58,15 +58,20 @@ def load_digit_classifier() -> DigitClassifier:
     return classifier.eval()
 
 
-def load_digits(dataset_name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of a split, `(images, 1, 32, 32)` in [-1, 1], and their labels, `(images,)`."""
+def load_split(dataset_name: str, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a split, `(images, height, width[, 3])` in [-1, 1], and their labels, `(images,)`."""
     import numpy as np
     from datasets import load_dataset
 
     dataset = load_dataset(dataset_name, split=split)
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in dataset["image"]]))  # (images, 28, 28)
-    images = F.pad(images[:, None].float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    return images, torch.tensor(dataset["label"])
+    images = torch.from_numpy(np.stack([np.asarray(image) for image in dataset[column]]))
+    return images.float() / 127.5 - 1, torch.tensor(dataset["label"])
+
+
+def load_digits(dataset_name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a split, `(images, 1, 32, 32)` in [-1, 1], and their labels, `(images,)`."""
+    images, labels = load_split(dataset_name, split, "image")  # (images, 28, 28), (images,)
+    return F.pad(images[:, None], (2, 2, 2, 2), value=-1.0), labels
 
 
 @torch.no_grad()

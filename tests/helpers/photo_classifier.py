@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digit_classifier import accuracy
+from digit_classifier import accuracy, load_split
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,6 +76,10 @@ def set_whitening(classifier: PhotoClassifier, images: torch.Tensor) -> None:
 
 def load_photo_classifier() -> PhotoClassifier:
     """The trained network, in eval mode."""
+    if not WEIGHTS.exists():
+        raise FileNotFoundError(
+            f"{WEIGHTS} does not exist. Run `python tests/helpers/photo_classifier.py` to train the classifier."
+        )
     classifier = PhotoClassifier()
     classifier.load_state_dict(load_file(WEIGHTS))
     return classifier.eval()
@@ -83,12 +87,8 @@ def load_photo_classifier() -> PhotoClassifier:
 
 def load_photos(dataset_name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split, `(images, 3, 32, 32)` in [-1, 1], and their labels, `(images,)`."""
-    import numpy as np
-    from datasets import load_dataset
-
-    dataset = load_dataset(dataset_name, split=split)
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in dataset["img"]]))  # (images, 32, 32, 3)
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(dataset["label"])
+    images, labels = load_split(dataset_name, split, "img")  # (images, 32, 32, 3), (images,)
+    return images.permute(0, 3, 1, 2), labels
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
