@@ -67,7 +67,7 @@ class PhotoClassifier(nn.Module):
 
 @torch.no_grad()
 def set_whitening(classifier: PhotoClassifier, images: torch.Tensor) -> None:
-    """Makes the first layer project patches onto the eigenvectors of their covariance and their negatives, with variance 1."""
+    """Makes the first layer project patches onto the eigenvectors of their covariance and their negatives, scaled to variance 1."""
     patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
     variances, vectors = torch.linalg.eigh(torch.cov(patches.double().T))
     rows = (vectors / (variances + 1e-3).sqrt()).T.reshape(-1, 3, PATCH, PATCH).float()
