@@ -129,7 +129,7 @@ def build_parser(command_name: str | None = None) -> argparse.ArgumentParser:
 def _check_first_word(parser: argparse.ArgumentParser, word: str) -> None:
     """Reports a misspelt command, or a misspelt option before it, which `argparse` would report as a missing command."""
     kind, known = ("option", GENERAL_OPTIONS) if word.startswith("-") else ("command", tuple(COMMANDS))
-    if word and word not in known and not any(option.startswith(word) for option in GENERAL_OPTIONS):
+    if word and word not in known:
         parser.error(f"there is no {kind} {word}{suggest_nearest(word, known)}")
 
 

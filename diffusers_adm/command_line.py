@@ -52,10 +52,10 @@ class CommandHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser that reports an error in one line, because the usage of many options would hide it."""
+    """Parser that reports an error in one line, because the usage of many options would hide it, and takes no shortened options."""
 
     def __init__(self, *args, formatter_class: type[argparse.HelpFormatter] = CommandHelp, **kwargs):
-        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+        super().__init__(*args, formatter_class=formatter_class, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         """Parses as `argparse` does, and reports unknown options together with the nearest known one, also for subcommands."""

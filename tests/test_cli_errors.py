@@ -156,6 +156,7 @@ def folder(tmp_path_factory) -> Path:
         ((*NLL, "--resolution", 10**6), "--resolution 1000000 must be in"),
         ((*EVALUATE, "--samples_split", "test"), "--samples_split test requires a dataset"),
         ((*SWEEP, "--num_samples", 2), "--num_samples 2 must be in"),
+        ((*SWEEP, "--num_sample", 2), "there is no option --num_sample: did you mean --num_samples?"),
         ((*SWEEP, "--num_samples", 4, "--num_inference_steps", 2, 5000), "num_inference_steps=5000"),
         (("demo", "--output", "new.png", "--seed", -1), "--seed -1 must be in"),
         (("demo", "--output", "new.png", "--steps", 0), "--steps 0 must be at least 1"),
@@ -185,6 +186,7 @@ def test_a_mistake_ends_in_one_line(words, message, folder, monkeypatch, capfd):
     ("word", "message"),
     [
         ("--verzion", "there is no option --verzion: did you mean --version?"),
+        ("--versio", "there is no option --versio: did you mean --version?"),
         ("smple", "there is no command smple: did you mean sample?"),
         ("xyz", "there is no command xyz"),
     ],
@@ -194,9 +196,8 @@ def test_a_misspelt_first_word_is_told_the_nearest_one(word, message, capsys):
     assert capsys.readouterr().err == f"diffusers-adm: error: {message} (see diffusers-adm --help)\n"
 
 
-@pytest.mark.parametrize("word", ["--version", "--versio"])
-def test_the_version_is_that_of_the_package(word, capsys):
+def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as ended:
-        main([word])
+        main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"diffusers-adm {__version__}\n"

@@ -43,7 +43,7 @@ def parse(
     Raises:
         ValueError: If a configuration file is not a table of options, or the options contradict each other.
     """
-    parser = CommandParser(prog=program, description=description, allow_abbrev=False)
+    parser = CommandParser(prog=program, description=description)
     add_options(parser, options, title="run")
     add_examples(parser, *examples)
     argv = sys.argv[1:] if argv is None else argv

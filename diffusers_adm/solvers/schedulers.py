@@ -100,7 +100,7 @@ def build_solver(
     Args:
         scheduler: One of `SUPPORTED_SCHEDULERS`. It is not changed.
         num_inference_steps: Number of steps, in [1, num_train_timesteps]. DDPM and DDIM place them as the original code does if
-            `timestep_spacing` is `"leading"` or `"linspace"`. If it is `"trailing"`, the steps end at the last timestep.
+            `timestep_spacing` is `"leading"` or `"linspace"`. If it is `"trailing"`, a run begins at the last timestep.
         timestep_respacing: Respacing string of the original code, for DDPM and DDIM. It overrides `num_inference_steps`.
         eta: Noise of DDIM, in [0, 1]. 0 is deterministic, and 1 is as noisy as DDPM.
         timesteps: Training timesteps to visit, in the order of the run. They override `num_inference_steps` and

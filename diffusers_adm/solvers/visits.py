@@ -194,7 +194,7 @@ def check_route(scheduler: SchedulerMixin, route: Route, adds_noise: bool = Fals
         ValueError: If the scheduler cannot go back, or a restart is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    reason = None
+    reason, advice = None, "Use a solver without noise, such as HeunDiscreteScheduler."
     if isinstance(scheduler, PNDMScheduler):
         reason = "which takes its first step twice"
     elif isinstance(scheduler, CMStochasticIterativeScheduler):
@@ -208,10 +208,8 @@ def check_route(scheduler: SchedulerMixin, route: Route, adds_noise: bool = Fals
     if isinstance(scheduler, STOCHASTIC) or config.get("algorithm_type", "").startswith("sde"):
         reason = "whose steps add noise already"
     elif adds_noise:
-        reason = "if `eta` or `churn` adds noise in each step"
+        reason, advice = "if `eta` or `churn` adds noise in each step", "Leave out either."
     if reason is not None:
-        raise ValueError(
-            f"`restart` is not supported with {name}, {reason}. Use a solver without noise, such as HeunDiscreteScheduler."
-        )
+        raise ValueError(f"`restart` is not supported with {name}, {reason}. {advice}")
     if route.jumps:
         raise ValueError(f"`restart` requires `{route.name}` that only go down, but got {list(route.listed)}.")

@@ -233,7 +233,11 @@ def test_no_gradient_is_reused_across_a_jump():
             {"restart": {"sigma_min": 1, "sigma_max": 9}},
             "not supported with PNDMScheduler, which takes its first step twice",
         ),
-        (DDIMScheduler, {"eta": 1.0, "restart": {"sigma_min": 1, "sigma_max": 9}}, "if `eta` or `churn` adds noise"),
+        (
+            DDIMScheduler,
+            {"eta": 1.0, "restart": {"sigma_min": 1, "sigma_max": 9}},
+            "adds noise in each step. Leave out either",
+        ),
         (DDIMScheduler, {"restart": {"sigma_min": 1, "sigma_max": 1.1}}, "two or more noise levels of the run"),
         (DDIMScheduler, {"restart": {"sigma_min": 2, "sigma_max": 1}}, "0 <= sigma_min < sigma_max"),
         (DDIMScheduler, {"restart": {"sigma_min": 0, "sigma_max": 1, "times": 0}}, "`times` of restart"),
