@@ -119,8 +119,7 @@ class NoiseSchedule:
             ValueError: If the config does not describe betas, or the timesteps do not fit it.
         """
         beta = betas_from_config(config)
-        if isinstance(timesteps, str):
-            timesteps = respaced_timesteps(timesteps, len(beta))
+        timesteps = respaced_timesteps(timesteps, len(beta)) if isinstance(timesteps, str) else timesteps
         return cls.from_betas(beta, timesteps)
 
     def __len__(self) -> int:
@@ -142,7 +141,8 @@ def timestep_at(schedule: NoiseSchedule, sigma: torch.Tensor) -> torch.Tensor:
         schedule: Noise schedule over all training timesteps.
         sigma: Noise level sqrt((1 - alpha_bar) / alpha_bar) of each image, `(batch,)`.
     """
-    levels, level = schedule.sigma.log().to(sigma.dtype).to(sigma.device), sigma.log()  # MPS has no float64
+    level = sigma.log()
+    levels = schedule.sigma.log().to(sigma.dtype).to(sigma.device, non_blocking=sigma.is_cuda)  # MPS has no float64
     above = torch.searchsorted(levels, level).clamp(1, len(levels) - 1)
     fraction = (level - levels[above - 1]) / (levels[above] - levels[above - 1])
     return above - 1 + fraction.clamp(0, 1)

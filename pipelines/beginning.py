@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_adm.checks import is_number
 from diffusers_adm.diffusion import add_noise
 from diffusers_adm.solvers import Solver
+from diffusers_adm.solvers.visits import ROUNDING
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,6 @@ def step_at(pipeline: DiffusionPipeline, solver: Solver, name: str, timestep: fl
         allowed = "a noise level of at least 0" if takes_sigma else f"a training timestep in [0, {highest}]"
         raise ValueError(f"`{name}` must be {allowed}, but got {timestep!r}.")
     for step, visited in solver.entries.items():
-        if visited <= timestep:
+        if visited <= timestep * (1 + ROUNDING):
             return step
     raise ValueError(f"`{name}` must be at least {visited:g}, the lowest timestep of the run, but got {timestep:g}.")

@@ -8,6 +8,7 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_adm.checks import check_images, is_integer
 from diffusers_adm.guidance import ClassifierGuidance, GuidanceFunction, GuidanceOptions
+from diffusers_adm.guidance.sums import summands
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines.options import SamplingOptions
@@ -59,7 +60,7 @@ def check_guidance_options(
         ValueError: If an option requires another guidance function or scheduler.
     """
     scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
-    noise_aware = all(isinstance(one, ClassifierGuidance) for one in getattr(guidance_fn, "functions", [guidance_fn]))
+    noise_aware = all(isinstance(part, ClassifierGuidance) for part in summands(guidance_fn))
     if options.needs_function_of_x_0 and (guidance_fn is None or noise_aware):
         raise ValueError(
             "`through_unet`, `x_0_weight` and `smoothing` require a `guidance_fn` that is applied to the predicted x_0, such as"

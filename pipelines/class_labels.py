@@ -97,10 +97,16 @@ def check_labels(
     receivers += [(guided, pipeline.classifier.config.num_classes)] if guided else []
     for received, num_classes in receivers or [(labels, known_classes(pipeline))]:
         if num_classes is None:
-            raise ValueError("`class_labels` must be None, because neither UNet nor classifier has classes.")
-        wrong = [label for label in received if not 0 <= label < num_classes]
-        if wrong:
-            raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], but got {wrong}.")
+            networks = "the UNet has no classes" if unet_takes_labels else "neither UNet nor classifier has classes"
+            raise ValueError(f"`class_labels` must be None, because {networks}.")
+        check_range(received, num_classes)
+
+
+def check_range(labels: list[int], num_classes: int) -> None:
+    """Raises a ValueError if a label is not the number of a class."""
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], but got {wrong}.")
 
 
 def draw_labels(

@@ -58,6 +58,7 @@ class DenoisingMixin(RunStateMixin):
             for step, index in enumerate(visits):
                 # Both contexts end before the yield, because the code of the caller runs there.
                 with self._runs.step_of(run), gradients(options.with_gradients):
+                    x_t = solver.renoise(x_t, step - 1, generator) if step else x_t
                     t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
                     x_t = hooks.start(step, t, x_t)
                     guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
@@ -68,8 +69,8 @@ class DenoisingMixin(RunStateMixin):
                     gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
                     denoised = denoised if options.with_gradients else denoised.detach()
                     if particles is not None:
-                        log_psi = guider.log_psi(x_t, timestep, denoised.x_0)
-                        x_t, denoised, gradient = particles.select(log_psi, x_t, denoised, gradient if index else None)
+                        rows = particles.select(guider.log_psi(x_t, timestep, denoised.x_0))
+                        x_t, denoised, gradient = x_t[rows], denoised.rows(rows), guider.select(rows, gradient)
                     moved = guider.move(denoised, x_t, timestep)  # x_0 + w * s * grad log p(y | x_0)
                     latents = solver.step(moved, index, x_t, gradient, generator)  # Algorithm 1 or 2
                     if particles is not None and gradient is not None:
@@ -90,7 +91,7 @@ class DenoisingMixin(RunStateMixin):
                         _make_images=make_images,
                     )
                     taken = replace(taken, latents=hooks.end(taken))
-                    x_t = solver.renoise(taken.latents, step, generator)
+                    x_t = taken.latents
                 progress_bar.update()
                 yield taken
                 if run.interrupt:

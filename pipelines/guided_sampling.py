@@ -13,6 +13,7 @@ from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance
 from diffusers_adm.guidance.gradient import gradients
 from diffusers_adm.guidance.particles import Particles
+from diffusers_adm.guidance.sums import summands
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.models.preconditioning import training_schedule
@@ -32,6 +33,7 @@ from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
     ClassNames,
     check_labels,
+    check_range,
     draw_labels,
     known_classes,
     known_names,
@@ -123,6 +125,9 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             guided = options.guided_by_classifier(self)
             scales = per_image(options.guidance_scale, batch_size, "guidance_scale") if guided else None
             check_labels(self, labels, unet_takes_labels, scales)
+        for num_classes in (getattr(part, "num_classes", None) for part in summands(options.guidance_fn)):
+            if num_classes is not None:
+                check_range(labels, num_classes)
         return labels
 
     def _guidance_factors(
@@ -173,7 +178,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             if self.unet.config.get("preconditioning") is not None:
                 schedule = training_schedule(config.num_train_timesteps, config.beta_schedule)
             guidance_fn = RunClassifierGuidance(self.classifier, max_entropy_scale, schedule)
-        elif any(isinstance(one, ClassifierGuidance) for one in getattr(guidance_fn, "functions", [guidance_fn])):
+        elif any(isinstance(part, ClassifierGuidance) for part in summands(guidance_fn)):
             check_takes_timesteps(self.unet, "guidance_fn=ClassifierGuidance(...)")
 
         def check_scales(scales: list[float]) -> None:
@@ -249,7 +254,9 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         factors = [factor for factor, count in zip(factors, counts) for _ in range(count)]
         solver.repeat(counts)
         solver.spherical = guidance_options.spherical
-        guider = self._prepare_guider(options, solver, factors, labels, generator, device)
+        # The last step of particles draws nothing, so that guidance would have no density.
+        guided = factors if particles is None else [*factors[:-1], 0.0]
+        guider = self._prepare_guider(options, solver, guided, labels, generator, device)
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)
         shape = (batch_size, self.unet.config.in_channels, height, width)
         with gradients(options.with_gradients):
@@ -344,7 +351,8 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         for index in reversed(solver.visits[:-1]):
             before = index - 1
             x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
-            x_0 = solver.clip(x_0)  # as sampling does, because the steps must be its reverse
+            # As sampling does, because the steps must be its reverse.
+            x_0 = scheduler._threshold_sample(x_0) if solver.thresholds else solver.clip(x_0)
             x = add_noise(schedule, x_0, index, epsilon_from_x_0(schedule, x, before, x_0))
         check_finite(x)
         return x

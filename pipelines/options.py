@@ -1,4 +1,4 @@
-"""Arguments of a pipeline's call that are the same for all images of a run."""
+"""Arguments of a pipeline's call that hold for the whole run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Arguments of a pipeline's call that are the same for all images of a run, see [`ClassifierGuidedPipeline.__call__`]."""
+    """Arguments of a pipeline's call that hold for the whole run, see [`ClassifierGuidedPipeline.__call__`]."""
 
     guidance_scale: float | list[float] | torch.Tensor | None = None
     num_inference_steps: int | None = None

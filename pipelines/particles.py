@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_adm.checks import is_integer
 from diffusers_adm.guidance import GuidanceOptions
+from diffusers_adm.guidance.combination import parse_guider
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import DDPMSolver, Solver
@@ -55,6 +56,12 @@ def check_particles(
         raise ValueError(
             "`particles` does not go together with x_0_weight, smoothing, recurrence and spherical of `guidance_options`, whose steps have"
             " no known density."
+        )
+    guider = None if options.guider is None else parse_guider(options.guider)
+    if getattr(guider, "adaptive_projected_guidance_momentum", None) is not None:
+        raise ValueError(
+            "`particles` does not go together with a `guider` with momentum, because each step must depend on x_t alone. Pass"
+            " adaptive_projected_guidance_momentum=None."
         )
     if latents is not None:
         raise ValueError(

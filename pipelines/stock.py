@@ -1,7 +1,7 @@
 """Pipelines of diffusers itself, for tools that support only its classes."""
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
@@ -15,8 +15,8 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     `diffusers_adm` has been imported. The UNet has the entries `in_channels` and `sample_size` of `UNet2DModel` in its config.
 
     Args:
-        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0, with a scheduler whose config is valid for
-            `DDPMScheduler`. The new pipeline shares its weights.
+        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0. The new pipeline shares its weights. Its scheduler
+            is of the same class if that is `DDPMScheduler` or `DDIMScheduler`, otherwise a `DDPMScheduler` with the same betas.
 
     Raises:
         ValueError: If the UNet requires class labels, or is given noise levels.
@@ -40,4 +40,9 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     scheduler_config = {**pipeline.scheduler.config}
     if scheduler_config.get("variance_type") in ("learned", "learned_range"):
         scheduler_config["variance_type"] = "fixed_large"
-    return DDPMPipeline(plain.eval(), pipeline.scheduler.from_config(scheduler_config))
+    # The steps of other schedulers take no generator, which a DDPMPipeline passes.
+    kept = isinstance(pipeline.scheduler, (DDPMScheduler, DDIMScheduler))
+    scheduler_class = type(pipeline.scheduler) if kept else DDPMScheduler
+    # Another class would replace default betas by its own.
+    betas = {name: scheduler_config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+    return DDPMPipeline(plain.eval(), scheduler_class.from_config(scheduler_config, **betas))

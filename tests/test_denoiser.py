@@ -43,6 +43,9 @@ def test_a_level_between_two_timesteps_has_a_timestep_in_between():
 def test_without_noise_images_stay():
     x = images()
     assert torch.equal(Denoiser(tiny_pipeline(), LABELS)(x, 0.0), x)
+    for options in ({}, {"beta_schedule": "linear"}):
+        unet = tiny_unet(out_channels=3, preconditioning="edm", timestep_scale=1000.0, **options)
+        assert torch.equal(Denoiser(unet, LABELS)(x, 0.0), x)
 
 
 def test_one_level_an_image_in_every_shape_that_samplers_use():

@@ -25,6 +25,7 @@ from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.class_labels import known_names
 from diffusers_adm.pipelines.released import name_of_released
+from diffusers_adm.solvers.clipping import clip_range
 from diffusers_adm.training.consistency_options import ConsistencyOptions, ConsistencyTrainingOptions
 from diffusers_adm.training.objective import LossTerms
 from diffusers_adm.training.setup import model_config
@@ -123,7 +124,7 @@ class Teacher:
         if scale is None:
             scale = 0.0 if pipeline.classifier is None else pipeline.config.guidance_scale
         self.accelerator = accelerator
-        self.clips = pipeline.scheduler.config.get("clip_sample", True)
+        self.clip_range = clip_range(pipeline.scheduler)
         labels = None if images.class_names is None else 0  # raises now if the guidance does not fit
         self.denoiser = Denoiser(
             pipeline.to(accelerator.device), labels, guidance_scale=scale, cfg_weight=options.teacher.cfg_weight
@@ -133,7 +134,8 @@ class Teacher:
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """
-        Returns the guided prediction of x_0, of the shape of `x`. It is clipped if the pipeline's scheduler clips.
+        Returns the guided prediction of x_0, of the shape of `x`. It is clipped if the pipeline's scheduler clips. Unlike in sampling, it
+        is clipped after guidance, because it is a target.
 
         Args:
             x: Noised images x_0 + sigma * epsilon, `(batch, channels, height, width)`.
@@ -142,7 +144,7 @@ class Teacher:
         """
         with self.accelerator.autocast():
             x_0 = self.denoiser(x, sigma, labels)
-        return x_0.clamp(-1, 1) if self.clips else x_0
+        return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
 
 
 class ConsistencyObjective:
@@ -181,8 +183,11 @@ class ConsistencyObjective:
         path = path_levels(sigma, self.lower_level(sigma), self.num_path_steps, spacing)  # (steps + 1, batch)
         points = self.points(batch, path)  # (steps + 1, batch, channels, resolution, resolution)
         conditions = self.conditions(batch)
-        with torch.no_grad():
-            target = model(points[-1], path[-1], **conditions).sample
+        if self.step() < self.closer_every:  # all lower levels are sigma_min, where the model returns its input
+            target = points[-1]
+        else:
+            with torch.no_grad():
+                target = model(points[-1], path[-1], **conditions).sample
         repeated = {name: value.repeat(self.num_path_steps) for name, value in conditions.items()}
         predicted = model(points[:-1].flatten(0, 1), path[:-1].flatten(), **repeated).sample
         targets, ends = target.repeat(self.num_path_steps, 1, 1, 1), path[-1].repeat(self.num_path_steps)

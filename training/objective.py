@@ -26,7 +26,7 @@ class LossTerms:
     Args:
         loss: Loss to minimise, `(batch,)`.
         logged: Additional values to log by name, `(batch,)` each.
-        timestep: Timestep of each image, `(batch,)`, or the rank of its noise level among as many equally likely levels.
+        timestep: Timestep of each image, `(batch,)`, or the number of its noise level among as many levels.
     """
 
     loss: torch.Tensor

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from diffusers import ModelMixin
 
-from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget
+from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget, drawing_pipeline
+from diffusers_adm.evaluation.sampling import run_options
 from diffusers_adm.evaluation.shards import one_thread
 from diffusers_adm.launch import join_processes
-from diffusers_adm.training.objective import sampling_defaults
 from diffusers_adm.training.plan import device_name, forward_cost
 from diffusers_adm.training.setup import build_optimizer, prepare_model, set_up_accelerator
 
@@ -84,8 +84,9 @@ def expected_seconds(run: AblationRun, unet: ModelMixin, samples: AblationSample
 
     train = run.num_steps * optimisation.gradient_accumulation_steps * shortest_seconds(step, device)
     batches = -(-samples.num_images // samples.batch_size) / accelerator.num_processes
-    steps = samples.call.get("num_inference_steps") or sampling_defaults(run.options)["num_inference_steps"]
-    return train, batches * steps * shortest_seconds(draw, device)
+    pipeline = drawing_pipeline(run, drawing, samples)
+    evaluations = len(run_options(pipeline, samples.call).solver(pipeline).visits)
+    return train, batches * evaluations * shortest_seconds(draw, device)
 
 
 def shortest_seconds(call: Callable[[], None], device: torch.device) -> float:

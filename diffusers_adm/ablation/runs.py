@@ -212,18 +212,23 @@ def check_runs(
         try:
             with torch.device("meta"):
                 unet = build_unet(run.options, len(class_names) if class_names else None)
-            pipeline = ClassifierGuidedPipeline(
-                unet=unet,
-                id2label=dict(enumerate(class_names)) if class_names else None,
-                **sampling_defaults(run.options),
-            )
-            set_scheduler(pipeline, samples.scheduler)
+            pipeline = drawing_pipeline(run, unet, samples, class_names)
             options = run_options(pipeline, samples.call)
             Labels(samples.labels, pipeline, options, run.seed, samples.num_images)
         except ValueError as error:
             raise ValueError(f"Variant {run.variant}: {error}") from error
         unets[run.variant] = unet
     return unets
+
+
+def drawing_pipeline(
+    run: AblationRun, unet: ADMUNet2DModel, samples: AblationSamples, class_names: list[str] | None = None
+) -> ClassifierGuidedPipeline:
+    """Returns the pipeline that draws the samples of a run. Its arguments are those of `check_runs`, and a UNet."""
+    id2label = dict(enumerate(class_names)) if class_names else None
+    pipeline = ClassifierGuidedPipeline(unet, id2label=id2label, **sampling_defaults(run.options))
+    set_scheduler(pipeline, samples.scheduler)
+    return pipeline
 
 
 def describe_budget(run: AblationRun) -> str:

@@ -18,6 +18,9 @@ from diffusers_adm.diffusion import NoiseSchedule, timestep_at
 from diffusers_adm.guidance.gradient import guidance_gradient, moves_weights
 
 
+CLASSIFIER_NEEDS_LABELS = "Guidance by a classifier requires `class_labels`, but got None."
+
+
 class ClassifierGuidance:
     """
     log p(y | x_t) of a noise-aware classifier.
@@ -38,6 +41,11 @@ class ClassifierGuidance:
         """Data type of the classifier's weights. `None` if the classifier has no `dtype`."""
         return getattr(self.classifier, "dtype", None)
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes. `None` if the classifier's config does not have it."""
+        return getattr(getattr(self.classifier, "config", None), "num_classes", None)
+
     def log_probabilities(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """
         Returns the log-probability of each class, `(batch, num_classes)`, float32.
@@ -52,12 +60,14 @@ class ClassifierGuidance:
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         """Returns the log-probability of each image's class, `(batch,)`."""
+        if class_labels is None:
+            raise ValueError(CLASSIFIER_NEEDS_LABELS)
         x_t = x_t.view_as(x_t)  # a new tensor object, because the hook below must not stay on the caller's tensor
         log_probabilities = self.log_probabilities(x_t, timestep)  # (batch, num_classes)
         if self.max_entropy_scale is not None and x_t.requires_grad:
             entropy = torch.special.entr(log_probabilities.detach().exp()).sum(dim=1)  # (batch,)
             largest = math.log(log_probabilities.shape[1])
-            factor = (largest / entropy).clamp(max=self.max_entropy_scale)[:, None, None, None]
+            factor = (largest / entropy).nan_to_num(1.0).clamp(max=self.max_entropy_scale)[:, None, None, None]
             # The gradient is scaled, not the log-probability, because a float16 classifier could not hold such large gradients.
             x_t.register_hook(lambda gradient: factor * gradient)
         return log_probabilities.gather(1, class_labels[:, None])[:, 0]
@@ -201,11 +211,12 @@ class CleanClassifierGuidance:
     ) -> torch.Tensor:
         """Returns the calibrated log-probability of each image's class, `(batch,)`."""
         if class_labels is None:
-            raise ValueError("Guidance by a classifier requires `class_labels`, but got None.")
+            raise ValueError(CLASSIFIER_NEEDS_LABELS)
         pixels = as_pixels(x_0, self.image_processor)
         output = self.classifier(pixels.to(self.dtype or pixels.dtype))
         logits = getattr(output, "logits", output).float()  # (batch, classes)
-        if not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
+        # Reading a tensor on a GPU would wait for it.
+        if class_labels.device.type == "cpu" and not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
             raise ValueError(
                 f"`class_labels` must be in [0, {logits.shape[1] - 1}], the classifier's classes, but got {class_labels.tolist()}."
             )

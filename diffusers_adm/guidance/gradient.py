@@ -114,10 +114,10 @@ def guidance_gradient(
         stack.enter_context(differentiable(getattr(guidance_fn, "weights_may_move", True) and not create_graph))
         depends = x_0.grad_fn is not None and not create_graph
         if create_graph:
-            stack.enter_context(
-                sdpa_kernel(SDPBackend.MATH)
-            )  # the fast kernels of attention have no second derivative
-            x_t, x_0 = x_t.view_as(x_t), x_0.view_as(x_0)  # the derivative is taken of each as if it were alone
+            # The fast kernels of attention have no second derivative.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # The derivative is taken of each as if it were alone.
+            x_t, x_0 = (one.view_as(one) if one.requires_grad else leaf(one) for one in (x_t, x_0))
         elif not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)
         # Clones are made outside inference mode, because autograd cannot save tensors that inference mode made.

@@ -128,7 +128,7 @@ class Guider:
         self.asked_rows = None if whole else torch.tensor(rows, dtype=torch.long, device=x_t.device)
 
     def _warn_of_high_noise(self) -> None:
-        highest = max(sigma for sigma, factor in zip(self.solver.sigmas, self.factors) if factor)
+        highest = max((sigma for sigma, factor in zip(self.solver.sigmas, self.factors) if factor), default=0.0)
         if self.solver.shifts_epsilon and self.max_sizes is None and highest > HIGH_NOISE_LEVEL:
             warnings.warn(
                 f"Guidance begins at noise level {highest:.0f}. There, small errors of the gradient move the predicted x_0 far out"
@@ -173,6 +173,18 @@ class Guider:
             gradient = shortened(gradient, self.max_sizes[self.step])
         self.finite.see(gradient, self.step)
         return gradient
+
+    def select(self, rows: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        Returns rows of a gradient, or `None` without one. Later steps reuse the same rows of the kept gradient.
+
+        Args:
+            rows: Rows of a batch that take the place of all its rows, `(batch,)`.
+            gradient: Scaled gradient, `(batch, channels, height, width)`, or `None`.
+        """
+        if self.last_gradient is not None:
+            self.last_gradient = self.last_gradient[rows]
+        return None if gradient is None else gradient[rows]
 
     def move(self, denoised: Denoised, x_t: torch.Tensor, timestep: torch.Tensor) -> Denoised:
         """

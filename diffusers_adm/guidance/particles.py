@@ -7,8 +7,6 @@ particles of an image carry most of the weight, all its particles are resampled:
 
 import torch
 
-from diffusers_adm.solvers import Denoised
-
 
 class Particles:
     """
@@ -45,18 +43,13 @@ class Particles:
         """Effective number of particles of each image, `(images,)`: 1 / sum of w^2. It is K if all weights are equal."""
         return 1 / self.log_weights.softmax(dim=1).square().sum(dim=1)
 
-    def select(
-        self, log_psi: torch.Tensor, x_t: torch.Tensor, denoised: Denoised, gradient: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Denoised, torch.Tensor | None]:
+    def select(self, log_psi: torch.Tensor) -> torch.Tensor:
         """
         Weights the particles at a step, and resamples the particles of each image whose effective number has fallen below K / 2
-        (systematic resampling). Returns the rows of the given tensors that belong to the chosen particles.
+        (systematic resampling). Returns the rows of the chosen particles, `(batch,)`.
 
         Args:
             log_psi: Logarithm of psi_t(x_t), `(batch,)`.
-            x_t: Noised images, `(batch, channels, height, width)`.
-            denoised: Prediction at x_t.
-            gradient: Scaled gradient at x_t, of the shape of x_t, or `None`.
         """
         self.log_weights = self.log_weights + (log_psi - self.unweighted).view_as(self.log_weights)
         few = (self.effective_number < self.num_particles / 2)[:, None]  # (images, 1)
@@ -64,7 +57,7 @@ class Particles:
         self.log_weights = self.log_weights.masked_fill(few, 0.0)
         rows = self._rows(chosen)
         self.unweighted = log_psi[rows]
-        return x_t[rows], denoised.rows(rows), None if gradient is None else gradient[rows]
+        return rows
 
     def propose(self, log_density_ratio: torch.Tensor) -> None:
         """

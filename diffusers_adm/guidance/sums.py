@@ -64,6 +64,15 @@ class WeightedSum:
         return total
 
 
+def summands(guidance_fn: GuidanceFunction | None) -> list[GuidanceFunction | None]:
+    """Returns the functions that a guidance function consists of: those of a sum, also of sums within it, or the function alone."""
+    return (
+        [part for one in guidance_fn.functions for part in summands(one)]
+        if isinstance(guidance_fn, WeightedSum)
+        else [guidance_fn]
+    )
+
+
 class DiscriminatorGuidance(ClassifierGuidance):
     """
     Guidance by a discriminator, a noise-aware classifier of real and generated images: log d(x_t) - log(1 - d(x_t)), where d is the
@@ -77,6 +86,8 @@ class DiscriminatorGuidance(ClassifierGuidance):
     Raises:
         ValueError: If the discriminator has another number of classes, or `real_class` is neither 0 nor 1.
     """
+
+    num_classes = None  # the classes of the images do not matter
 
     def __init__(self, discriminator: nn.Module, real_class: int = 1):
         num_classes = getattr(getattr(discriminator, "config", None), "num_classes", 2)

@@ -75,8 +75,10 @@ class Preconditioning:
         return (sigma**2 + self.sigma_data**2).rsqrt()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the noise level in the form in which the network is given it, of the shape of sigma."""
-        return sigma.log() / 4 if self.schedule is None else timestep_at(self.schedule, sigma)
+        """Returns the noise level in the form in which the network is given it, of the shape of sigma. It is finite also at 0."""
+        if self.schedule is not None:
+            return timestep_at(self.schedule, sigma)
+        return sigma.clamp(min=torch.finfo(sigma.dtype).tiny).log() / 4
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
         """Returns the coefficient of x in the predicted x_0, of the shape of sigma."""

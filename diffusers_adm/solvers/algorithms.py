@@ -27,6 +27,7 @@ from diffusers_adm.diffusion import (
     x_0_from_epsilon,
     x_0_from_prediction,
 )
+from diffusers_adm.solvers.clipping import clip_range, thresholds
 
 
 HIGH_NOISE_LEVEL = 200.0  # above the last timestep of the linear schedule, 157
@@ -85,16 +86,11 @@ class Solver:
     spherical: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin, schedule: NoiseSchedule, visits: list[int] | None = None):
-        config = scheduler.config
         self.schedule = schedule
         self._visit(list(reversed(range(len(schedule)))) if visits is None else visits)
-        self.prediction_type = config.get("prediction_type")
-        # A config that was converted from another class keeps options of that class. This class may not support `thresholding`.
-        can_threshold = "thresholding" in inspect.signature(type(scheduler).__init__).parameters
-        self.thresholds = bool(can_threshold and config.thresholding)
-        # Schedulers without a clipping option clip too, because `clip_denoised` of the original code is on by default.
-        clips = config.get("clip_sample", config.get("clip_denoised", True)) and not self.thresholds
-        self.clip_range = config.get("clip_sample_range", 1.0) if clips else None
+        self.prediction_type = scheduler.config.get("prediction_type")
+        self.thresholds = thresholds(scheduler)
+        self.clip_range = clip_range(scheduler)
 
     def _visit(self, visits: list[int]) -> None:
         self.visits = visits
@@ -247,7 +243,8 @@ class DDPMSolver(Solver):
         return read_table(self.fixed_log_variance, index, x_t)
 
     def mean(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor) -> torch.Tensor:
-        """Returns the mean of the step before guidance, where `gradient_at="mean"` takes the gradient."""
+        """Returns the mean mu of the step before guidance, where `gradient_at="mean"` takes the gradient."""
+        x_0 = self.scheduler._threshold_sample(x_0) if self.thresholds else x_0
         return posterior_mean(self.schedule, x_t, index, x_0)
 
     def step(
@@ -263,7 +260,7 @@ class DDPMSolver(Solver):
         gradient turns (spherical guidance). The arguments are those of `Solver.step`.
         """
         log_variance = denoised.log_variance
-        mean = self._mean(denoised, index, x_t)  # mu
+        mean = self.mean(denoised.x_0, index, x_t)  # mu
         if gradient is not None and self.spherical is None:
             mean = shift_mean(mean, log_variance, gradient)  # mu + s * Sigma * grad log p(y | x_t)
         if index == 0:
@@ -273,10 +270,6 @@ class DDPMSolver(Solver):
         if gradient is not None and self.spherical is not None:
             noise = spherical_noise(noise, deviation * gradient, self.spherical)
         return mean + deviation * noise
-
-    def _mean(self, denoised: Denoised, index: int, x_t: torch.Tensor) -> torch.Tensor:
-        x_0 = self.scheduler._threshold_sample(denoised.x_0) if self.thresholds else denoised.x_0
-        return posterior_mean(self.schedule, x_t, index, x_0)
 
     def log_density_ratio(
         self, denoised: Denoised, index: int, x_t: torch.Tensor, gradient: torch.Tensor, latents: torch.Tensor
@@ -293,7 +286,7 @@ class DDPMSolver(Solver):
             latents: x_{t-1}, of the shape of x_t.
         """
         log_variance = torch.as_tensor(denoised.log_variance, device=x_t.device)
-        noise = latents - shift_mean(self._mean(denoised, index, x_t), log_variance, gradient)  # sqrt(Sigma) * z
+        noise = latents - shift_mean(self.mean(denoised.x_0, index, x_t), log_variance, gradient)  # sqrt(Sigma) * z
         return -(gradient * (noise + 0.5 * log_variance.exp() * gradient)).sum(dim=(1, 2, 3))
 
 

@@ -147,6 +147,8 @@ def respaced_steps(
     num_train_timesteps = scheduler.config.num_train_timesteps
     if timestep_respacing is not None:
         return respaced_timesteps(timestep_respacing, num_train_timesteps)
+    if count == 1:
+        return [num_train_timesteps - 1]  # the step begins with noise
     if isinstance(scheduler, PNDMScheduler):
         return evenly_spaced_timesteps(count, num_train_timesteps)
     if scheduler.config.timestep_spacing == "trailing":

@@ -24,7 +24,7 @@ from diffusers_adm.checks import is_integer, is_number
 # Schedulers whose steps always add noise.
 STOCHASTIC = (DDPMScheduler, EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler, SASolverScheduler)
 
-_ROUNDING = 1e-5  # relative, because schedulers round their noise levels to float32
+ROUNDING = 1e-5  # relative, because schedulers round their noise levels to float32
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def restarted_visits(sigmas: list[float], starts: list[int], restarts: tuple[Res
     """
     again: dict[int, list[int]] = {}
     for restart in restarts:
-        low, high = restart.sigma_min * (1 - _ROUNDING), restart.sigma_max * (1 + _ROUNDING)
+        low, high = restart.sigma_min * (1 - ROUNDING), restart.sigma_max * (1 + ROUNDING)
         part = [index for index in starts if low <= sigmas[index] <= high]
         if len(part) < 2:
             levels = ", ".join(f"{sigmas[index]:.3g}" for index in reversed(starts))

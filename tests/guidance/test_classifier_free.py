@@ -18,7 +18,7 @@ def epsilon_of(unet, x_t: torch.Tensor, labels: list[int]) -> torch.Tensor:
 def test_classifier_free_guidance_moves_epsilon_away_from_that_of_no_class(weights):
     pipeline, x_t = pipeline_of(DDIMScheduler, clip_sample=False), images()
     rows = calls_of(pipeline.unet)
-    found = draw(pipeline, cfg_weight=weights, num_inference_steps=1, latents=x_t)
+    found = draw(pipeline, cfg_weight=weights, timesteps=[0], latents=x_t)
     assert rows == [4]  # both in one evaluation
     w = torch.as_tensor(weights).expand(2)[:, None, None, None]
     epsilon = (1 + w) * epsilon_of(pipeline.unet, x_t, LABELS) - w * epsilon_of(pipeline.unet, x_t, [NULL, NULL])
@@ -52,11 +52,11 @@ def test_both_kinds_of_guidance_together(scheduler_class):
 def test_a_weaker_unet_takes_the_place_of_no_class():
     pipeline, x_t = pipeline_of(DDIMScheduler, clip_sample=False), images()
     weaker = tiny_unet(seed=7)
-    found = draw(pipeline, cfg_weight=2.0, weaker=weaker, num_inference_steps=1, latents=x_t)
+    found = draw(pipeline, cfg_weight=2.0, weaker=weaker, timesteps=[0], latents=x_t)
     epsilon = 3 * epsilon_of(pipeline.unet, x_t, LABELS) - 2 * epsilon_of(weaker, x_t, LABELS)
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, epsilon), rtol=1e-4, atol=1e-5)
     weaker = torch.compile(weaker, backend="eager")
-    again = draw(pipeline, cfg_weight=2.0, weaker=weaker, num_inference_steps=1, latents=x_t)
+    again = draw(pipeline, cfg_weight=2.0, weaker=weaker, timesteps=[0], latents=x_t)
     torch.testing.assert_close(again, found)
     itself = draw(pipeline, cfg_weight=2.0, weaker=pipeline.unet)
     torch.testing.assert_close(itself, draw(pipeline), rtol=1e-3, atol=1e-3)

@@ -40,7 +40,7 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
 
     near.through_unet = through_unet
     rows = calls_of(pipeline.unet)
-    found = draw(pipeline, guidance_fn=near, guidance_scale=0.3, num_inference_steps=1, latents=x_t)
+    found = draw(pipeline, guidance_fn=near, guidance_scale=0.3, timesteps=[0], latents=x_t)
     assert rows == [2]  # one evaluation serves the gradient and the step
 
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, [0])
@@ -51,7 +51,7 @@ def test_a_function_of_x_0_guides_by_its_gradient_there_or_through_the_unet(thro
     shifted = epsilon - schedule.noise_scale[0].float() * 0.3 * gradient
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, shifted.detach()), rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
-        again = draw(pipeline, guidance_fn=near, guidance_scale=0.3, num_inference_steps=1, latents=x_t)
+        again = draw(pipeline, guidance_fn=near, guidance_scale=0.3, timesteps=[0], latents=x_t)
     assert torch.equal(again, found)
     if through_unet:
         with pytest.raises(ValueError, match="`x_0_fn` must return a tensor that depends on x_0"):
@@ -91,7 +91,7 @@ def test_gradients_through_a_unet_in_half_precision_neither_vanish_nor_overflow(
             return found.setdefault(dtype, tensors) and {}
 
         call = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["gradient"]}
-        draw(pipeline, guidance_fn=near, guidance_scale=1.0, num_inference_steps=1, latents=images(), **call)
+        draw(pipeline, guidance_fn=near, guidance_scale=1.0, timesteps=[0], latents=images(), **call)
     exact, half = (found[dtype]["gradient"] for dtype in found)
     assert (half - exact).norm() < 0.02 * exact.norm()
 

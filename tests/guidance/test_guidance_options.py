@@ -217,8 +217,9 @@ def test_an_image_that_is_guided_from_now_on_does_not_wait_for_the_next_gradient
     assert not gradients[0][0].any() and all(gradient.flatten(1).any(dim=1).all() for gradient in gradients[1:])
 
 
-def test_gradient_at_the_mean_is_that_of_the_next_timestep():
-    pipeline, seen = pipeline_of(), []
+@pytest.mark.parametrize("thresholding", [False, True])
+def test_gradient_at_the_mean_is_that_of_the_next_timestep(thresholding):
+    pipeline, seen = pipeline_of(clip_sample=not thresholding, thresholding=thresholding), []
 
     def watch(x_t, timestep, x_0, class_labels):
         seen.append((x_t.detach().clone(), timestep.tolist(), x_0.detach().clone()))
@@ -233,6 +234,7 @@ def test_gradient_at_the_mean_is_that_of_the_next_timestep():
     assert [timestep for _, timestep, _ in seen] == [[666] * 2, [333] * 2, [0] * 2, [0] * 2]
     for step in (1, 2, 3):
         where, _, x_0 = seen[step]
+        x_0 = pipeline.scheduler._threshold_sample(x_0) if thresholding else x_0
         torch.testing.assert_close(where, posterior_mean(schedule, states[step - 1], 3 - step, x_0))
     found, published = (
         draw(pipeline, guidance_scale=20.0, guidance_options={"gradient_at": at}) for at in ("mean", "x_t")

@@ -110,21 +110,13 @@ def test_particles_are_drawn_by_their_weights():
 
 def test_particles_are_resampled_only_where_few_bear_the_weight():
     particles = Particles(2, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
-    x_t = torch.arange(8.0)[:, None, None, None]
     log_psi = torch.tensor([0.0, 0.1, 0.0, 0.1, -50.0, 0.0, -50.0, -50.0])
-    chosen, denoised, gradient = particles.select(log_psi, x_t, Denoised(x_t, x_t), x_t)
-    assert chosen.flatten().tolist() == [0, 1, 2, 3, 5, 5, 5, 5]
-    assert (
-        torch.equal(denoised.x_0, chosen)
-        and torch.equal(denoised.log_variance, chosen)
-        and torch.equal(gradient, chosen)
-    )
+    assert particles.select(log_psi).tolist() == [0, 1, 2, 3, 5, 5, 5, 5]
     assert torch.equal(particles.log_weights, torch.stack([log_psi[:4], torch.zeros(4)]))
     particles.propose(torch.full((8,), 2.0))
-    particles.select(log_psi[[0, 1, 2, 3, 5, 5, 5, 5]] + 1.0, x_t, Denoised(x_t), None)
-    assert torch.allclose(
-        particles.log_weights[1], torch.full((4,), 3.0)
-    )  # log psi has grown by 1, and the ratio is 2
+    particles.select(log_psi[[0, 1, 2, 3, 5, 5, 5, 5]] + 1.0)
+    # log psi has grown by 1, and the ratio is 2
+    assert torch.allclose(particles.log_weights[1], torch.full((4,), 3.0))
 
 
 def test_a_seeds_image_is_the_same_in_any_batch():
@@ -143,6 +135,22 @@ def test_steps_show_particles_and_their_weights():
     assert [step.latents.shape[0] for step in steps] == [6, 6]
     assert [tuple(step.log_weights.shape) for step in steps] == [(2, 3), (2, 3)]
     assert steps[0].gradient is not None and steps[-1].gradient is None
+
+
+def test_a_gradient_that_is_reused_is_that_of_the_chosen_particles():
+    call = {"guidance_scale": 400.0, "particles": 4, "num_inference_steps": 4, "guidance_options": {"every": 3}}
+    pipeline = tiny_pipeline()
+    first, second, *_ = pipeline.steps([1], generator=torch.Generator().manual_seed(3), **call)
+    assert (first.gradient == first.gradient[:1]).all()  # one particle had all the weight
+    assert (second.gradient == second.gradient[:1]).all() and second.gradient.abs().max() > 0
+    differentiated = []
+    pipeline.classifier.register_forward_hook(
+        lambda _, args, output: differentiated.append(output.logits.requires_grad)
+    )
+    steps = list(pipeline.steps([1], generator=torch.Generator().manual_seed(3), **{**call, "guidance_options": None}))
+    assert sum(differentiated) == 3 and [step.gradient is None for step in steps] == [False, False, False, True]
+    (alone,) = pipeline.steps([1], **{**call, "guidance_options": None, "num_inference_steps": 1})
+    assert alone.gradient is None
 
 
 def test_functions_upsamplers_and_weaker_predictions_take_part():
@@ -170,6 +178,7 @@ BAD_CALLS = [
     ({"timesteps": [500, 300, 200, 300, 200, 0]}, "jumps back up"),
     ({"guidance_options": {"gradient_at": "mean"}}, "gradient_at='x_t'"),
     ({"latents": torch.zeros(2, 3, SIZE, SIZE)}, "Leave out `latents`"),
+    ({"guider": {"kind": "AdaptiveProjectedMixGuidance"}}, "a `guider` with momentum"),
     ({"callback_on_step_end": lambda *arguments: {}}, "does not go together with callbacks"),
     ({"guidance_fn": returns_gradient}, "must return one log-probability per image with `particles`"),
 ]

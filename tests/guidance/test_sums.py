@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from guided_calls import LABELS, draw
-from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_scheduler
+from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm.guidance import ClassifierGuidance, DiscriminatorGuidance, WeightedSum, guidance_gradient
 
@@ -61,6 +61,19 @@ def test_a_sum_guides_a_pipeline():
     torch.testing.assert_close(
         draw(pipeline, guidance_scale=2.0, guidance_fn=function), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_sum_within_a_sum_is_checked_as_the_sum_is():
+    inner = WeightedSum(ClassifierGuidance(tiny_classifier()))
+    unet = tiny_unet(out_channels=3, preconditioning="edm", timestep_scale=1000.0)
+    pipeline = tiny_pipeline(unet, HeunDiscreteScheduler(), with_classifier=False)
+    for function in (inner, WeightedSum(inner)):
+        with pytest.raises(ValueError, match="requires a UNet that is given timesteps"):
+            draw(pipeline, guidance_scale=2.0, guidance_fn=function)
+        with pytest.raises(ValueError, match=r"`class_labels` must be in \[0, 4\], but got \[7\]"):
+            draw(tiny_pipeline(tiny_unet(num_class_embeds=None)), [1, 7], guidance_scale=2.0, guidance_fn=function)
+        with pytest.raises(ValueError, match="requires `class_labels`"):
+            guidance_gradient(function, images(), TIMESTEP, images(), None)
 
 
 def test_a_discriminator_guides_by_the_log_ratio():

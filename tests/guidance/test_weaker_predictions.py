@@ -31,7 +31,7 @@ def epsilon_of(unet, x_t: torch.Tensor, labels: list[int] | None) -> torch.Tenso
 
 
 def one_step(pipeline, x_t: torch.Tensor, **call) -> torch.Tensor:
-    return draw(pipeline, num_inference_steps=1, latents=x_t, **call)
+    return draw(pipeline, timesteps=[0], latents=x_t, **call)
 
 
 def test_a_random_class_of_each_image_and_step():

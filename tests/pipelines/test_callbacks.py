@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
 from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, rows_seen, solver_pipeline, visited
-from tiny_models import tiny_pipeline
+from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
 
 
 @every_solver
@@ -91,6 +92,23 @@ def test_interruption_skips_the_steps_that_are_left():
     assert pipeline.interrupt
     draw(pipeline)
     assert not pipeline.interrupt and len(steps) == 2 + STEPS
+
+
+def test_a_run_that_stops_before_noise_is_added_returns_its_last_step():
+    unet = tiny_unet(out_channels=3, preconditioning="consistency")
+    consistency = tiny_pipeline(unet, CMStochasticIterativeScheduler(), with_classifier=False)
+    jumping = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler))
+    jumps = {"timesteps": [500, 0, 500, 0], "num_inference_steps": None}
+    for pipeline, last, call in ((consistency, 0, {}), (jumping, 1, jumps)):
+        latents = []
+
+        def stop(called, step, timestep, kwargs, latents=latents, last=last):
+            latents.append(kwargs["latents"])
+            called._interrupt = step == last
+            return kwargs
+
+        output = draw(pipeline, callback_on_step_end=stop, guidance_scale=0.0, **call)
+        assert torch.equal(output, latents[-1]) and len(latents) == last + 1
 
 
 def test_callback_is_given_only_what_it_asks_for():

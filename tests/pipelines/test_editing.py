@@ -91,6 +91,14 @@ def test_digits_that_were_inverted_to_a_timestep_are_drawn_again():
     assert errors[0] < errors[1] < 0.1, errors
 
 
+def test_inversion_thresholds_as_sampling_does():
+    pipeline = pipeline_with(DDIMScheduler, clip_sample=False, thresholding=True)
+    given = images().clamp(-1, 1)
+    noise = pipeline.invert(given, LABELS, 250)
+    again = draw(pipeline, LABELS, latents=noise, num_inference_steps=250, guidance_scale=0.0)
+    assert (again - given).square().mean().sqrt() < 0.1
+
+
 def test_inversion_ends_at_the_highest_visited_timestep_that_is_at_most_until():
     pipeline = pipeline_with(DDIMScheduler)  # 4 steps visit 750, 500, 250, 0
     ends = [pipeline.invert(images(), LABELS, 4, until=until) for until in (499, 250, torch.tensor(251.0), 249)]
@@ -165,6 +173,13 @@ def test_a_run_over_noise_levels_goes_on_from_its_middle(scheduler_class):
     assert [one.sigma for one in again] == [one.sigma for one in whole[4:]]
     if scheduler_class in (HeunDiscreteScheduler, KDPM2DiscreteScheduler):  # without noise
         torch.testing.assert_close(again[-1].latents, whole[-1].latents, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_begins_at_a_listed_noise_level_that_float32_rounds_up():
+    call = {"sigmas": [20.0, 5.0, 0.8, 0.1], "num_inference_steps": None, "image": PICTURES}
+    for pipeline in (told_sigma(HeunDiscreteScheduler), told_sigma(EulerAncestralDiscreteScheduler)):
+        for level in call["sigmas"]:
+            assert run(pipeline, start=level, **call)[0].sigma == pytest.approx(level)
 
 
 def test_a_two_stage_method_does_not_begin_within_a_step():

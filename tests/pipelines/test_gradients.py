@@ -167,13 +167,18 @@ def test_gradients_through_noise_levels():
     check_gradient(lambda x: value_of(pipeline, x, start=2.0, guidance_scale=0.0), images())
 
 
-def test_an_upsampler_has_gradients_with_respect_to_the_small_image():
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_an_upsampler_has_gradients_with_respect_to_the_small_image(scale):
     pipeline = ADMUpsamplePipeline(tiny_unet(low_res_conditioning=True), tiny_scheduler(DDIMScheduler), low_res_size=4)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.register_to_config(clip_sample=False)
 
     def value(small: torch.Tensor) -> torch.Tensor:
         call = {"generator": seeded(), "num_inference_steps": 3, "output_type": "latent"}
+        call |= {
+            "guidance_fn": lambda x_t, timestep, x_0, labels: (x_t * x_0).sum(dim=(1, 2, 3)),
+            "guidance_scale": scale,
+        }
         drawn = pipeline(small, LABELS, with_gradients=small.requires_grad, latents=images(), start=400, **call)
         return (PROBE * drawn.images).sum()
 

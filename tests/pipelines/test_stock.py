@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
-from tiny_models import SIZE, images, tiny_pipeline, tiny_unet
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from tiny_models import SIZE, images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.pipelines.stock import as_ddpm_pipeline
@@ -49,6 +49,15 @@ def test_pipeline_stays_as_it_is():
     assert pipeline.unet.config.out_channels == 6 and pipeline.scheduler.config.variance_type == "learned_range"
     assert stock.unet.encoder.conv_in.weight.data_ptr() == pipeline.unet.encoder.conv_in.weight.data_ptr()
     assert stock.unet.config.sample_size == SIZE
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_stock_pipelines_of_every_scheduler_draw(scheduler_class):
+    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), tiny_scheduler(scheduler_class), with_classifier=False)
+    stock = as_ddpm_pipeline(pipeline)
+    stock.set_progress_bar_config(disable=True)
+    assert stock(num_inference_steps=2, output_type="np").images.shape == (1, SIZE, SIZE, 3)
+    assert stock.scheduler.config.beta_end == pipeline.scheduler.config.beta_end
 
 
 def test_unet_that_needs_labels_is_refused():

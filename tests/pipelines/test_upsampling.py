@@ -47,7 +47,7 @@ def test_published_upsampler_takes_one_ddim_step_as_its_recorded_output_says():
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.config.low_res_size == 8
-    # A run of one step visits timestep 0; the recorded output is at others, so epsilon is asked of the network again.
+    # The run visits timestep 0; the recorded output is at others, so epsilon is asked of the network again.
     low_res, sample = io["low_res"], io["sample"]
     with torch.no_grad():
         recorded = pipeline.unet(sample, io["timestep"], io["class_labels"], low_res).sample
@@ -61,7 +61,7 @@ def test_published_upsampler_takes_one_ddim_step_as_its_recorded_output_says():
         (low_res.clamp(-1, 1) + 1) / 2,
         io["class_labels"],
         latents=sample,
-        num_inference_steps=1,
+        timesteps=[0],
         output_type="latent",
     ).images
     torch.testing.assert_close(drawn, x_0.float(), rtol=0, atol=1e-4)

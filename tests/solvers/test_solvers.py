@@ -139,7 +139,9 @@ def test_every_supported_scheduler_draws_guided_and_unguided():
         torch.testing.assert_close(alone[0], drawn[1][1], rtol=1e-3, atol=1e-3, msg=scheduler_class.__name__)
 
 
-@pytest.mark.filterwarnings("ignore:.* in one step, which oversaturates colours")
+@pytest.mark.filterwarnings(
+    "ignore:.* in one step, which oversaturates colours", "ignore:Guidance begins at noise level 20291"
+)
 def test_few_steps_over_all_noise_there_is_draw_numbers():
     """The error of a step from a sigma of thousands to a sigma of hundreds is rounding of float32."""
     for scheduler_class in SUPPORTED_SCHEDULERS:

@@ -131,6 +131,18 @@ def test_noise_levels_of_a_pair_move_closer():
     assert (lower[3] > lower[2] - 1e-9).all() and (lower < sigma).all()
 
 
+@pytest.mark.parametrize("step, evaluations", [(9, 1), (10, 2)])
+def test_targets_at_the_lowest_noise_level_cost_no_evaluation(step, evaluations):
+    calls = []
+
+    def model(x, sigma):
+        calls.append(sigma)
+        return exact_model(x, sigma)
+
+    gaussian_objective(step=step, closer_every=10)(model, gaussian_batch(8))
+    assert len(calls) == evaluations
+
+
 @pytest.mark.parametrize("teacher", [gaussian_denoiser, None])
 def test_training_finds_the_consistency_function_of_gaussian_images(teacher):
     torch.manual_seed(0)
