@@ -290,8 +290,18 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         labels = self._prepare_labels(labels, options, batch_size, generator)
 
         # 4. Prepare guidance and the first images, denoise (Algorithm 1 or 2), and make images of x_0.
-        run = (options, solver, factors, labels, (batch_size, height, width))
-        return self._run(*run, generator, beginning, hooks, output_type, return_dict)
+        return self._run(
+            options,
+            solver,
+            factors,
+            labels,
+            size=(batch_size, height, width),
+            generator=generator,
+            beginning=beginning,
+            hooks=hooks,
+            output_type=output_type,
+            return_dict=return_dict,
+        )
 
     @with_arguments_of(steps)
     def __call__(self, *args, **kwargs) -> ImagePipelineOutput | tuple:

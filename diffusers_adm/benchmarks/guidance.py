@@ -175,15 +175,15 @@ def chosen_families(only: str, discriminator: str | None) -> dict[str, Family]:
     return chosen
 
 
-def evaluate_method(points: Points, family: str, name: str, settings: Family, limit: float) -> tuple[dict, dict]:
+def evaluate_method(points: Points, family_name: str, family: Family, name: str, limit: float) -> tuple[dict, dict]:
     """
     Evaluates all settings of a method, and the best one with three more seeds if it is good.
 
     Args:
         points: Points of the benchmark.
-        family: Name of the family.
+        family_name: Name of the family.
+        family: Family of the method.
         name: Name of the method.
-        settings: Family of the method.
         limit: Distance above which the best setting is not evaluated again.
 
     Returns:
@@ -192,27 +192,27 @@ def evaluate_method(points: Points, family: str, name: str, settings: Family, li
     seed = points.settings.seed
 
     def evaluate(setting: dict, seed: int) -> dict:
-        point = {"family": family, "method": name, "setting": str(setting), "seed": seed}
-        return points.evaluate_point(point, settings.scheduler, {**settings.call, **setting})
+        point = {"family": family_name, "method": name, "setting": str(setting), "seed": seed}
+        return points.evaluate_point(point, family.scheduler, {**family.call, **setting})
 
-    tried = [(evaluate(setting, seed), setting) for setting in settings.methods[name]]
+    tried = [(evaluate(setting, seed), setting) for setting in family.methods[name]]
     best, setting = min(tried, key=lambda pair: distance(pair[0]))
-    row = {"family": family, "method": name, "setting": setting, "distance_of_choice": distance(best)}
+    row = {"family": family_name, "method": name, "setting": setting, "distance_of_choice": distance(best)}
     row["UNet"], row["classifier"] = best["point"]["UNet"], best["point"]["classifier"]
-    if distance(best) > limit or not settings.num_seeds:
+    if distance(best) > limit or not family.num_seeds:
         return best, {**row, "metrics": best["metrics"]}
-    again = [evaluate(setting, seed + number) for number in range(1, settings.num_seeds + 1)]
+    again = [evaluate(setting, seed + number) for number in range(1, family.num_seeds + 1)]
     means = {metric: sum(result["metrics"][metric] for result in again) / len(again) for metric in again[0]["metrics"]}
     return best, {**row, "metrics": means, "spread": spread_of(again)}
 
 
-def evaluate_all(points: Points, methods: dict[str, Family]) -> list[dict]:
+def evaluate_all(points: Points, families: dict[str, Family]) -> list[dict]:
     """Evaluates all methods, and writes `methods.json` after each."""
     rows = []
-    for family, settings in methods.items():
+    for family_name, family in families.items():
         smallest = float("inf")
-        for name in settings.methods:
-            best, row = evaluate_method(points, family, name, settings, NEAR * smallest)
+        for name in family.methods:
+            best, row = evaluate_method(points, family_name, family, name, NEAR * smallest)
             smallest = min(smallest, distance(best))
             rows.append(row)
             if points.state.is_main_process:

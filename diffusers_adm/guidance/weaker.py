@@ -191,9 +191,9 @@ class SmoothedAttention:
         smooth = torch.where(mask, blurred(x_0, self.options.blur_sigma), x_0)
         smooth_x_t = add_noise(run.solver.schedule, smooth, run.solver.visits[step], epsilon)
         weaker = run.output(run.unet, smooth_x_t, timestep, run.class_labels, run.low_res)[:, : x_t.shape[1]]
-        return output, weaker + (
-            x_0 - smooth
-        ) if run.predicts_x_0 else weaker  # x_0 at x_t, from the same predicted noise
+        if run.predicts_x_0:
+            weaker = weaker + (x_0 - smooth)  # x_0 at x_t, from the same predicted noise
+        return output, weaker
 
 
 def attended_places(attention: torch.Tensor, size: torch.Size, threshold: float) -> torch.Tensor:
