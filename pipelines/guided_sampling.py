@@ -48,6 +48,7 @@ from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
 from diffusers_adm.solvers import Solver, build_solver
+from diffusers_adm.solvers.algorithms import check_variance_type
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -305,6 +306,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
         config = self.scheduler.config
         variance_type = config.get("variance_type") or "fixed_large"
+        check_variance_type(variance_type)
         return read_prediction(schedule, sample, timestep, model_output, config.prediction_type, variance_type)
 
     @torch.no_grad()

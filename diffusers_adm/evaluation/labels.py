@@ -13,7 +13,7 @@ from diffusers_adm.pipelines.class_labels import known_classes
 from diffusers_adm.pipelines.options import SamplingOptions
 
 
-NUMBER = re.compile("[0-9]{1,18}")  # a limit, because no class has a longer number and Python reads long ones slowly
+NUMBER = re.compile("-?[0-9]{1,18}")  # a limit, because no class has a longer number and Python reads long ones slowly
 
 
 class Labels:
@@ -78,7 +78,7 @@ class Labels:
     @staticmethod
     def _words(path: Path) -> list[str]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--labels must be a text file or an .npz file, but {path} is neither.") from error
         return [line.strip() for line in lines if line.strip()]

@@ -30,6 +30,7 @@ from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
 from diffusers_adm.pipelines.checks import check_takes_timesteps
 from diffusers_adm.progress import with_progress
+from diffusers_adm.solvers.algorithms import check_variance_type
 
 
 @dataclass
@@ -135,6 +136,7 @@ def evaluate_likelihood(
     """
     unet, config = pipeline.unet, pipeline.unet.config
     check_takes_timesteps(unet, "likelihood")
+    check_variance_type(pipeline.scheduler.config.get("variance_type") or "fixed_large")
     size = (config.sample_size, config.sample_size, config.in_channels)
     if images.shape != size:
         raise ValueError(

@@ -18,6 +18,7 @@ from diffusers_adm.progress import with_progress
 
 IMAGES_OF_A_SCORE = 5000
 IMAGES_OF_A_SUBSET = 1000
+NUM_SUBSETS = 100  # of the kernel distance
 
 
 @dataclass
@@ -109,23 +110,27 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
         )
     if reference.spatial is not None and samples.spatial is not None:
         metrics["spatial_frechet_distance"] = frechet_distance(reference.spatial, samples.spatial)
-    if samples.features.logits is not None:
+    if samples.features is not None and samples.features.logits is not None:
         logits = samples.features.logits
-        if not samples.mixed and len(logits) > IMAGES_OF_A_SCORE:
+        listed = str(samples.metadata.get("labels")).startswith("listed")  # labels of a file may be sorted
+        if (listed or not samples.mixed) and len(logits) > IMAGES_OF_A_SCORE:
             logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
             notes.append("IS is computed from random parts of 5000 images, because the images may be sorted by class.")
         metrics["inception_score"] = inception_score(logits)
-    if reference.features is None:
-        notes.append(
-            "Precision, recall and kernel distance are left out, because the reference has no images (arr_0)."
-        )
+        if len(logits) > IMAGES_OF_A_SCORE and len(logits) % IMAGES_OF_A_SCORE:
+            notes.append(
+                f"IS is the mean over parts of {IMAGES_OF_A_SCORE} images, but the last part has only"
+                f" {len(logits) % IMAGES_OF_A_SCORE}, which lowers it. Draw a multiple of {IMAGES_OF_A_SCORE} images."
+            )
+    if reference.features is None or samples.features is None:
+        missing = "the reference has no images (arr_0)" if reference.features is None else "features were not kept"
+        notes.append(f"Precision, recall and kernel distance are left out, because {missing}.")
     else:
         real, drawn = reference.features.pooled, samples.features.pooled
         metrics["precision"], metrics["recall"] = precision_and_recall(real, drawn)
-        metrics["kernel_distance"], metrics["kernel_distance_std"], subset = kernel_distance(real, drawn)
-        notes.append(
-            f"The kernel distance is the mean over 100 subsets of {subset} images, with its standard deviation."
-        )
+        kernel, note = kernel_distance(real, drawn)
+        metrics |= kernel
+        notes.append(note)
     settings = comparison_settings(reference, samples, extractor_name)
     return Evaluation({metric: metrics[metric] for metric in METRICS if metric in metrics}, settings, notes)
 
@@ -144,11 +149,18 @@ def comparison_settings(reference: Summary, samples: Summary, extractor_name: st
     }
 
 
-def kernel_distance(real: torch.Tensor, drawn: torch.Tensor) -> tuple[float, float, int]:
-    """Returns the mean and the standard deviation of the kernel distance over subsets, and the size of the subsets."""
+def kernel_distance(real: torch.Tensor, drawn: torch.Tensor) -> tuple[dict[str, float], str]:
+    """Returns the mean of the kernel distance over subsets, its standard deviation if the subsets differ, and a note about them."""
     subset = min(IMAGES_OF_A_SUBSET, len(real), len(drawn))
-    distances = kid_features_to_metric(drawn.cpu(), real.cpu(), kid_subset_size=subset, verbose=False)
-    return distances[KEY_METRIC_KID_MEAN], distances[KEY_METRIC_KID_STD], subset
+    subsets = 1 if subset == max(len(real), len(drawn)) else NUM_SUBSETS
+    distances = kid_features_to_metric(
+        drawn.cpu(), real.cpu(), kid_subset_size=subset, kid_subsets=subsets, verbose=False
+    )
+    found = {"kernel_distance": distances[KEY_METRIC_KID_MEAN]}
+    if subsets == 1:
+        return found, f"The kernel distance is that of all {subset} images."
+    note = f"The kernel distance is the mean over {subsets} subsets of {subset} images, with its standard deviation."
+    return {**found, "kernel_distance_std": distances[KEY_METRIC_KID_STD]}, note
 
 
 def inception_score(logits: torch.Tensor) -> float:

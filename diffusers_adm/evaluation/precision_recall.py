@@ -129,12 +129,17 @@ def _share_inside(
     space = depth.new_empty(len(centres.norms))
     exact_radii: dict[int, torch.Tensor] = {}
     for index in (depth.abs() <= tolerance).nonzero().flatten().tolist():
-        doubtful = _near(points, index, centres, centres.squared_radii, space)
+        beyond, error = _beyond(points, index, centres, centres.squared_radii, space)
+        if (beyond < -error).any():  # without doubt inside another ball
+            inside[index] = True
+            continue
+        doubtful = (beyond <= error).nonzero().flatten()
         distances = _exact_distances(centres.features[doubtful], points.features[index])
         for centre, distance in zip(doubtful.tolist(), distances):
             if centre not in exact_radii:
                 # The nearest point is the centre itself. The n-th other point is at most as far as the rounded radius.
-                near = _near(centres, centre, centres, centres.squared_radii[centre], space, or_nearer=True)
+                beyond, error = _beyond(centres, centre, centres, centres.squared_radii[centre], space)
+                near = (beyond <= error).nonzero().flatten()
                 to_others = _exact_distances(centres.features[near], centres.features[centre])
                 exact_radii[centre] = to_others.kthvalue(neighbour + 1).values
             if distance <= exact_radii[centre]:
@@ -143,19 +148,12 @@ def _share_inside(
     return inside.double().mean().item()
 
 
-def _near(
-    points: Manifold,
-    index: int,
-    centres: Manifold,
-    squared: torch.Tensor,
-    space: torch.Tensor,
-    or_nearer: bool = False,
-) -> torch.Tensor:
-    """Returns the centres whose squared distance from a point may equal `squared`, or, with `or_nearer`, may be smaller."""
+def _beyond(
+    points: Manifold, index: int, centres: Manifold, squared: torch.Tensor, space: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the squared distance of a point to each centre, minus `squared`, and its largest rounding error, `(centres,)`."""
     distances = _squared_distances(points, slice(index, index + 1), centres, slice(len(centres.norms)), space)[0]
-    error = 2 * ROUNDING * (points.scale[index] + centres.scale)
-    beyond = distances - squared
-    return ((beyond <= error) & ((beyond >= -error) | or_nearer)).nonzero().flatten()
+    return distances - squared, 2 * ROUNDING * (points.scale[index] + centres.scale)
 
 
 def _blocks(rows: int, size: int) -> list[slice]:

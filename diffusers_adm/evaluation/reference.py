@@ -12,6 +12,7 @@ from diffusers_adm.data.options import ImageSetOptions
 from diffusers_adm.evaluation.feature_options import INCEPTION
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.metrics import Summary, summarise
+from diffusers_adm.evaluation.shards import weights_digest
 from diffusers_adm.evaluation.statistics import GaussianStatistics
 
 
@@ -40,6 +41,11 @@ def summarise_reference(
     check_extractor(source, extractor.name)
     file = NpzFile(source)
     metadata = file.metadata()
+    if metadata.get("weights") not in (None, weights_digest({"extractor": extractor.network})):
+        raise ValueError(
+            f"{source} was made with other weights of the feature extractor {extractor.name}. Pass their file with"
+            " --feature_extractor_weights, or run make-reference again."
+        )
     num_images = metadata.get("num_images")
     if num_images is not None and type(num_images) is not int:
         raise ValueError(f"`num_images` in the metadata of {source} must be an integer, but got {num_images!r}.")
@@ -129,6 +135,7 @@ def write_reference(
         "num_images": images.num_images,
         "size": list(images.shape),
         "feature_extractor": extractor.name,
+        "weights": weights_digest({"extractor": extractor.network}),
         "num_neighbours": count,
         "seed": seed,
     }

@@ -153,10 +153,12 @@ def image_generator(seed: int, number: int, purpose: int = 0) -> torch.Generator
 
 
 def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
-    """Returns a hash of all weights."""
+    """Returns a hash of all weights, and of the configs of models, because a config too decides what a model computes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, module in sorted(modules.items()):
         if isinstance(module, torch.nn.Module):
+            config = {key: value for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
+            digest.update(json.dumps(as_record(config), sort_keys=True).encode())
             for key, tensor in module.state_dict().items():
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -26,8 +26,8 @@ PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "p
 
 class PointEvaluator:
     """
-    Compares samples with a reference. The metrics are saved in the folder of the samples. They are computed again only if the
-    reference or the extractor has changed.
+    Compares samples with a reference. The metrics are saved in the folder of the samples. They are computed again only if the samples,
+    the reference or the extractor have changed.
 
     Args:
         reference: Summary of the reference.
@@ -41,7 +41,9 @@ class PointEvaluator:
         self.extractor = extractor
         self.batch_size = batch_size
         self.judged = judged
-        digest = hashlib.sha256(reference.gaussian.mean.tobytes() + reference.gaussian.covariance.tobytes())
+        digest = hashlib.sha256()
+        for gaussian in filter(None, (reference.gaussian, reference.spatial)):
+            digest.update(gaussian.mean.tobytes() + gaussian.covariance.tobytes())
         if reference.features is not None:
             digest.update(reference.features.pooled.cpu().numpy().tobytes())
         self.key = {
@@ -59,13 +61,14 @@ class PointEvaluator:
             samples: Path of an `.npz` file.
         """
         path = samples.with_name(f"metrics_{samples.stem}.json")
+        images = NpzImages(samples, labelled=self.judged)
+        key = {**self.key, "samples": images.fingerprint}
         if path.is_file():
             kept = as_record(json.loads(path.read_text(encoding="utf-8")))
-            if kept["key"] == self.key and not any(isinstance(value, str) for value in kept["metrics"].values()):
+            if kept["key"] == key and not any(isinstance(value, str) for value in kept["metrics"].values()):
                 return kept
-        images = NpzImages(samples, labelled=self.judged)
         summary = summarise(images, self.extractor, self.batch_size)
-        result = {**compare(self.reference, summary, self.extractor.name).as_dict(), "key": self.key}
+        result = {**compare(self.reference, summary, self.extractor.name).as_dict(), "key": key}
         if self.judged:
             right = summary.features.logits.argmax(dim=1).cpu() == torch.from_numpy(images.labels)
             result["metrics"]["accuracy"] = right.double().mean().item()
@@ -99,7 +102,9 @@ def sweep_points(
     for point in points:  # all points are checked before the first one is drawn
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        run_options(pipeline, call_of(point))
+        options = run_options(pipeline, call_of(point))
+        if getattr(evaluate, "judged", False) and options.num_classes(pipeline) is None:
+            raise ValueError("--judged requires labels, but no network of this run has classes. Leave it out.")
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:

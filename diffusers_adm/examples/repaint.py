@@ -12,7 +12,14 @@ from diffusers_adm.examples.digits import draw, parse_arguments, quiet_pipeline,
 
 
 def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_timesteps: int = 1000) -> list[int]:
-    """Returns descending timesteps. After every `jump_length` steps, they jump back up by as many steps, `jump_count` - 1 times."""
+    """
+    Returns descending timesteps. After every `jump_length` steps, they jump back up by as many steps, `jump_count` - 1 times.
+
+    Raises:
+        ValueError: If there are more steps than timesteps.
+    """
+    if steps > num_train_timesteps:
+        raise ValueError(f"--steps must be at most {num_train_timesteps}, but got {steps}.")
     stride = num_train_timesteps // steps
     indices, index, jumps_left = [], steps - 1, {}
     while index >= 0:

@@ -1,5 +1,6 @@
 """Checkpoints of the original code, with their flags, model and diffusion process."""
 
+import functools
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,10 +14,7 @@ from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
 from diffusers_adm.openai.flags import Flags, check_flags, parse_flags
-from diffusers_adm.openai.released import (
-    find_released,
-    imagenet_class_names,
-)
+from diffusers_adm.openai.released import find_released, imagenet_class_names
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 from diffusers_adm.openai.schedulers import build_scheduler, build_sigma_scheduler, sampler_of
 from diffusers_adm.openai.tensors import load_published
@@ -195,7 +193,7 @@ class PublishedCheckpoint:
         Args:
             model_class: Class of the model.
             network: Kind of network of the class: "UNet" or "classifier".
-            dtype: Data type of the weights. `None` keeps the data type of the checkpoint.
+            dtype: Data type of the weights. `None` keeps the data type of the checkpoint, or the widest one if it has several.
 
         Raises:
             ValueError: If the checkpoint cannot be read or holds another kind of network, the flags contradict it, or `dtype` is
@@ -210,7 +208,9 @@ class PublishedCheckpoint:
             )
         new_order = network == "UNet" and flags["use_new_attention_order"]
         model = load_published(model_class, self.config, self.state_dict, new_order)
-        return model if dtype is None else model.to(dtype)
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))
+        return model.to(dtype)
 
     def classifier(self, source: "Checkpoint | PublishedCheckpoint") -> "PublishedCheckpoint":
         """Returns the checkpoint of a classifier whose flags are in the same command line."""

@@ -14,17 +14,21 @@ logger = logging.getLogger(__name__)
 SAMPLING = {"concurrency_id": "sampling", "concurrency_limit": 2}
 
 
-def reporting_errors(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+def reporting_errors(function: Callable[..., Iterator], inputs: Sequence[Component] = ()) -> Callable[..., Iterator]:
     """
     Wraps a generator function so that its errors are shown in the page as one sentence. A fault of the program is logged with its
     traceback, which is not shown to the user.
 
     Args:
         function: Generator function. Each of its results is shown when it is yielded.
+        inputs: Controls whose values are the arguments of the function. Those for numbers must not be empty.
     """
 
     @functools.wraps(function)
     def run(*args, **kwargs):
+        for control, value in zip(inputs, args):
+            if isinstance(control, gr.Number) and value is None:
+                raise gr.Error(f"{control.label} is empty. Enter a whole number.", print_exception=False)
         try:
             yield from function(*args, **kwargs)
         except gr.Error:
@@ -70,7 +74,7 @@ class RunButtons:
             api_name: Name for clients of the API.
             also: Other events that run the function, such as `slider.release`.
         """
-        run = reporting_errors(function)
+        run = reporting_errors(function, inputs)
         running = [self.run.click(run, inputs, outputs, api_name=api_name, **SAMPLING)]
         running += [listen(run, inputs, outputs, api_visibility="private", **SAMPLING) for listen in also]
         status = [output for output in outputs if isinstance(output, gr.Markdown)]

@@ -208,6 +208,12 @@ class Solver:
         """
 
 
+def check_variance_type(variance_type: str) -> None:
+    """Raises a ValueError if a variance of DDPM is not supported."""
+    if variance_type not in VARIANCE_TYPES:
+        raise ValueError(f"`variance_type` must be one of {VARIANCE_TYPES}, but got variance_type={variance_type!r}.")
+
+
 class DDPMSolver(Solver):
     """
     One run of ancestral sampling. Guidance shifts the mean (Algorithm 1).
@@ -227,10 +233,7 @@ class DDPMSolver(Solver):
         super().__init__(scheduler, schedule, visits)
         self.scheduler = scheduler
         variance_type = scheduler.config.variance_type
-        if variance_type not in VARIANCE_TYPES:
-            raise ValueError(
-                f"`variance_type` must be one of {VARIANCE_TYPES}, but got variance_type={variance_type!r}."
-            )
+        check_variance_type(variance_type)
         learned = variance_type == "learned_range"
         self.fixed_log_variance = None if learned else fixed_log_variance(schedule, variance_type)
 

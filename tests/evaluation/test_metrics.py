@@ -23,6 +23,7 @@ from diffusers_adm.evaluation import (
     metrics,
     summarise,
 )
+from diffusers_adm.evaluation.metrics import kernel_distance
 
 
 # Where the published example is: Inception's weights as torch-fidelity keeps them, and two files of the paper's authors.
@@ -40,6 +41,16 @@ def test_score_is_of_parts_of_5000_in_their_order():
     by_class = certain.repeat_interleave(2500, dim=0)  # two classes in each part
     assert inception_score(by_class) == pytest.approx(2, rel=1e-6)
     assert inception_score(torch.zeros(6000, 4)) == pytest.approx(1, rel=1e-6)
+
+
+def test_kernel_distance_of_few_images_has_no_deviation():
+    real, drawn = torch.randn(2, 1200, 3, generator=torch.Generator().manual_seed(0))
+    few, note = kernel_distance(real[:500], drawn[:500])
+    assert few.keys() == {"kernel_distance"} and note == "The kernel distance is that of all 500 images."
+    swapped, _ = kernel_distance(drawn[:500], real[:500])
+    assert few["kernel_distance"] == pytest.approx(swapped["kernel_distance"], abs=1e-5)
+    many, note = kernel_distance(real, drawn)
+    assert many["kernel_distance_std"] > 1e-4 and "100 subsets of 1000 images" in note
 
 
 def test_samples_are_measured_against_a_reference_batch(reference, tmp_path, capsys):

@@ -11,7 +11,7 @@ from diffusers_adm.evaluation import (
 
 
 @pytest.mark.parametrize("block_size", [7, 5000])
-@pytest.mark.parametrize("kind", ["gaussian", "far from zero", "lattice", "outlier", "copies", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gaussian", "far from zero", "lattice", "outlier", "copies", "clusters", "bfloat16"])
 def test_precision_and_recall_are_those_of_all_distances(kind, block_size):
     generator = torch.Generator().manual_seed(1)
     reference, samples = torch.randn(60, 4, generator=generator), 0.7 * torch.randn(50, 4, generator=generator)
@@ -23,6 +23,10 @@ def test_precision_and_recall_are_those_of_all_distances(kind, block_size):
         reference[3] *= 1e3
     if kind == "copies":  # balls of radius 0
         reference, samples = reference[:15].repeat(4, 1), reference[:20].repeat(3, 1)
+    if kind == "clusters":  # every fifth image lies far away
+        reference, samples = torch.randn(2, 200, 16, generator=generator)
+        reference[::5] += 100
+        samples[::5] += 100
     if kind == "bfloat16":
         reference, samples = reference.bfloat16(), samples.bfloat16()
     found = precision_and_recall(reference, samples, block_size=block_size)

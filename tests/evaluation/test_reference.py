@@ -53,5 +53,11 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path, capsys):
     assert run("evaluate", published, samples, "--feature_extractor", DIGITS) == 2
     error = capsys.readouterr().err
     assert f"made with the feature extractor {INCEPTION}" in error and f"Pass --feature_extractor {INCEPTION}" in error
+    assert run("make-reference", samples, tmp_path / "own.npz", "--feature_extractor", DIGITS) == 0
+    with np.load(tmp_path / "own.npz") as arrays:
+        record = json.loads(str(arrays["metadata"]))
+        np.savez(tmp_path / "own.npz", **{**arrays, "metadata": json.dumps({**record, "weights": "0" * 32})})
+    assert run("evaluate", tmp_path / "own.npz", samples, "--feature_extractor", DIGITS) == 2
+    assert "made with other weights of the feature extractor" in capsys.readouterr().err
     assert run("evaluate", samples, samples, "--feature_extractor", "unknown") == 2
     assert "but got 'unknown'" in capsys.readouterr().err

@@ -169,6 +169,12 @@ def test_other_weights_and_other_folders_are_refused(model, tmp_path, capsys):
     common = ["--num_samples", 10, "--batch_size", 4]
     assert run("sample", "--model", tmp_path / "tiny", "--output", tmp_path / "run", *common) == 2
     assert "other settings: weights" in capsys.readouterr().err
+    same = tiny_pipeline(num_inference_steps=3)
+    same.save_pretrained(tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "unet" / "config.json").read_text())
+    (tmp_path / "tiny" / "unet" / "config.json").write_text(json.dumps({**config, "timestep_scale": 0.5}))
+    assert run("sample", "--model", tmp_path / "tiny", "--output", tmp_path / "run", *common) == 2
+    assert "other settings: weights" in capsys.readouterr().err
     assert run("sample", "--model", tmp_path / "tiny", "--output", tmp_path / "tiny", *common) == 2
     assert "holds files that are not of a run" in capsys.readouterr().err
 

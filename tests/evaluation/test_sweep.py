@@ -50,10 +50,17 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
     unconditional = results[1]["settings"]["samples"]["metadata"]["call"]
     assert unconditional["condition_unet"] is False and unconditional["guidance_scale"] == 0
 
-    # A point is measured anew against another reference.
+    # A point is measured anew against another reference, and with other samples.
     np.savez(tmp_path / "real.npz", arr_0=255 - real)
     assert run(*words) == 0
     assert all(path.stat().st_mtime_ns != before for path, before in metrics.items())
+    first = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    for path in [*(tmp_path / "sweep").rglob("samples_*.npz"), *(tmp_path / "sweep").rglob("shards/*")]:
+        path.unlink()
+    assert run(*words, "--seed", 1) == 0
+    again = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    for before, after in zip(first, again):
+        assert before["metrics"]["frechet_distance"] != after["metrics"]["frechet_distance"]
 
 
 def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys):

@@ -51,6 +51,10 @@ def test_weights_keep_dtype_and_state_dict_stays_as_it_is():
     assert list(published) == names
     assert model.conv_out.weight.data_ptr() == published["out.2.weight"].data_ptr()
     assert all(parameter.requires_grad for parameter in model.parameters())
+    # As the original code's convert_to_fp16 leaves them.
+    mixed = {name: tensor if tensor.ndim == 4 else tensor.float() for name, tensor in published.items()}
+    model = ADMUNet2DModel.from_openai(mixed, published_flags(description))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("case", ["unet_class_conditional", "classifier_attention", "upsampler"])

@@ -143,6 +143,7 @@ def test_enlarged_picture_agrees_with_the_small_one(client, digit):
         (("3", 100, 0), "greater than maximum value 16"),
         (("cat", 1, 0), "cat"),
         (("3", 1, -1), "less than minimum value 0"),
+        (("3", 1, None), "First seed is empty. Enter a whole number."),
     ],
 )
 def test_values_outside_the_controls_are_refused(arguments, message, client):
