@@ -86,28 +86,42 @@ class Checkpointer:
             ValueError: If the checkpoint does not exist, or the output folder holds checkpoints or models of another run.
         """
         name = self.options.output.resume_from_checkpoint
-        if name is None:
-            models = [self.output_dir / model for model in MODELS if (self.output_dir / model).exists()]
-            for found in (*list_checkpoints(self.output_dir), *models):
-                raise ValueError(
-                    f"--output_dir {self.output_dir} holds {found.name} of an earlier run. Pass --resume_from_checkpoint"
-                    " latest, or another folder."
-                )
-            return None
-        if name == "latest":
-            # All processes use the list of the main process. A process with its own disk would find no checkpoint and silently begin
-            # a new run.
-            [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
-            if not checkpoints:
-                self.accelerator.print(
-                    f"There is no checkpoint in {self.output_dir} yet, so the run starts from the beginning."
-                )
-                return None
+        # All processes use the list of the main process. A process with its own disk would find no checkpoint and silently begin a new
+        # run.
+        [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
+        if name == "latest" and checkpoints:
             return checkpoints[-1]
-        folder = Path(name)
-        if not (folder / "trainer_state.json").is_file():
+        folder = None if name in (None, "latest") else Path(name)
+        if folder is not None and not (folder / "trainer_state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint or latest, but got {name}.")
+        if folder is not None and folder.resolve().parent == self.output_dir.resolve():
+            later = [path.name for path in checkpoints if checkpoint_step(path) > checkpoint_step(folder)]
+            if later:
+                raise ValueError(
+                    f"--output_dir {self.output_dir} holds later checkpoints than {folder.name}: {', '.join(later)}. Move them away,"
+                    " or pass another --output_dir."
+                )
+            return folder
+        self._check_unused(checkpoints)
+        if name == "latest":
+            self.accelerator.print(
+                f"There is no checkpoint in {self.output_dir} yet, so the run starts from the beginning."
+            )
         return folder
+
+    def _check_unused(self, checkpoints: list[Path]) -> None:
+        """Raises a `ValueError` if the output folder holds checkpoints or models, which a new run would replace."""
+        if checkpoints:
+            raise ValueError(
+                f"--output_dir {self.output_dir} holds {checkpoints[0].name} of an earlier run. Pass --resume_from_checkpoint latest, or"
+                " another folder."
+            )
+        models = [model for model in MODELS if (self.output_dir / model).exists()]
+        if models:
+            raise ValueError(
+                f"--output_dir {self.output_dir} holds {models[0]} of an earlier run, but no checkpoint. Move it away, or pass another"
+                " folder."
+            )
 
     def check(self, folder: Path, images: LabelledImages | StreamedImages) -> None:
         """
@@ -126,6 +140,12 @@ class Checkpointer:
         if differing:
             raise ValueError(f"{folder} was trained with other options: {', '.join(differing)}.")
         saved = read_progress(folder)
+        step, last = saved["global_step"], self.options.optimisation.max_train_steps
+        if step > last:
+            raise ValueError(
+                f"--max_train_steps must be at least {step}, the step of {folder}, but got {last}. To save the model of this step, pass"
+                f" {step}."
+            )
         if "class_names" in saved:
             check_class_names(folder, saved["class_names"], images.class_names)
         now = {"num_processes": self.accelerator.num_processes, "num_images": images.num_images}

@@ -92,16 +92,21 @@ def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) ->
         parser.add_argument("--preset", choices=known["preset"].choices)
     parser.add_argument("--config", type=Path)
     sources, _ = parser.parse_known_args(argv)
-    config, preset = [], sources.preset
+    config, preset, table = [], sources.preset, {}
     if sources.config is not None:
         if not sources.config.is_file():
             raise ValueError(f"--config must be a file, but there is no such file: {sources.config}")
-        config = as_words(options, sources.config.read_text(), f"--config {sources.config}")
+        source = f"--config {sources.config}"
+        table = read_table(sources.config.read_text(), source)
+        config = table_as_words(options, table, source)
         preset = preset or parser.parse_known_args(config)[0].preset
     if preset is None:
         return config
     recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
-    return as_words(options, recipe.read_text(), f"--preset {preset}") + config
+    source = f"--preset {preset}"
+    # Entries of the configuration take precedence, also those that are null or false and become no words.
+    kept = {name: value for name, value in read_table(recipe.read_text(), source).items() if name not in table}
+    return table_as_words(options, kept, source) + config
 
 
 def as_words(options: type[TrainingOptions], text: str, source: str) -> list[str]:

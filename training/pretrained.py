@@ -57,8 +57,8 @@ def start_from_pretrained(model: ModelMixin, options: ArchitectureOptions) -> No
 
 def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, flags: str | None = None) -> None:
     """
-    Loads the weights of a pretrained model into another model. If the classes differ, the weights of classes begin at random values. The
-    weights of new channels begin at 0. A null class can be added to the classes of the pretrained model. A consistency model becomes an
+    Loads the weights of a pretrained model into another model. If the numbers of classes differ, the weights of classes begin at random
+    values, otherwise class i begins with the weights of class i. The weights of new channels begin at 0. A null class can be added to the classes of the pretrained model. A consistency model becomes an
     EDM model. Warnings name all differences.
 
     Args:

@@ -57,14 +57,16 @@ def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
     """
     if not hub.push_to_hub or not accelerator.is_main_process:
         return
-    if hub.hub_model_id is None:
-        raise ValueError("--push_to_hub requires --hub_model_id, such as me/my-model.")
+    if "/" not in (hub.hub_model_id or ""):
+        raise ValueError(f"--push_to_hub requires --hub_model_id, such as me/my-model, but got {hub.hub_model_id}.")
     try:
         api = HfApi(token=hub.hub_token)
         if dry_run:
             api.whoami()
             return
-        repo_id = api.create_repo(hub.hub_model_id, private=hub.hub_private_repo, exist_ok=True).repo_id
+        # Without --hub_private_repo, the settings of the account or organisation decide.
+        private = True if hub.hub_private_repo else None
+        repo_id = api.create_repo(hub.hub_model_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         if hub.hub_revision is not None:
             api.create_branch(repo_id, branch=hub.hub_revision, exist_ok=True)
@@ -103,10 +105,11 @@ def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
                 time.sleep(hub.hub_retry_seconds * 2**attempt)
         else:
             return True
-    kept = output_dir / folder.name
+    revision = "" if hub.hub_revision is None else f" --revision {hub.hub_revision}"
     logger.error(
-        "The upload failed, but the files are kept. Upload them with `hf upload %s %s`.", hub.hub_model_id, kept
-    )
+        "The upload failed, but the files are kept. Upload them with `hf upload %s %s%s`.",
+        hub.hub_model_id, output_dir / folder.name, revision,
+    )  # fmt: skip
     return False
 
 

@@ -231,7 +231,7 @@ def load_rows(
     if streaming and on_disk:
         rows = _on_disk(rows)
     if not labelled:
-        return rows, Columns(image_column)
+        return rows.select_columns([image_column]), Columns(image_column)
 
     is_stream = isinstance(rows, IterableDataset)
     if source.label_from == "filename_prefix":
@@ -243,11 +243,12 @@ def load_rows(
     else:
         label_column = source.label_column or _only_column(rows, ClassLabel)
     if label_column is None and classes is None:
-        return rows, Columns(image_column)
+        return rows.select_columns([image_column]), Columns(image_column)
     if label_column not in rows.column_names:
         raise ValueError(
             f"--label_column must be one of the columns of split {split!r}, {rows.column_names}, but got {label_column!r}."
         )
+    rows = rows.select_columns([image_column, label_column])  # others, such as masks, would be decoded too
     if is_stream:
         rows = stream_as_class_label(rows, label_column, num_classes)
     else:

@@ -103,9 +103,11 @@ def test_all_modes_become_eight_bit_grey_or_colour(tmp_path):
 
 
 def test_missing_image_and_image_that_does_not_fit_are_named(tmp_path):
-    features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    features = {"image": Image(), "label": ClassLabel(names=["a", "b"]), "mask": Image()}
     pictures = [picture(0), None, picture(1)]
-    source = ["--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 1, 1])]
+    masks = [{"bytes": b"damaged", "path": None}] * 3  # which are not read
+    source = ["--dataset_name", parquet(tmp_path, features, image=pictures, label=[0, 1, 1], mask=masks)]
+    source += ["--image_column", "image"]
     images, _ = load_images(arguments(*source))
     with pytest.raises(ValueError, match="number 1 cannot be read"):
         images[1]

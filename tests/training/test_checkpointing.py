@@ -73,11 +73,33 @@ def test_folder_that_a_killed_run_was_replacing_gets_its_name_back(dataset, tmp_
     assert (tmp_path / "pipeline" / "model_index.json").exists() and not (tmp_path / "old-pipeline").exists()
 
 
+def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones(dataset, tmp_path):
+    run, often = tmp_path / "run", ["--checkpointing_steps", "1", "--checkpoints_total_limit", "3"]
+    train_unet.main(unet_args(dataset, run, 3, *often))
+    resume = ["--resume_from_checkpoint", str(run / "checkpoint-1")]
+    before = sorted(run.rglob("*"))
+    with pytest.raises(
+        ValueError, match="holds later checkpoints than checkpoint-1: checkpoint-2, checkpoint-3. Move"
+    ):
+        train_unet.main(unet_args(dataset, run, 3, *often, *resume))
+    with pytest.raises(
+        ValueError, match="--max_train_steps must be at least 3, the step of .*checkpoint-3, but got 2"
+    ):
+        train_unet.main(unet_args(dataset, run, 2, *often, "--resume_from_checkpoint", "latest"))
+    train_unet.main(unet_args(dataset, tmp_path / "other", 1))
+    with pytest.raises(ValueError, match="other holds checkpoint-1 of an earlier run"):
+        train_unet.main(unet_args(dataset, tmp_path / "other", 3, *often, *resume))
+    assert sorted(run.rglob("*")) == before
+    train_unet.main(unet_args(dataset, tmp_path / "new", 3, *often, *resume))
+    assert (tmp_path / "new" / "pipeline").is_dir()
+
+
 def test_new_run_does_not_mix_with_an_earlier_one_or_replace_its_model(dataset, tmp_path):
     train_unet.main(unet_args(dataset, tmp_path, 3))
     shutil.rmtree(tmp_path / "checkpoint-3")
-    with pytest.raises(ValueError, match="holds pipeline of an earlier run"):
-        train_unet.main(unet_args(dataset, tmp_path, 1))
+    for resume in ([], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(ValueError, match="holds pipeline of an earlier run, but no checkpoint. Move it away"):
+            train_unet.main(unet_args(dataset, tmp_path, 1, *resume))
     shutil.rmtree(tmp_path / "pipeline")
     earlier = (tmp_path / "metrics.jsonl").read_bytes()
     train_unet.main(unet_args(dataset, tmp_path, 1))

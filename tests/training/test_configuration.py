@@ -98,6 +98,9 @@ def test_command_line_wins_over_config_and_config_over_preset(tmp_path):
     assert (optimisation.max_train_steps, options.architecture.channel_mult) == (7, (0.5, 1.0))
     assert (optimisation.learning_rate, optimisation.seed, options.selection.random_flip) == (2e-5, 9, False)
     assert (options.classes.label_dropout, options.averages.ema_decay) == (0.1, (0.9999, 0.999))
+    config.write_text("gradient_checkpointing: false\ntotal_batch_size: null\n")
+    options = train_upsampler.parse_args([*REQUIRED, "--preset", "upsampler-512", "--config", str(config)])
+    assert not options.architecture.gradient_checkpointing and options.optimisation.total_batch_size is None
 
 
 @pytest.mark.parametrize(
