@@ -94,17 +94,18 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         print(f"{name}: error: {textwrap.shorten(describe_error(error), MAX_CHARACTERS)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _says_that_memory_is_full(error):
+        if not is_full_memory(error):
             raise
         print(f"{name}: error: the memory is full: choose a smaller batch size", file=sys.stderr)
         return 2
     return 0
 
 
-def _says_that_memory_is_full(error: RuntimeError) -> bool:
+def is_full_memory(error: MemoryError | RuntimeError) -> bool:
+    """Returns whether an error says that the memory of the processor or of an accelerator is full."""
     from accelerate.utils.memory import should_reduce_batch_size  # imports torch
 
-    return should_reduce_batch_size(error)
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def describe_missing_package(error: ModuleNotFoundError) -> str:

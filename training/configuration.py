@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from diffusers_adm.command_line import CommandParser, RunFailed, describe_missing_package, suggest_nearest
+from diffusers_adm.command_line import (
+    CommandParser,
+    RunFailed,
+    describe_missing_package,
+    is_full_memory,
+    suggest_nearest,
+)
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.quiet import hide_bars_in_logs
 from diffusers_adm.training.options import TrainingOptions
@@ -256,8 +262,8 @@ def _may_differ(option: OptionInfo, values: dict[str, Any]) -> bool:
 
 def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options]) -> None:
     """
-    Entry point of a training script. Reports invalid input, a full disk, a missing package and a failed run in one line instead of
-    a traceback.
+    Entry point of a training script. Reports invalid input, a full disk, full memory, a missing package and a failed run in one line
+    instead of a traceback.
     """
     hide_bars_in_logs()
     try:
@@ -266,6 +272,12 @@ def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options
         sys.exit(f"error: {describe_missing_package(error)}")
     except (ValueError, OSError, RunFailed) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_full_memory(error):
+            raise
+        sys.exit(
+            "error: the memory is full. Pass a smaller --train_batch_size with the same --total_batch_size, or --gradient_checkpointing."
+        )
     except KeyboardInterrupt:
         print(
             "error: interrupted. Pass --resume_from_checkpoint latest to continue from the last checkpoint.",

@@ -135,7 +135,14 @@ def load_images(
             source, selection.validation_split, labelled=labelled, streaming=streaming, on_disk=True, classes=classes
         )
     elif selection.validation_fraction is not None:
-        split = train.train_test_split(selection.validation_fraction, seed=seed, stratify_by_column=columns.label)
+        fraction = selection.validation_fraction
+        try:
+            split = train.train_test_split(fraction, seed=seed, stratify_by_column=columns.label)
+        except ValueError as error:
+            raise ValueError(
+                f"--validation_fraction {fraction} cannot hold out images of each class. Pass another fraction, or --validation_split."
+                f" {error}"
+            ) from error
         train, held_out = split["train"], split["test"]
     if selection.max_train_samples is not None:
         if not 1 <= selection.max_train_samples <= len(train):

@@ -123,6 +123,7 @@ def test_missing_image_and_image_that_does_not_fit_are_named(tmp_path):
     [
         ([], "--dataset_name and --train_data_dir"),
         (["--validation_fraction", "1.5"], "1.5"),
+        (["--validation_fraction", "0.1"], "--validation_fraction 0.1 cannot hold out images of each class"),
         (["--validation_fraction", "0.5", "--validation_split", "train"], "Pass at most one of"),
         (["--max_train_samples", "9"], "9"),
         (

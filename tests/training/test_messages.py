@@ -5,11 +5,13 @@ import re
 import time
 
 import pytest
+import torch
 from command_line import parser_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_consistency, train_unet, train_upsampler
+from diffusers_adm.training.configuration import run_script
 
 
 REQUIRED = ["--output_dir", "out", "--train_data_dir", "images"]
@@ -43,6 +45,14 @@ def test_classifier_says_how_to_use_it(dataset, tmp_path, capsys):
     train_classifier.main(classifier_args(dataset, tmp_path, 1))
     out = capsys.readouterr().out
     assert f'NoisyClassifier.from_pretrained("{tmp_path / "classifier"}")' in out and "pictures" not in out
+
+
+def test_full_memory_is_an_error_in_one_line():
+    def main(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(SystemExit, match="^error: the memory is full. Pass a smaller --train_batch_size"):
+        run_script(main, lambda: None)
 
 
 def test_misspelt_option_names_the_nearest(capsys, tmp_path):
