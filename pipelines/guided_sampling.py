@@ -255,7 +255,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         factors = [factor for factor, count in zip(factors, counts) for _ in range(count)]
         solver.repeat(counts)
         solver.spherical = guidance_options.spherical
-        # The last step of particles draws nothing, so that guidance would have no density.
+        # The last step adds no noise, so guidance of particles could not be weighted there.
         guided = factors if particles is None else [*factors[:-1], 0.0]
         guider = self._prepare_guider(options, solver, guided, labels, generator, device)
         denoiser = build_denoiser(self, options, solver, factors, labels, batch_size, generator, low_res)

@@ -155,10 +155,11 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 pipeline, or 0 if there is neither a classifier nor a `guidance_fn`.
             num_inference_steps: Number of steps, in [1, num_train_timesteps]. `None` means the default of the pipeline. DDPM spaces
                 its timesteps evenly, including the first and the last. DDIM uses an integer stride from 0 if there is one that gives
-                this number. One step is at the last timestep. With `timestep_spacing="trailing"`, both begin at the last timestep. Other values of `timestep_spacing` have
-                no effect on DDPM and DDIM. Heun's method and DPM-Solver-2 (KDPM2) evaluate the UNet twice per step, except in the last
-                step. PNDM evaluates it twice in the first step. A UNet with preconditioning is evaluated at the noise levels of Karras
-                et al. 2022 (arXiv 2206.00364, eq. 5), and KDPM2 evaluates it twice in the last step too.
+                this number. One step is at the last timestep. With `timestep_spacing="trailing"`, both begin at the last timestep.
+                Other values of `timestep_spacing` have no effect on DDPM and DDIM. Heun's method and DPM-Solver-2 (KDPM2) evaluate
+                the UNet twice per step, except in the last step. PNDM evaluates it twice in the first step. A UNet with
+                preconditioning is evaluated at the noise levels of Karras et al. 2022 (arXiv 2206.00364, eq. 5), and KDPM2 evaluates
+                it twice in the last step too.
             timestep_respacing: Respacing string of the original code for DDPM and DDIM, such as `"250"`, `"ddim25"` or
                 `"90,60,60,20,20"`. `""` means all timesteps. For `CMStochasticIterativeScheduler`, steps of a consistency model in the
                 form of the original code, such as `"0,22,39"`. It overrides `num_inference_steps`.

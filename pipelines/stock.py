@@ -40,9 +40,9 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     scheduler_config = {**pipeline.scheduler.config}
     if scheduler_config.get("variance_type") in ("learned", "learned_range"):
         scheduler_config["variance_type"] = "fixed_large"
-    # The steps of other schedulers take no generator, which a DDPMPipeline passes.
-    kept = isinstance(pipeline.scheduler, (DDPMScheduler, DDIMScheduler))
-    scheduler_class = type(pipeline.scheduler) if kept else DDPMScheduler
+    scheduler_class = type(pipeline.scheduler)
+    if scheduler_class not in (DDPMScheduler, DDIMScheduler):
+        scheduler_class = DDPMScheduler  # a DDPMPipeline passes a generator, which the steps of others do not take
     # Another class would replace default betas by its own.
     betas = {name: scheduler_config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
     return DDPMPipeline(plain.eval(), scheduler_class.from_config(scheduler_config, **betas))

@@ -95,7 +95,8 @@ class Checkpointer:
         if folder is not None and not (folder / "trainer_state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint or latest, but got {name}.")
         if folder is not None and folder.resolve().parent == self.output_dir.resolve():
-            later = [path.name for path in checkpoints if checkpoint_step(path) > checkpoint_step(folder)]
+            step = read_progress(folder)["global_step"]
+            later = [path.name for path in checkpoints if checkpoint_step(path) > step]
             if later:
                 raise ValueError(
                     f"--output_dir {self.output_dir} holds later checkpoints than {folder.name}: {', '.join(later)}. Move them away,"

@@ -235,28 +235,27 @@ def load_rows(
         raise ValueError(
             f"--image_column must be a column of images, but {image_column!r} holds {rows.features[image_column]}."
         ) from error
-    if streaming and on_disk:
-        rows = _on_disk(rows)
-    if not labelled:
-        return rows.select_columns([image_column]), Columns(image_column)
-
-    is_stream = isinstance(rows, IterableDataset)
-    if source.label_from == "filename_prefix":
-        if is_stream:
+    label_column = None
+    if labelled and source.label_from == "filename_prefix":
+        if isinstance(rows, IterableDataset):
             raise ValueError(
                 "--label_from filename_prefix requires all file names and is not supported with --streaming."
             )
         rows, label_column = label_by_file_name(rows, image_column), "label"
-    else:
+    elif labelled:
         label_column = source.label_column or _only_column(rows, ClassLabel)
-    if label_column is None and classes is None:
-        return rows.select_columns([image_column]), Columns(image_column)
-    if label_column not in rows.column_names:
+    has_labels = labelled and not (label_column is None and classes is None)
+    if has_labels and label_column not in rows.column_names:
         raise ValueError(
             f"--label_column must be one of the columns of split {split!r}, {rows.column_names}, but got {label_column!r}."
         )
-    rows = rows.select_columns([image_column, label_column])  # others, such as masks, would be decoded too
-    if is_stream:
+    # Others, such as masks, would be decoded too.
+    rows = rows.select_columns([image_column, label_column] if has_labels else [image_column])
+    if streaming and on_disk:
+        rows = _on_disk(rows)
+    if not has_labels:
+        return rows, Columns(image_column)
+    if isinstance(rows, IterableDataset):
         rows = stream_as_class_label(rows, label_column, num_classes)
     else:
         rows = as_class_label(rows, label_column, classes)

@@ -30,8 +30,6 @@ class NpzImages:
         ValueError: If the file has no such arrays.
     """
 
-    mixed = True  # as `sample` draws them, and as in the .npz files of the original code
-
     def __init__(self, path: str | Path, labelled: bool = False):
         self.name = str(path)
         self.file = NpzFile(path)
@@ -42,6 +40,8 @@ class NpzImages:
             )
         self.num_images, self.shape = shape[0], shape[1:]
         self.fingerprint = f"{self.file.checksum('arr_0'):08x}"
+        # They are mixed as `sample` draws them and in the files of the original code, unless a file listed their labels.
+        self.mixed = not str(self.file.metadata().get("labels")).startswith("listed")
         self.labels = self.file.read("arr_1") if labelled and "arr_1" in self.file else None
         if self.labels is None:
             return

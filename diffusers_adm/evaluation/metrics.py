@@ -112,8 +112,7 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
         metrics["spatial_frechet_distance"] = frechet_distance(reference.spatial, samples.spatial)
     if samples.features is not None and samples.features.logits is not None:
         logits = samples.features.logits
-        listed = str(samples.metadata.get("labels")).startswith("listed")  # labels of a file may be sorted
-        if (listed or not samples.mixed) and len(logits) > IMAGES_OF_A_SCORE:
+        if not samples.mixed and len(logits) > IMAGES_OF_A_SCORE:
             logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
             notes.append("IS is computed from random parts of 5000 images, because the images may be sorted by class.")
         metrics["inception_score"] = inception_score(logits)

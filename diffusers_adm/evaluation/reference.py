@@ -41,7 +41,8 @@ def summarise_reference(
     check_extractor(source, extractor.name)
     file = NpzFile(source)
     metadata = file.metadata()
-    if metadata.get("weights") not in (None, weights_digest({"extractor": extractor.network})):
+    made_with = metadata.get("weights")
+    if made_with is not None and made_with != weights_digest({"extractor": extractor.network}):
         raise ValueError(
             f"{source} was made with other weights of the feature extractor {extractor.name}. Pass their file with"
             " --feature_extractor_weights, or run make-reference again."

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers import ConfigMixin
 
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.command_line import describe_error
@@ -157,8 +158,9 @@ def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, module in sorted(modules.items()):
         if isinstance(module, torch.nn.Module):
-            config = {key: value for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
-            digest.update(json.dumps(as_record(config), sort_keys=True).encode())
+            if isinstance(module, ConfigMixin):
+                config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+                digest.update(json.dumps(as_record(config), sort_keys=True).encode())
             for key, tensor in module.state_dict().items():
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -4,7 +4,6 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -77,7 +76,7 @@ class PointEvaluator:
 
 
 def sweep_points(
-    pipeline: SamplingPipeline, axes: dict[str, list], folder: Path, evaluate: Callable[[Path], dict] | None, **run
+    pipeline: SamplingPipeline, axes: dict[str, list], folder: Path, evaluate: PointEvaluator | None, **run
 ) -> list[dict]:
     """
     Draws and evaluates samples for each combination (point) of some options. It writes `results.csv`, `results.md`, `results.json` and
@@ -103,7 +102,7 @@ def sweep_points(
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
         options = run_options(pipeline, call_of(point))
-        if getattr(evaluate, "judged", False) and options.num_classes(pipeline) is None:
+        if evaluate is not None and evaluate.judged and options.num_classes(pipeline) is None:
             raise ValueError("--judged requires labels, but no network of this run has classes. Leave it out.")
     results = []
     for number, point in enumerate(points):

@@ -66,11 +66,9 @@ class WeightedSum:
 
 def summands(guidance_fn: GuidanceFunction | None) -> list[GuidanceFunction | None]:
     """Returns the functions that a guidance function consists of: those of a sum, also of sums within it, or the function alone."""
-    return (
-        [part for one in guidance_fn.functions for part in summands(one)]
-        if isinstance(guidance_fn, WeightedSum)
-        else [guidance_fn]
-    )
+    if not isinstance(guidance_fn, WeightedSum):
+        return [guidance_fn]
+    return [part for function in guidance_fn.functions for part in summands(function)]
 
 
 class DiscriminatorGuidance(ClassifierGuidance):

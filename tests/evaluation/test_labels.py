@@ -7,6 +7,7 @@ from image_files import arrays_of
 from sampling_runs import sample
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_unet
 
+from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation import draw_samples
 from diffusers_adm.evaluation.shards import image_generator
 
@@ -17,6 +18,8 @@ def test_labels_are_random_balanced_or_listed(model, tmp_path):
     (tmp_path / "labels.txt").write_text("\n".join(map(str, reversed(balanced["arr_1"]))))
     listed = sample(model, tmp_path / "listed", "--labels", tmp_path / "labels.txt")
     assert listed["arr_1"].tolist() == balanced["arr_1"].tolist()[::-1]
+    for folder, mixed in (("balanced", True), ("listed", False)):  # the labels of a file may be sorted
+        assert NpzImages(tmp_path / folder / f"samples_10x{SIZE}x{SIZE}x3.npz").mixed is mixed
     from_file = sample(model, tmp_path / "file", "--labels", tmp_path / "listed" / f"samples_10x{SIZE}x{SIZE}x3.npz")
     assert np.array_equal(from_file["arr_0"], listed["arr_0"])
     free = sample(model, tmp_path / "free", "--scheduler", "DDIM", num_samples=100)

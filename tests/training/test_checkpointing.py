@@ -92,6 +92,9 @@ def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones(dataset, tmp_p
     assert sorted(run.rglob("*")) == before
     train_unet.main(unet_args(dataset, tmp_path / "new", 3, *often, *resume))
     assert (tmp_path / "new" / "pipeline").is_dir()
+    copy = shutil.copytree(run / "checkpoint-3", run / "best")
+    train_unet.main(unet_args(dataset, run, 4, *often, "--resume_from_checkpoint", str(copy)))
+    assert (run / "checkpoint-4").is_dir()
 
 
 def test_new_run_does_not_mix_with_an_earlier_one_or_replace_its_model(dataset, tmp_path):
