@@ -21,12 +21,14 @@ def draw_cascade(
         stages: Base pipeline, then one or more upsamplers. Each upsampler enlarges the images of the previous stage.
         class_labels: Class of each image, by number or name. `None` for models without classes. If the base model has classes, `None`
             draws random labels for it, and the upsamplers use their null class, which they must have.
-        calls: Other arguments of each stage's call, such as its number of steps and guidance scale.
+        calls: Other arguments of each stage's call, such as its number of steps and guidance scale, or its own `class_labels` and
+            `generator`.
         generator: Generator for all images, or a list of one generator per image.
         output_type: Type of the images, see [`ClassifierGuidedPipeline.__call__`].
 
     Raises:
-        ValueError: If a stage cannot follow the previous stage, or the number of calls differs from the number of stages.
+        ValueError: If a stage cannot follow the previous stage, the number of calls differs from the number of stages, or a call has an
+            argument that the cascade sets.
     """
     if not isinstance(stages, (list, tuple)) or len(stages) < 2:
         given = len(stages) if isinstance(stages, (list, tuple)) else type(stages).__name__
@@ -38,6 +40,12 @@ def draw_cascade(
         raise ValueError(f"`calls` must be a list of one dict per stage, but got {calls!r}.")
     if len(calls) != len(stages):
         raise ValueError(f"`calls` must have one dict per stage, {len(stages)}, but got {len(calls)}.")
+    for number, call in enumerate(calls):
+        taken = {"output_type", "return_dict", "image"} if number else {"output_type", "return_dict"}
+        if taken & call.keys():
+            raise ValueError(
+                f"`calls` must not have {sorted(taken & call.keys())} for stage {number}, because the cascade sets them."
+            )
     for before, after in zip(stages, stages[1:]):
         if not isinstance(after, ADMUpsamplePipeline):
             raise ValueError(f"Stages after the first must be ADMUpsamplePipelines, but got a {type(after).__name__}.")

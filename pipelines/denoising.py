@@ -63,7 +63,7 @@ class DenoisingMixin(RunStateMixin):
                     x_t = hooks.start(step, t, x_t)
                     guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
 
-                    with guider.tracking(x_t) as x_in:  # x_0 and Sigma, from the UNet at x_t
+                    with guider.tracking(x_t, self.unet) as x_in:  # x_0 and Sigma, from the UNet at x_t
                         denoised = solver.predict(denoiser(x_in, timestep, step), index, x_in)
                         denoised = hooks.x_0(step, t, denoised)
                     gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)

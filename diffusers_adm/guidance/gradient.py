@@ -71,6 +71,27 @@ def moves_weights(network: Callable) -> bool:
     return any(hasattr(module, name) for module in network.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
+def weights_in_place(network: Callable) -> list[torch.nn.Parameter]:
+    """Returns the weights of a network, or none if a forward pass may replace them or the network is a plain function."""
+    return [] if moves_weights(network) else list(network.parameters())
+
+
+@contextlib.contextmanager
+def frozen(weights: list[torch.nn.Parameter]):
+    """
+    Keeps nothing for the gradients of weights. With `torch.compile`, the backward pass does not compute them either. Afterwards, the
+    weights require gradients as before.
+    """
+    trained = [weight for weight in weights if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a copy that requires a gradient. It is a copy, because autograd cannot save tensors that inference mode made."""
     return tensor.detach().clone().requires_grad_()

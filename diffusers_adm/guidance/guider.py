@@ -13,10 +13,12 @@ from diffusers_adm.guidance.functions import RunClassifierGuidance
 from diffusers_adm.guidance.gradient import (
     GuidanceFunction,
     differentiable,
+    frozen,
     guidance_gradient,
     leaf,
     recomputed,
     shortened,
+    weights_in_place,
     without_gradients,
 )
 from diffusers_adm.guidance.options import GuidanceOptions
@@ -138,13 +140,13 @@ class Guider:
             )
 
     @contextlib.contextmanager
-    def tracking(self, x_t: torch.Tensor) -> Iterator[torch.Tensor]:
+    def tracking(self, x_t: torch.Tensor, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
         """
         Yields the noised images to give to the UNet. If this step's gradient goes through the UNet, they are a leaf that requires a
         gradient.
         """
         if self.needs_gradient and self.through_unet:
-            with differentiable():
+            with differentiable(), frozen(weights_in_place(unet)):
                 yield leaf(x_t)
         else:
             yield x_t

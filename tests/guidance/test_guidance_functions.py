@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from guided_calls import LABELS, calls_of, draw, one_step_x_0, pipeline_of
+from peak_memory import PeakMemory
 from tiny_models import NUM_CLASSES, images, tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm.diffusion import NoiseSchedule, x_0_from_epsilon
-from diffusers_adm.guidance import ClassifierGuidance, classifier_gradient, guidance_gradient
+from diffusers_adm.guidance import ClassifierGuidance, CleanClassifierGuidance, classifier_gradient, guidance_gradient
 
 
 def test_a_classifier_as_a_function_guides_as_the_pipelines_own():
@@ -178,6 +179,37 @@ def test_a_classifier_may_be_cast_after_its_guidance_was_made():
     pipeline.to(torch.bfloat16)
     expected = draw(pipeline, guidance_scale=2.0)
     torch.testing.assert_close(draw(pipeline, guidance_scale=2.0, guidance_fn=guide), expected)
+
+
+def darkness(x_t, timestep, x_0, class_labels):
+    return -x_0.square().sum(dim=(1, 2, 3))
+
+
+darkness.through_unet = True
+
+
+@pytest.mark.parametrize("guide", ["classifier", "clean classifier", "through the UNet"])
+def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
+    pipeline = pipeline_of(DDIMScheduler)
+    clean = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.LazyLinear(4096), torch.nn.ReLU(), torch.nn.LazyLinear(NUM_CLASSES)
+    )
+    clean(images())
+    networks = [pipeline.unet, pipeline.classifier, clean]
+    peaks = []
+    for trained in (True, False):
+        for network in networks:
+            network.requires_grad_(trained)
+        with PeakMemory() as memory:
+            if guide == "clean classifier":
+                inputs = (images(), torch.tensor([5, 5]), images(), torch.tensor(LABELS))
+                guidance_gradient(CleanClassifierGuidance(clean), *inputs)
+            else:
+                functions = {"classifier": None, "through the UNet": darkness}
+                draw(pipeline, guidance_fn=functions[guide], guidance_scale=1.0, num_inference_steps=1)
+        peaks.append(memory.peak)
+        assert all(weight.requires_grad == trained for network in networks for weight in network.parameters())
+    assert peaks[0] == peaks[1]
 
 
 def test_x_0_fn_may_return_what_has_a_graph():

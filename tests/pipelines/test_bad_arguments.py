@@ -200,6 +200,9 @@ def test_cascade_refuses_what_is_no_list_of_stages_or_calls():
     for calls in (1, {}, [1, 2], ["", ""]):
         with pytest.raises(ValueError, match="calls"):
             draw_cascade([base, upsampler()], [1], calls)
+    for calls in ([{"output_type": "np"}, {}], [{}, {"return_dict": False}], [{}, {"image": None}]):
+        with pytest.raises(ValueError, match=r"`calls` must not have \['(output_type|return_dict|image)'\] for stage"):
+            draw_cascade([base, upsampler()], [1], calls)
 
 
 def test_scheduler_without_learned_variance_is_refused_with_the_cure():
