@@ -100,7 +100,10 @@ class DenoisingObjective:
         terms = self.terms(model, batch, timestep)
         if self.sampler.needs_losses:
             self.sampler.update(*self.accelerator.gather((timestep, terms.loss.detach())))
-        return LossTerms(terms.loss * weight, terms.logged, timestep)
+        logged = {
+            name: value * weight for name, value in terms.logged.items()
+        }  # their means are those of uniform timesteps
+        return LossTerms(terms.loss * weight, logged, timestep)
 
     def terms(self, model: nn.Module, batch: dict, timestep: torch.Tensor) -> LossTerms:
         """Computes the terms of the loss at given timesteps, `(batch,)`."""

@@ -1,7 +1,11 @@
 """Which timesteps are drawn, against a plain account of the losses of each."""
 
 import torch
+from accelerate import Accelerator
+from tiny_models import images, tiny_scheduler, tiny_unet
 
+from diffusers_adm.training.objective import DenoisingObjective
+from diffusers_adm.training.objective_options import ObjectiveOptions
 from diffusers_adm.training.timestep_sampling import LossSecondMomentSampler, UniformSampler
 
 
@@ -62,3 +66,13 @@ def test_state_is_saved_whole():
     for s in (sampler, copy):
         s.update(torch.tensor([1, 1, 4]), torch.tensor([2.0, 3.0, 1.0]))
     assert torch.equal(copy.probabilities(), sampler.probabilities())
+
+
+def test_logged_parts_have_the_weights_of_the_loss():
+    options = ObjectiveOptions(schedule_sampler="loss-second-moment")
+    unet = tiny_unet(num_class_embeds=None)
+    objective = DenoisingObjective(options, tiny_scheduler(), Accelerator(cpu=True), lambda batch: {})
+    objective.sampler.counts.fill_(10)
+    objective.sampler.history.copy_(torch.arange(1, 11) * torch.rand(len(objective.sampler.history), 1))
+    terms = objective(unet, {"image": images()})
+    torch.testing.assert_close(terms.logged["simple"] + terms.logged["vlb"], terms.loss)
