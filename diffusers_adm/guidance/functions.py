@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusers_adm.checks import check_images, check_types, one_per_image
 from diffusers_adm.diffusion import NoiseSchedule, timestep_at
-from diffusers_adm.guidance.gradient import frozen, guidance_gradient, moves_weights, weights_in_place
+from diffusers_adm.guidance.gradient import guidance_gradient, moves_weights, weights_in_place
 
 
 CLASSIFIER_NEEDS_LABELS = "Guidance by a classifier requires `class_labels`, but got None."
@@ -34,7 +34,7 @@ class ClassifierGuidance:
 
     def __init__(self, classifier: torch.nn.Module, max_entropy_scale: float | None = None):
         self.classifier = classifier
-        self.weights = weights_in_place(classifier)
+        self.frozen_weights = weights_in_place(classifier)
         self.max_entropy_scale = max_entropy_scale
 
     @property
@@ -55,9 +55,7 @@ class ClassifierGuidance:
             x_t: Noised images, `(batch, channels, height, width)`.
             timestep: Timestep of each image, `(batch,)`.
         """
-        with frozen(self.weights):
-            logits = self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits
-        return logits.float().log_softmax(dim=-1)
+        return self.classifier(x_t.to(self.dtype or x_t.dtype), timestep).logits.float().log_softmax(dim=-1)
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
@@ -184,7 +182,7 @@ class CleanClassifierGuidance:
         if softplus_beta is not None:
             classifier = smoothed(classifier, softplus_beta)
         self.classifier = classifier.eval() if isinstance(classifier, nn.Module) else classifier
-        self.weights = weights_in_place(classifier)
+        self.frozen_weights = weights_in_place(classifier)
         self.image_processor = image_processor
         self.through_unet = through_unet
         self.joint_temperature = joint_temperature
@@ -217,8 +215,7 @@ class CleanClassifierGuidance:
         if class_labels is None:
             raise ValueError(CLASSIFIER_NEEDS_LABELS)
         pixels = as_pixels(x_0, self.image_processor)
-        with frozen(self.weights):
-            output = self.classifier(pixels.to(self.dtype or pixels.dtype))
+        output = self.classifier(pixels.to(self.dtype or pixels.dtype))
         logits = getattr(output, "logits", output).float()  # (batch, classes)
         # Reading a tensor on a GPU would wait for it.
         if class_labels.device.type == "cpu" and not ((0 <= class_labels) & (class_labels < logits.shape[1])).all():
@@ -263,7 +260,7 @@ class CLIPGuidance:
                 f"`num_cutouts` must be at least 1 and `min_cutout` must be in (0, 1], but got {num_cutouts} and {min_cutout}."
             )
         self.model = model.eval()
-        self.weights = weights_in_place(model)
+        self.frozen_weights = weights_in_place(model)
         self.image_processor = processor.image_processor
         self.num_cutouts = num_cutouts
         self.min_cutout = min_cutout
@@ -288,8 +285,7 @@ class CLIPGuidance:
                 f"`prompt` must be one text, or one text per image ({len(x_0)}), but got {len(self.text)} texts."
             )
         pixels = torch.cat([as_pixels(self._cutout(x_0), self.image_processor) for _ in range(self.num_cutouts)])
-        with frozen(self.weights):
-            features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
+        features = self.model.get_image_features(pixels.to(self.dtype)).pooler_output
         seen = F.normalize(features.float(), dim=-1).unflatten(0, (self.num_cutouts, -1))  # (cutouts, batch, features)
         return -spherical_distance(seen, self.text).mean(dim=0)
 

@@ -133,6 +133,7 @@ def guidance_gradient(
     half = getattr(guidance_fn, "dtype", None) == torch.float16 or autocasts_to_half(x_t.device.type)
     with contextlib.ExitStack() as stack:
         stack.enter_context(differentiable(getattr(guidance_fn, "weights_may_move", True) and not create_graph))
+        stack.enter_context(frozen(getattr(guidance_fn, "frozen_weights", [])))
         depends = x_0.grad_fn is not None and not create_graph
         if create_graph:
             # The fast kernels of attention have no second derivative.

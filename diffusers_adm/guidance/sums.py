@@ -21,6 +21,7 @@ class WeightedSum:
         dtype: float16 if at least one function is evaluated in float16, otherwise the data type of the first function.
         through_unet: Whether at least one function guides through the UNet.
         weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
+        frozen_weights: Weights of the functions' networks that no gradient is computed of.
 
     Raises:
         ValueError: If no function is given, one of them is not callable, or the numbers of weights and functions differ.
@@ -40,6 +41,7 @@ class WeightedSum:
         self.weights = list(weights)
         self.through_unet = any(getattr(function, "through_unet", False) for function in functions)
         self.weights_may_move = any(getattr(function, "weights_may_move", True) for function in functions)
+        self.frozen_weights = [weight for function in functions for weight in getattr(function, "frozen_weights", [])]
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -19,6 +19,7 @@ class WrappedGuidance:
     def __init__(self, guidance_fn: GuidanceFunction):
         self.guidance_fn = guidance_fn
         self.weights_may_move = getattr(guidance_fn, "weights_may_move", True)
+        self.frozen_weights = getattr(guidance_fn, "frozen_weights", [])
 
     @property
     def dtype(self) -> torch.dtype | None:

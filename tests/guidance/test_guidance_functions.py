@@ -10,7 +10,13 @@ from peak_memory import PeakMemory
 from tiny_models import NUM_CLASSES, images, tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm.diffusion import NoiseSchedule, x_0_from_epsilon
-from diffusers_adm.guidance import ClassifierGuidance, CleanClassifierGuidance, classifier_gradient, guidance_gradient
+from diffusers_adm.guidance import (
+    ClassifierGuidance,
+    CleanClassifierGuidance,
+    WeightedSum,
+    classifier_gradient,
+    guidance_gradient,
+)
 
 
 def test_a_classifier_as_a_function_guides_as_the_pipelines_own():
@@ -188,7 +194,7 @@ def darkness(x_t, timestep, x_0, class_labels):
 darkness.through_unet = True
 
 
-@pytest.mark.parametrize("guide", ["classifier", "clean classifier", "through the UNet"])
+@pytest.mark.parametrize("guide", ["classifier", "clean classifier", "sum", "through the UNet"])
 def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
     pipeline = pipeline_of(DDIMScheduler)
     clean = torch.nn.Sequential(
@@ -201,9 +207,10 @@ def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
         for network in networks:
             network.requires_grad_(trained)
         with PeakMemory() as memory:
-            if guide == "clean classifier":
+            if guide in ("clean classifier", "sum"):
+                by_clean = CleanClassifierGuidance(clean)
                 inputs = (images(), torch.tensor([5, 5]), images(), torch.tensor(LABELS))
-                guidance_gradient(CleanClassifierGuidance(clean), *inputs)
+                guidance_gradient(WeightedSum(by_clean) if guide == "sum" else by_clean, *inputs)
             else:
                 functions = {"classifier": None, "through the UNet": darkness}
                 draw(pipeline, guidance_fn=functions[guide], guidance_scale=1.0, num_inference_steps=1)
