@@ -245,9 +245,10 @@ def load_rows(
     elif labelled:
         label_column = source.label_column or _only_column(rows, ClassLabel)
     has_labels = labelled and not (label_column is None and classes is None)
-    if has_labels and label_column not in rows.column_names:
+    others = [name for name in rows.column_names if name != image_column]
+    if has_labels and label_column not in others:
         raise ValueError(
-            f"--label_column must be one of the columns of split {split!r}, {rows.column_names}, but got {label_column!r}."
+            f"--label_column must be one of the other columns of split {split!r}, {others}, but got {label_column!r}."
         )
     # Others, such as masks, would be decoded too.
     rows = rows.select_columns([image_column, label_column] if has_labels else [image_column])
@@ -274,7 +275,7 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
     if given is not None and "://" not in given and not Path(given).is_dir():
         raise ValueError(f"--train_data_dir must be a folder of images, but there is no folder {given}.")
     explicit = source.data_files is not None or source.dataset_config_name is not None
-    layout = None if explicit else find_layout(folder)
+    layout = None if explicit else find_layout(folder, must_be_images=given is not None)
     if layout is not None:
         if layout.splits:
             logger.warning("%s has the split folders %s. Split %s is used.", folder, layout.splits, split)

@@ -1,5 +1,6 @@
 """Layout of a local folder of images: one subfolder per class, or split folders that hold such subfolders."""
 
+import glob
 import os
 import re
 from dataclasses import dataclass
@@ -37,10 +38,10 @@ class ImageFolderLayout:
 
     def arguments(self) -> dict:
         """Returns arguments for `load_dataset`. They name the files of each split, because `load_dataset` would guess them."""
-        patterns = {split: [f"{name}/**" for name in names] for split, names in self.splits.items()}
+        patterns = {split: [f"{glob.escape(name)}/**" for name in names] for split, names in self.splits.items()}
         return {
             "path": "imagefolder",
-            "data_dir": str(self.folder),
+            "data_dir": glob.escape(str(self.folder)),
             "data_files": patterns or {"train": ["**"]},
             "drop_labels": None if self.has_classes else True,
         }
@@ -54,17 +55,28 @@ class ImageFolderLayout:
             )
 
 
-def find_layout(folder: str | Path) -> ImageFolderLayout | None:
+def find_layout(folder: str | Path, must_be_images: bool = False) -> ImageFolderLayout | None:
     """
     Returns the layout of a folder of images, or `None` if the path is not a folder or holds a dataset of another format.
 
+    Args:
+        folder: Path of the folder.
+        must_be_images: Whether a dataset of another format must not lie beside images.
+
     Raises:
-        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear.
+        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if it
+            has a dataset of another format that must not be there.
     """
     folder = Path(folder)
     files = _visible_files(folder)
     images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
-    if not images or any(path.suffix.lower() in OTHER_FORMATS for path in files if path.stem != "metadata"):
+    others = [path for path in files if path.suffix.lower() in OTHER_FORMATS and path.stem != "metadata"]
+    if images and others and must_be_images:
+        raise ValueError(
+            f"--train_data_dir {folder} must hold only images, but also holds {others[0]}. Move it out of the folder, or say which files"
+            " to read with --data_files."
+        )
+    if not images or others:
         return None
     readme = folder / "README.md"
     if readme.is_file() and re.search(r"^configs:", readme.read_text(errors="replace"), re.MULTILINE):

@@ -46,7 +46,7 @@ def _to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> n
     if value_range is None or not value_range[0] <= lowest <= highest <= value_range[1]:  # false for NaN
         problem = "unknown" if value_range is None else f"[{value_range[0]:g}, {value_range[1]:g}]"
         raise ValueError(
-            f"The range of an image of more than 8 bits is {problem}, but its values are in [{lowest:g}, {highest:g}]. Pass the"
+            f"The range of an image of more than 8 bits is {problem}, but its values are in [{lowest:.8g}, {highest:.8g}]. Pass the"
             " values of black and white, such as --image_range=0,65535 for 16 bits, or scale the images to 8 bits."
         )
     black, white = value_range

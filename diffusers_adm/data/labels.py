@@ -4,11 +4,17 @@ from pathlib import PurePath
 
 from datasets import ClassLabel, Dataset, IterableDataset
 from datasets.features import Value
+from datasets.features.features import FeatureType
 
 from diffusers_adm.data.images import file_name
 
 
 MAX_CLASSES = 10**6  # a limit, because each class is given a name
+
+
+def holds_names(feature: FeatureType) -> bool:
+    """Returns whether a column holds text."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
 def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Dataset:
@@ -26,7 +32,7 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
     labels, feature = rows.unique(column), rows.features[column]
     if None in labels or (isinstance(feature, ClassLabel) and -1 in labels):
         raise ValueError(f"All images must have a label, but column {column!r} lacks some.")
-    if isinstance(feature, Value) and feature.dtype == "string":
+    if holds_names(feature):
         names = sorted(labels)
     elif isinstance(feature, ClassLabel):
         names = feature.names
@@ -55,7 +61,7 @@ def stream_as_class_label(rows: IterableDataset, column: str, num_classes: int |
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return rows
-    if isinstance(feature, Value) and feature.dtype == "string":
+    if holds_names(feature):
         raise ValueError(
             f"Labels of a stream must be class numbers, but column {column!r} holds names. Leave out --streaming."
         )

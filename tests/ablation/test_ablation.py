@@ -151,7 +151,7 @@ def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
         (("--variants", "two.yaml", "--eta", 2), r"Variant narrow: `eta` must be a number in \[0, 1\]"),
         (("--variants", "two.yaml", "--labels", "none.txt"), "Variant narrow: .*none.txt"),
         (("--variants", "two.yaml", "--total_batch_size", 3), "--total_batch_size must be a multiple of 2"),
-        (("--variants", "two.yaml", "--label_column", "none"), "--label_column must be one of the columns"),
+        (("--variants", "two.yaml", "--label_column", "none"), "--label_column must be one of the other columns"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(words, message, folder, capsys):

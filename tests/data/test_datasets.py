@@ -126,6 +126,7 @@ def test_missing_image_and_image_that_does_not_fit_are_named(tmp_path):
         (["--validation_fraction", "0.1"], "--validation_fraction 0.1 cannot hold out images of each class"),
         (["--validation_fraction", "0.5", "--validation_split", "train"], "Pass at most one of"),
         (["--max_train_samples", "9"], "9"),
+        (["--label_column", "image"], r"one of the other columns of split 'train', \['label'\], but got 'image'"),
         (
             ["--train_data_dir", "my_imagse"],
             "--train_data_dir must be a folder of images, but there is no folder my_imagse",

@@ -45,6 +45,21 @@ def test_split_folders_are_splits_and_the_log_says_so(tmp_path, caplog, validati
     assert "Split train is used" in caplog.text and "Split validation is used" in caplog.text
 
 
+def test_names_of_folders_may_have_brackets(tmp_path):
+    folder = save(tmp_path / "mine [v1]", *(f"{split} [v1]/{name}" for split in ("train", "test") for name in PLAIN))
+    images, held_out = load_images(arguments("--train_data_dir", folder, "--validation_split", "test"))
+    assert len(images) == len(held_out) == len(PLAIN) and images.class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["dataset.zip", "dog/rows.parquet", "test/more.tar.gz"])
+def test_datasets_of_other_formats_beside_images_are_refused(tmp_path, name):
+    """Tests that the images are not left out, and that nothing is added to them."""
+    folder = save(tmp_path, *PLAIN, "test/0.png")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"must hold only images, but also holds {name}"):
+        load_images(arguments("--train_data_dir", folder))
+
+
 def test_split_folders_without_classes_have_no_labels(tmp_path):
     folder = save(tmp_path, "train/0.png", "train/1.png", "test/0.png")
     images, _ = load_images(arguments("--train_data_dir", folder))

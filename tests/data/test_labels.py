@@ -26,11 +26,12 @@ def test_class_is_the_prefix_of_the_file_name(tmp_path):
         load_images(arguments(*options))
 
 
-def test_names_and_numbers_become_classes(tmp_path):
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_names_and_numbers_become_classes(tmp_path, kind):
     pictures = [picture(i) for i in range(3)]
     names, numbers = tmp_path / "names", tmp_path / "numbers"
     names.mkdir(), numbers.mkdir()
-    parquet(names, {"image": Image(), "kind": Value("string")}, image=pictures, kind=["b", "a", "b"])
+    parquet(names, {"image": Image(), "kind": Value(kind)}, image=pictures, kind=["b", "a", "b"])
     images, _ = load_images(arguments("--dataset_name", str(names), "--label_column", "kind"))
     assert required_class_names(images) == ["a", "b"] and images[1]["label"] == 0
     parquet(numbers, {"image": Image(), "kind": Value("int64")}, image=pictures, kind=[10, 0, 2])
