@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from diffusers_adm.hub.cards import released_card
 from diffusers_adm.hub.resumed_download import download_rest, other_kind_of_file, version_file
 from diffusers_adm.hub.saved_files import CARD_FILE
 from diffusers_adm.openai.files import read_state_dict
-from diffusers_adm.openai.released import RELEASED_BY_NAME
-from diffusers_adm.openai.released_rows import ReleasedCheckpoint, tensor_layout
+from diffusers_adm.openai.released import TABLE_NAMES, check_layout
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 from diffusers_adm.saved_folders import read_config
 
 
@@ -66,7 +66,7 @@ def converted_folder(
     file = cache / "files" / f"{released.name}.pt"
     if _is_whole(folder):
         return folder
-    if not file.is_file():
+    if not file.is_file() or _is_of_another_address(folder):
         _check_may_download(released, cache, local_files_only, accept_license)
     with naming_write_errors(cache):
         for place in (folder.parent, file.parent):
@@ -74,6 +74,8 @@ def converted_folder(
     # One process downloads and converts, and the others wait.
     with WeakFileLock(file.with_suffix(".lock")):
         if not _is_whole(folder):
+            if _is_of_another_address(folder):
+                file.unlink(missing_ok=True)
             _check_room(released, file)
             sha256 = check_file(file, released, str(file)) if file.is_file() else download_file(released, file)
             with atomic_folder(folder) as unfinished:
@@ -89,7 +91,21 @@ def _conversion_digest(released: ReleasedCheckpoint) -> str:
     """Returns a digest of everything that affects the weights and configs of a converted folder."""
     row = (released.kind, released.flags, released.imagenet_labels, released.guidance_scale)
     content = (CONVERSION, *row, released.timestep_respacing, released.layout, released.sha256)
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8] + _address_digest(released)
+
+
+def _address_digest(released: ReleasedCheckpoint) -> str:
+    """Returns a digest of the address of a registered checkpoint, because another one may be registered with its name later."""
+    if released.name in TABLE_NAMES:
+        return ""
+    return "-" + hashlib.sha256(repr(released.address).encode()).hexdigest()[:8]
+
+
+def _is_of_another_address(folder: Path) -> bool:
+    """Returns whether the file that is in the cache was converted for a checkpoint of the same name and another address."""
+    _, _, address = folder.name.partition("-")
+    others = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return any(_is_whole(other) and other.name.partition("-")[2] != address for other in others)
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
@@ -242,17 +258,5 @@ def check_file(file: Path, released: ReleasedCheckpoint, source: str) -> str:
             f"{source} must be a checkpoint of tensors by name, but is damaged or incomplete, or holds code or objects, which"
             " are never loaded."
         ) from error
-    _check_layout(tensors, released, source)
+    check_layout(tensors, released, source)
     return sha256
-
-
-def _check_layout(tensors: Mapping[str, torch.Tensor], released: ReleasedCheckpoint, source: str) -> None:
-    layout = tensor_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if released.layout not in (None, layout):
-        like = [other.name for other in RELEASED_BY_NAME.values() if other.layout == layout]
-        holds = (
-            f"the tensors of {' or '.join(like[:3])}" if like else f"{layout.parameters:,} parameters of other tensors"
-        )
-        raise ValueError(
-            f"{source} is not {released.name}, which has {released.layout.parameters:,} parameters: it holds {holds}."
-        )

@@ -14,7 +14,7 @@ from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.openai.architecture import Shapes, classifier_config, read_shapes, unet_config
 from diffusers_adm.openai.files import Checkpoint, read_state_dict
 from diffusers_adm.openai.flags import Flags, check_flags, parse_flags
-from diffusers_adm.openai.released import find_released, imagenet_class_names
+from diffusers_adm.openai.released import check_layout, find_released, imagenet_class_names
 from diffusers_adm.openai.released_rows import ReleasedCheckpoint
 from diffusers_adm.openai.schedulers import build_scheduler, build_sigma_scheduler, sampler_of
 from diffusers_adm.openai.tensors import load_published
@@ -95,9 +95,13 @@ class PublishedCheckpoint:
         Tensors with their names in the original code.
 
         Raises:
-            ValueError: If the file is missing or damaged, or holds other values than tensors by name.
+            ValueError: If the file is missing or damaged, holds other values than tensors by name, or has the name of a released
+                file but other tensors.
         """
-        return read_state_dict(self.source)
+        tensors = read_state_dict(self.source)
+        if self.released is not None:
+            check_layout(tensors, self.released, f"{os.fspath(self.source)!r}")
+        return tensors
 
     @cached_property
     def shapes(self) -> Shapes:

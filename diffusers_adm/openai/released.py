@@ -7,13 +7,16 @@ openai/consistency_models) and `released_community`.
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released_community import COMMUNITY
 from diffusers_adm.openai.released_family import CONSISTENCY_MODELS, IMPROVED_DIFFUSION
 from diffusers_adm.openai.released_guided import GUIDED_DIFFUSION
-from diffusers_adm.openai.released_rows import ReleasedCheckpoint
+from diffusers_adm.openai.released_rows import ReleasedCheckpoint, tensor_layout
 
 
 # Checkpoints of the paper, by file name.
@@ -22,6 +25,9 @@ RELEASED_CHECKPOINTS = {released.file: released for released in GUIDED_DIFFUSION
 RELEASED_BY_NAME = {
     released.name: released for released in (*GUIDED_DIFFUSION, *IMPROVED_DIFFUSION, *CONSISTENCY_MODELS, *COMMUNITY)
 }
+
+# Names of the table, without those that are registered.
+TABLE_NAMES = frozenset(RELEASED_BY_NAME)
 
 RELEASED_KINDS = ("unet", "upsampler", "classifier")
 
@@ -96,6 +102,29 @@ def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
     path = Path(checkpoint)
     known = {file: row for row in RELEASED_BY_NAME.values() for file in (row.file, *row.aliases, f"{row.name}.pt")}
     return known.get(path.name)
+
+
+def check_layout(tensors: Mapping[str, torch.Tensor], released: ReleasedCheckpoint, source: str) -> None:
+    """
+    Checks that tensors have the names and shapes of a released checkpoint.
+
+    Args:
+        tensors: Tensors by name.
+        released: Released checkpoint.
+        source: File of the tensors.
+
+    Raises:
+        ValueError: If they are other tensors.
+    """
+    layout = tensor_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if released.layout not in (None, layout):
+        like = [other.name for other in RELEASED_BY_NAME.values() if other.layout == layout]
+        holds = (
+            f"the tensors of {' or '.join(like[:3])}" if like else f"{layout.parameters:,} parameters of other tensors"
+        )
+        raise ValueError(
+            f"{source} is not {released.name}, which has {released.layout.parameters:,} parameters: it holds {holds}."
+        )
 
 
 def guiding_classifier(unet: ReleasedCheckpoint) -> ReleasedCheckpoint | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import resource
 from pathlib import Path
@@ -151,6 +152,27 @@ def test_folder_is_converted_again_only_if_its_contents_change(warm):
     changed = converted(warm)
     assert ClassifierGuidedPipeline.from_pretrained(changed).config.guidance_scale == 3.0
     assert list(folder.parent.iterdir()) == [changed]
+
+
+def test_another_address_is_another_checkpoint(server, tmp_path):
+    """Tests two processes that register different checkpoints with the same name."""
+    tensors = torch.load(io.BytesIO(UNET))
+    tensors["out.2.bias"] += 1
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    server.files["other.pt"] = buffer.getvalue()
+    first = ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet
+    RELEASED_BY_NAME["tiny"] = dataclasses.replace(RELEASED_BY_NAME["tiny"], address=f"{server.url}/other.pt")
+    second = ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet
+    torch.testing.assert_close(second.conv_out.bias, first.conv_out.bias + 1)
+
+
+def test_own_file_with_the_name_of_a_released_one_is_not_given_its_flags(tmp_path):
+    (tmp_path / "lsun_cat.pt").write_bytes(UNET)
+    flags = published_flags(load_case("unet_class_conditional")[0])
+    for given in (flags, None):
+        with pytest.raises(ValueError, match="lsun_cat.pt' is not lsun-cat, which has 552,814,086 parameters: it holds"):
+            ClassifierGuidedPipeline.from_openai(tmp_path / "lsun_cat.pt", flags=given)
 
 
 def test_cache_that_has_it_is_only_read(warm):
