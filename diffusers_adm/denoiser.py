@@ -16,7 +16,7 @@ from diffusers_adm.guidance.gradient import FLOAT16_LOSS_SCALE
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
-from diffusers_adm.pipelines.checks import check_parts
+from diffusers_adm.pipelines.checks import check_classifier, check_parts, check_scheduler_fits
 from diffusers_adm.pipelines.class_labels import ClassLabels, check_labels
 
 
@@ -47,7 +47,8 @@ class Denoiser(nn.Module):
         sigma_max: Highest noise level of the training.
 
     Raises:
-        ValueError: If a class is unknown, guidance lacks a classifier, a null class or labels, or an argument has a wrong type.
+        ValueError: If a class is unknown, guidance lacks a classifier, a null class or labels, the scheduler or the classifier does not
+            fit the UNet, or an argument has a wrong type.
     """
 
     def __init__(
@@ -67,17 +68,18 @@ class Denoiser(nn.Module):
         self.unet, self.classifier = self.pipeline.unet, self.pipeline.classifier
         self.class_labels, self.unit_range = class_labels, unit_range
         self.guidance_scale, self.cfg_weight, self.max_x_0_shift = guidance_scale, cfg_weight, max_x_0_shift
+        check_scheduler_fits(self.unet, self.pipeline.scheduler)
+        self._check_guidance()
         config = self.unet.config
         self.given_sigma = config.get("preconditioning") is not None
         self.schedule = None if self.given_sigma else NoiseSchedule.from_config(self.pipeline.scheduler.config)
         self.classifier_schedule = self.schedule
-        if self.given_sigma and self.classifier is not None:
+        if self.given_sigma and self.guidance_scale:
             noise = self.classifier.config
             self.classifier_schedule = training_schedule(noise.num_train_timesteps, noise.beta_schedule)
         self.img_channels, self.img_resolution = config.in_channels, config.sample_size
         levels = (config.sigma_min, config.sigma_max) if self.given_sigma else self.schedule.sigma[[0, -1]].tolist()
         self.sigma_min, self.sigma_max = (level / 2 if unit_range else level for level in levels)
-        self._check_guidance()
         if class_labels is not None:
             self._labels(class_labels, None)
 
@@ -206,6 +208,8 @@ class Denoiser(nn.Module):
             raise ValueError("`model` must not be an upsampler, because D(x; sigma) has no second input.")
         if self.guidance_scale and self.classifier is None:
             raise ValueError(f"guidance_scale={self.guidance_scale} requires a pipeline with a classifier.")
+        if self.guidance_scale:
+            check_classifier(self.pipeline)
         if self.cfg_weight and self.unet.null_class is None:
             raise ValueError(f"cfg_weight={self.cfg_weight} requires a UNet with a null class (use_null_class).")
         if self.max_x_0_shift is not None and not self.max_x_0_shift > 0:

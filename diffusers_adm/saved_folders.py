@@ -47,6 +47,14 @@ def weight_files(variant: str | None) -> list[str]:
     ]
 
 
+def check_safe_serialization(safe_serialization: bool) -> None:
+    """Raises a ValueError if weights are to be saved in files that can carry code."""
+    if not safe_serialization:
+        raise ValueError(
+            f"`safe_serialization` must be True, because other files than safetensors can carry code, but got {safe_serialization!r}."
+        )
+
+
 def check_weights(folder: Path, variant: str | None) -> None:
     """
     Checks that the weight files of a saved model can be opened. The values of the weights are not read.

@@ -16,7 +16,7 @@ from diffusers_adm.hub.saved_files import SAVED_CLASSES, check_variant
 from diffusers_adm.hub.upload import push
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
-from diffusers_adm.saved_folders import loading
+from diffusers_adm.saved_folders import check_safe_serialization, loading
 
 
 class SavingMixin:
@@ -120,7 +120,7 @@ class SavingMixin:
 
         Args:
             save_directory: Folder to write. If it has a card, the card is kept.
-            safe_serialization: Whether to save weights as safetensors.
+            safe_serialization: Must be `True`: weights are saved as safetensors.
             variant: Part of the names of the weight files, such as `"fp16"`.
             max_shard_size: Largest size of a weight file, such as `"5GB"`.
             push_to_hub: Whether to also upload the pipeline, always as safetensors of the default size.
@@ -129,9 +129,10 @@ class SavingMixin:
 
         Raises:
             TypeError: If arguments of `push_to_hub` are given, but `push_to_hub` is `False`.
-            ValueError: If the variant cannot be part of a file name.
+            ValueError: If the variant cannot be part of a file name, or `safe_serialization` is `False`.
         """
         check_variant(variant)
+        check_safe_serialization(safe_serialization)
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained takes {', '.join(kwargs)} only with push_to_hub=True.")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)

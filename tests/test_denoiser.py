@@ -204,6 +204,17 @@ def test_bad_arguments(change, message):
         Denoiser(**{"model": tiny_pipeline(), "class_labels": LABELS, **change})
 
 
+def test_replaced_schedulers_that_do_not_fit_are_refused():
+    for change, message in (
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"beta_schedule": "scaled_linear"}, "trained"),
+    ):
+        pipeline = tiny_pipeline(classifier=tiny_classifier(beta_schedule="linear"))
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **change)
+        with pytest.raises(ValueError, match=message):
+            Denoiser(pipeline, LABELS, guidance_scale=1.0)
+
+
 def test_guidance_without_a_classifier():
     with pytest.raises(ValueError, match="requires a pipeline with a classifier"):
         Denoiser(tiny_pipeline(with_classifier=False), LABELS, guidance_scale=1.0)

@@ -88,6 +88,8 @@ def load_network(
         folder = download_network(model, subfolder, revision, variant)
     if (folder / "model_index.json").is_file():
         folder = folder / (subfolder or "unet")
+    elif subfolder is not None and Path(model).is_dir():
+        raise ValueError(f"--subfolder {subfolder} requires a pipeline, but {model} has no model_index.json.")
     class_name = read_config(folder / "config.json").get("_class_name")
     if class_name not in CLASSES:
         raise ValueError(

@@ -121,8 +121,9 @@ def _fingerprint(file: Path) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        recorded = read_config(folder / RECORD_FILE)["files"]
-        return all(_fingerprint(folder / name) == fingerprint for name, fingerprint in recorded.items())
+        recorded = read_config(folder / RECORD_FILE).get("files")
+        files = recorded.items() if isinstance(recorded, dict) else ()
+        return bool(files) and all(_fingerprint(folder / name) == fingerprint for name, fingerprint in files)
     except OSError:
         return False
 

@@ -44,7 +44,10 @@ def save_card(model, folder: str | os.PathLike) -> None:
 
 def copy_card(model, folder: Path) -> bool:
     """Copies the card of the folder that a pipeline or model was loaded from, with its pictures. Returns whether there is a card."""
-    source = Path(model.config.get("_name_or_path") or "")
+    name = model.config.get("_name_or_path")
+    if not name:
+        return False  # a new model
+    source = Path(name)
     # A component is also loaded from the folder of its pipeline, but the card there describes the pipeline.
     if not all((source / file).is_file() for file in (CARD_FILE, model.config_name)):
         return False

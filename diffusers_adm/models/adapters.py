@@ -3,10 +3,13 @@
 import copy
 import functools
 import os
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
+
+from diffusers_adm.saved_folders import check_safe_serialization, weight_files
 
 
 class AdapterMixin(PeftAdapterMixin):
@@ -57,15 +60,29 @@ class AdapterMixin(PeftAdapterMixin):
         Args:
             save_directory: Folder to write.
             kwargs: Arguments of `ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: If `safe_serialization` is `False`.
         """
-        model = without_adapters(self) if getattr(self, "peft_config", None) else self
+        check_safe_serialization(kwargs.get("safe_serialization", True))
+        model = without_adapters(self)
+        index = Path(save_directory, weight_files(kwargs.get("variant"))[-1])
+        before = index.stat().st_mtime_ns if index.is_file() else None
         super(AdapterMixin, model).save_pretrained(save_directory, **kwargs)
+        if before is not None and index.stat().st_mtime_ns == before:
+            index.unlink()  # it lists shards of an earlier save, which are gone
 
 
 def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns a copy of a model with its adapters merged into its weights."""
+    """
+    Returns a copy of a model with its adapters merged into its weights. Disabled adapters are left out. A model without adapters is
+    returned itself.
+    """
+    if not getattr(model, "peft_config", None):
+        return model
     model = copy.deepcopy(model)
-    model.fuse_lora()
+    if not any(getattr(layer, "disable_adapters", False) is True for layer in model.modules()):
+        model.fuse_lora()
     model.unload_lora()
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "modules_to_save"):  # peft keeps the trained copy of such a layer beside the frozen original

@@ -308,6 +308,8 @@ class ADMBlockFactory:
             "`attention_head_dim`": 1 if self.attention_head_dim is None else self.attention_head_dim,
             "`num_attention_heads`": 1 if self.num_attention_heads is None else self.num_attention_heads,
         }
+        if not all(0 < mult < math.inf for mult in self.channel_mult):
+            raise ValueError(f"`channel_mult` must be positive and finite numbers, but got {self.channel_mult}.")
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, but got {count}.")

@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffusers_adm.choices import POOLS
-from diffusers_adm.models.adapters import AdapterMixin
+from diffusers_adm.models.adapters import AdapterMixin, without_adapters
 from diffusers_adm.models.blocks import (
     ADMAttention,
     ADMBlockFactory,
@@ -230,12 +230,12 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
 
     def to_openai_state_dict(self) -> dict[str, torch.Tensor]:
         """
-        Converts the weights back to the names and layouts of the original code.
+        Converts the weights back to the names and layouts of the original code. Adapters are merged into them.
 
         Raises:
             ValueError: If the original code has no such model.
         """
-        return to_published(self.state_dict(), self.config)
+        return to_published(without_adapters(self).state_dict(), self.config)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffusers_adm.checks import as_numbers, check_images, one_per_image, one_per_level
-from diffusers_adm.models.adapters import AdapterMixin
+from diffusers_adm.models.adapters import AdapterMixin, without_adapters
 from diffusers_adm.models.blocks import (
     RESAMPLE_TYPES,
     ADMBlockFactory,
@@ -249,7 +249,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
 
     def to_openai_state_dict(self, use_new_attention_order: bool = False) -> dict[str, torch.Tensor]:
         """
-        Converts the weights back to the names and layouts of the original code.
+        Converts the weights back to the names and layouts of the original code. Adapters are merged into them.
 
         Args:
             use_new_attention_order: Value of `--use_new_attention_order` that you will pass to the original code.
@@ -257,7 +257,7 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         Raises:
             ValueError: If the original code has no such model.
         """
-        return to_published(self.state_dict(), self.config, use_new_attention_order)
+        return to_published(without_adapters(self).state_dict(), self.config, use_new_attention_order)
 
     @property
     def learns_variance(self) -> bool:

@@ -117,6 +117,10 @@ def to_published(
     options = {"norm_num_groups": PUBLISHED_NORM_GROUPS, "output_scale_factor": 1.0}
     if _is_preconditioned(config):
         options["beta_schedule"] = None
+    if "pool" in config:
+        options["num_attention_heads"] = None  # the heads of a classifier have a given width
+    else:
+        options |= {"use_null_class": False, "upsample_type": config["downsample_type"]}
     for option, published in options.items():
         if config.get(option, published) != published:
             raise ValueError(f"`{option}` must be {published}, as in the original code, but got {config[option]}.")

@@ -16,7 +16,9 @@ from tiny_models import NUM_CLASSES, draw_parameters, images, tiny_classifier, t
 
 from diffusers_adm import default_model
 from diffusers_adm.export import export_network
+from diffusers_adm.export.cards import source_card
 from diffusers_adm.export.networks import example_inputs, largest_difference, open_program
+from diffusers_adm.export.sources import load_network
 from diffusers_adm.guidance import classifier_gradient
 
 
@@ -104,6 +106,12 @@ def test_adapters_are_merged_into_the_file_alone(tmp_path):
     torch.testing.assert_close(predict(network), adapted)
 
 
+def test_card_of_a_folder_around_the_network_is_not_its_card(tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "mine")
+    (tmp_path / "README.md").write_text("A project.")
+    assert source_card(load_network(str(tmp_path / "mine"))) is None
+
+
 def test_program_of_another_network_is_refused():
     other = tiny_classifier("attention", seed=2)
     with pytest.raises(ValueError, match="differs from the network by"):
@@ -162,6 +170,7 @@ def test_command_takes_a_network_by_itself_and_half_precision(tmp_path, capsys):
         (["--model", "nowhere"], "must be a folder or a repository on the Hub, but got 'nowhere'"),
         (["--model", "pipeline", "--subfolder", "classifier"], "has no config.json"),
         (["--model", "pipeline/scheduler"], "config.json"),
+        (["--model", "pipeline/unet", "--subfolder", "classifier"], "--subfolder classifier requires a pipeline"),
         (["--model", "released:nothing"], "nothing"),
         (["--model", "released:imagenet-64-classifier", "--subfolder", "unet"], "is a classifier"),
         (["--model", "released:lsun-cat", "--subfolder", "classifier"], "has no classifier"),

@@ -95,6 +95,14 @@ def test_card_travels_with_its_pictures_and_nothing_else(tmp_path, monkeypatch):
     assert pictures == {str(tmp_path / "secret.png"), str(tmp_path / "elsewhere" / "two" / "samples" / "grid.png")}
 
 
+def test_card_in_the_current_folder_is_not_that_of_a_new_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(".")
+    Path("README.md").write_text("The card of a model that was downloaded here.")
+    tiny_pipeline().save_pretrained("out")
+    assert "downloaded" not in Path("out/README.md").read_text()
+
+
 def test_card_that_a_folder_has_is_kept(tmp_path):
     pipeline = tiny_pipeline()
     (tmp_path / "README.md").write_text("mine")

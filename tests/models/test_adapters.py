@@ -5,6 +5,8 @@ import torch
 from model_calls import predict
 from tiny_models import tiny_classifier, tiny_unet
 
+from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.models.adapters import without_adapters
 from diffusers_adm.training.pretrained import add_adapter
 
 
@@ -43,6 +45,23 @@ def test_adapter_of_another_model_is_refused_and_changes_nothing(trained, other,
     assert not getattr(other, "peft_config", None)
     assert weights.keys() == other.state_dict().keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_model_is_saved_as_it_is_used(enabled, tmp_path):
+    model = train(tiny_unet())
+    if not enabled:
+        model.disable_lora()
+    expected = predict(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(predict(ADMUNet2DModel.from_pretrained(tmp_path)), expected)
+
+
+def test_weights_of_the_original_code_have_the_adapter_in_them():
+    model = train(tiny_unet(norm_num_groups=32, model_channels=32))
+    merged = without_adapters(model).to_openai_state_dict()
+    found = model.to_openai_state_dict()
+    assert found.keys() == merged.keys() and all(torch.equal(found[name], merged[name]) for name in merged)
 
 
 def test_adapter_that_fits_loads(tmp_path):

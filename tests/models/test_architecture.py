@@ -220,6 +220,7 @@ BAD_CONFIGS = {
         "`norm_num_groups` must divide the channels of each level, but got 3",
     ),
     "multiplier that leaves nothing": ({"channel_mult": (0.1, 1)}, "0 channels"),
+    "multiplier that is infinite": ({"channel_mult": (float("inf"), 2)}, "`channel_mult` must be positive and finite"),
     "conditioning": ({"resnet_time_scale_shift": "ada"}, "but got 'ada'"),
     "downsampling": ({"downsample_type": "pool"}, "but got 'pool'"),
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import CLASSIFIER_CASES, UNET_CASES, draw_weights, load, load_case, model_class, published_flags
+from tiny_models import tiny_classifier
 
 from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 
@@ -82,13 +83,28 @@ def test_pipelines_are_cast(pipeline_files):
     assert pipeline.unet.dtype == torch.float16
 
 
-@pytest.mark.parametrize("options", [{"norm_num_groups": 16}, {"output_scale_factor": 2**0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_num_groups": 16},
+        {"output_scale_factor": 2**0.5},
+        {"use_null_class": True, "num_class_embeds": 3},
+        {"upsample_type": "conv"},
+    ],
+)
 def test_no_way_back_for_what_the_published_code_does_not_know(options):
     model = ADMUNet2DModel(
         sample_size=8, model_channels=32, channel_mult=(1,), attention_resolutions=(), attention_head_dim=32, **options
     )
     with pytest.raises(ValueError, match=next(iter(options))):
         model.to_openai_state_dict()
+
+
+def test_no_way_back_for_a_classifier_with_a_number_of_heads():
+    with pytest.raises(ValueError, match="`num_attention_heads` must be None"):
+        tiny_classifier(
+            norm_num_groups=32, model_channels=32, attention_head_dim=None, num_attention_heads=2
+        ).to_openai_state_dict()
 
 
 # --- What shapes tell ---

@@ -171,7 +171,9 @@ def test_own_file_with_the_name_of_a_released_one_is_not_given_its_flags(tmp_pat
     (tmp_path / "lsun_cat.pt").write_bytes(UNET)
     flags = published_flags(load_case("unet_class_conditional")[0])
     for given in (flags, None):
-        with pytest.raises(ValueError, match="lsun_cat.pt' is not lsun-cat, which has 552,814,086 parameters: it holds"):
+        with pytest.raises(
+            ValueError, match="lsun_cat.pt' is not lsun-cat, which has 552,814,086 parameters: it holds"
+        ):
             ClassifierGuidedPipeline.from_openai(tmp_path / "lsun_cat.pt", flags=given)
 
 

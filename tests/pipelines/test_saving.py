@@ -65,6 +65,21 @@ def test_pipeline_saved_in_half_precision_with_a_variant(tmp_path):
     assert loaded.unet.dtype == loaded.classifier.dtype == torch.float16
 
 
+def test_one_file_takes_the_place_of_shards(tmp_path):
+    pipeline = tiny_pipeline()
+    for size in ("20KB", None):
+        pipeline.save_pretrained(tmp_path, max_shard_size=size)
+        loaded = ClassifierGuidedPipeline.from_pretrained(tmp_path)
+        assert torch.equal(loaded.unet.conv_out.weight, pipeline.unet.conv_out.weight)
+
+
+@pytest.mark.parametrize("part", [tiny_pipeline, tiny_classifier])
+def test_weights_are_saved_as_safetensors_only(part, tmp_path):
+    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        part().save_pretrained(tmp_path, safe_serialization=False)
+    assert not any(tmp_path.iterdir())
+
+
 # What diffusers' own pipeline tester expects
 
 
