@@ -31,6 +31,8 @@ from diffusers_adm.training.objective import LossTerms
 from diffusers_adm.training.setup import model_config
 
 
+# Largest number of times that the distance of a pair is halved. Float32 could not tell much closer levels apart.
+MOST_HALVINGS = 10
 NUM_LEVELS = 40  # noise levels of the scheduler, as in Song et al. 2023, section 6
 RHO = 7  # spacing of the noise levels of a teacher that is given them [Karras et al. 2022, eq. 5]
 
@@ -98,11 +100,12 @@ class Teacher:
         accelerator: Accelerator of the script.
 
     Attributes:
+        guidance_scale: Scale of classifier guidance.
         schedule: Noise schedule of a UNet that is given timesteps, or `None`.
 
     Raises:
-        ValueError: If the pipeline cannot be loaded, draws images of another size or of other classes, or lacks what its guidance
-            requires.
+        ValueError: If the pipeline cannot be loaded, is a consistency model, draws images of another size or of other classes, or lacks
+            what its guidance requires.
         OSError: If the pipeline does not exist.
     """
 
@@ -117,19 +120,21 @@ class Teacher:
         theirs = {option: pipeline.unet.config[option] for option in size}
         if theirs != size:
             raise ValueError(f"--teacher_model_name_or_path {name} must draw images of {size}, but draws {theirs}.")
-        names = known_names(pipeline)
-        if names is not None and images.class_names is not None:
-            check_same_classes(dict(enumerate(images.class_names)), names)
+        if pipeline.unet.config.get("preconditioning") == "consistency":
+            raise ValueError(
+                f"--teacher_model_name_or_path {name} must not be a consistency model, which predicts the end of a path instead of the"
+                " expected image."
+            )
         scale = options.teacher.guidance_scale
         if scale is None:
             scale = 0.0 if pipeline.classifier is None else pipeline.config.guidance_scale
+        guidance = {"guidance_scale": scale, "cfg_weight": options.teacher.cfg_weight}
+        _check_classes_of_teacher(name, pipeline, images.class_names, any(guidance.values()))
         self.accelerator = accelerator
+        self.guidance_scale = scale
         self.clip_range = clip_range(pipeline.scheduler)
-        labels = None if images.class_names is None else 0  # raises now if the guidance does not fit
-        self.denoiser = Denoiser(
-            pipeline.to(accelerator.device), labels, guidance_scale=scale, cfg_weight=options.teacher.cfg_weight
-        )
-
+        labels = None if images.class_names is None else 0
+        self.denoiser = Denoiser(pipeline.to(accelerator.device), labels, **guidance)
         self.schedule = self.denoiser.schedule
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -145,6 +150,57 @@ class Teacher:
         with self.accelerator.autocast():
             x_0 = self.denoiser(x, sigma, labels)
         return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
+
+
+def _check_classes_of_teacher(
+    name: str, pipeline: ClassifierGuidedPipeline, class_names: list[str] | None, guided: bool
+) -> None:
+    """Raises a ValueError unless the teacher can be given the labels of the images."""
+    unet = pipeline.unet
+    num_classes = unet.config.num_class_embeds
+    if class_names is None:
+        if guided or (num_classes is not None and unet.null_class is None):
+            raise ValueError(f"--teacher_model_name_or_path {name} requires labels, but the images have none.")
+        return
+    if num_classes is not None and num_classes != len(class_names):
+        raise ValueError(
+            f"--teacher_model_name_or_path {name} must have the {len(class_names)} classes of the images, but has {num_classes}."
+        )
+    names = known_names(pipeline)
+    if names is not None:
+        check_same_classes(dict(enumerate(class_names)), names)
+
+
+def rank_of_level(sigma: torch.Tensor, levels: ConsistencyOptions, num_ranks: int) -> torch.Tensor:
+    """Returns the rank of noise levels among `num_ranks` levels, evenly spaced in log(sigma), `(batch,)`."""
+    lowest, highest = math.log(levels.sigma_min), math.log(levels.sigma_max)
+    return (num_ranks * (sigma.log() - lowest) / (highest - lowest)).long().clamp(0, num_ranks - 1)
+
+
+class StoredPathObjective:
+    """
+    Computes the loss of a consistency model at points of stored paths.
+
+    Args:
+        options: Options of the run.
+        conditions: Function that returns the UNet's arguments for a batch, without the noised images and their noise levels.
+    """
+
+    sampler = None
+
+    def __init__(self, options: ConsistencyTrainingOptions, conditions: Callable[[dict], dict]):
+        self.levels = options.consistency
+        self.num_ranks = options.diffusion.num_train_timesteps
+        self.conditions = conditions
+
+    def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the loss at the points of a batch."""
+        sigma, lowest = batch["sigma"], torch.full_like(batch["sigma"], self.levels.sigma_min)  # (batch,)
+        predicted = model(batch["image"], sigma, **self.conditions(batch)).sample
+        loss = consistency_loss(predicted, batch["target"], sigma, lowest, self.levels.sigma_data)
+        return LossTerms(loss, {}, rank_of_level(sigma, self.levels, self.num_ranks))
+
+    held_out_terms = __call__
 
 
 class ConsistencyObjective:
@@ -169,21 +225,36 @@ class ConsistencyObjective:
     ):
         self.levels = options.consistency
         self.num_path_steps = options.teacher.teacher_steps
-        self.closer_every = self.levels.closer_every or -(-options.optimisation.max_train_steps // 8)
+        self.closer_every = self.levels.closer_every
+        self.num_steps = options.optimisation.max_train_steps
         self.num_ranks = options.diffusion.num_train_timesteps
         self.conditions = conditions
         self.step = step
         self.teacher = teacher
 
     def __call__(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the loss at randomly drawn pairs of noise levels."""
+        """Computes the loss at randomly drawn pairs of noise levels, whose distance depends on the step."""
+        return self.terms(model, batch, self.halvings(self.step()))
+
+    def held_out_terms(self, model: nn.Module, batch: dict) -> LossTerms:
+        """Computes the loss at pairs as close as those at the end of the training, so that losses of all steps can be compared."""
+        return self.terms(model, batch, self.halvings(self.num_steps - 1))
+
+    def halvings(self, step: int) -> int:
+        """Returns how often the distance of pairs has been halved before a step."""
+        return min(step // self.closer_every, MOST_HALVINGS)
+
+    def terms(self, model: nn.Module, batch: dict, halvings: int) -> LossTerms:
+        """Computes the loss at randomly drawn pairs of noise levels, whose distance has been halved some times."""
         x_0, levels = batch["image"], self.levels  # (batch, channels, resolution, resolution)
         sigma = first_levels(levels, torch.randn(len(x_0), device=x_0.device, dtype=x_0.dtype))  # (batch,)
         spacing = getattr(self.teacher, "schedule", None)
-        path = path_levels(sigma, self.lower_level(sigma), self.num_path_steps, spacing)  # (steps + 1, batch)
+        path = path_levels(
+            sigma, self.lower_level(sigma, halvings), self.num_path_steps, spacing
+        )  # (steps + 1, batch)
         points = self.points(batch, path)  # (steps + 1, batch, channels, resolution, resolution)
         conditions = self.conditions(batch)
-        if self.step() < self.closer_every:  # all lower levels are sigma_min, where the model returns its input
+        if halvings == 0:  # all lower levels are sigma_min, where the model returns its input
             target = points[-1]
         else:
             with torch.no_grad():
@@ -192,28 +263,13 @@ class ConsistencyObjective:
         predicted = model(points[:-1].flatten(0, 1), path[:-1].flatten(), **repeated).sample
         targets, ends = target.repeat(self.num_path_steps, 1, 1, 1), path[-1].repeat(self.num_path_steps)
         loss = consistency_loss(predicted, targets, path[:-1].flatten(), ends, levels.sigma_data)
-        return LossTerms(loss.unflatten(0, (self.num_path_steps, -1)).mean(dim=0), {}, self.rank(sigma))
+        return LossTerms(
+            loss.unflatten(0, (self.num_path_steps, -1)).mean(dim=0), {}, rank_of_level(sigma, levels, self.num_ranks)
+        )
 
-    held_out_terms = __call__
-
-    def stored_terms(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the loss at points of stored paths."""
-        sigma, lowest = batch["sigma"], torch.full_like(batch["sigma"], self.levels.sigma_min)  # (batch,)
-        predicted = model(batch["image"], sigma, **self.conditions(batch)).sample
-        loss = consistency_loss(predicted, batch["target"], sigma, lowest, self.levels.sigma_data)
-        return LossTerms(loss, {}, self.rank(sigma))
-
-    def rank(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Returns the rank of noise levels among as many levels as there are timesteps, evenly spaced in log(sigma), `(batch,)`."""
-        lowest, highest = math.log(self.levels.sigma_min), math.log(self.levels.sigma_max)
-        return (self.num_ranks * (sigma.log() - lowest) / (highest - lowest)).long().clamp(0, self.num_ranks - 1)
-
-    def lower_level(self, sigma: torch.Tensor) -> torch.Tensor:
-        """
-        Returns the lower noise level of each pair, `(batch,)`. Its distance to the higher one is halved after every `closer_every`
-        steps [Geng et al. 2024, section 3].
-        """
-        distance = (1 + 8 * torch.sigmoid(-sigma)) / 2 ** (self.step() // self.closer_every)
+    def lower_level(self, sigma: torch.Tensor, halvings: int) -> torch.Tensor:
+        """Returns the lower noise level of each pair, `(batch,)` [Geng et al. 2024, section 3]."""
+        distance = (1 + 8 * torch.sigmoid(-sigma)) / 2**halvings
         return (sigma * (1 - distance)).clamp(min=self.levels.sigma_min)
 
     def points(self, batch: dict, path: torch.Tensor) -> torch.Tensor:
@@ -256,8 +312,9 @@ def path_levels(
     if schedule is not None:
         ends = (timestep_at(schedule, level).to(sigma.dtype)[None] for level in (sigma, lower))
         spaced = sigma_at(schedule, torch.lerp(*ends, ramp))  # (num_steps - 1, batch)
-        # Below the schedule, all levels have timestep 0, but the levels of a path must differ.
-        between = torch.where(sigma > schedule.sigma[0].item(), spaced, between)
+        # Below the schedule, all levels have the lowest timestep, and above it the highest one, but the levels of a path must differ.
+        lowest, highest = schedule.sigma[[0, -1]].tolist()
+        between = torch.where((sigma > lowest) & (lower < highest), spaced, between)
     return torch.cat([sigma[None], between, lower[None]])
 
 

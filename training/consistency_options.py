@@ -23,7 +23,8 @@ class TeacherOptions:
     )
     guidance_scale: float | None = option(
         None,
-        help="Scale of the teacher's classifier guidance, which becomes part of the model.",
+        help="Scale of the teacher's classifier guidance, which becomes part of the model. At high noise levels, guidance moves the"
+        " predicted images by at most 0.5 (root mean square).",
         unset="that of the teacher's pipeline, or 0 without a classifier",
         check=at_least(0),
     )
@@ -70,8 +71,8 @@ class ConsistencyOptions:
     )
     closer_every: int | None = option(
         None,
-        help="Number of steps after which the two noise levels of a pair move closer together. Up to then, the lower one is"
-        " --sigma_min.",
+        help="Number of steps after which the distance of the two noise levels of a pair is halved, at most ten times. Up to then, the"
+        " lower one is --sigma_min.",
         unset="an eighth of --max_train_steps",
         check=at_least(1),
     )
@@ -126,15 +127,22 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
                 raise ValueError("--path_levels requires --num_paths, because it places stored paths.")
             first, *others = teacher.path_levels or (None,)
             fits = first == levels.sigma_max and len(others) <= 1
-            if not fits or not all(2 * levels.sigma_min <= level < first for level in others):
+            if not fits or not all(2 * levels.sigma_min <= level <= 0.9 * first for level in others):
                 raise ValueError(
-                    f"--path_levels must be {levels.sigma_max:g} (--sigma_max), or it and a lower noise level of at least"
-                    f" {2 * levels.sigma_min:g} (twice --sigma_min), but got {','.join(map(str, teacher.path_levels))}."
+                    f"--path_levels must be {levels.sigma_max:g} (--sigma_max), or it and a noise level in"
+                    f" [{2 * levels.sigma_min:g}, {0.9 * levels.sigma_max:g}] (from twice --sigma_min to 0.9 times --sigma_max), but got"
+                    f" {','.join(map(str, teacher.path_levels))}."
                 )
-            if levels.sampling_rho != type(levels).sampling_rho:
-                raise ValueError(
-                    f"--sampling_rho has no effect with --path_levels, which sets the levels. Leave out {levels.sampling_rho}."
-                )
+            for name in ("log_sigma_mean", "log_sigma_std", "sampling_rho"):
+                if getattr(levels, name) != getattr(type(levels), name):
+                    raise ValueError(
+                        f"--{name} has no effect with --path_levels, which sets the levels. Leave out {getattr(levels, name)}."
+                    )
+        if self.architecture.dropout and teacher.num_paths is None:
+            raise ValueError(
+                f"--dropout requires --num_paths, because otherwise prediction and target would drop different values. Leave out"
+                f" {self.architecture.dropout}."
+            )
         if teacher.num_paths is not None and self.selection.streaming:
             raise ValueError("--num_paths does not support --streaming, because images are chosen at random.")
         if teacher.teacher_model_name_or_path is not None and self.classes.label_dropout:

@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.losses import drop_labels
-from diffusers_adm.training.objective import DenoisingObjective, NoiseLevelObjective, Objective
+from diffusers_adm.training.objective import DenoisingObjective, NoiseLevelObjective
 from diffusers_adm.training.options import ClassOptions, PipelineTrainingOptions
 from diffusers_adm.training.publishing import BackgroundPush, print_results, publish, write_card
 from diffusers_adm.training.setup import build_validation_loader
@@ -31,7 +31,6 @@ def train_pipeline(
     grid: SampleGrid,
     class_names: list[str] | None,
     held_out: LabelledImages | None,
-    training_loss: Objective | None = None,
     num_images: int | None = None,
 ) -> None:
     """
@@ -45,7 +44,6 @@ def train_pipeline(
         grid: Validation that draws sample grids.
         class_names: Names of the classes, for the model card.
         held_out: Held-out images, on which losses are computed.
-        training_loss: Loss of the training. The default is the objective.
         num_images: Number of training images, for the model card. The default is that of the trainer's dataset.
     """
     accelerator, folder = trainer.accelerator, options.output.output_dir / "pipeline"
@@ -65,7 +63,7 @@ def train_pipeline(
     if options.validation.push_every is not None:
         validations.append(RegularPush(options.validation.push_every, saved, push, add_card))
 
-    trainer.train(training_loss or objective, validations)
+    trainer.train(objective, validations)
     if accelerator.is_main_process and trainer.finished:
         if not folder.exists():  # an earlier process finished the run, and the pipeline was removed since
             saved(trainer)

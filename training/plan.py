@@ -46,6 +46,7 @@ def print_plan(
     model: ModelMixin,
     num_images: int | None,
     num_averages: int = 0,
+    num_evaluations: int = 1,
 ) -> None:
     """
     Prints size, cost and memory of a run.
@@ -56,6 +57,7 @@ def print_plan(
         model: Model to train.
         num_images: Number of training images, or `None` for a stream.
         num_averages: Number of moving averages in the memory of the device.
+        num_evaluations: Number of evaluations per image and step that gradients flow through.
     """
     optimisation = options.optimisation
     flops, activations = forward_cost(model)
@@ -68,7 +70,7 @@ def print_plan(
     # byte per value.
     state = 4 * parameters + trained * (4 + (2 if optimisation.use_8bit_adam else 8) + 4 * num_averages)
     half = accelerator.mixed_precision in ("fp16", "bf16")
-    kept = activations * batch_size * (0.5 if half else 1.0)
+    kept = activations * batch_size * num_evaluations * (0.5 if half else 1.0)
     seen = optimisation.max_train_steps * batch
     passes = "" if num_images is None else f", {seen / num_images:.1f} passes over the data"
     remark = " (before gradient checkpointing)" if options.architecture.gradient_checkpointing else ""
@@ -79,7 +81,7 @@ def print_plan(
         "effective batch": f"{batch} = {batch_size} images x {accumulated} accumulated x {accelerator.num_processes}"
         " processes",
         "steps": f"{optimisation.max_train_steps}, {seen} images in total{passes}",
-        "cost": f"{flops / 1e9:.2f} GFLOPs per image forward, about {3 * flops * batch / 1e9:.0f} GFLOPs per step",
+        "cost": f"{flops / 1e9:.2f} GFLOPs per image forward, about {3 * flops * batch * num_evaluations / 1e9:.0f} GFLOPs per step",
         "memory": f"about {state / 2**30:.2f} GiB of weights and optimizer, and {kept / 2**30:.2f} GiB of activations,"
         f" per process{remark}",
     }

@@ -89,6 +89,9 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
             "%s is a consistency model, but the trained model will not be one. It will need many steps, such as 40 of Heun's method.",
             name,
         )
+    if kinds[1] == "consistency" and _given_logarithm(ours) != _given_logarithm(theirs):
+        form = "log_sigma" if _given_logarithm(theirs) else "timestep"
+        raise ValueError(f"--noise_embedding must be {form}, because {name} is given the noise level in this form.")
     if "preconditioning" not in differing and _given_logarithm(ours) != _given_logarithm(theirs):
         differing.add("beta_schedule")
     if differing - CLASS_OPTIONS - SIZE_OPTIONS:
@@ -101,6 +104,11 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     random_keys = copy_weights(model, pretrained)
     if kinds == (None, "consistency"):
         noise = read_noise_config("unet", name, subfolder, flags)
+        for option in ("beta_schedule", "num_train_timesteps"):
+            if noise.get(option) not in (None, ours[option]):
+                logger.warning(
+                    "%s was trained with %s %s, but this run has %s.", name, option, noise[option], ours[option]
+                )
         if noise.get("prediction_type", "epsilon") == "epsilon":
             # At low noise levels, the output of a network with preconditioning is -epsilon.
             for parameter in model.conv_out.parameters():

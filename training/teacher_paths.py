@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from diffusers_adm.atomic_files import atomic_write
 from diffusers_adm.data.datasets import LabelledImages
+from diffusers_adm.options import option_values
 from diffusers_adm.progress import with_progress
 from diffusers_adm.training.configuration import as_yaml, contradictions
 from diffusers_adm.training.consistency import Teacher, first_levels, follow, path_levels
@@ -16,6 +18,7 @@ from diffusers_adm.training.consistency_options import ConsistencyTrainingOption
 
 
 PATHS_PER_FILE = 64
+HELD_OUT_SEED = 500_000  # added to the numbers of files of held-out images
 
 
 class StoredPaths(torch.utils.data.Dataset):
@@ -23,20 +26,24 @@ class StoredPaths(torch.utils.data.Dataset):
     Points of paths, with the ends of the paths.
 
     Args:
-        files: Files of `draw_paths`.
+        parts: Results of `draw_paths`.
         class_names: Name of each class in the order of the labels, or `None` without labels.
+        num_paths: Number of paths. If there are fewer, they are repeated. `None` means those of the parts.
     """
 
-    def __init__(self, files: list[Path], class_names: list[str] | None):
-        parts = [load_file(file) for file in files]
+    def __init__(
+        self, parts: list[dict[str, torch.Tensor]], class_names: list[str] | None, num_paths: int | None = None
+    ):
         self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.num_points = self.tensors["sigma"].shape[1] - 1
+        drawn, num_levels = self.tensors["sigma"].shape
+        self.num_drawn, self.num_points = drawn, num_levels - 1
+        self.num_paths = drawn if num_paths is None else num_paths
         self.class_names = class_names
 
     @property
     def num_images(self) -> int:
         """Number of points. The ends of the paths are left out."""
-        return len(self.tensors["sigma"]) * self.num_points
+        return self.num_paths * self.num_points
 
     def __len__(self) -> int:
         return self.num_images
@@ -47,6 +54,7 @@ class StoredPaths(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         """Returns a point `image`, its noise level `sigma`, the end `target` of its path, and its `label`."""
         path, point = divmod(index, self.num_points)
+        path %= self.num_drawn
         points, sigma = self.tensors["points"][path], self.tensors["sigma"][path]
         item = {"image": points[point].float(), "sigma": sigma[point], "target": points[-1].float()}
         return item | {name: self.tensors[name][path] for name in ("label",) if name in self.tensors}
@@ -55,73 +63,95 @@ class StoredPaths(torch.utils.data.Dataset):
 def stored_paths(
     options: ConsistencyTrainingOptions,
     images: LabelledImages,
+    held_out: LabelledImages | None,
     teacher: Teacher,
     accelerator: Accelerator,
-) -> StoredPaths:
+) -> tuple[StoredPaths, StoredPaths | None]:
     """
-    Returns the paths of a run. Paths that are not stored yet are drawn.
+    Returns the paths of a run: those of training images, and a tenth as many of held-out images. Paths that are not stored yet are
+    drawn. In a dry run, one path stands for all.
 
     Args:
         options: Options of the run.
         images: Training images, where the paths begin.
+        held_out: Held-out images.
         teacher: Guided prediction of x_0.
         accelerator: Accelerator of the script.
 
     Raises:
         ValueError: If the stored paths were drawn with other options.
     """
-    folder = options.output.output_dir / "paths"
-    numbers = range(-(-options.teacher.num_paths // PATHS_PER_FILE))
-    files = [folder / f"paths-{number:05}.safetensors" for number in numbers]
+    folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
+    device = accelerator.device
+    if options.dry_run:
+        path = draw_paths(options, images, teacher, 0, 1, device)
+        return StoredPaths([path], images.class_names, num_paths), None
+    sets = {"paths": (images, num_paths, 0)}
+    if held_out is not None:
+        sets["held-out"] = (held_out, -(-num_paths // 10), HELD_OUT_SEED)
+    counts = {
+        (name, number): min(PATHS_PER_FILE, count - number * PATHS_PER_FILE)
+        for name, (_, count, _) in sets.items()
+        for number in range(-(-count // PATHS_PER_FILE))
+    }
+    files = {key: folder / f"{key[0]}-{key[1]:05}.safetensors" for key in counts}
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             _reserve(folder, options)
-            missing = [number for number in numbers if not files[number].exists()]
-            for number in with_progress(iter(missing), len(missing), "drawing paths", "files"):
-                tensors = draw_paths(options, images, teacher, number, accelerator.device)
-                with atomic_write(files[number]) as partial:
+            missing = [key for key in counts if not files[key].exists()]
+            for name, number in with_progress(iter(missing), len(missing), "drawing paths", "files"):
+                source, _, first_seed = sets[name]
+                count = counts[name, number]
+                tensors = draw_paths(options, source, teacher, first_seed + number, count, device)
+                with atomic_write(files[name, number]) as partial:
                     save_file(tensors, partial)
-    return StoredPaths(files, images.class_names)
+    parts = {name: [load_file(files[key]) for key in counts if key[0] == name] for name in sets}
+    trained, *others = (StoredPaths(parts[name], images.class_names) for name in sets)
+    return trained, others[0] if others else None
 
 
 def _reserve(folder: Path, options: ConsistencyTrainingOptions) -> None:
-    """Writes the options of the paths, or compares them with those of paths that are stored already."""
+    """Writes the options that decide the paths, or compares them with those of paths that are stored already."""
     record = folder / "options.yaml"
-    if record.exists():
+    if record.exists() and any(folder.glob("*.safetensors")):
         differing = contradictions(options, record.read_text())
         if differing:
             raise ValueError(
                 f"{folder} holds paths of other options: {', '.join(differing)}. Remove it, or pass another --output_dir."
             )
         return
+    groups = (options.source, options.format, options.selection, options.classes, options.teacher, options.consistency)
+    deciding = {"seed", *(name for group in groups for name in option_values(group))}
+    values = {name: value for name, value in yaml.safe_load(as_yaml(options)).items() if name in deciding}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(record) as partial:
-        partial.write_text(as_yaml(options))
+        partial.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def draw_paths(
     options: ConsistencyTrainingOptions,
     images: LabelledImages,
     teacher: Teacher,
-    number: int,
+    seed: int,
+    count: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """
-    Draws the paths of one file. Images, noise levels and noise depend only on the seed of the run and the number of the file.
+    Draws the paths of one file. Images, noise levels and noise depend only on the seeds of the run and of the file.
 
     Args:
         options: Options of the run.
         images: Images where the paths begin.
         teacher: Guided prediction of x_0.
-        number: Number of the file.
+        seed: Seed of the file.
+        count: Number of paths.
         device: Device of the teacher.
 
     Returns:
         Points of the paths in half precision, `points`, `(paths, steps + 1, channels, height, width)`, their noise levels `sigma`,
         `(paths, steps + 1)`, and `label`, `(paths,)`. With chosen levels, only both ends of the paths.
     """
-    count = min(PATHS_PER_FILE, options.teacher.num_paths - number * PATHS_PER_FILE)
-    generator = torch.Generator().manual_seed(1_000_003 * options.optimisation.seed + number)
+    generator = torch.Generator().manual_seed(1_000_003 * options.optimisation.seed + seed)
     rows = torch.randint(len(images), (count,), generator=generator).tolist()
     batch = default_collate([images[row] for row in rows])
     sigma = first_levels(options.consistency, torch.randn(count, generator=generator))

@@ -33,6 +33,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
     from diffusers_adm.data.datasets import required_class_names
     from diffusers_adm.training.consistency import (
         ConsistencyObjective,
+        StoredPathObjective,
         Teacher,
         build_consistency_unet,
         consistency_pipeline,
@@ -53,36 +54,40 @@ def main(options: ConsistencyTrainingOptions) -> None:
             images, held_out = load_training_images(options, class_conditional)
         names = required_class_names(images) if class_conditional else None
         unet = build_consistency_unet(options, len(names) if names else None)
+        pipeline = consistency_pipeline(options, unet, names)
         teacher = None
         if options.teacher.teacher_model_name_or_path is not None:
             teacher = Teacher(options, images, accelerator)
+            options.teacher.guidance_scale = teacher.guidance_scale
         num_images = images.num_images
-        stored = options.teacher.num_paths is not None and not options.dry_run
+        stored = options.teacher.num_paths is not None
         if stored:
-            images = stored_paths(options, images, teacher, accelerator)
+            images, held_out = stored_paths(options, images, held_out, teacher, accelerator)
+            teacher = None  # not needed any more
         resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
+        if options.consistency.closer_every is None and not stored:
+            options.consistency.closer_every = -(-options.optimisation.max_train_steps // 8)
         if options.dry_run:
-            print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device)
+            evaluations = 1 if stored else options.teacher.teacher_steps
+            print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device, evaluations)
         check_hub(options.hub, accelerator, options.dry_run)
 
         trainer = Trainer(options, accelerator, unet, images, options.averages)
-        objective = ConsistencyObjective(
-            options,
-            conditions=lambda batch: label_conditions(options.classes, unet, batch),
-            step=lambda: trainer.global_step,
-            teacher=teacher,
-        )
-        pipeline = consistency_pipeline(options, unet, names)
+
+        def conditions(batch: dict) -> dict:
+            return label_conditions(options.classes, unet, batch)
+
+        if stored:
+            objective = StoredPathObjective(options, conditions)
+        else:
+            objective = ConsistencyObjective(options, conditions, lambda: trainer.global_step, teacher)
 
         def inputs(numbers: list[int]) -> dict:
             return {"class_labels": [i % len(names) for i in numbers]} if names else {"batch_size": len(numbers)}
 
         num_samples, batch_size = options.validation.num_validation_images, options.optimisation.train_batch_size
         grid = SampleGrid(accelerator, pipeline, inputs, num_samples, batch_size)
-        loss = objective.stored_terms if stored else objective
-        train_pipeline(
-            options, trainer, objective, pipeline, grid, names, held_out, training_loss=loss, num_images=num_images
-        )
+        train_pipeline(options, trainer, objective, pipeline, grid, names, held_out, num_images)
 
 
 if __name__ == "__main__":

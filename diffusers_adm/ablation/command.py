@@ -147,7 +147,7 @@ def ablate(args: argparse.Namespace) -> None:
     from diffusers_adm.data.datasets import required_class_names
     from diffusers_adm.evaluation.reference import check_extractor
     from diffusers_adm.launch import join_processes
-    from diffusers_adm.training.setup import load_training_images, resolve_steps
+    from diffusers_adm.training.setup import divide_batch, load_training_images, resolve_steps
 
     check_extractor(args.reference, features.feature_extractor)
     if options.variants is not None:
@@ -160,6 +160,7 @@ def ablate(args: argparse.Namespace) -> None:
     state = join_processes()
     with state.main_process_first():
         images, _ = load_training_images(base, base.classes.class_conditional)
+    divide_batch(base.optimisation, state.num_processes)
     resolve_steps(base.optimisation, images.num_images, state.num_processes)
     names = required_class_names(images) if base.classes.class_conditional else None
     runs = plan_runs(base, variants, options.seeds, options.output)

@@ -167,6 +167,15 @@ def test_reference_must_have_the_channels_of_the_training_images(folder, capsys)
     assert not (folder / "new").exists()
 
 
+def test_epochs_are_those_of_the_whole_batch(folder, capsys):
+    steps = []
+    for more in ((), ("--total_batch_size", 8)):
+        words = [*ABLATE, "--variants", "two.yaml", "--dry_run", "--num_epochs", 8, *more]
+        assert run(*words) == 0
+        steps.append(int(re.search(r"(\d+) steps", capsys.readouterr().out)[1]))
+    assert steps[0] == 4 * steps[1]
+
+
 def test_dry_run_prints_costs_and_writes_nothing(folder, capsys):
     own = ABLATE.index("--attention_resolutions"), ABLATE.index("--attention_head_dim")
     table = [word for place, word in enumerate(ABLATE) if place not in own and place - 1 not in own]

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import CMStochasticIterativeScheduler
+from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
 from safetensors.torch import load_file
 from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 from training_runs import checkpoint_tensors, without_times
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.denoiser import Denoiser
-from diffusers_adm.diffusion import add_noise, timestep_at
+from diffusers_adm.diffusion import NoiseSchedule, add_noise, timestep_at
 from diffusers_adm.losses import consistency_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.models.preconditioning import training_schedule
@@ -52,12 +52,14 @@ def exact_model(x, sigma):
     return SimpleNamespace(sample=x * column(gaussian_gain(sigma)))
 
 
-def gaussian_objective(teacher_steps=1, teacher=gaussian_denoiser, step=0, closer_every=1, **levels):
+def gaussian_objective(
+    teacher_steps=1, teacher=gaussian_denoiser, step=0, closer_every=1, max_train_steps=1, **levels
+):
     options = SimpleNamespace(
         consistency=ConsistencyOptions(sigma_data=DEVIATION, closer_every=closer_every, **levels),
         teacher=TeacherOptions(teacher_steps=teacher_steps),
         diffusion=SimpleNamespace(num_train_timesteps=1000),
-        optimisation=SimpleNamespace(max_train_steps=1),
+        optimisation=SimpleNamespace(max_train_steps=max_train_steps),
     )
     return ConsistencyObjective(options, conditions=lambda batch: {}, step=lambda: step, teacher=teacher)
 
@@ -123,12 +125,38 @@ def test_loss_is_a_weighted_pseudo_huber_distance():
 
 def test_noise_levels_of_a_pair_move_closer():
     sigma = torch.tensor([0.01, 1.0, 80.0])
-    lower = torch.stack([gaussian_objective(step=step, closer_every=10).lower_level(sigma) for step in (0, 9, 10, 30)])
+    objective = gaussian_objective(closer_every=10)
+    lower = torch.stack([objective.lower_level(sigma, objective.halvings(step)) for step in (0, 9, 10, 30)])
     assert (lower[:2] == SIGMA_MIN).all()
     torch.testing.assert_close(lower[2, 2], torch.tensor(40.0))
     distance = (1 + 8 * torch.sigmoid(torch.tensor(-1.0))) / 8
     torch.testing.assert_close(lower[3, 1], 1 - distance)
     assert (lower[3] > lower[2] - 1e-9).all() and (lower < sigma).all()
+
+
+def test_loss_stays_finite_however_long_the_training_is():
+    objective = gaussian_objective(step=100_000, closer_every=1)
+    loss = objective(lambda x, sigma: SimpleNamespace(sample=0.9 * x), gaussian_batch(64)).loss
+    assert loss.isfinite().all() and (loss > 0).all()
+
+
+def test_losses_on_held_out_images_do_not_depend_on_the_step():
+    losses = []
+    for step in (0, 15, 39):
+        objective = gaussian_objective(step=step, closer_every=10, max_train_steps=40)
+        torch.manual_seed(0)
+        losses.append(objective.held_out_terms(exact_model, gaussian_batch(64)).loss)
+    assert torch.equal(losses[0], losses[1])
+    torch.manual_seed(0)
+    assert torch.equal(objective(exact_model, gaussian_batch(64)).loss, losses[2])  # pairs of the end of the training
+
+
+def test_levels_of_a_path_fall_above_the_schedule_too():
+    schedule = NoiseSchedule.from_config(DDPMScheduler(beta_end=0.002).config)
+    highest = schedule.sigma[-1].item()
+    for sigma, lower in ((80.0, 40.0), (80.0, 0.002), (highest / 2, highest / 4)):
+        path = path_levels(torch.tensor([sigma]), torch.tensor([lower]), 5, schedule)
+        assert (path.diff(dim=0) < 0).all(), path
 
 
 @pytest.mark.parametrize("step, evaluations", [(9, 1), (10, 2)])
@@ -268,7 +296,7 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
 
     first_rows, other_rows = (load_file(file)["label"][:6] for file in files)
     assert not torch.equal(first_rows, other_rows)  # each file draws its own images
-    paths = StoredPaths(files, ["left", "right"])
+    paths = StoredPaths([load_file(file) for file in files], ["left", "right"])
     assert len(paths) == paths.num_images == 70 * 3
     sigma = torch.stack([paths[index]["sigma"] for index in range(3)])
     assert (sigma.diff() < 0).all() and all(torch.equal(paths[i]["target"], paths[0]["target"]) for i in (1, 2))
@@ -292,8 +320,14 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
 
 def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
     more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 5 --path_levels 80,2".split()]
-    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
-    paths = StoredPaths([*(tmp_path / "paths").glob("*.safetensors")], ["left", "right"])
+    more += "--validation_split train --validation_steps 1 --learning_rate 0 --dropout 0.2".split()
+    train_consistency.main(run_args(dataset, start, tmp_path, 2, *more))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = (entry["validation_loss"] for entry in logged if "validation_loss" in entry)
+    assert first == second > 0
+    (held_out,) = (tmp_path / "paths").glob("held-out-*")
+    assert load_file(held_out)["sigma"].tolist() == [[80, pytest.approx(0.002)]]
+    paths = StoredPaths([load_file(tmp_path / "paths" / "paths-00000.safetensors")], ["left", "right"])
     assert len(paths) == 5
     assert [paths[index]["sigma"].item() for index in range(5)] == [80, 2, 80, 2, 80]
     for index in range(5):
@@ -350,7 +384,16 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         (["--teacher_model_name_or_path", "{start}", "--path_levels", "9"], "--path_levels requires --num_paths"),
         (
             ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 80,90".split()],
-            r"--path_levels must be 80 \(--sigma_max\), or it and a lower noise level of at least 0.004 .* but got 80.0,90.0",
+            r"--path_levels must be 80 \(--sigma_max\), or it and a noise level in \[0.004, 72\] .* but got 80.0,90.0",
+        ),
+        (
+            ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 80 --log_sigma_std 1".split()],
+            "--log_sigma_std has no effect with --path_levels",
+        ),
+        (["--dropout", "0.1"], "--dropout requires --num_paths"),
+        (
+            ["--teacher_model_name_or_path", "{start}", "--no-class_conditional"],
+            "requires labels, but the images have none",
         ),
         (
             ["--teacher_model_name_or_path", "{start}", *"--num_paths 4 --path_levels 9,1".split()],
@@ -364,13 +407,62 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         (["--teacher_model_name_or_path", "{start}", "--label_dropout", "0.1"], "--label_dropout has no effect"),
         (["--teacher_model_name_or_path", "{start}", "--cfg_weight", "1"], "requires a UNet with a null class"),
         (["--teacher_model_name_or_path", "{start}", "--resolution", "8"], "must draw images of"),
-        (["--noise_embedding", "log_sigma"], "another architecture: beta_schedule"),
+        (["--noise_embedding", "log_sigma"], "--noise_embedding must be timestep"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(more, message, dataset, start, tmp_path):
     more = [word.format(start=start) for word in more]
     with pytest.raises(ValueError, match=message):
         train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
+
+
+def test_teacher_has_the_classes_of_the_images_and_predicts_the_expected_image(dataset, start, tmp_path):
+    tiny_pipeline(tiny_unet(**{**TINY, "num_class_embeds": 3}), with_classifier=False).save_pretrained(
+        tmp_path / "three"
+    )
+    more = ["--teacher_model_name_or_path", str(tmp_path / "three")]
+    with pytest.raises(ValueError, match="must have the 2 classes of the images, but has 3"):
+        train_consistency.main(run_args(dataset, start, tmp_path / "run", 1, *more))
+    train_consistency.main(run_args(dataset, start, tmp_path / "run", 1))
+    more = ["--teacher_model_name_or_path", str(tmp_path / "run" / "pipeline")]
+    with pytest.raises(ValueError, match="must not be a consistency model"):
+        train_consistency.main(run_args(dataset, start, tmp_path / "again", 1, *more))
+
+
+def test_another_noise_schedule_than_that_of_the_start_is_named(dataset, start, tmp_path, caplog):
+    train_consistency.main(run_args(dataset, start, tmp_path, 1, "--noise_schedule", "cosine"))
+    assert "was trained with beta_schedule linear, but this run has squaredcos_cap_v2" in caplog.text
+
+
+def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4"]
+    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
+    file = tmp_path / "paths" / "paths-00000.safetensors"
+    written = file.stat().st_mtime_ns
+    for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "pipeline"):
+        shutil.rmtree(path)
+    others = "--train_batch_size 2 --ema_decay 0.9 --adam_beta2 0.9".split()
+    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more, *others))
+    assert file.stat().st_mtime_ns == written
+    assert (
+        "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
+    )  # the default of the teacher is named
+
+
+def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):
+    teacher = ["--teacher_model_name_or_path", str(start), "--teacher_steps", "3", "--dry_run"]
+    train_consistency.main(run_args(dataset, start, tmp_path, 1, *teacher, "--num_paths", "8"))
+    points = capsys.readouterr().out
+    assert "24" in points.split("images:")[1].split("\n")[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_longer_run_keeps_the_distances_of_its_pairs(dataset, start, tmp_path):
+    train_consistency.main(run_args(dataset, start, tmp_path, 4))
+    resume = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"--closer_every 2 \(was 1\)"):
+        train_consistency.main(run_args(dataset, start, tmp_path, 16, *resume))
+    train_consistency.main(run_args(dataset, start, tmp_path, 5, *resume, "--closer_every", "1"))
 
 
 def test_schedule_without_preconditioning_is_refused():
