@@ -12,8 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
-from diffusers_adm.atomic_files import atomic_write, check_can_write
-from diffusers_adm.data.grids import labelled_grid
+from diffusers_adm.data.grids import checked_output, labelled_grid, save_picture
 
 
 # Rows: name, whether the UNet is given the class, guidance scale.
@@ -90,26 +89,6 @@ def draw_cascade_demo(output: str | Path, num_inference_steps: int = 25, seed: i
     rows["enlarged to 32x32"] = large
     save_picture(labelled_grid(list(rows), [str(d) for d in digits], list(rows.values())), output)
     print(f"Drew {len(digits)} digits in two stages of {num_inference_steps} DDIM steps, in {elapsed:.0f} s: {output}")
-
-
-def checked_output(output: str | Path) -> Path:
-    """
-    Returns the absolute path of a picture to write.
-
-    Raises:
-        ValueError: If the folder does not exist, or the format is not supported.
-    """
-    output = Path(output).absolute()
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"The picture must have a supported suffix, such as .png or .jpg, but got {output.name}.")
-    check_can_write(output)
-    return output
-
-
-def save_picture(picture: Image.Image, output: Path) -> None:
-    """Writes a picture. If writing fails, no file is left."""
-    with atomic_write(output) as partial:
-        picture.save(partial)
 
 
 def load_with_ddim(pipeline_class: type[DiffusionPipeline], folder: str) -> DiffusionPipeline:

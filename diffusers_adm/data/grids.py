@@ -1,6 +1,10 @@
-"""Grids of images."""
+"""Grids of images, and their files."""
+
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_adm.atomic_files import atomic_write, check_can_write
 
 
 def grid_of(pictures: list[Image.Image], columns: int = 10, gap: int = 0) -> Image.Image:
@@ -44,3 +48,23 @@ def labelled_grid(
             enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (left + column * (width + gap), y))
     return grid
+
+
+def checked_output(output: str | Path) -> Path:
+    """
+    Returns the absolute path of a picture to write.
+
+    Raises:
+        ValueError: If the folder does not exist, or the format is not supported.
+    """
+    output = Path(output).absolute()
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"The picture must have a supported suffix, such as .png or .jpg, but got {output.name}.")
+    check_can_write(output)
+    return output
+
+
+def save_picture(picture: Image.Image, output: Path) -> None:
+    """Writes a picture. If writing fails, no file is left."""
+    with atomic_write(output) as partial:
+        picture.save(partial)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_adm import ClassifierGuidedPipeline, default_model
 from diffusers_adm.command_line import CommandParser
-from diffusers_adm.data.grids import labelled_grid
+from diffusers_adm.data.grids import checked_output, labelled_grid, save_picture
 from diffusers_adm.options import add_examples, add_options, at_least, build_options, in_range, option
 
 
@@ -33,12 +33,14 @@ def parse_arguments(name: str, description: str, **defaults: int) -> ExampleOpti
         defaults: Defaults that replace those of [`ExampleOptions`].
 
     Raises:
-        ValueError: If the value of an option is not allowed.
+        ValueError: If the value of an option is not allowed, or the picture cannot be written.
     """
     parser = CommandParser(prog=f"python -m diffusers_adm.examples.{name}", description=description)
     add_options(parser, ExampleOptions, title="picture", **defaults)
     add_examples(parser, f"{parser.prog} --output {name}.png", f"{parser.prog} --digits 3 --steps 25")
-    return build_options(ExampleOptions, parser.parse_args())
+    options = build_options(ExampleOptions, parser.parse_args())
+    checked_output(options.output)
+    return options
 
 
 def quiet_pipeline(ddim: bool = False) -> ClassifierGuidedPipeline:
@@ -65,5 +67,6 @@ def draw(pipeline: ClassifierGuidedPipeline, count: int, seed: int = 0, **call) 
 def save_rows(pipeline: ClassifierGuidedPipeline, rows: dict[str, torch.Tensor], output: Path) -> None:
     """Writes a picture of named rows of images in [-1, 1]."""
     pictures = [pipeline.image_processor.postprocess(row) for row in rows.values()]
-    labelled_grid(list(rows), [str(column) for column in range(len(pictures[0]))], pictures).save(output)
+    grid = labelled_grid(list(rows), [str(column) for column in range(len(pictures[0]))], pictures)
+    save_picture(grid, output)
     print(f"Wrote {output}")

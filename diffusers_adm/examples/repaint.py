@@ -20,7 +20,6 @@ def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_t
     """
     if steps > num_train_timesteps:
         raise ValueError(f"--steps must be at most {num_train_timesteps}, but got {steps}.")
-    stride = num_train_timesteps // steps
     indices, index, jumps_left = [], steps - 1, {}
     while index >= 0:
         indices.append(index)
@@ -31,7 +30,7 @@ def jumping_timesteps(steps: int, jump_length: int, jump_count: int, num_train_t
                 index = place + jump_length
                 continue
         index = place
-    return [stride * index for index in indices]
+    return [index * num_train_timesteps // steps for index in indices]
 
 
 def pasting(pipeline, known: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> Callable:

@@ -74,7 +74,7 @@ def build_side(model: PageModel, name: str, scale: float) -> list[Component]:
             scale_control(model, scale, f"Guidance scale of {name}"),
             told_control(model, label=f"Tell the UNet the class in {name}"),
             scheduler_control(model, f"Solver of {name}"),
-            steps_control(25, label=f"Steps of {name}"),
+            steps_control(model, 25, label=f"Steps of {name}"),
         ]
 
 

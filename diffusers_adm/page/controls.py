@@ -37,8 +37,13 @@ def scale_control(model: PageModel, value: float, label: str = "Guidance scale")
     return gr.Slider(0, MAX_SCALE, value=value if shown else 0, step=0.1, label=label, visible=shown)
 
 
-def steps_control(value: int, maximum: int = MAX_STEPS, minimum: int = 1, label: str = "Steps") -> gr.Slider:
-    """Returns a control for the number of steps."""
+def steps_control(
+    model: PageModel, value: int, maximum: int = MAX_STEPS, minimum: int = 1, label: str = "Steps"
+) -> gr.Slider:
+    """Returns a control for the number of steps. A consistency model has its own default and largest number."""
+    if model.consistency_steps is not None:
+        value, largest = model.consistency_steps
+        maximum = min(maximum, largest)
     return gr.Slider(minimum, maximum, value=value, step=1, precision=0, label=label)
 
 

@@ -81,7 +81,7 @@ def build_inversion(model: PageModel, editor: gr.ImageEditor) -> None:
     """Adds inversion."""
     gr.Markdown("DDIM in reverse finds the noise of the picture. From that noise, DDIM draws it again.")
     label = class_control(model, "Class of the picture", index=3, optional=True)
-    steps = steps_control(50)
+    steps = steps_control(model, 50)
 
     buttons, outputs = RunButtons("Invert"), show_results("Noise", "Drawn again")
 
@@ -97,7 +97,7 @@ def build_counterfactual(model: PageModel, editor: gr.ImageEditor) -> None:
     with gr.Row():
         label = class_control(model, "Class of the picture", index=3, optional=True)
         target = class_control(model, "Class to become", index=8)
-    scale, steps = scale_control(model, 2.0), steps_control(50)
+    scale, steps = scale_control(model, 2.0), steps_control(model, 50)
 
     buttons, outputs = RunButtons("Change the class"), show_results("Counterfactual")
 
@@ -121,7 +121,7 @@ def build_inpainting(model: PageModel, editor: gr.ImageEditor) -> None:
     label = class_control(model, "Class to draw", index=3, optional=True)
     scale = scale_control(model, 1.0)
     with gr.Row():
-        steps = steps_control(50, minimum=20, maximum=100)
+        steps = steps_control(model, 50, minimum=20, maximum=100)
         rounds = gr.Slider(1, 10, value=3, step=1, precision=0, label="Rounds")
     seed = seed_control()
     buttons, outputs = RunButtons("Inpaint"), show_results("Inpainted")
@@ -163,7 +163,7 @@ def build_super_resolution(model: PageModel, editor: gr.ImageEditor) -> None:
     factors = [factor for factor in (2, 4, 8) if model.size % factor == 0] or [1]
     factor = gr.Radio(factors, value=factors[len(factors) // 2], label="Factor")
     label = class_control(model, "Class of the picture", index=3, optional=True)
-    steps, seed = steps_control(50), seed_control()
+    steps, seed = steps_control(model, 50), seed_control()
 
     buttons, outputs = RunButtons("Enlarge"), show_results("Shrunk", "Enlarged by the model")
 

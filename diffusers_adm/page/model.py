@@ -20,6 +20,7 @@ class PageModel:
     Attributes:
         classes: Names of the classes, without duplicates. The list is empty for a model without classes.
         schedulers: Names of the schedulers that the model supports. The first one is the default.
+        consistency_steps: Default and largest number of steps of a consistency model. `None` for other models.
         is_told_timesteps: Whether the UNet is told timesteps. Otherwise it is told noise levels, and cannot invert.
         is_told_classes: Whether the UNet can be told the class.
         can_forget_classes: Whether the UNet can be run without a class.
@@ -35,8 +36,13 @@ class PageModel:
         unet = pipeline.unet.config
         self.classes = class_names(pipeline)
         self.is_told_timesteps = unet.get("preconditioning") is None
-        names = SCHEDULERS if self.is_told_timesteps else map(scheduler_name, SIGMA_SCHEDULERS)
         first = "DDIM" if self.is_told_timesteps else scheduler_name(type(pipeline.scheduler))
+        names = SCHEDULERS if self.is_told_timesteps else map(scheduler_name, SIGMA_SCHEDULERS)
+        self.consistency_steps: tuple[int, int] | None = None
+        if unet.get("preconditioning") == "consistency":
+            names = [first]  # the noise levels of other schedulers are not those of the model's steps
+            config = pipeline.scheduler.config
+            self.consistency_steps = pipeline.config.num_inference_steps, config.num_train_timesteps
         self.schedulers = sorted(names, key=lambda name: (name != first, name))
         self.is_told_classes = unet.num_class_embeds is not None
         self.can_forget_classes = not self.is_told_classes or pipeline.unet.null_class is not None

@@ -158,7 +158,7 @@ def build_path(model: PageModel) -> None:
         label, seed = class_control(model, "Class", index=3), seed_control()
         solver = scheduler_control(model)
     with gr.Row():
-        scale, steps = scale_control(model, 5.0), steps_control(25, MAX_STEPS)
+        scale, steps = scale_control(model, 5.0), steps_control(model, 25, MAX_STEPS)
     told = told_control(model, value=False)
     with gr.Row(visible=model.is_guided):
         begin = gr.Slider(**PERCENT, value=0, label="Guidance begins at (% of the run)")

@@ -32,7 +32,7 @@ def build_play(model: PageModel) -> None:
         classes = classes_control(model)
         count = gr.Slider(1, 16, value=2, step=1, precision=0, label="Images per class" if model.classes else "Images")
     with gr.Row():
-        scale, steps = scale_control(model, 2.0), steps_control(10)
+        scale, steps = scale_control(model, 2.0), steps_control(model, 10)
     with gr.Row():
         solver, seed = scheduler_control(model), seed_control("First seed")
     told = told_control(model)

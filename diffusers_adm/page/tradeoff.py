@@ -45,7 +45,7 @@ def build_tradeoff(model: PageModel) -> None:
         seed = seed_control("First seed")
     scales = gr.CheckboxGroup(SCALES, value=[0, 1, 2, 5, 10], type="value", label="Guidance scales")
     with gr.Row():
-        solver, steps = scheduler_control(model), steps_control(10)
+        solver, steps = scheduler_control(model), steps_control(model, 10)
     told = told_control(model, value=False)
     buttons = RunButtons("Draw")
     picture, status = result_picture("The same noise in each row"), status_line()

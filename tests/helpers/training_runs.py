@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training import train_classifier, train_consistency, train_unet, train_upsampler
 
 
 ARCHITECTURE = (
@@ -16,6 +16,18 @@ ARCHITECTURE = (
     " --noise_schedule cosine --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3 --validation_steps 100"
     " --learning_rate 1e-3"
 ).split()
+
+SMALL_CONSISTENCY_RUN = (
+    "--crop pad --no-random_flip --in_channels 1 --resolution 16 --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3"
+    " --validation_steps 3 --learning_rate 1e-3 --ema_decay 0.5 --num_validation_images 4"
+).split()
+TINY_UNET = {
+    "in_channels": 1,
+    "out_channels": 2,
+    "num_class_embeds": 2,
+    "sample_size": 16,
+    "attention_resolutions": (8,),
+}
 
 
 def save_bars(folder: Path) -> None:
@@ -51,6 +63,12 @@ def upsampler_args(dataset, output_dir, steps, *more):
 def classifier_args(dataset, output_dir, steps, *more):
     options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps} --validation_split train"
     return train_classifier.parse_args([*options.split(), *ARCHITECTURE, *more])
+
+
+def consistency_args(dataset, start, output_dir, steps, *more):
+    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}"
+    options += f" --pretrained_model_name_or_path {start}"
+    return train_consistency.parse_args([*options.split(), *SMALL_CONSISTENCY_RUN, *more])
 
 
 def checkpoint_tensors(folder):

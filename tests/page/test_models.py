@@ -1,12 +1,12 @@
 """The page offers what a model can do, and draws with it."""
 
 import pytest
-from diffusers import HeunDiscreteScheduler
+from diffusers import CMStochasticIterativeScheduler, HeunDiscreteScheduler
 from tiny_models import tiny_pipeline, tiny_unet
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.page.compare import draw_side
-from diffusers_adm.page.controls import class_control, scale_control, told_control
+from diffusers_adm.page.controls import class_control, scale_control, steps_control, told_control
 from diffusers_adm.page.model import PageModel
 from diffusers_adm.page.page import build_page
 
@@ -45,6 +45,18 @@ def test_page_offers_what_the_model_can_do(load, classes, guided, told_or_not):
     assert grid.size == (16, 8) and images.shape == (2, 3, 8, 8)
     first, last = progress.removeprefix("Step ").split(" of ")
     assert first == last
+
+
+def test_a_consistency_model_has_its_own_number_of_steps():
+    unet = tiny_unet(out_channels=3, preconditioning="consistency", sigma_data=1.0)
+    scheduler = CMStochasticIterativeScheduler(3, 0.002, 80.0)
+    pipeline = tiny_pipeline(unet, scheduler, with_classifier=False, num_inference_steps=2)
+    model = PageModel(pipeline)
+    build_page(model)
+    steps = steps_control(model, 25)
+    assert (steps.value, steps.maximum) == (2, 3) and model.schedulers == ["CMStochasticIterative"]
+    *_, (_, images, _) = draw_side(model, 2, 2, 0, 0, True, model.schedulers[0], steps.value)
+    assert images.shape == (2, 3, 8, 8)
 
 
 def test_names_that_several_classes_have_are_told_apart():

@@ -248,6 +248,7 @@ def test_repaint_keeps_what_is_known_and_draws_the_rest():
     mask[..., :16, :] = 1
     timesteps = repaint.jumping_timesteps(10, jump_length=3, jump_count=2)
     assert timesteps == [900, 800, 700, 900, 800, 700, 600, 500, 400, 600, 500, 400, 300, 200, 100, 300, 200, 100, 0]
+    assert repaint.jumping_timesteps(600, 10, 1)[:3] == [998, 996, 995]  # begins at pure noise
     drawn = repaint.inpaint(pipeline, known, mask, repaint.jumping_timesteps(20, 5, 2))
     assert torch.equal(drawn[..., :16, :], known[..., :16, :])
     below = (drawn[..., 16:, :] - known[..., 16:, :]).abs().mean()

@@ -1,16 +1,14 @@
 """Training of consistency models."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
 from diffusers import CMStochasticIterativeScheduler, DDPMScheduler
-from safetensors.torch import load_file
-from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
-from training_runs import checkpoint_tensors, without_times
+from tiny_models import images, tiny_pipeline, tiny_unet
+from training_runs import SMALL_CONSISTENCY_RUN, TINY_UNET, checkpoint_tensors, consistency_args, without_times
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.denoiser import Denoiser
@@ -22,16 +20,10 @@ from diffusers_adm.training import train_consistency, train_unet
 from diffusers_adm.training.consistency import ConsistencyObjective, follow, path_levels, spacing_through
 from diffusers_adm.training.consistency_options import ConsistencyOptions, TeacherOptions
 from diffusers_adm.training.pretrained import load_pretrained
-from diffusers_adm.training.teacher_paths import StoredPaths
 
 
 DEVIATION = 0.7  # of the Gaussian images of the closed forms
 SIGMA_MIN = 0.002
-SMALL_RUN = (
-    "--crop pad --no-random_flip --in_channels 1 --resolution 16 --train_batch_size 4 --logging_steps 1 --checkpointing_steps 3"
-    " --validation_steps 3 --learning_rate 1e-3 --ema_decay 0.5 --num_validation_images 4"
-).split()
-TINY = {"in_channels": 1, "out_channels": 2, "num_class_embeds": 2, "sample_size": 16, "attention_resolutions": (8,)}
 
 
 def column(numbers):
@@ -237,28 +229,13 @@ def test_start_from_an_edm_model_is_its_denoiser(tmp_path):
         torch.testing.assert_close(student(x, sigma, labels).sample, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Folder of a pipeline with a classifier, whose models are tiny."""
-    folder = tmp_path_factory.mktemp("start")
-    classifier = tiny_classifier(in_channels=1, num_classes=2, sample_size=16, attention_resolutions=(8,))
-    tiny_pipeline(tiny_unet(**TINY), classifier=classifier, id2label={0: "left", 1: "right"}).save_pretrained(folder)
-    return folder
-
-
-def run_args(dataset, start, output_dir, steps, *more):
-    options = f"--dataset_name {dataset} --output_dir {output_dir} --max_train_steps {steps}"
-    options += f" --pretrained_model_name_or_path {start}"
-    return train_consistency.parse_args([*options.split(), *SMALL_RUN, *more])
-
-
 def test_run_resumes_exactly_and_draws_in_one_step_without_a_classifier(dataset, start, tmp_path):
     more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --closer_every 2".split()]
     more += "--guidance_scale 2 --validation_split train".split()
-    train_consistency.main(run_args(dataset, start, tmp_path / "once", 4, *more))
-    train_consistency.main(run_args(dataset, start, tmp_path / "twice", 3, *more))
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "once", 4, *more))
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "twice", 3, *more))
     train_consistency.main(
-        run_args(dataset, start, tmp_path / "twice", 4, *more, "--resume_from_checkpoint", "latest")
+        consistency_args(dataset, start, tmp_path / "twice", 4, *more, "--resume_from_checkpoint", "latest")
     )
     once, twice = (checkpoint_tensors(tmp_path / name / "checkpoint-4") for name in ("once", "twice"))
     assert once and all(torch.equal(once[name][key], twice[name][key]) for name in once for key in once[name])
@@ -281,66 +258,6 @@ def test_run_resumes_exactly_and_draws_in_one_step_without_a_classifier(dataset,
     assert "--teacher_steps 3" in card and "--guidance_scale 2.0" in card
 
 
-def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path):
-    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 70 --guidance_scale 2".split()]
-    train_consistency.main(run_args(dataset, start, tmp_path / "once", 4, *more))
-    train_consistency.main(run_args(dataset, start, tmp_path / "twice", 3, *more))
-    files = sorted((tmp_path / "twice" / "paths").glob("*.safetensors"))
-    written = [file.stat().st_mtime_ns for file in files]
-    train_consistency.main(
-        run_args(dataset, start, tmp_path / "twice", 4, *more, "--resume_from_checkpoint", "latest")
-    )
-    assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == written
-    once, twice = (checkpoint_tensors(tmp_path / name / "checkpoint-4") for name in ("once", "twice"))
-    assert once and all(torch.equal(once[name][key], twice[name][key]) for name in once for key in once[name])
-
-    first_rows, other_rows = (load_file(file)["label"][:6] for file in files)
-    assert not torch.equal(first_rows, other_rows)  # each file draws its own images
-    paths = StoredPaths([load_file(file) for file in files], ["left", "right"])
-    assert len(paths) == paths.num_images == 70 * 3
-    sigma = torch.stack([paths[index]["sigma"] for index in range(3)])
-    assert (sigma.diff() < 0).all() and all(torch.equal(paths[i]["target"], paths[0]["target"]) for i in (1, 2))
-    # The first step leads from a point to the next one, by the guided prediction.
-    denoiser = Denoiser(ClassifierGuidedPipeline.from_pretrained(start), guidance_scale=2.0, class_labels=0)
-    first, second = paths[0], paths[1]
-    x_0 = denoiser(first["image"][None], first["sigma"][None], first["label"][None])[0].clamp(-1, 1)
-    share = second["sigma"] / first["sigma"]
-    expected = share * first["image"] + (1 - share) * x_0
-    torch.testing.assert_close(second["image"], expected.detach(), rtol=1e-2, atol=1e-2)  # stored in half precision
-
-    assert "14 images of" in (tmp_path / "twice" / "pipeline" / "README.md").read_text()
-
-    shutil.rmtree(tmp_path / "twice" / "checkpoint-3")
-    shutil.rmtree(tmp_path / "twice" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "twice" / "pipeline")
-    other = [word if word != "2" else "1" for word in more]
-    with pytest.raises(ValueError, match=r"holds paths of other options: --guidance_scale 1.0 \(was 2.0\)"):
-        train_consistency.main(run_args(dataset, start, tmp_path / "twice", 4, *other))
-
-
-def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
-    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 5 --path_levels 80,2".split()]
-    more += "--validation_split train --validation_steps 1 --learning_rate 0 --dropout 0.2".split()
-    train_consistency.main(run_args(dataset, start, tmp_path, 2, *more))
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    first, second = (entry["validation_loss"] for entry in logged if "validation_loss" in entry)
-    assert first == second > 0
-    (held_out,) = (tmp_path / "paths").glob("held-out-*")
-    assert load_file(held_out)["sigma"].tolist() == [[80, pytest.approx(0.002)]]
-    paths = StoredPaths([load_file(tmp_path / "paths" / "paths-00000.safetensors")], ["left", "right"])
-    assert len(paths) == 5
-    assert [paths[index]["sigma"].item() for index in range(5)] == [80, 2, 80, 2, 80]
-    for index in range(5):
-        assert 0.7 < paths[index]["image"].std() / (1 + paths[index]["sigma"] ** 2).sqrt() < 1.3
-        assert paths[index]["target"].abs().max() < 1.1  # the path has been followed to its end
-    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipeline.config.num_inference_steps == 2
-    pipeline([0])
-    assert pipeline.scheduler.sigmas[:2].tolist() == pytest.approx([80, 2])
-    with pytest.raises(ValueError, match=r"`num_inference_steps` must be an integer in \[1, 3\]"):
-        pipeline([0], num_inference_steps=4)
-
-
 @pytest.mark.parametrize("middle", [0.004, 0.4, 7.0, 79.0])
 def test_spacing_of_three_levels_is_found(middle):
     scheduler = CMStochasticIterativeScheduler(3, 0.002, 80.0, rho=spacing_through(0.002, middle, 80.0))
@@ -352,19 +269,19 @@ def test_guidance_of_the_teacher_is_learned(dataset, start, tmp_path):
     trained = []
     for guidance in ([], ["--guidance_scale", "0"], ["--guidance_scale", "0", "--teacher_steps", "2"]):
         more = ["--teacher_model_name_or_path", str(start), *guidance]
-        train_consistency.main(run_args(dataset, start, tmp_path / str(len(trained)), 1, *more))
+        train_consistency.main(consistency_args(dataset, start, tmp_path / str(len(trained)), 1, *more))
         trained.append(checkpoint_tensors(tmp_path / str(len(trained)) / "checkpoint-1")["model.safetensors"])
     for other in trained[1:]:
         assert not all(torch.equal(tensor, other[key]) for key, tensor in trained[0].items())
 
 
 def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, tmp_path, caplog):
-    unet = tiny_unet(**{**TINY, "out_channels": 1}, preconditioning="edm", timestep_scale=1000.0, sigma_max=60.0)
+    unet = tiny_unet(**{**TINY_UNET, "out_channels": 1}, preconditioning="edm", timestep_scale=1000.0, sigma_max=60.0)
     unet.save_pretrained(tmp_path / "edm" / "unet")
-    train_consistency.main(run_args(dataset, tmp_path / "edm" / "unet", tmp_path / "run", 1))
+    train_consistency.main(consistency_args(dataset, tmp_path / "edm" / "unet", tmp_path / "run", 1))
     config = ADMUNet2DModel.load_config(tmp_path / "run" / "pipeline" / "unet")
     assert config["beta_schedule"] is None and config["sigma_data"] == 0.5 and config["sigma_max"] == 60.0
-    options = run_args(dataset, tmp_path / "run" / "pipeline", tmp_path / "again", 1, "--learning_rate", "0")
+    options = consistency_args(dataset, tmp_path / "run" / "pipeline", tmp_path / "again", 1, "--learning_rate", "0")
     train_consistency.main(options)
     first, again = (checkpoint_tensors(tmp_path / name / "checkpoint-1") for name in ("run", "again"))
     averages = [name for name in first if name != "model.safetensors"]
@@ -413,56 +330,33 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
 def test_options_that_do_not_fit_are_refused(more, message, dataset, start, tmp_path):
     more = [word.format(start=start) for word in more]
     with pytest.raises(ValueError, match=message):
-        train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
+        train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more))
 
 
 def test_teacher_has_the_classes_of_the_images_and_predicts_the_expected_image(dataset, start, tmp_path):
-    tiny_pipeline(tiny_unet(**{**TINY, "num_class_embeds": 3}), with_classifier=False).save_pretrained(
+    tiny_pipeline(tiny_unet(**{**TINY_UNET, "num_class_embeds": 3}), with_classifier=False).save_pretrained(
         tmp_path / "three"
     )
     more = ["--teacher_model_name_or_path", str(tmp_path / "three")]
     with pytest.raises(ValueError, match="must have the 2 classes of the images, but has 3"):
-        train_consistency.main(run_args(dataset, start, tmp_path / "run", 1, *more))
-    train_consistency.main(run_args(dataset, start, tmp_path / "run", 1))
+        train_consistency.main(consistency_args(dataset, start, tmp_path / "run", 1, *more))
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "run", 1))
     more = ["--teacher_model_name_or_path", str(tmp_path / "run" / "pipeline")]
     with pytest.raises(ValueError, match="must not be a consistency model"):
-        train_consistency.main(run_args(dataset, start, tmp_path / "again", 1, *more))
+        train_consistency.main(consistency_args(dataset, start, tmp_path / "again", 1, *more))
 
 
 def test_another_noise_schedule_than_that_of_the_start_is_named(dataset, start, tmp_path, caplog):
-    train_consistency.main(run_args(dataset, start, tmp_path, 1, "--noise_schedule", "cosine"))
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, "--noise_schedule", "cosine"))
     assert "was trained with beta_schedule linear, but this run has squaredcos_cap_v2" in caplog.text
 
 
-def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
-    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4"]
-    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more))
-    file = tmp_path / "paths" / "paths-00000.safetensors"
-    written = file.stat().st_mtime_ns
-    for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "pipeline"):
-        shutil.rmtree(path)
-    others = "--train_batch_size 2 --ema_decay 0.9 --adam_beta2 0.9".split()
-    train_consistency.main(run_args(dataset, start, tmp_path, 1, *more, *others))
-    assert file.stat().st_mtime_ns == written
-    assert (
-        "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
-    )  # the default of the teacher is named
-
-
-def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):
-    teacher = ["--teacher_model_name_or_path", str(start), "--teacher_steps", "3", "--dry_run"]
-    train_consistency.main(run_args(dataset, start, tmp_path, 1, *teacher, "--num_paths", "8"))
-    points = capsys.readouterr().out
-    assert "24" in points.split("images:")[1].split("\n")[0]
-    assert not any(tmp_path.iterdir())
-
-
 def test_longer_run_keeps_the_distances_of_its_pairs(dataset, start, tmp_path):
-    train_consistency.main(run_args(dataset, start, tmp_path, 4))
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 4))
     resume = ["--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match=r"--closer_every 2 \(was 1\)"):
-        train_consistency.main(run_args(dataset, start, tmp_path, 16, *resume))
-    train_consistency.main(run_args(dataset, start, tmp_path, 5, *resume, "--closer_every", "1"))
+        train_consistency.main(consistency_args(dataset, start, tmp_path, 16, *resume))
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 5, *resume, "--closer_every", "1"))
 
 
 def test_schedule_without_preconditioning_is_refused():
@@ -476,10 +370,10 @@ def test_schedule_without_preconditioning_is_refused():
 
 
 def test_consistency_model_of_timesteps_starts_no_edm_model(dataset, start, tmp_path):
-    train_consistency.main(run_args(dataset, start, tmp_path / "run", 1))
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "run", 1))
     words = (
         f"--dataset_name {dataset} --output_dir {tmp_path / 'edm'} --max_train_steps 1 --pretrained_model_name_or_path"
     )
-    words = [*words.split(), str(tmp_path / "run" / "pipeline"), *SMALL_RUN]
+    words = [*words.split(), str(tmp_path / "run" / "pipeline"), *SMALL_CONSISTENCY_RUN]
     with pytest.raises(ValueError, match="another architecture: beta_schedule linear instead of None"):
         train_unet.main(train_unet.parse_args(words))

@@ -1,0 +1,97 @@
+"""Stored paths of a teacher."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import checkpoint_tensors, consistency_args
+
+from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm.denoiser import Denoiser
+from diffusers_adm.training import train_consistency
+from diffusers_adm.training.teacher_paths import StoredPaths
+
+
+def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 70 --guidance_scale 2".split()]
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "once", 4, *more))
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "twice", 3, *more))
+    files = sorted((tmp_path / "twice" / "paths").glob("*.safetensors"))
+    written = [file.stat().st_mtime_ns for file in files]
+    train_consistency.main(
+        consistency_args(dataset, start, tmp_path / "twice", 4, *more, "--resume_from_checkpoint", "latest")
+    )
+    assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == written
+    once, twice = (checkpoint_tensors(tmp_path / name / "checkpoint-4") for name in ("once", "twice"))
+    assert once and all(torch.equal(once[name][key], twice[name][key]) for name in once for key in once[name])
+
+    first_rows, other_rows = (load_file(file)["label"][:6] for file in files)
+    assert not torch.equal(first_rows, other_rows)  # each file draws its own images
+    paths = StoredPaths([load_file(file) for file in files], ["left", "right"])
+    assert len(paths) == paths.num_images == 70 * 3
+    sigma = torch.stack([paths[index]["sigma"] for index in range(3)])
+    assert (sigma.diff() < 0).all() and all(torch.equal(paths[i]["target"], paths[0]["target"]) for i in (1, 2))
+    # The first step leads from a point to the next one, by the guided prediction.
+    denoiser = Denoiser(ClassifierGuidedPipeline.from_pretrained(start), guidance_scale=2.0, class_labels=0)
+    first, second = paths[0], paths[1]
+    x_0 = denoiser(first["image"][None], first["sigma"][None], first["label"][None])[0].clamp(-1, 1)
+    share = second["sigma"] / first["sigma"]
+    expected = share * first["image"] + (1 - share) * x_0
+    torch.testing.assert_close(second["image"], expected.detach(), rtol=1e-2, atol=1e-2)  # stored in half precision
+
+    assert "14 images of" in (tmp_path / "twice" / "pipeline" / "README.md").read_text()
+
+    shutil.rmtree(tmp_path / "twice" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "twice" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "twice" / "pipeline")
+    other = [word if word != "2" else "1" for word in more]
+    with pytest.raises(ValueError, match=r"holds paths of other options: --guidance_scale 1.0 \(was 2.0\)"):
+        train_consistency.main(consistency_args(dataset, start, tmp_path / "twice", 4, *other))
+
+
+def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 5 --path_levels 80,2".split()]
+    more += "--validation_split train --validation_steps 1 --learning_rate 0 --dropout 0.2".split()
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 2, *more))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = (entry["validation_loss"] for entry in logged if "validation_loss" in entry)
+    assert first == second > 0
+    (held_out,) = (tmp_path / "paths").glob("held-out-*")
+    assert load_file(held_out)["sigma"].tolist() == [[80, pytest.approx(0.002)]]
+    paths = StoredPaths([load_file(tmp_path / "paths" / "paths-00000.safetensors")], ["left", "right"])
+    assert len(paths) == 5
+    assert [paths[index]["sigma"].item() for index in range(5)] == [80, 2, 80, 2, 80]
+    for index in range(5):
+        assert 0.7 < paths[index]["image"].std() / (1 + paths[index]["sigma"] ** 2).sqrt() < 1.3
+        assert paths[index]["target"].abs().max() < 1.1  # the path has been followed to its end
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.config.num_inference_steps == 2
+    pipeline([0])
+    assert pipeline.scheduler.sigmas[:2].tolist() == pytest.approx([80, 2])
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be an integer in \[1, 3\]"):
+        pipeline([0], num_inference_steps=4)
+
+
+def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4"]
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more))
+    file = tmp_path / "paths" / "paths-00000.safetensors"
+    written = file.stat().st_mtime_ns
+    for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "pipeline"):
+        shutil.rmtree(path)
+    others = "--train_batch_size 2 --ema_decay 0.9 --adam_beta2 0.9".split()
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, *others))
+    assert file.stat().st_mtime_ns == written
+    assert (
+        "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
+    )  # the default of the teacher is named
+
+
+def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):
+    teacher = ["--teacher_model_name_or_path", str(start), "--teacher_steps", "3", "--dry_run"]
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *teacher, "--num_paths", "8"))
+    points = capsys.readouterr().out
+    assert "24" in points.split("images:")[1].split("\n")[0]
+    assert not any(tmp_path.iterdir())
