@@ -67,12 +67,16 @@ def export_network(
         Largest absolute difference between the outputs of file and network. `None` without the check.
 
     Raises:
-        ValueError: If the format is unknown, the folder is not empty, or the outputs of file and network differ.
+        ValueError: If the format is unknown, the network is of another class, the folder is not empty, or the outputs of file and network differ.
         ModuleNotFoundError: If a package that the format needs is not installed.
         OSError: If a file cannot be written.
     """
     folder = Path(folder).resolve()
     check_can_export(format, folder)
+    if "model_channels" not in getattr(network, "config", ()):  # a compiled model is of another class
+        raise ValueError(
+            f"`network` must be an ADMUNet2DModel or a NoisyClassifier, but got {type(network).__name__}."
+        )
     network = plain_copy(network)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as unfinished:

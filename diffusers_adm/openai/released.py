@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from diffusers_adm.checks import check_types
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released_community import COMMUNITY
 from diffusers_adm.openai.released_family import CONSISTENCY_MODELS, IMPROVED_DIFFUSION
@@ -42,6 +43,7 @@ def register_released(released: ReleasedCheckpoint) -> None:
     """
     if RELEASED_BY_NAME.get(released.name) == released:
         return
+    check_types(ReleasedCheckpoint, vars(released))
     # The cache has files of this name, so the name must not lead to another folder.
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", released.name):
         raise ValueError(

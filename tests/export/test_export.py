@@ -112,6 +112,14 @@ def test_card_of_a_folder_around_the_network_is_not_its_card(tmp_path):
     assert source_card(load_network(str(tmp_path / "mine"))) is None
 
 
+def test_what_is_no_network_is_refused(tmp_path):
+    for network in ("abc", torch.nn.Linear(1, 1)):
+        with pytest.raises(
+            ValueError, match=f"must be an ADMUNet2DModel or a NoisyClassifier, but got {type(network).__name__}"
+        ):
+            export_network(network, tmp_path / "new", "torch-export")
+
+
 def test_program_of_another_network_is_refused():
     other = tiny_classifier("attention", seed=2)
     with pytest.raises(ValueError, match="differs from the network by"):

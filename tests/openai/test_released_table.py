@@ -127,6 +127,8 @@ def test_classifiers_that_guide_are_in_the_table():
             {"aliases": ("ImageNet_64.pt",)},
             "'ImageNet_64.pt' is already a name of the released checkpoint imagenet-64",
         ),
+        ({"name": None}, "`name` must be a string, but got None"),
+        ({"aliases": "lsun.pt"}, "`aliases` must be .*, but got 'lsun.pt'"),
         ({"kind": "vae"}, "`kind` must be one of unet, upsampler, classifier, but got 'vae'"),
         ({"guided_by": "nobody"}, "`guided_by` must be the name of a released checkpoint, but got 'nobody'"),
         ({"flags": "--image_sise 64"}, "image_sise"),
