@@ -129,6 +129,20 @@ def check_number_of_images(batch_size: int, num_images: int | None, num_processe
         )
 
 
+def warn_of_lost_brightness(model: ModelMixin) -> None:
+    """Warns if the last normalisation of a UNet takes away the mean of each channel, and with it the brightness of images."""
+    if not isinstance(model, ADMUNet2DModel):
+        return
+    norm = model.norm_out
+    if norm.num_groups == norm.num_channels > 1:
+        logger.warning(
+            "Each of the UNet's %d channels is a group of the normalisation, so that the UNet hardly learns how bright images are. Pass a"
+            " smaller --norm_num_groups, such as %d.",
+            norm.num_channels,
+            max(1, norm.num_channels // 4),
+        )
+
+
 def model_config(architecture: ArchitectureOptions, format: ImageFormat) -> dict[str, Any]:
     """Returns the entries of a model's config that UNets and classifiers share."""
     return {

@@ -36,6 +36,7 @@ from diffusers_adm.training.setup import (
     build_optimizer,
     check_number_of_images,
     prepare_model,
+    warn_of_lost_brightness,
 )
 from diffusers_adm.training.stopping import StopRequest
 
@@ -82,6 +83,8 @@ class Trainer:
         else:
             start_from_pretrained(model, options.architecture)
             warn_of_another_schedule(model, options)
+            if options.architecture.pretrained_model_name_or_path is None:
+                warn_of_lost_brightness(model)
         add_adapter(model, options.architecture.lora_rank)
         prepare_model(model, options, accelerator)
         optimizer = build_optimizer(model, optimisation, scaled=accelerator.scaler is not None)

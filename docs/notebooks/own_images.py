@@ -47,13 +47,15 @@ for shape, corners in CORNERS.items():
 # - `--label_dropout` teaches the UNet to draw without a class too.
 # - `--prediction_type sample` makes the UNet predict the clean image. In a training as short as this one, its images have less grain
 #   than those of a UNet that predicts the noise. Longer ones do not need it.
+# - `--norm_num_groups 8` keeps several channels in each group of the normalisation. With a single one, the UNet would hardly learn how
+#   bright images are.
 # - `--resume_from_checkpoint latest` lets you run the cell again: a run that was interrupted goes on, and one that is complete ends.
 
 # %%
 data = "--train_data_dir my_images --in_channels 1 --resolution 16 --noise_schedule cosine "
 network = (
     "--model_channels 32 --channel_mult 1,2 --layers_per_block 1 "
-    "--attention_resolutions 8 --attention_head_dim 32 "
+    "--attention_resolutions 8 --attention_head_dim 32 --norm_num_groups 8 "
 )
 run = "--train_batch_size 16 --lr_scheduler cosine --resume_from_checkpoint latest "
 

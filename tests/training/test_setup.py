@@ -30,6 +30,12 @@ def test_training_starts_from_a_saved_model(dataset, tmp_path):
         train_classifier.main(classifier_args(dataset, tmp_path / "third", 1, *options, "--layers_per_block", "2"))
 
 
+@pytest.mark.parametrize("groups, warned", [(8, True), (4, False)])
+def test_normalisation_that_takes_away_the_brightness_is_named(groups, warned, dataset, tmp_path, caplog):
+    train_unet.main(unet_args(dataset, tmp_path, 1, "--norm_num_groups", str(groups)))
+    assert ("Pass a smaller --norm_num_groups, such as 2" in caplog.text) is warned
+
+
 def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog):
     def saved(name, **changes):
         options = unet_args(dataset, tmp_path, 1)
