@@ -66,7 +66,7 @@ class DenoisingMixin(RunStateMixin):
                     with guider.tracking(x_t, self.unet) as x_in:  # x_0 and Sigma, from the UNet at x_t
                         denoised = solver.predict(denoiser(x_in, timestep, step), index, x_in)
                         denoised = hooks.x_0(step, t, denoised)
-                    gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
+                        gradient = guider.gradient(x_in, timestep, denoised.x_0)  # s * grad log p(y | x_t)
                     denoised = denoised if options.with_gradients else denoised.detach()
                     if particles is not None:
                         rows = particles.select(guider.log_psi(x_t, timestep, denoised.x_0))

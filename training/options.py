@@ -93,7 +93,9 @@ class ArchitectureOptions:
         unset="as --attention_head_dim implies",
         check=at_least(1),
     )
-    norm_num_groups: int = option(32, help="Number of groups of each group normalisation. Each must have several channels.", check=at_least(1))
+    norm_num_groups: int = option(
+        32, help="Number of groups of each group normalisation. Each must have several channels.", check=at_least(1)
+    )
     resnet_time_scale_shift: str = option(
         "scale_shift",
         help="Use of the timestep in residual blocks: as scale and shift, or as an addend (default).",

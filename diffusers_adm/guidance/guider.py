@@ -143,7 +143,7 @@ class Guider:
     def tracking(self, x_t: torch.Tensor, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
         """
         Yields the noised images to give to the UNet. If this step's gradient goes through the UNet, they are a leaf that requires a
-        gradient.
+        gradient, which must be computed within the context.
         """
         if self.needs_gradient and self.through_unet:
             with differentiable(), frozen(weights_in_place(unet)):

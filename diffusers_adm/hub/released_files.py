@@ -1,7 +1,7 @@
 """Cache of released checkpoints: downloaded and checked files, and the folders of their conversion.
 
-The cache is the folder `diffusers_adm` in the Hugging Face cache. `HF_HOME` moves it. `files/NAME.pt` is a downloaded file, and
-`converted/NAME/DIGEST` is a folder that `from_pretrained` loads.
+The cache is the folder `diffusers_adm` in the Hugging Face cache. `HF_HOME` moves it. `files/NAME.pt` is a downloaded file, or
+`files/DIGEST/NAME.pt` for a registered checkpoint, and `converted/NAME/DIGEST` is a folder that `from_pretrained` loads.
 """
 
 import dataclasses
@@ -63,10 +63,10 @@ def converted_folder(
         raise ValueError(f"{released.name} cannot be converted, because {released.unsupported}.")
     cache = Path(constants.HF_HOME, "diffusers_adm") if cache_dir is None else Path(cache_dir)
     folder = cache / "converted" / released.name / _conversion_digest(released)
-    file = cache / "files" / f"{released.name}.pt"
+    file = cached_file(released, cache)
     if _is_whole(folder):
         return folder
-    if not file.is_file() or _is_of_another_address(folder):
+    if not file.is_file():
         _check_may_download(released, cache, local_files_only, accept_license)
     with naming_write_errors(cache):
         for place in (folder.parent, file.parent):
@@ -74,8 +74,6 @@ def converted_folder(
     # One process downloads and converts, and the others wait.
     with WeakFileLock(file.with_suffix(".lock")):
         if not _is_whole(folder):
-            if _is_of_another_address(folder):
-                file.unlink(missing_ok=True)
             _check_room(released, file)
             sha256 = check_file(file, released, str(file)) if file.is_file() else download_file(released, file)
             with atomic_folder(folder) as unfinished:
@@ -91,21 +89,24 @@ def _conversion_digest(released: ReleasedCheckpoint) -> str:
     """Returns a digest of everything that affects the weights and configs of a converted folder."""
     row = (released.kind, released.flags, released.imagenet_labels, released.guidance_scale)
     content = (CONVERSION, *row, released.timestep_respacing, released.layout, released.sha256)
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:8] + _address_digest(released)
+    if released.name not in TABLE_NAMES:
+        content += (released.address,)
+    return _digest(content)
 
 
-def _address_digest(released: ReleasedCheckpoint) -> str:
-    """Returns a digest of the address of a registered checkpoint, because another one may be registered with its name later."""
-    if released.name in TABLE_NAMES:
-        return ""
-    return "-" + hashlib.sha256(repr(released.address).encode()).hexdigest()[:8]
+def cached_file(released: ReleasedCheckpoint, cache: Path) -> Path:
+    """
+    Returns the path of a checkpoint's file in the cache. That of a registered checkpoint depends on its address, because another one
+    may be registered with the same name later.
+    """
+    folder = cache / "files"
+    if released.name not in TABLE_NAMES:
+        folder /= _digest(released.address)
+    return folder / f"{released.name}.pt"
 
 
-def _is_of_another_address(folder: Path) -> bool:
-    """Returns whether the file that is in the cache was converted for a checkpoint of the same name and another address."""
-    _, _, address = folder.name.partition("-")
-    others = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return any(_is_whole(other) and other.name.partition("-")[2] != address for other in others)
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

@@ -194,6 +194,15 @@ def darkness(x_t, timestep, x_0, class_labels):
 darkness.through_unet = True
 
 
+def test_a_unet_with_gradient_checkpointing_guides_alike():
+    pipeline = pipeline_of(DDIMScheduler)
+    call = {"guidance_fn": darkness, "guidance_scale": 0.1, "num_inference_steps": 3}
+    expected = draw(pipeline, **call)
+    pipeline.unet.enable_gradient_checkpointing()
+    pipeline.unet.train()  # checkpointing acts only in training
+    torch.testing.assert_close(draw(pipeline, **call), expected)
+
+
 @pytest.mark.parametrize("guide", ["classifier", "clean classifier", "sum", "through the UNet"])
 def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
     pipeline = pipeline_of(DDIMScheduler)

@@ -44,6 +44,13 @@ def add(name: str, server: FileServer, case="unet_class_conditional", served="un
     register_released(ReleasedCheckpoint(kind=kind, name=name, **{**known, **columns}))
 
 
+def place_of(cache: Path, name: str = "tiny") -> Path:
+    """The file of a small model in a cache, whose folder is made."""
+    file = released_files.cached_file(RELEASED_BY_NAME[name], cache)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
 class Halting(ClassifierGuidedPipeline):
     """Pipeline whose saving never ends."""
 

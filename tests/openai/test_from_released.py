@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ import torch
 from command_line import run
 from golden_cases import load_case, published_flags
 from tiny_models import tiny_classifier, tiny_unet
-from tiny_released import CLASSIFIER, UNET, add, check_refused, file_of, files_in
+from tiny_released import CLASSIFIER, UNET, add, check_refused, file_of, files_in, place_of
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
 from diffusers_adm.hub import released_files
@@ -67,7 +68,7 @@ def test_classifier_is_chosen_by_name(server, tmp_path):
 def test_cache_is_below_that_of_hugging_face(server, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     ClassifierGuidedPipeline.from_released("tiny", classifier=False)
-    assert (tmp_path / "diffusers_adm" / "files" / "tiny.pt").read_bytes() == UNET
+    assert place_of(tmp_path / "diffusers_adm").read_bytes() == UNET
 
 
 @pytest.mark.parametrize("load", [ClassifierGuidedPipeline.from_released, load_released])
@@ -114,8 +115,7 @@ def converted(cache: Path, name: str = "tiny") -> Path:
 @pytest.fixture
 def warm(server, tmp_path) -> Path:
     """A cache that has the file of `tiny`."""
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "tiny.pt").write_bytes(UNET)
+    place_of(tmp_path).write_bytes(UNET)
     return tmp_path
 
 
@@ -162,6 +162,7 @@ def test_another_address_is_another_checkpoint(server, tmp_path):
     torch.save(tensors, buffer)
     server.files["other.pt"] = buffer.getvalue()
     first = ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet
+    shutil.rmtree(tmp_path / "converted")
     RELEASED_BY_NAME["tiny"] = dataclasses.replace(RELEASED_BY_NAME["tiny"], address=f"{server.url}/other.pt")
     second = ClassifierGuidedPipeline.from_released("tiny", False, tmp_path).unet
     torch.testing.assert_close(second.conv_out.bias, first.conv_out.bias + 1)
@@ -240,12 +241,11 @@ def test_other_hash_is_refused(server, tmp_path):
 
 
 def test_file_that_a_user_has_put_there_is_checked_and_kept(server, tmp_path):
-    (tmp_path / "files").mkdir()
-    file = tmp_path / "files" / "tiny.pt"
+    file = place_of(tmp_path)
     file.write_bytes(CLASSIFIER)
-    with pytest.raises(ValueError, match="files/tiny.pt is not tiny"):
+    with pytest.raises(ValueError, match=f"{file} is not tiny"):
         ClassifierGuidedPipeline.from_released("tiny", cache_dir=tmp_path)
-    assert files_in(tmp_path) == {"files/tiny.pt"}
+    assert files_in(tmp_path) == {str(file.relative_to(tmp_path))}
     file.write_bytes(UNET)
     ClassifierGuidedPipeline.from_released("tiny", False, cache_dir=tmp_path, local_files_only=True)
     assert not server.ranges
@@ -371,8 +371,7 @@ def test_training_refuses_other_checkpoints_before_their_download(cache, server)
 @pytest.mark.parametrize("downloaded", [False, True])
 def test_disk_that_is_full_leaves_nothing_and_is_named(downloaded, cache, server, tmp_path, capsys):
     if downloaded:
-        (cache / "files").mkdir(parents=True)
-        (cache / "files" / "tiny.pt").write_bytes(UNET)
+        place_of(cache).write_bytes(UNET)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(UNET) // 2, unlimited[1]))
     try:
@@ -380,9 +379,9 @@ def test_disk_that_is_full_leaves_nothing_and_is_named(downloaded, cache, server
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert ("converted/tiny/" if downloaded else "files/tiny.pt: File too large") in error
+    assert ("converted/tiny/" if downloaded else "/tiny.pt: File too large") in error
     assert not (tmp_path / "out").exists()
-    assert files_in(cache) == ({"files/tiny.pt"} if downloaded else set())
+    assert files_in(cache) == ({str(place_of(cache).relative_to(cache))} if downloaded else set())
 
 
 def test_listing_has_a_row_for_each_checkpoint_and_fits_a_terminal(capsys):

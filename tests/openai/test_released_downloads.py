@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_released import CHUNK_BYTES, UNET, Halting, add, check_refused, file_of, process_that_asks
+from tiny_released import CHUNK_BYTES, UNET, Halting, add, check_refused, file_of, place_of, process_that_asks
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.hub import released_files, resumed_download
@@ -29,8 +29,7 @@ def ask(cache: Path) -> Path:
 def part_of(server, cache: Path, content: bytes, version: str | None = None) -> Path:
     """Part of the file of `tiny` that an earlier download has left."""
     address = hashlib.sha256(f"{server.url}/unet.pt".encode()).hexdigest()[:8]
-    (cache / "files").mkdir(parents=True, exist_ok=True)
-    part = cache / "files" / f"tiny.pt.{address}.part"
+    part = place_of(cache).with_name(f"tiny.pt.{address}.part")
     part.write_bytes(content)
     if version is not None:
         resumed_download.version_file(part).write_text(version)
@@ -44,8 +43,8 @@ def version_of(content: bytes) -> str:
 
 def check_loaded(cache: Path) -> None:
     """Checks that the file of `tiny` is complete, and that nothing else is left of its download."""
-    assert {path.name for path in (cache / "files").iterdir()} == {"tiny.pt", "tiny.lock"}
-    assert (cache / "files" / "tiny.pt").read_bytes() == UNET
+    assert {path.name for path in place_of(cache).parent.iterdir()} == {"tiny.pt", "tiny.lock"}
+    assert place_of(cache).read_bytes() == UNET
 
 
 def test_download_goes_on_where_connections_were_cut(server, tmp_path):
@@ -89,7 +88,7 @@ def test_part_that_no_range_continues_begins_anew_and_its_version_is_kept(server
     server.cut_after, server.cuts = 5000, 100
     with pytest.raises(OSError, match="cannot be downloaded"):
         ask(tmp_path)
-    (version,) = (tmp_path / "files").glob("*.version")
+    (version,) = (tmp_path / "files").rglob("*.version")
     assert version.read_text() == version_of(UNET)
     server.cuts = 0
     ask(tmp_path)
@@ -177,10 +176,10 @@ def test_two_processes_that_ask_at_once_download_once(server, tmp_path):
 def test_process_killed_in_a_download_leaves_a_part_that_is_resumed(server, tmp_path):
     server.stall_after = CHUNK_BYTES * 10
     process = process_that_asks(tmp_path)
-    wait_for(lambda: any(path.stat().st_size for path in (tmp_path / "files").glob("*.part")))
+    wait_for(lambda: any(path.stat().st_size for path in (tmp_path / "files").rglob("*.part")))
     process.kill()
     process.join()
-    (part,) = (tmp_path / "files").glob("*.part")
+    (part,) = (tmp_path / "files").rglob("*.part")
     server.stall_after, had = None, part.stat().st_size
     ask(tmp_path)
     assert server.ranges == [None, f"bytes={had}-"]
