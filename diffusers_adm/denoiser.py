@@ -74,9 +74,10 @@ class Denoiser(nn.Module):
         self.given_sigma = config.get("preconditioning") is not None
         self.schedule = None if self.given_sigma else NoiseSchedule.from_config(self.pipeline.scheduler.config)
         self.classifier_schedule = self.schedule
-        if self.given_sigma and self.guidance_scale:
-            noise = self.classifier.config
-            self.classifier_schedule = training_schedule(noise.num_train_timesteps, noise.beta_schedule)
+        noise = {} if self.classifier is None else self.classifier.config
+        if self.given_sigma and noise.get("beta_schedule") is not None:
+            self.classifier_schedule = training_schedule(noise["num_train_timesteps"], noise["beta_schedule"])
+        self.guidance = ClassifierGuidance(self.classifier)
         self.img_channels, self.img_resolution = config.in_channels, config.sample_size
         levels = (config.sigma_min, config.sigma_max) if self.given_sigma else self.schedule.sigma[[0, -1]].tolist()
         self.sigma_min, self.sigma_max = (level / 2 if unit_range else level for level in levels)
@@ -172,7 +173,7 @@ class Denoiser(nn.Module):
 
     def _shift(self, x_t: torch.Tensor, sigma: torch.Tensor, x_0: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Returns sigma^2 * s * grad log p(y | x), by which guidance moves x_0, `(batch, channels, height, width)`."""
-        guidance, timestep = ClassifierGuidance(self.classifier), timestep_at(self.classifier_schedule, sigma)
+        guidance, timestep = self.guidance, timestep_at(self.classifier_schedule, sigma)
         loss_scale = FLOAT16_LOSS_SCALE if guidance.dtype == torch.float16 else 1.0
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
             gradient = torch.func.grad(lambda image: loss_scale * guidance(image, timestep, x_0, labels).sum())(x_t)

@@ -23,7 +23,7 @@ from diffusers_adm.losses import consistency_loss
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
-from diffusers_adm.pipelines.class_labels import known_names
+from diffusers_adm.pipelines.class_labels import known_classes, known_names
 from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.solvers.clipping import clip_range
 from diffusers_adm.training.consistency_options import ConsistencyOptions, ConsistencyTrainingOptions
@@ -33,6 +33,8 @@ from diffusers_adm.training.setup import model_config
 
 # Largest number of times that the distance of a pair is halved. Float32 could not tell much closer levels apart.
 MOST_HALVINGS = 10
+# That of held-out losses, as at the end of a training with the default of --closer_every.
+HELD_OUT_HALVINGS = 7
 NUM_LEVELS = 40  # noise levels of the scheduler, as in Song et al. 2023, section 6
 RHO = 7  # spacing of the noise levels of a teacher that is given them [Karras et al. 2022, eq. 5]
 
@@ -101,6 +103,7 @@ class Teacher:
 
     Attributes:
         guidance_scale: Scale of classifier guidance.
+        takes_labels: Whether the teacher is given the labels of the images.
         schedule: Noise schedule of a UNet that is given timesteps, or `None`.
 
     Raises:
@@ -133,7 +136,8 @@ class Teacher:
         self.accelerator = accelerator
         self.guidance_scale = scale
         self.clip_range = clip_range(pipeline.scheduler)
-        labels = None if images.class_names is None else 0
+        self.takes_labels = images.class_names is not None and known_classes(pipeline) is not None
+        labels = 0 if self.takes_labels else None
         self.denoiser = Denoiser(pipeline.to(accelerator.device), labels, **guidance)
         self.schedule = self.denoiser.schedule
 
@@ -148,7 +152,7 @@ class Teacher:
             labels: Class of each image, `(batch,)`.
         """
         with self.accelerator.autocast():
-            x_0 = self.denoiser(x, sigma, labels)
+            x_0 = self.denoiser(x, sigma, labels if self.takes_labels else None)
         return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
 
 
@@ -156,10 +160,9 @@ def _check_classes_of_teacher(
     name: str, pipeline: ClassifierGuidedPipeline, class_names: list[str] | None, guided: bool
 ) -> None:
     """Raises a ValueError unless the teacher can be given the labels of the images."""
-    unet = pipeline.unet
-    num_classes = unet.config.num_class_embeds
+    unet, num_classes = pipeline.unet, known_classes(pipeline)
     if class_names is None:
-        if guided or (num_classes is not None and unet.null_class is None):
+        if guided or (unet.config.num_class_embeds is not None and unet.null_class is None):
             raise ValueError(f"--teacher_model_name_or_path {name} requires labels, but the images have none.")
         return
     if num_classes is not None and num_classes != len(class_names):
@@ -226,7 +229,6 @@ class ConsistencyObjective:
         self.levels = options.consistency
         self.num_path_steps = options.teacher.teacher_steps
         self.closer_every = self.levels.closer_every
-        self.num_steps = options.optimisation.max_train_steps
         self.num_ranks = options.diffusion.num_train_timesteps
         self.conditions = conditions
         self.step = step
@@ -237,8 +239,8 @@ class ConsistencyObjective:
         return self.terms(model, batch, self.halvings(self.step()))
 
     def held_out_terms(self, model: nn.Module, batch: dict) -> LossTerms:
-        """Computes the loss at pairs as close as those at the end of the training, so that losses of all steps can be compared."""
-        return self.terms(model, batch, self.halvings(self.num_steps - 1))
+        """Computes the loss at pairs whose distance does not depend on the step, so that losses of all steps can be compared."""
+        return self.terms(model, batch, HELD_OUT_HALVINGS)
 
     def halvings(self, step: int) -> int:
         """Returns how often the distance of pairs has been halved before a step."""

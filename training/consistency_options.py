@@ -72,7 +72,7 @@ class ConsistencyOptions:
     closer_every: int | None = option(
         None,
         help="Number of steps after which the distance of the two noise levels of a pair is halved, at most ten times. Up to then, the"
-        " lower one is --sigma_min.",
+        " lower one is --sigma_min. If you resume a run with another --max_train_steps, pass the value of the run.",
         unset="an eighth of --max_train_steps",
         check=at_least(1),
     )

@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
+from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.pipelines.released import name_of_released, released_folder
@@ -104,11 +105,8 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     random_keys = copy_weights(model, pretrained)
     if kinds == (None, "consistency"):
         noise = read_noise_config("unet", name, subfolder, flags)
-        for option in ("beta_schedule", "num_train_timesteps"):
-            if noise.get(option) not in (None, ours[option]):
-                logger.warning(
-                    "%s was trained with %s %s, but this run has %s.", name, option, noise[option], ours[option]
-                )
+        if not _given_logarithm(ours):
+            warn_of_differences(name, schedule_options(noise), schedule_options(ours))
         if noise.get("prediction_type", "epsilon") == "epsilon":
             # At low noise levels, the output of a network with preconditioning is -epsilon.
             for parameter in model.conv_out.parameters():
@@ -169,6 +167,22 @@ def read_noise_config(kind: str, name: str, subfolder: str | None, flags: str | 
         return DDPMScheduler.load_config(place, subfolder="scheduler")
     except OSError:  # a UNet that is saved alone
         return {}
+
+
+def schedule_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of the noise schedule in the config of a scheduler or a classifier. Unknown ones are `None`."""
+    names = {value: name for name, value in BETA_SCHEDULES.items()}
+    return {
+        "noise_schedule": names.get(config.get("beta_schedule")),
+        "num_train_timesteps": config.get("num_train_timesteps"),
+    }
+
+
+def warn_of_differences(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Warns if a pretrained model was trained with other options than a run has. Unknown ones are `None`."""
+    for option, value in theirs.items():
+        if value not in (None, ours[option]):
+            logger.warning("%s was trained with --%s %s, but this run has %s.", name, option, value, ours[option])
 
 
 def is_pipeline(name: str) -> bool:

@@ -6,9 +6,14 @@ from typing import Any
 from accelerate.logging import get_logger
 from diffusers import ModelMixin
 
-from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.training.options import TrainingOptions
-from diffusers_adm.training.pretrained import kind_of, read_noise_config, read_pretrained
+from diffusers_adm.training.pretrained import (
+    kind_of,
+    read_noise_config,
+    read_pretrained,
+    schedule_options,
+    warn_of_differences,
+)
 
 
 logger = get_logger(__name__)
@@ -69,15 +74,6 @@ def options_of_pretrained(
     return options | schedule_options(noise) | {"prediction_type": noise.get("prediction_type")}
 
 
-def schedule_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of the noise schedule in the config of a scheduler or a classifier. Unknown ones are `None`."""
-    names = {value: name for name, value in BETA_SCHEDULES.items()}
-    return {
-        "noise_schedule": names.get(config.get("beta_schedule")),
-        "num_train_timesteps": config.get("num_train_timesteps"),
-    }
-
-
 def warn_of_another_schedule(model: ModelMixin, options: TrainingOptions) -> None:
     """Warns if the pretrained model of a run was trained with another noise schedule than the run has."""
     start = options.architecture
@@ -85,7 +81,4 @@ def warn_of_another_schedule(model: ModelMixin, options: TrainingOptions) -> Non
     if name is None or model.config.get("preconditioning") is not None:
         return
     noise = read_noise_config(kind_of(model), name, start.pretrained_subfolder, start.pretrained_flags)
-    for option, theirs in schedule_options(noise).items():
-        ours = getattr(options.diffusion, option)
-        if theirs not in (None, ours):
-            logger.warning("%s was trained with --%s %s, but this run has %s.", name, option, theirs, ours)
+    warn_of_differences(name, schedule_options(noise), vars(options.diffusion))

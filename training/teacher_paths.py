@@ -19,6 +19,9 @@ from diffusers_adm.training.consistency_options import ConsistencyTrainingOption
 
 PATHS_PER_FILE = 64
 HELD_OUT_SEED = 500_000  # added to the numbers of files of held-out images
+RECORD_FILE = "options.yaml"
+# Options that decide the paths, beside those of the images, the classes and the teacher.
+OTHERS_THAT_DECIDE = ("seed", "mixed_precision", "sigma_min", "sigma_max", "log_sigma_mean", "log_sigma_std")
 
 
 class StoredPaths(torch.utils.data.Dataset):
@@ -28,7 +31,7 @@ class StoredPaths(torch.utils.data.Dataset):
     Args:
         parts: Results of `draw_paths`.
         class_names: Name of each class in the order of the labels, or `None` without labels.
-        num_paths: Number of paths. If there are fewer, they are repeated. `None` means those of the parts.
+        num_paths: Number of paths. If fewer were drawn, they are repeated. `None` means those of the parts.
     """
 
     def __init__(
@@ -83,12 +86,17 @@ def stored_paths(
     """
     folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
     device = accelerator.device
-    if options.dry_run:
-        path = draw_paths(options, images, teacher, 0, 1, device)
-        return StoredPaths([path], images.class_names, num_paths), None
     sets = {"paths": (images, num_paths, 0)}
     if held_out is not None:
-        sets["held-out"] = (held_out, -(-num_paths // 10), HELD_OUT_SEED)
+        fewest = len(options.teacher.path_levels or (None,))  # one at each level
+        sets["held-out"] = (held_out, max(-(-num_paths // 10), fewest), HELD_OUT_SEED)
+    if options.dry_run:
+        _compare(folder, options)
+        drawn = [
+            StoredPaths([draw_paths(options, source, teacher, first_seed, 1, device)], images.class_names, count)
+            for source, count, first_seed in sets.values()
+        ]
+        return drawn[0], drawn[1] if len(drawn) > 1 else None
     counts = {
         (name, number): min(PATHS_PER_FILE, count - number * PATHS_PER_FILE)
         for name, (_, count, _) in sets.items()
@@ -97,7 +105,8 @@ def stored_paths(
     files = {key: folder / f"{key[0]}-{key[1]:05}.safetensors" for key in counts}
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            _reserve(folder, options)
+            if not _compare(folder, options):
+                _write_record(folder, options)
             missing = [key for key in counts if not files[key].exists()]
             for name, number in with_progress(iter(missing), len(missing), "drawing paths", "files"):
                 source, _, first_seed = sets[name]
@@ -106,25 +115,30 @@ def stored_paths(
                 with atomic_write(files[name, number]) as partial:
                     save_file(tensors, partial)
     parts = {name: [load_file(files[key]) for key in counts if key[0] == name] for name in sets}
-    trained, *others = (StoredPaths(parts[name], images.class_names) for name in sets)
-    return trained, others[0] if others else None
+    drawn = [StoredPaths(parts[name], images.class_names) for name in sets]
+    return drawn[0], drawn[1] if len(drawn) > 1 else None
 
 
-def _reserve(folder: Path, options: ConsistencyTrainingOptions) -> None:
-    """Writes the options that decide the paths, or compares them with those of paths that are stored already."""
-    record = folder / "options.yaml"
-    if record.exists() and any(folder.glob("*.safetensors")):
-        differing = contradictions(options, record.read_text())
-        if differing:
-            raise ValueError(
-                f"{folder} holds paths of other options: {', '.join(differing)}. Remove it, or pass another --output_dir."
-            )
-        return
-    groups = (options.source, options.format, options.selection, options.classes, options.teacher, options.consistency)
-    deciding = {"seed", *(name for group in groups for name in option_values(group))}
+def _compare(folder: Path, options: ConsistencyTrainingOptions) -> bool:
+    """Returns whether paths are stored already. Raises a ValueError if they were drawn with other options."""
+    record = folder / RECORD_FILE
+    if not (record.exists() and any(folder.glob("*.safetensors"))):
+        return False
+    differing = contradictions(options, record.read_text())
+    if differing:
+        raise ValueError(
+            f"{folder} holds paths of other options: {', '.join(differing)}. Remove it, or pass another --output_dir."
+        )
+    return True
+
+
+def _write_record(folder: Path, options: ConsistencyTrainingOptions) -> None:
+    """Writes the options that decide the paths."""
+    groups = (options.source, options.format, options.selection, options.classes, options.teacher)
+    deciding = {*OTHERS_THAT_DECIDE, *(name for group in groups for name in option_values(group))}
     values = {name: value for name, value in yaml.safe_load(as_yaml(options)).items() if name in deciding}
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(record) as partial:
+    with atomic_write(folder / RECORD_FILE) as partial:
         partial.write_text(yaml.safe_dump(values, sort_keys=False))
 
 

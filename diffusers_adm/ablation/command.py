@@ -1,6 +1,7 @@
 """`diffusers-adm ablate`."""
 
 import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,11 @@ def ablate(args: argparse.Namespace) -> None:
     state = join_processes()
     with state.main_process_first():
         images, _ = load_training_images(base, base.classes.class_conditional)
-    divide_batch(base.optimisation, state.num_processes)
-    resolve_steps(base.optimisation, images.num_images, state.num_processes)
+    if base.optimisation.num_epochs is not None:
+        planned = copy.copy(base.optimisation)  # a variant may have another batch
+        divide_batch(planned, state.num_processes)
+        resolve_steps(planned, images.num_images, state.num_processes)
+        base.optimisation.max_train_steps = planned.max_train_steps
     names = required_class_names(images) if base.classes.class_conditional else None
     runs = plan_runs(base, variants, options.seeds, options.output)
     unets = check_runs(runs, names, samples)

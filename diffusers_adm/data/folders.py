@@ -61,11 +61,11 @@ def find_layout(folder: str | Path, must_be_images: bool = False) -> ImageFolder
 
     Args:
         folder: Path of the folder.
-        must_be_images: Whether a dataset of another format must not lie beside images.
+        must_be_images: Whether to refuse datasets of other formats beside images.
 
     Raises:
-        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if it
-            has a dataset of another format that must not be there.
+        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if a dataset
+            of another format is refused.
     """
     folder = Path(folder)
     files = _visible_files(folder)

@@ -31,11 +31,9 @@ def source_card(network: ModelMixin) -> ModelCard | None:
     """Returns the card of the folder or repository that a network was loaded from. `None` if it has no card."""
     source = network.config.get("_name_or_path") or ""
     if Path(source).is_dir():
-        folders = [Path(source), Path(source).parent] if source else []
-        # The card of the parent counts only if the network is in the folder of a pipeline.
-        if source and not (folders[1] / "model_index.json").is_file():
-            del folders[1]
-        files = [folder / CARD_FILE for folder in folders]
+        folder = Path(source)
+        in_pipeline = (folder.parent / "model_index.json").is_file()
+        files = [folder / CARD_FILE, *([folder.parent / CARD_FILE] if in_pipeline else [])] if source else []
     else:
         try:
             files = [Path(hf_hub_download(source, CARD_FILE))]

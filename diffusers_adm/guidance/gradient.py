@@ -79,8 +79,8 @@ def weights_in_place(network: Callable) -> list[torch.nn.Parameter]:
 @contextlib.contextmanager
 def frozen(weights: list[torch.nn.Parameter]):
     """
-    Keeps nothing for the gradients of weights. With `torch.compile`, the backward pass does not compute them either. Afterwards, the
-    weights require gradients as before.
+    Records no gradients with respect to weights inside the context. With `torch.compile`, the backward pass does not compute them
+    either. Afterwards, the weights require gradients as before.
     """
     trained = [weight for weight in weights if weight.requires_grad]
     try:

@@ -21,7 +21,7 @@ class WeightedSum:
         dtype: float16 if at least one function is evaluated in float16, otherwise the data type of the first function.
         through_unet: Whether at least one function guides through the UNet.
         weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
-        frozen_weights: Weights of the functions' networks that no gradient is computed of.
+        frozen_weights: Weights of the functions' networks. They are frozen while the gradient is computed.
 
     Raises:
         ValueError: If no function is given, one of them is not callable, or the numbers of weights and functions differ.

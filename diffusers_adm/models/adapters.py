@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -66,11 +67,12 @@ class AdapterMixin(PeftAdapterMixin):
         """
         check_safe_serialization(kwargs.get("safe_serialization", True))
         model = without_adapters(self)
-        index = Path(save_directory, weight_files(kwargs.get("variant"))[-1])
-        before = index.stat().st_mtime_ns if index.is_file() else None
         super(AdapterMixin, model).save_pretrained(save_directory, **kwargs)
-        if before is not None and index.stat().st_mtime_ns == before:
-            index.unlink()  # it lists shards of an earlier save, which are gone
+        index = Path(save_directory, weight_files(kwargs.get("variant"))[-1])
+        if index.is_file():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            if not all(index.with_name(shard).is_file() for shard in shards):
+                index.unlink()  # it lists shards of an earlier save, which diffusers has removed
 
 
 def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
@@ -80,13 +82,17 @@ def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
     """
     if not getattr(model, "peft_config", None):
         return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     model = copy.deepcopy(model)
-    if not any(getattr(layer, "disable_adapters", False) is True for layer in model.modules()):
-        model.fuse_lora()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged == layer.disable_adapters:
+            layer.unmerge() if layer.disable_adapters else layer.merge()
     model.unload_lora()
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "modules_to_save"):  # peft keeps the trained copy of such a layer beside the frozen original
-            model.set_submodule(name, layer.modules_to_save[layer.active_adapters[0]])
+            trained = layer.modules_to_save[layer.active_adapters[0]]
+            model.set_submodule(name, layer.original_module if layer.disable_adapters else trained)
     return model
 
 

@@ -100,7 +100,10 @@ class PublishedCheckpoint:
         """
         tensors = read_state_dict(self.source)
         if self.released is not None:
-            check_layout(tensors, self.released, f"{os.fspath(self.source)!r}")
+            try:
+                check_layout(tensors, self.released, f"{os.fspath(self.source)!r}")
+            except ValueError as error:
+                raise ValueError(f"{error} Rename the file, and pass its flags.") from error
         return tensors
 
     @cached_property

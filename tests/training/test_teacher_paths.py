@@ -59,7 +59,7 @@ def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
     first, second = (entry["validation_loss"] for entry in logged if "validation_loss" in entry)
     assert first == second > 0
     (held_out,) = (tmp_path / "paths").glob("held-out-*")
-    assert load_file(held_out)["sigma"].tolist() == [[80, pytest.approx(0.002)]]
+    assert load_file(held_out)["sigma"].tolist() == [[80, pytest.approx(0.002)], [2, pytest.approx(0.002)]]
     paths = StoredPaths([load_file(tmp_path / "paths" / "paths-00000.safetensors")], ["left", "right"])
     assert len(paths) == 5
     assert [paths[index]["sigma"].item() for index in range(5)] == [80, 2, 80, 2, 80]
