@@ -101,7 +101,8 @@ class PublishedCheckpoint:
         tensors = read_state_dict(self.source)
         if self.released is not None:
             try:
-                check_layout(tensors, self.released, f"{os.fspath(self.source)!r}")
+                shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                check_layout(shapes, self.released, f"{str(self.source)!r}")
             except ValueError as error:
                 raise ValueError(f"{error} Rename the file, and pass its flags.") from error
         return tensors

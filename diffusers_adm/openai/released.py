@@ -10,9 +10,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from diffusers_adm.checks import check_types
 from diffusers_adm.openai.flags import parse_flags
 from diffusers_adm.openai.released_community import COMMUNITY
 from diffusers_adm.openai.released_family import CONSISTENCY_MODELS, IMPROVED_DIFFUSION
@@ -43,6 +40,8 @@ def register_released(released: ReleasedCheckpoint) -> None:
     """
     if RELEASED_BY_NAME.get(released.name) == released:
         return
+    from diffusers_adm.checks import check_types  # imports torch, which the table does not need
+
     check_types(ReleasedCheckpoint, vars(released))
     # The cache has files of this name, so the name must not lead to another folder.
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", released.name):
@@ -106,19 +105,19 @@ def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
     return known.get(path.name)
 
 
-def check_layout(tensors: Mapping[str, torch.Tensor], released: ReleasedCheckpoint, source: str) -> None:
+def check_layout(shapes: Mapping[str, tuple[int, ...]], released: ReleasedCheckpoint, source: str) -> None:
     """
     Checks that tensors have the names and shapes of a released checkpoint.
 
     Args:
-        tensors: Tensors by name.
+        shapes: Shape of each tensor by name.
         released: Released checkpoint.
         source: File of the tensors.
 
     Raises:
         ValueError: If they are other tensors.
     """
-    layout = tensor_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    layout = tensor_layout(shapes)
     if released.layout not in (None, layout):
         like = [other.name for other in RELEASED_BY_NAME.values() if other.layout == layout]
         holds = (
