@@ -100,9 +100,8 @@ class DenoisingObjective:
         terms = self.terms(model, batch, timestep)
         if self.sampler.needs_losses:
             self.sampler.update(*self.accelerator.gather((timestep, terms.loss.detach())))
-        logged = {
-            name: value * weight for name, value in terms.logged.items()
-        }  # their means are those of uniform timesteps
+        # With the weights, the means of the logged values are those of uniform timesteps.
+        logged = {name: value * weight for name, value in terms.logged.items()}
         return LossTerms(terms.loss * weight, logged, timestep)
 
     def terms(self, model: nn.Module, batch: dict, timestep: torch.Tensor) -> LossTerms:

@@ -94,7 +94,7 @@ class ArchitectureOptions:
         check=at_least(1),
     )
     norm_num_groups: int = option(
-        32, help="Number of groups of each group normalisation. Each must have several channels.", check=at_least(1)
+        32, help="Number of groups of each group normalisation. Each should have several channels.", check=at_least(1)
     )
     resnet_time_scale_shift: str = option(
         "scale_shift",

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from accelerate.logging import get_logger
 from diffusers import ModelMixin
 
 from diffusers_adm.training.options import TrainingOptions
@@ -15,8 +14,6 @@ from diffusers_adm.training.pretrained import (
     warn_of_differences,
 )
 
-
-logger = get_logger(__name__)
 
 # Options that have the names of entries of a model's config.
 SAME_NAMES = (

@@ -1,5 +1,6 @@
 """Paths of a guided teacher, which are drawn once and stored in the folder of a run."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,6 +64,24 @@ class StoredPaths(torch.utils.data.Dataset):
         return item | {name: self.tensors[name][path] for name in ("label",) if name in self.tensors}
 
 
+@dataclass(frozen=True)
+class PathFile:
+    """
+    File of stored paths.
+
+    Args:
+        path: Path of the file.
+        images: Images where its paths begin.
+        seed: Seed of the file.
+        count: Number of its paths.
+    """
+
+    path: Path
+    images: LabelledImages
+    seed: int
+    count: int
+
+
 def stored_paths(
     options: ConsistencyTrainingOptions,
     images: LabelledImages,
@@ -85,41 +104,41 @@ def stored_paths(
         ValueError: If the stored paths were drawn with other options.
     """
     folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
-    device = accelerator.device
-    sets = {"paths": (images, num_paths, 0)}
+    trained, validated = _files(folder, "paths", images, num_paths, 0), []
     if held_out is not None:
         fewest = len(options.teacher.path_levels or (None,))  # one at each level
-        sets["held-out"] = (held_out, max(-(-num_paths // 10), fewest), HELD_OUT_SEED)
-    if options.dry_run:
-        _compare(folder, options)
-        drawn = [
-            StoredPaths([draw_paths(options, source, teacher, first_seed, 1, device)], images.class_names, count)
-            for source, count, first_seed in sets.values()
-        ]
-        return drawn[0], drawn[1] if len(drawn) > 1 else None
-    counts = {
-        (name, number): min(PATHS_PER_FILE, count - number * PATHS_PER_FILE)
-        for name, (_, count, _) in sets.items()
-        for number in range(-(-count // PATHS_PER_FILE))
-    }
-    files = {key: folder / f"{key[0]}-{key[1]:05}.safetensors" for key in counts}
+        validated = _files(folder, "held-out", held_out, max(-(-num_paths // 10), fewest), HELD_OUT_SEED)
+
+    def draw(file: PathFile, count: int) -> dict[str, torch.Tensor]:
+        return draw_paths(options, file.images, teacher, file.seed, count, accelerator.device)
+
+    def read(files: list[PathFile]) -> StoredPaths:
+        if options.dry_run:
+            return StoredPaths([draw(files[0], 1)], images.class_names, sum(file.count for file in files))
+        return StoredPaths([load_file(file.path) for file in files], images.class_names)
+
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            if not _compare(folder, options):
+            is_new = not _are_stored(folder, options)
+            if is_new and not options.dry_run:
                 _write_record(folder, options)
-            missing = [key for key in counts if not files[key].exists()]
-            for name, number in with_progress(iter(missing), len(missing), "drawing paths", "files"):
-                source, _, first_seed = sets[name]
-                count = counts[name, number]
-                tensors = draw_paths(options, source, teacher, first_seed + number, count, device)
-                with atomic_write(files[name, number]) as partial:
-                    save_file(tensors, partial)
-    parts = {name: [load_file(files[key]) for key in counts if key[0] == name] for name in sets}
-    drawn = [StoredPaths(parts[name], images.class_names) for name in sets]
-    return drawn[0], drawn[1] if len(drawn) > 1 else None
+            missing = [] if options.dry_run else [file for file in trained + validated if not file.path.exists()]
+            for file in with_progress(iter(missing), len(missing), "drawing paths", "files"):
+                with atomic_write(file.path) as partial:
+                    save_file(draw(file, file.count), partial)
+    return read(trained), read(validated) if validated else None
 
 
-def _compare(folder: Path, options: ConsistencyTrainingOptions) -> bool:
+def _files(folder: Path, name: str, images: LabelledImages, num_paths: int, first_seed: int) -> list[PathFile]:
+    """Returns the files of a number of paths."""
+    counts = [min(PATHS_PER_FILE, num_paths - first) for first in range(0, num_paths, PATHS_PER_FILE)]
+    return [
+        PathFile(folder / f"{name}-{number:05}.safetensors", images, first_seed + number, count)
+        for number, count in enumerate(counts)
+    ]
+
+
+def _are_stored(folder: Path, options: ConsistencyTrainingOptions) -> bool:
     """Returns whether paths are stored already. Raises a ValueError if they were drawn with other options."""
     record = folder / RECORD_FILE
     if not (record.exists() and any(folder.glob("*.safetensors"))):

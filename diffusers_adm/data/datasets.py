@@ -275,7 +275,7 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
     if given is not None and "://" not in given and not Path(given).is_dir():
         raise ValueError(f"--train_data_dir must be a folder of images, but there is no folder {given}.")
     explicit = source.data_files is not None or source.dataset_config_name is not None
-    layout = None if explicit else find_layout(folder, must_be_images=given is not None)
+    layout = None if explicit else find_layout(folder, images_only=given is not None)
     if layout is not None:
         if layout.splits:
             logger.warning("%s has the split folders %s. Split %s is used.", folder, layout.splits, split)

@@ -55,23 +55,23 @@ class ImageFolderLayout:
             )
 
 
-def find_layout(folder: str | Path, must_be_images: bool = False) -> ImageFolderLayout | None:
+def find_layout(folder: str | Path, images_only: bool = False) -> ImageFolderLayout | None:
     """
     Returns the layout of a folder of images, or `None` if the path is not a folder or holds a dataset of another format.
 
     Args:
         folder: Path of the folder.
-        must_be_images: Whether to refuse datasets of other formats beside images.
+        images_only: Whether to refuse datasets of other formats beside images.
 
     Raises:
-        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if a dataset
-            of another format is refused.
+        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if a
+            dataset of another format is refused.
     """
     folder = Path(folder)
     files = _visible_files(folder)
     images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
     others = [path for path in files if path.suffix.lower() in OTHER_FORMATS and path.stem != "metadata"]
-    if images and others and must_be_images:
+    if images and others and images_only:
         raise ValueError(
             f"--train_data_dir {folder} must hold only images, but also holds {others[0]}. Move it out of the folder, or say which files"
             " to read with --data_files."

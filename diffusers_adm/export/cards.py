@@ -29,11 +29,14 @@ output = program(**inputs)  # tensors by name""",
 
 def source_card(network: ModelMixin) -> ModelCard | None:
     """Returns the card of the folder or repository that a network was loaded from. `None` if it has no card."""
-    source = network.config.get("_name_or_path") or ""
-    if Path(source).is_dir():
-        folder = Path(source)
-        in_pipeline = (folder.parent / "model_index.json").is_file()
-        files = [folder / CARD_FILE, *([folder.parent / CARD_FILE] if in_pipeline else [])] if source else []
+    source = network.config.get("_name_or_path")
+    if not source:
+        return None
+    folder = Path(source)
+    if folder.is_dir():
+        files = [folder / CARD_FILE]
+        if (folder.parent / "model_index.json").is_file():  # the card of the pipeline that the network is in
+            files.append(folder.parent / CARD_FILE)
     else:
         try:
             files = [Path(hf_hub_download(source, CARD_FILE))]

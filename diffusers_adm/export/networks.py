@@ -67,7 +67,8 @@ def export_network(
         Largest absolute difference between the outputs of file and network. `None` without the check.
 
     Raises:
-        ValueError: If the format is unknown, the network is of another class, the folder is not empty, or the outputs of file and network differ.
+        ValueError: If the format is unknown, the network is of another class, the folder is not empty, or the outputs of file and
+            network differ.
         ModuleNotFoundError: If a package that the format needs is not installed.
         OSError: If a file cannot be written.
     """

@@ -86,8 +86,12 @@ def without_adapters(model: torch.nn.Module) -> torch.nn.Module:
 
     model = copy.deepcopy(model)
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and layer.merged == layer.disable_adapters:
-            layer.unmerge() if layer.disable_adapters else layer.merge()
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
     model.unload_lora()
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "modules_to_save"):  # peft keeps the trained copy of such a layer beside the frozen original

@@ -36,13 +36,12 @@ class PageModel:
         unet = pipeline.unet.config
         self.classes = class_names(pipeline)
         self.is_told_timesteps = unet.get("preconditioning") is None
-        first = "DDIM" if self.is_told_timesteps else scheduler_name(type(pipeline.scheduler))
         names = SCHEDULERS if self.is_told_timesteps else map(scheduler_name, SIGMA_SCHEDULERS)
+        first = "DDIM" if self.is_told_timesteps else scheduler_name(type(pipeline.scheduler))
         self.consistency_steps: tuple[int, int] | None = None
         if unet.get("preconditioning") == "consistency":
-            names = [first]  # the noise levels of other schedulers are not those of the model's steps
-            config = pipeline.scheduler.config
-            self.consistency_steps = pipeline.config.num_inference_steps, config.num_train_timesteps
+            names = [first]  # other schedulers have other noise levels than those that the model learned
+            self.consistency_steps = pipeline.config.num_inference_steps, pipeline.scheduler.config.num_train_timesteps
         self.schedulers = sorted(names, key=lambda name: (name != first, name))
         self.is_told_classes = unet.num_class_embeds is not None
         self.can_forget_classes = not self.is_told_classes or pipeline.unet.null_class is not None

@@ -81,6 +81,10 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     written = file.stat().st_mtime_ns
     for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "pipeline"):
         shutil.rmtree(path)
+    with pytest.raises(ValueError, match="holds paths of other options: --guidance_scale 3.0"):
+        train_consistency.main(
+            consistency_args(dataset, start, tmp_path, 1, *more, "--guidance_scale", "3", "--dry_run")
+        )
     others = "--train_batch_size 2 --ema_decay 0.9 --adam_beta2 0.9".split()
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, *others))
     assert file.stat().st_mtime_ns == written
@@ -91,7 +95,9 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
 
 def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):
     teacher = ["--teacher_model_name_or_path", str(start), "--teacher_steps", "3", "--dry_run"]
-    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *teacher, "--num_paths", "8"))
-    points = capsys.readouterr().out
-    assert "24" in points.split("images:")[1].split("\n")[0]
+    train_consistency.main(
+        consistency_args(dataset, start, tmp_path, 1, *teacher, *"--num_paths 8 --validation_split train".split())
+    )
+    plan = capsys.readouterr().out
+    assert "24" in plan.split("images:")[1].split("\n")[0] and "measures losses on held-out images" in plan
     assert not any(tmp_path.iterdir())
