@@ -17,6 +17,7 @@ from diffusers_adm.guidance import (
     classifier_gradient,
     guidance_gradient,
 )
+from diffusers_adm.guidance.training_free import SmoothedGuidance
 
 
 def test_a_classifier_as_a_function_guides_as_the_pipelines_own():
@@ -203,7 +204,7 @@ def test_a_unet_with_gradient_checkpointing_guides_alike():
     torch.testing.assert_close(draw(pipeline, **call), expected)
 
 
-@pytest.mark.parametrize("guide", ["classifier", "clean classifier", "sum", "through the UNet"])
+@pytest.mark.parametrize("guide", ["classifier", "clean classifier", "sum", "smoothed", "through the UNet"])
 def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
     pipeline = pipeline_of(DDIMScheduler)
     clean = torch.nn.Sequential(
@@ -216,10 +217,15 @@ def test_a_gradient_keeps_nothing_for_those_of_weights(guide):
         for network in networks:
             network.requires_grad_(trained)
         with PeakMemory() as memory:
-            if guide in ("clean classifier", "sum"):
-                by_clean = CleanClassifierGuidance(clean)
+            by_clean = CleanClassifierGuidance(clean)
+            of_x_0 = {
+                "clean classifier": by_clean,
+                "sum": WeightedSum(by_clean),
+                "smoothed": SmoothedGuidance(by_clean, 0.1, 2, torch.Generator().manual_seed(0)),
+            }
+            if guide in of_x_0:
                 inputs = (images(), torch.tensor([5, 5]), images(), torch.tensor(LABELS))
-                guidance_gradient(WeightedSum(by_clean) if guide == "sum" else by_clean, *inputs)
+                guidance_gradient(of_x_0[guide], *inputs)
             else:
                 functions = {"classifier": None, "through the UNet": darkness}
                 draw(pipeline, guidance_fn=functions[guide], guidance_scale=1.0, num_inference_steps=1)
