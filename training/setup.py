@@ -227,13 +227,14 @@ def build_loader(
     images: LabelledImages | StreamedImages, options: TrainingOptions, accelerator: Accelerator
 ) -> DataLoader:
     """Builds the loader of the training images."""
-    streaming = isinstance(images, StreamedImages)
+    streaming, num_workers = isinstance(images, StreamedImages), options.selection.dataloader_num_workers
     loader = DataLoader(
         images,
         batch_size=options.optimisation.train_batch_size,
         shuffle=None if streaming else True,
         drop_last=True,
-        num_workers=options.selection.dataloader_num_workers,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0 and not streaming,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=accelerator.device.type == "cuda",
         # Each pass draws a seed for the workers. A separate generator keeps the random numbers of the model independent of the

@@ -39,7 +39,7 @@ class LabelledImages(torch.utils.data.Dataset):
         self.rows = rows
         self.reader = reader
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers of a loader live longer than an epoch
 
     @property
     def class_names(self) -> list[str] | None:
@@ -56,7 +56,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which changes the random crops and flips."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def examples(self, count: int) -> list[dict]:
         """Returns `count` evenly spaced items without augmentation, or all items if there are fewer."""
@@ -73,8 +73,9 @@ class LabelledImages(torch.utils.data.Dataset):
         """
         if index >= len(self):
             raise IndexError(index)
+        epoch = self._epoch.item()
         for candidate in itertools.chain(range(index, len(self)), range(index)):
-            item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{self.epoch}-{candidate}")
+            item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{epoch}-{candidate}")
             if item is not None:
                 return item
         raise ValueError(NO_READABLE_IMAGE)
