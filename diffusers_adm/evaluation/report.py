@@ -128,7 +128,7 @@ def add_to_card(card: ModelCard, evaluation: Evaluation, path: Path) -> None:
 
 def write_tables(folder: Path, results: list[dict]) -> None:
     """
-    Writes the metrics of several points as `results.json`, `results.csv` and `results.md`.
+    Writes the metrics of several points as `results.json`, `results.csv` and `results.md`. If a point lacks a metric, its cell is empty.
 
     Args:
         folder: Folder of the files.
@@ -137,12 +137,13 @@ def write_tables(folder: Path, results: list[dict]) -> None:
     write_json(folder / "results.json", results)
     settings = results[0]["settings"]
     extractor = settings["feature_extractor"]
-    metrics = [metric for metric in METRICS if all(metric in result["metrics"] for result in results)]
+    metrics = [metric for metric in METRICS if any(metric in result["metrics"] for result in results)]
     header = [*results[0]["point"], *(metric_label(metric, extractor) for metric in metrics)]
-    rows = [[*result["point"].values(), *(result["metrics"][metric] for metric in metrics)] for result in results]
-    cells = [
-        [*result["point"].values(), *(f"{result['metrics'][metric]:.4f}" for metric in metrics)] for result in results
-    ]
+    points = [[*result["point"].values()] for result in results]
+    values = [[result["metrics"].get(metric) for metric in metrics] for result in results]
+    rows = [point + row for point, row in zip(points, values)]
+    cells = [["" if value is None else f"{value:.4f}" for value in row] for row in values]
+    cells = [point + row for point, row in zip(points, cells)]
     remark = f"{settings['samples']['num_images']} samples per point. {describe_features(settings)}"
     write_csv(folder / "results.csv", header, rows)
     write_markdown(folder / "results.md", header, cells, remark)

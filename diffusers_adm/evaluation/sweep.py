@@ -32,7 +32,7 @@ class PointEvaluator:
         reference: Summary of the reference.
         extractor: Extractor of the features.
         batch_size: Number of images per batch.
-        judged: Whether to add `"accuracy"`, the fraction of samples whose label is the extractor's most likely class.
+        judged: Whether to add `"accuracy"` of samples with labels: the fraction whose label is the extractor's most likely class.
     """
 
     def __init__(self, reference: Summary, extractor: FeatureExtractor, batch_size: int = 64, judged: bool = False):
@@ -68,7 +68,7 @@ class PointEvaluator:
                 return kept
         summary = summarise(images, self.extractor, self.batch_size)
         result = {**compare(self.reference, summary, self.extractor.name).as_dict(), "key": key}
-        if self.judged:
+        if images.labels is not None:
             right = summary.features.logits.argmax(dim=1).cpu() == torch.from_numpy(images.labels)
             result["metrics"]["accuracy"] = right.double().mean().item()
         write_json(path, result)
@@ -98,12 +98,13 @@ def sweep_points(
     if axes.get("scheduler", [None]) == [None]:
         axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    labelled = []
     for point in points:  # all points are checked before the first one is drawn
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        options = run_options(pipeline, call_of(point))
-        if evaluate is not None and evaluate.judged and options.num_classes(pipeline) is None:
-            raise ValueError("--judged requires labels, but no network of this run has classes. Leave it out.")
+        labelled.append(run_options(pipeline, call_of(point)).num_classes(pipeline) is not None)
+    if evaluate is not None and evaluate.judged and not any(labelled):
+        raise ValueError("--judged requires labels, but no point of this sweep draws a requested class. Leave it out.")
     results = []
     for number, point in enumerate(points):
         if state.is_main_process:

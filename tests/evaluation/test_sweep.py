@@ -77,14 +77,18 @@ def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys)
         "balanced",
     ]
     words += ["--scheduler", "DDIM", "--num_inference_steps", 6, "--condition_unet", "false", "--judged"]
-    assert run(*words, "--feature_extractor", DIGITS) == 0
-    (result,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
-    (samples,) = (tmp_path / "sweep").rglob("samples_*.npz")
+    assert run(*words, "--feature_extractor", DIGITS, "--guidance_scale", 0, 1) == 0
+    unguided, result = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert "accuracy" not in unguided["metrics"]
+    (samples,) = (tmp_path / "sweep" / "points").glob("DDIM_1_*/samples_*.npz")
     with np.load(samples) as arrays:
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
         right = load_digit_classifier()(images).argmax(dim=1).numpy() == arrays["arr_1"]
     assert 0 < result["metrics"]["accuracy"] == right.mean() < 1
-    assert f"{right.mean():.4f} |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{right.mean():.4f} |" in out and "|  |\n" in out
+    assert run(*words, "--feature_extractor", DIGITS, "--guidance_scale", 0) == 2
+    assert "no point of this sweep draws a requested class" in capsys.readouterr().err
 
     without_logits = """
         from digit_features import DigitFeatures

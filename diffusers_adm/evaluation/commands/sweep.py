@@ -26,7 +26,7 @@ class SweepOptions:
     judged: bool = option(
         False,
         help="Also print accuracy: the fraction of samples that show the requested class, by a feature extractor that is a classifier"
-        " of the same classes.",
+        " of the same classes. Points without requested classes have none.",
     )
 
 
