@@ -56,7 +56,18 @@ COMMAND_LINE = {
 # What a module imports lies in its own part of the package, or in a lower layer; the layers are listed from the lowest.
 LAYERS = (
     {"checks", "choices", "lazy_modules"},
-    {"atomic_files", "betas", "command_line", "launch", "options", "progress", "quiet", "respacing", "saved_folders"},
+    {
+        "atomic_files",
+        "betas",
+        "command_line",
+        "launch",
+        "options",
+        "progress",
+        "quiet",
+        "records",
+        "respacing",
+        "saved_folders",
+    },
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},
     {"guidance"},

@@ -25,6 +25,7 @@ from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.class_labels import known_classes, known_names
 from diffusers_adm.pipelines.released import name_of_released
+from diffusers_adm.records import weights_digest
 from diffusers_adm.solvers.clipping import clip_range
 from diffusers_adm.training.consistency_options import ConsistencyOptions, ConsistencyTrainingOptions
 from diffusers_adm.training.objective import LossTerms
@@ -105,6 +106,7 @@ class Teacher:
         guidance_scale: Scale of classifier guidance.
         takes_labels: Whether the teacher is given the labels of the images.
         schedule: Noise schedule of a UNet that is given timesteps, or `None`.
+        weights: Hash of the weights.
 
     Raises:
         ValueError: If the pipeline cannot be loaded, is a consistency model, draws images of another size or of other classes, or lacks
@@ -137,6 +139,7 @@ class Teacher:
         self.guidance_scale = scale
         self.clip_range = clip_range(pipeline.scheduler)
         self.takes_labels = images.class_names is not None and known_classes(pipeline) is not None
+        self.weights = weights_digest(pipeline.components)
         labels = 0 if self.takes_labels else None
         self.denoiser = Denoiser(pipeline.to(accelerator.device), labels, **guidance)
         self.schedule = self.denoiser.schedule

@@ -13,7 +13,7 @@ from diffusers_adm.atomic_files import atomic_write
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.options import option_values
 from diffusers_adm.progress import with_progress
-from diffusers_adm.training.configuration import as_yaml, contradictions
+from diffusers_adm.training.configuration import as_yaml, contradictions, read_table
 from diffusers_adm.training.consistency import Teacher, first_levels, follow, path_levels
 from diffusers_adm.training.consistency_options import ConsistencyTrainingOptions
 
@@ -21,6 +21,7 @@ from diffusers_adm.training.consistency_options import ConsistencyTrainingOption
 PATHS_PER_FILE = 64
 HELD_OUT_SEED = 500_000  # added to the numbers of files of held-out images
 RECORD_FILE = "options.yaml"
+WEIGHTS = "teacher_weights"  # key of the hash of the teacher's weights
 # Options that decide the paths, beside those of the images, the classes and the teacher.
 OTHERS_THAT_DECIDE = ("seed", "mixed_precision", "sigma_min", "sigma_max", "log_sigma_mean", "log_sigma_std")
 
@@ -101,7 +102,7 @@ def stored_paths(
         accelerator: Accelerator of the script.
 
     Raises:
-        ValueError: If the stored paths were drawn with other options.
+        ValueError: If the stored paths were drawn with other options or by other weights.
     """
     folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
     trained, validated = _files(folder, "paths", images, num_paths, 0), []
@@ -119,9 +120,9 @@ def stored_paths(
 
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            is_new = not _are_stored(folder, options)
+            is_new = not _are_stored(folder, options, teacher.weights)
             if is_new and not options.dry_run:
-                _write_record(folder, options)
+                _write_record(folder, options, teacher.weights)
             missing = [] if options.dry_run else [file for file in trained + validated if not file.path.exists()]
             for file in with_progress(iter(missing), len(missing), "drawing paths", "files"):
                 with atomic_write(file.path) as partial:
@@ -138,12 +139,15 @@ def _files(folder: Path, name: str, images: LabelledImages, num_paths: int, firs
     ]
 
 
-def _are_stored(folder: Path, options: ConsistencyTrainingOptions) -> bool:
-    """Returns whether paths are stored already. Raises a ValueError if they were drawn with other options."""
+def _are_stored(folder: Path, options: ConsistencyTrainingOptions, weights: str) -> bool:
+    """Returns whether paths are stored already. Raises a ValueError if they were drawn with other options or by other weights."""
     record = folder / RECORD_FILE
     if not (record.exists() and any(folder.glob("*.safetensors"))):
         return False
-    differing = contradictions(options, record.read_text())
+    text = record.read_text()
+    differing = contradictions(options, text)
+    if read_table(text, RECORD_FILE).get(WEIGHTS) != weights:
+        differing.append("the weights of the teacher")
     if differing:
         raise ValueError(
             f"{folder} holds paths of other options: {', '.join(differing)}. Remove it, or pass another --output_dir."
@@ -151,14 +155,14 @@ def _are_stored(folder: Path, options: ConsistencyTrainingOptions) -> bool:
     return True
 
 
-def _write_record(folder: Path, options: ConsistencyTrainingOptions) -> None:
-    """Writes the options that decide the paths."""
+def _write_record(folder: Path, options: ConsistencyTrainingOptions, weights: str) -> None:
+    """Writes the options that decide the paths, and the hash of the teacher's weights."""
     groups = (options.source, options.format, options.selection, options.classes, options.teacher)
     deciding = {*OTHERS_THAT_DECIDE, *(name for group in groups for name in option_values(group))}
     values = {name: value for name, value in yaml.safe_load(as_yaml(options)).items() if name in deciding}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / RECORD_FILE) as partial:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False))
+        partial.write_text(yaml.safe_dump({**values, WEIGHTS: weights}, sort_keys=False))
 
 
 def draw_paths(

@@ -25,11 +25,12 @@ from diffusers_adm.diffusion import (
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.sampling import model_settings
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread
 from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
 from diffusers_adm.pipelines.checks import check_takes_timesteps
 from diffusers_adm.progress import with_progress
+from diffusers_adm.records import weights_digest
 from diffusers_adm.solvers.algorithms import check_variance_type
 
 

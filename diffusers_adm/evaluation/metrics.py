@@ -11,9 +11,9 @@ from diffusers_adm.data.image_sets import ImageSet, NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor, Features
 from diffusers_adm.evaluation.precision_recall import precision_and_recall
 from diffusers_adm.evaluation.report import METRICS, Evaluation
-from diffusers_adm.evaluation.shards import as_record
 from diffusers_adm.evaluation.statistics import GaussianStatistics, RunningStatistics, frechet_distance
 from diffusers_adm.progress import with_progress
+from diffusers_adm.records import as_record
 
 
 IMAGES_OF_A_SCORE = 5000

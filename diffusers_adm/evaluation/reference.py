@@ -12,8 +12,8 @@ from diffusers_adm.data.options import ImageSetOptions
 from diffusers_adm.evaluation.feature_options import INCEPTION
 from diffusers_adm.evaluation.features import FeatureExtractor
 from diffusers_adm.evaluation.metrics import Summary, summarise
-from diffusers_adm.evaluation.shards import weights_digest
 from diffusers_adm.evaluation.statistics import GaussianStatistics
+from diffusers_adm.records import weights_digest
 
 
 def summarise_reference(

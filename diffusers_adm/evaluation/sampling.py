@@ -15,7 +15,7 @@ from diffusers_adm.evaluation.labels import Labels
 from diffusers_adm.evaluation.options import SAMPLING_OPTIONS
 from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_samples
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
-from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread, weights_digest
+from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread
 from diffusers_adm.evaluation.user_files import guidance_from_file, place_record
 from diffusers_adm.guidance import GuidanceOptions
 from diffusers_adm.hub.download import OtherPipelineError
@@ -25,6 +25,7 @@ from diffusers_adm.pipelines.checks import check_guidance_options
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.progress import with_progress
+from diffusers_adm.records import weights_digest
 
 
 def load_pipeline(

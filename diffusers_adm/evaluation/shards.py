@@ -1,9 +1,7 @@
 """Shards: batches of images that several processes compute and save, so that an interrupted run continues."""
 
 import contextlib
-import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +9,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import ConfigMixin
 
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.command_line import describe_error
 from diffusers_adm.data.npz import NpzFile, write_npz
+from diffusers_adm.records import as_record
 
 
 # Settings that do not affect the results.
@@ -151,30 +149,3 @@ def image_generator(seed: int, number: int, purpose: int = 0) -> torch.Generator
     """Returns the generator of one image of a run. Its random numbers are independent of those of other images."""
     (mixed,) = np.random.SeedSequence((seed, number, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed) >> 1)  # 63 bits, because torch's seeds are signed
-
-
-def weights_digest(modules: dict[str, torch.nn.Module | None]) -> str:
-    """Returns a hash of all weights, and of the configs of models, because a config too decides what a model computes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, module in sorted(modules.items()):
-        if isinstance(module, torch.nn.Module):
-            if isinstance(module, ConfigMixin):
-                config = {key: value for key, value in module.config.items() if not key.startswith("_")}
-                digest.update(json.dumps(as_record(config), sort_keys=True).encode())
-            for key, tensor in module.state_dict().items():
-                digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def as_record(value):
-    """Converts a value to types of JSON. Numbers that are not finite become strings, because JSON does not support them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: as_record(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_record(entry) for entry in value]
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)

@@ -16,8 +16,8 @@ from diffusers_adm.evaluation.plots import Line, save_lines
 from diffusers_adm.evaluation.report import metric_label, write_tables
 from diffusers_adm.evaluation.sampling import draw_samples, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
-from diffusers_adm.evaluation.shards import as_record, weights_digest
 from diffusers_adm.launch import join_processes
+from diffusers_adm.records import as_record, weights_digest
 
 
 PLOTTED = ("frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import checkpoint_tensors, consistency_args
 
 from diffusers_adm import ClassifierGuidedPipeline
@@ -75,7 +75,8 @@ def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
 
 
 def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
-    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4"]
+    teacher = shutil.copytree(start, tmp_path / "teacher")
+    more = ["--teacher_model_name_or_path", str(teacher), "--num_paths", "4"]
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more))
     file = tmp_path / "paths" / "paths-00000.safetensors"
     written = file.stat().st_mtime_ns
@@ -88,6 +89,11 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     others = "--train_batch_size 2 --ema_decay 0.9 --adam_beta2 0.9".split()
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, *others))
     assert file.stat().st_mtime_ns == written
+
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="holds paths of other options: the weights of the teacher"):
+        train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, "--dry_run"))
     assert (
         "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
     )  # the default of the teacher is named
