@@ -21,7 +21,7 @@ from diffusers_adm.benchmarks.plain_unet import PlainUNet
 from diffusers_adm.benchmarks.timing import last_line_of, median_seconds, peak_memory_bytes
 from diffusers_adm.command_line import CommandParser, run_command
 from diffusers_adm.evaluation.report import markdown_table
-from diffusers_adm.options import add_examples, add_options, at_least, build_options, option, option_values
+from diffusers_adm.options import Check, add_examples, add_options, at_least, build_options, option, option_values
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +37,11 @@ class GpuOptions:
     rounds: int = option(10, help="Number of rounds, after three for warm-up. The median counts.", check=at_least(1))
     sample_size: int = option(64, help="Height and width of the images in pixels.", check=at_least(8))
     model_channels: int = option(192, help="Base width of the UNet.", check=at_least(32))
+    dtypes: tuple[str, ...] = option(
+        tuple(DTYPES),
+        help="Data types.",
+        check=Check(f"some of {', '.join(DTYPES)}", lambda names: names and set(names) <= set(DTYPES)),
+    )
     compile: bool = option(True, help="Also measure the compiled UNet. Compilation takes minutes on a CPU.")
     classifier_channels: int = option(128, help="Base width of the classifier.", check=at_least(32))
 
@@ -122,11 +127,11 @@ def images_per_second(dtype: str, guided: bool, options: GpuOptions, device: tor
 
 def print_networks(options: GpuOptions) -> None:
     """Measures all networks in all data types, and prints their table."""
-    sizes = {name: value for name, value in option_values(options).items() if name != "compile"}
+    sizes = {name: value for name, value in option_values(options).items() if name not in ("compile", "dtypes")}
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     networks = [name for name in NETWORKS if options.compile or "compiled" not in name]
     rows = []
-    for dtype in DTYPES:
+    for dtype in options.dtypes:
         measured = {
             name: json.loads(last_line_of(__spec__.name, ["--measure", name, dtype, *words])) for name in networks
         }
@@ -145,7 +150,7 @@ def print_sampling(options: GpuOptions, device: torch.device) -> None:
     """Measures sampling in all data types, and prints a table."""
     rows = [
         (dtype, *(f"{images_per_second(dtype, guided, options, device):.1f}" for guided in (False, True)))
-        for dtype in DTYPES
+        for dtype in options.dtypes
     ]
     print(f"Images per second with {SAMPLING_STEPS} steps of DDIM:")
     print(markdown_table(("data type", "unguided", "guided by a classifier"), rows))

@@ -39,7 +39,8 @@ class LabelledImages(torch.utils.data.Dataset):
         self.rows = rows
         self.reader = reader
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers of a loader live longer than an epoch
+        # Shared, because the workers of a loader live longer than an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def class_names(self) -> list[str] | None:
