@@ -143,19 +143,25 @@ def check_no_dropout(**models: torch.nn.Module | None) -> None:
             )
 
 
-def check_with_gradients(options: SamplingOptions, output_type: str) -> None:
+def check_with_gradients(options: SamplingOptions, output_type: str, classifier: torch.nn.Module | None) -> None:
     """
     Checks a run whose result has gradients.
 
     Args:
         options: Resolved options of the run.
         output_type: Type of the images.
+        classifier: Classifier of the pipeline.
 
     Raises:
-        ValueError: If an option has no gradient, or the images cannot carry one.
+        ValueError: If an option has no gradient, the images cannot carry one, or the classifier has gradient checkpointing.
     """
     if not options.with_gradients:
         return
+    if getattr(classifier, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "`with_gradients` does not support a classifier with gradient checkpointing, because each step is recomputed already. Call"
+            " classifier.disable_gradient_checkpointing()."
+        )
     if output_type not in ("pt", "latent"):
         raise ValueError(f"`with_gradients` requires output_type='pt' or 'latent', but got {output_type!r}.")
     if options.particles not in (None, 1):

@@ -405,7 +405,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
                 " 'np', 'pt' or 'latent'."
             )
         check_function("guidance_fn", options.guidance_fn)
-        check_with_gradients(options, output_type)
+        check_with_gradients(options, output_type, self.classifier)
         if (
             not options.condition_unet
             and self.unet.config.num_class_embeds is not None

@@ -238,3 +238,9 @@ through_unet.through_unet = True
 )
 def test_runs_without_gradients_are_refused(call, message):
     refused(tiny_pipeline(), message, **{"with_gradients": True, **call})
+
+
+def test_a_classifier_with_gradient_checkpointing_is_refused():
+    pipeline = tiny_pipeline()
+    pipeline.classifier.enable_gradient_checkpointing()
+    refused(pipeline, "does not support a classifier with gradient checkpointing", with_gradients=True)
