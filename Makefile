@@ -14,6 +14,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 demo: install
 	$(BIN)/diffusers-adm demo --output demo.png
+	$(BIN)/diffusers-adm demo --photos --output photos.png
 
 demo-cascade: install
 	$(BIN)/diffusers-adm demo --cascade --output cascade.png

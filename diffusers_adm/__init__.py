@@ -20,6 +20,7 @@ __all__ = [
     "default_cascade",
     "default_consistency_model",
     "default_model",
+    "default_photo_model",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -39,6 +40,14 @@ for _name in ("noisy_classifier", "unet_adm"):
 def default_model() -> str:
     """Returns the folder of the pipeline that ships with this package. It draws digits of 32x32 pixels and was trained on MNIST."""
     return _shipped("adm-mnist-32")
+
+
+def default_photo_model() -> str:
+    """
+    Returns the folder of the pipeline of photographs that ships with this package. It draws the ten classes of CIFAR-10 at 32x32
+    pixels.
+    """
+    return _shipped("adm-cifar-32")
 
 
 def default_cascade() -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Pictures of the models that ship with this package.
 
-The picture of the default model shows the effect of guidance on ten digits, as Figure 3 of Dhariwal & Nichol 2021 does. The picture of
-the default cascade shows the images of each stage.
+The pictures of digits and of photographs show the effect of guidance on ten classes, as Figure 3 of Dhariwal & Nichol 2021 does. The
+picture of the default cascade shows the images of each stage.
 """
 
 import time
@@ -11,7 +11,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_cascade, default_model
+from diffusers_adm import (
+    ADMUpsamplePipeline,
+    ClassifierGuidedPipeline,
+    default_cascade,
+    default_model,
+    default_photo_model,
+)
 from diffusers_adm.data.grids import checked_output, labelled_grid, save_picture
 
 
@@ -24,37 +30,41 @@ ROWS = (
 )
 
 
-def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0) -> None:
+def draw_demo(output: str | Path, num_inference_steps: int = 25, seed: int = 0, photos: bool = False) -> None:
     """
-    Draws the ten digits with four settings, and writes a labelled grid. All images of a column begin with the same noise.
+    Draws ten classes with four settings, and writes a labelled grid. All images of a column begin with the same noise.
 
     Args:
         output: File to write. Its suffix decides the format.
         num_inference_steps: Number of DDIM steps.
         seed: Seed of the first column. Each further column has the next seed.
+        photos: Whether to draw small photographs instead of digits.
 
     Raises:
         ValueError: If the folder does not exist, or the format is not supported.
     """
     output = checked_output(output)
-    pipeline = load_with_ddim(ClassifierGuidedPipeline, default_model())
-    digits = list(range(10))
+    pipeline = load_with_ddim(ClassifierGuidedPipeline, default_photo_model() if photos else default_model())
+    names = list(pipeline.config.id2label.values())
+    classes = list(range(len(names)))
     images: dict[str, list[Image.Image]] = {}
     started = time.monotonic()
     for condition_unet in (False, True):
         rows = [(name, scale) for name, conditioned, scale in ROWS if conditioned == condition_unet]
         drawn = pipeline(
-            class_labels=digits * len(rows),
-            guidance_scale=[scale for _, scale in rows for _ in digits],
+            class_labels=classes * len(rows),
+            guidance_scale=[scale for _, scale in rows for _ in classes],
             condition_unet=condition_unet,
             num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed + digit) for _ in rows for digit in digits],
+            generator=[torch.Generator().manual_seed(seed + number) for _ in rows for number in classes],
         ).images
-        images |= {name: drawn[len(digits) * row :][: len(digits)] for row, (name, _) in enumerate(rows)}
-    grid = labelled_grid([name for name, *_ in ROWS], [str(d) for d in digits], [images[name] for name, *_ in ROWS])
+        images |= {name: drawn[len(classes) * row :][: len(classes)] for row, (name, _) in enumerate(rows)}
+    grid = labelled_grid(
+        [name for name, *_ in ROWS], names, [images[name] for name, *_ in ROWS], zoom=3 if photos else 2
+    )
     save_picture(grid, output)
     print(
-        f"Drew {len(ROWS) * len(digits)} digits in {num_inference_steps} DDIM steps each, in"
+        f"Drew {len(ROWS) * len(classes)} {'photographs' if photos else 'digits'} in {num_inference_steps} DDIM steps each, in"
         f" {time.monotonic() - started:.0f} s: {output}"
     )
 

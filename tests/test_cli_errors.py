@@ -159,6 +159,7 @@ def folder(tmp_path_factory) -> Path:
         ((*SWEEP, "--num_sample", 2), "there is no option --num_sample: did you mean --num_samples?"),
         ((*SWEEP, "--num_samples", 4, "--num_inference_steps", 2, 5000), "num_inference_steps=5000"),
         (("demo", "--output", "new.png", "--seed", -1), "--seed -1 must be in"),
+        (("demo", "--output", "new.png", "--photos", "--cascade"), "at most one of --photos and --cascade"),
         (("demo", "--output", "new.png", "--steps", 0), "--steps 0 must be at least 1"),
         (("convert", "--output", "new", "--unet", ""), "--unet: a value is required"),
         (("inspect-data", "--train_data_dir", "empty", "--seed", -1), "--seed -1 must be at least 0"),

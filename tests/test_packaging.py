@@ -15,6 +15,7 @@ from command_line import run
 from diffusers import DDIMScheduler
 from digit_classifier import load_digit_classifier
 from lowest_versions import lowest_versions
+from photo_classifier import load_photo_classifier
 from PIL import Image
 
 import diffusers_adm
@@ -24,6 +25,7 @@ from diffusers_adm import (
     default_cascade,
     default_consistency_model,
     default_model,
+    default_photo_model,
 )
 from diffusers_adm.pipelines.cascade import draw_cascade
 
@@ -103,18 +105,29 @@ def test_command_line_says_what_it_can_do():
     assert "convert" in printed and "demo" in printed
 
 
-def test_default_model_is_half_precision_safetensors_of_at_most_8_mb():
-    files = [path for path in Path(default_model()).rglob("*") if path.is_file()]
+@pytest.mark.parametrize(("model", "megabytes"), [(default_model, 8), (default_photo_model, 20)])
+def test_shipped_weights_are_small_half_precision_safetensors(model, megabytes):
+    files = [path for path in Path(model()).rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert {path.parent.name for path in weights} == {"unet", "classifier"}
-    assert sum(path.stat().st_size for path in files) <= 8e6
-    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model(), dtype=torch.float16)
+    assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
+    pipeline = ClassifierGuidedPipeline.from_pretrained(model(), dtype=torch.float16)
     assert pipeline.unet.dtype == pipeline.classifier.dtype == torch.float16
 
 
-@pytest.mark.parametrize(("condition_unet", "guidance_scale", "right"), [(True, 1.0, 29), (False, 10.0, 28)])
-def test_default_model_draws_the_digits_that_are_asked_for(condition_unet, guidance_scale, right):
-    pipeline = ClassifierGuidedPipeline.from_pretrained(default_model())
+@pytest.mark.parametrize(
+    ("model", "judge", "steps", "condition_unet", "guidance_scale", "right"),
+    [
+        (default_model, load_digit_classifier, 25, True, 1.0, 29),
+        (default_model, load_digit_classifier, 25, False, 10.0, 28),
+        (default_photo_model, load_photo_classifier, 10, True, 1.0, 24),
+        (default_photo_model, load_photo_classifier, 10, False, 10.0, 26),
+    ],
+)
+def test_shipped_models_draw_the_classes_that_are_asked_for(
+    model, judge, steps, condition_unet, guidance_scale, right
+):
+    pipeline = ClassifierGuidedPipeline.from_pretrained(model())
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.arange(30) % 10
@@ -122,12 +135,12 @@ def test_default_model_draws_the_digits_that_are_asked_for(condition_unet, guida
         class_labels=labels,
         guidance_scale=guidance_scale,
         condition_unet=condition_unet,
-        num_inference_steps=25,
+        num_inference_steps=steps,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
     with torch.no_grad():
-        judged = load_digit_classifier()(drawn.clamp(-1, 1)).argmax(dim=1)
+        judged = judge()(drawn.clamp(-1, 1)).argmax(dim=1)
     assert (judged == labels).sum() >= right
 
 
@@ -161,9 +174,9 @@ def test_default_cascade_draws_the_digits_that_are_asked_for():
     assert (judged == labels).sum() >= 28
 
 
-@pytest.mark.parametrize(("words", "rows"), [([], 4), (["--cascade"], 2)])
-def test_demo_draws_a_labelled_grid(words, rows, tmp_path, capsys):
+@pytest.mark.parametrize(("words", "rows", "size"), [([], 4, 64), (["--photos"], 4, 96), (["--cascade"], 2, 64)])
+def test_demo_draws_a_labelled_grid(words, rows, size, tmp_path, capsys):
     assert run("demo", *words, "--steps", 2, "--output", tmp_path / "demo.png") == 0
     with Image.open(tmp_path / "demo.png") as grid:
-        assert grid.width > 10 * 64 and rows * 64 < grid.height < (rows + 1) * 64 + 64
+        assert grid.width > 10 * size and rows * size < grid.height < (rows + 1) * size + 64
     assert str(tmp_path / "demo.png") in capsys.readouterr().out

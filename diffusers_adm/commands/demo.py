@@ -11,6 +11,7 @@ from diffusers_adm.options import add_examples, add_options, at_least, build_opt
 class DemoOptions:
     """Picture to draw."""
 
+    photos: bool = option(False, help="Draw small photographs instead of digits.")
     cascade: bool = option(False, help="Draw digits of 16x16 pixels, and enlarge them to 32x32.")
     output: Path = option(Path("demo.png"), metavar="FILE", help="Picture to write, such as demo.png or demo.jpg.")
     steps: int = option(25, help="Number of DDIM steps.", check=at_least(1))
@@ -25,15 +26,25 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_examples(
         parser,
         "diffusers-adm demo --output demo.png",
+        "diffusers-adm demo --photos --output photos.png",
         "diffusers-adm demo --cascade --steps 50 --output cascade.png",
     )
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draws the picture of the default model, or of the default cascade."""
+    """
+    Draws the picture of a model that ships with this package.
+
+    Raises:
+        ValueError: If `--photos` and `--cascade` are given together.
+    """
     options = build_options(DemoOptions, args)
+    if options.photos and options.cascade:
+        raise ValueError("Pass at most one of --photos and --cascade.")
 
     from diffusers_adm.demo import draw_cascade_demo, draw_demo
 
-    draw = draw_cascade_demo if options.cascade else draw_demo
-    draw(options.output, options.steps, options.seed)
+    if options.cascade:
+        draw_cascade_demo(options.output, options.steps, options.seed)
+    else:
+        draw_demo(options.output, options.steps, options.seed, options.photos)

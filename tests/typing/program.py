@@ -14,6 +14,7 @@ from diffusers_adm import (
     default_cascade,
     default_consistency_model,
     default_model,
+    default_photo_model,
 )
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, renoise
 from diffusers_adm.evaluation.statistics import GaussianStatistics, frechet_distance
@@ -30,6 +31,7 @@ images, timestep = torch.randn(1, 1, 32, 32), torch.tensor([500])
 assert_type(default_model(), str)
 assert_type(default_cascade(), tuple[str, str])
 assert_type(default_consistency_model(), str)
+assert_type(default_photo_model(), str)
 
 # Loading.
 pipe = ClassifierGuidedPipeline.from_pretrained(default_model(), dtype=torch.float16)
