@@ -38,7 +38,7 @@ for _name in ("noisy_classifier", "unet_adm"):
 
 
 def default_model() -> str:
-    """Returns the folder of the pipeline that ships with this package. It draws digits of 32x32 pixels and was trained on MNIST."""
+    """Returns the folder of the default pipeline, which ships with this package. It draws digits of 32x32 pixels and was trained on MNIST."""
     return _shipped("adm-mnist-32")
 
 

@@ -157,7 +157,7 @@ def check_with_gradients(options: SamplingOptions, output_type: str, classifier:
     """
     if not options.with_gradients:
         return
-    if getattr(classifier, "is_gradient_checkpointing", False):
+    if options.guidance_fn is None and getattr(classifier, "is_gradient_checkpointing", False):
         raise ValueError(
             "`with_gradients` does not support a classifier with gradient checkpointing, because each step is recomputed already. Call"
             " classifier.disable_gradient_checkpointing()."

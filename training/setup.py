@@ -227,14 +227,13 @@ def build_loader(
     images: LabelledImages | StreamedImages, options: TrainingOptions, accelerator: Accelerator
 ) -> DataLoader:
     """Builds the loader of the training images."""
-    streaming, num_workers = isinstance(images, StreamedImages), options.selection.dataloader_num_workers
+    streaming = isinstance(images, StreamedImages)
     loader = DataLoader(
         images,
         batch_size=options.optimisation.train_batch_size,
         shuffle=None if streaming else True,
         drop_last=True,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0 and not streaming,
+        num_workers=options.selection.dataloader_num_workers,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=accelerator.device.type == "cuda",
         # Each pass draws a seed for the workers. A separate generator keeps the random numbers of the model independent of the

@@ -146,7 +146,7 @@ def _are_stored(folder: Path, options: ConsistencyTrainingOptions, weights: str)
         return False
     text = record.read_text()
     differing = contradictions(options, text)
-    if read_table(text, RECORD_FILE).get(WEIGHTS) != weights:
+    if read_table(text, RECORD_FILE).get(WEIGHTS, weights) != weights:
         differing.append("the weights of the teacher")
     if differing:
         raise ValueError(

@@ -39,8 +39,7 @@ class LabelledImages(torch.utils.data.Dataset):
         self.rows = rows
         self.reader = reader
         self.seed = seed
-        # Shared, because the workers of a loader live longer than an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = 0
 
     @property
     def class_names(self) -> list[str] | None:
@@ -57,7 +56,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which changes the random crops and flips."""
-        self._epoch.fill_(epoch)
+        self.epoch = epoch
 
     def examples(self, count: int) -> list[dict]:
         """Returns `count` evenly spaced items without augmentation, or all items if there are fewer."""
@@ -74,9 +73,8 @@ class LabelledImages(torch.utils.data.Dataset):
         """
         if index >= len(self):
             raise IndexError(index)
-        epoch = self._epoch.item()
         for candidate in itertools.chain(range(index, len(self)), range(index)):
-            item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{epoch}-{candidate}")
+            item = self.reader.read(self.rows[candidate], candidate, f"{self.seed}-{self.epoch}-{candidate}")
             if item is not None:
                 return item
         raise ValueError(NO_READABLE_IMAGE)

@@ -8,7 +8,6 @@ import torch
 from data_options import arguments, load_images, parquet, picture
 from datasets import ClassLabel, Image
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
 
 from diffusers_adm.cli import main
 from diffusers_adm.data.image_modes import to_mode
@@ -61,14 +60,6 @@ def test_what_is_random_depends_on_seed_epoch_and_index_alone(folder):
     args.seed = 1
     other, _ = load_images(args)
     assert not all(torch.equal(other[i]["image"], first[i]) for i in range(8))
-
-
-def test_workers_that_outlive_an_epoch_crop_anew(folder):
-    images, _ = load_images(arguments("--train_data_dir", str(folder), "--crop", "random"))
-    loader = DataLoader(images, batch_size=8, num_workers=1, persistent_workers=True)
-    for epoch in range(2):
-        images.set_epoch(epoch)
-        assert torch.equal(next(iter(loader))["image"], torch.stack([images[i]["image"] for i in range(8)]))
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "pad"])
