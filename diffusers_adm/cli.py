@@ -33,7 +33,7 @@ COMMANDS = {
         "commands.demo",
         "add_demo_arguments",
         "demo",
-        "draw digits with the default model, guided and unguided",
+        "draw a picture with a model that ships with this package",
     ),
     "inspect-data": (
         "commands.inspect_data",
