@@ -150,7 +150,7 @@ def check_with_gradients(options: SamplingOptions, output_type: str, classifier:
     Args:
         options: Resolved options of the run.
         output_type: Type of the images.
-        classifier: Classifier of the pipeline.
+        classifier: Classifier of the pipeline, or `None` if no image is guided.
 
     Raises:
         ValueError: If an option has no gradient, the images cannot carry one, or the classifier has gradient checkpointing.

@@ -405,7 +405,6 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
                 " 'np', 'pt' or 'latent'."
             )
         check_function("guidance_fn", options.guidance_fn)
-        check_with_gradients(options, output_type, self.classifier)
         if (
             not options.condition_unet
             and self.unet.config.num_class_embeds is not None
@@ -422,5 +421,6 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             raise ValueError(
                 f"`generator` must have one generator per image, {batch_size}, but got {len(generators)}."
             )
-        per_image(options.guidance_scale, batch_size, "guidance_scale")
+        scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
+        check_with_gradients(options, output_type, self.classifier if any(scales) else None)
         self._check_size(height, width)

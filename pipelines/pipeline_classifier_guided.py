@@ -232,8 +232,8 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
                 preconditioning, it is a noise level.
             with_gradients: Whether the result has gradients with respect to `latents` or a tensor `image`, through all steps and their
                 guidance, for purification and adversarial attacks. Networks are evaluated again in the backward pass, so that memory
-                does not grow with the activations of the steps. Functions of the caller must then return the same again. It
-                requires an `output_type` of `"pt"` or `"latent"`. To save time, freeze the networks with `requires_grad_(False)`.
+                does not grow with the activations of the steps. Functions of the caller must then return the same again, and
+                networks that guide must not use gradient checkpointing. It requires an `output_type` of `"pt"` or `"latent"`. To save time, freeze the networks with `requires_grad_(False)`.
             sigmas: Noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) to visit, in this order, instead of `timesteps`. The UNet is
                 given timesteps that are interpolated between the training timesteps. Leave out the end, 0.
             restart: Part of the run that is repeated, for solvers without noise: [`~diffusers_adm.solvers.Restart`], or a dict such as

@@ -106,8 +106,6 @@ class Teacher:
         guidance_scale: Scale of classifier guidance.
         takes_labels: Whether the teacher is given the labels of the images.
         schedule: Noise schedule of a UNet that is given timesteps, or `None`.
-        weights: Hash of the weights.
-
     Raises:
         ValueError: If the pipeline cannot be loaded, is a consistency model, draws images of another size or of other classes, or lacks
             what its guidance requires.
@@ -139,10 +137,14 @@ class Teacher:
         self.guidance_scale = scale
         self.clip_range = clip_range(pipeline.scheduler)
         self.takes_labels = images.class_names is not None and known_classes(pipeline) is not None
-        self.weights = weights_digest(pipeline.components)
+        self.pipeline = pipeline
         labels = 0 if self.takes_labels else None
         self.denoiser = Denoiser(pipeline.to(accelerator.device), labels, **guidance)
         self.schedule = self.denoiser.schedule
+
+    def weights_digest(self) -> str:
+        """Returns a hash of the weights."""
+        return weights_digest(self.pipeline.components)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """

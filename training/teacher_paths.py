@@ -120,9 +120,10 @@ def stored_paths(
 
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            is_new = not _are_stored(folder, options, teacher.weights)
+            weights = teacher.weights_digest()
+            is_new = not _are_stored(folder, options, weights)
             if is_new and not options.dry_run:
-                _write_record(folder, options, teacher.weights)
+                _write_record(folder, options, weights)
             missing = [] if options.dry_run else [file for file in trained + validated if not file.path.exists()]
             for file in with_progress(iter(missing), len(missing), "drawing paths", "files"):
                 with atomic_write(file.path) as partial:

@@ -39,7 +39,8 @@ class GpuOptions:
     model_channels: int = option(192, help="Base width of the UNet.", check=at_least(32))
     dtypes: tuple[str, ...] = option(
         tuple(DTYPES),
-        help="Data types.",
+        metavar="NAME,...",
+        help=f"Data types to measure: some of {', '.join(DTYPES)}.",
         check=Check(f"some of {', '.join(DTYPES)}", lambda names: names and set(names) <= set(DTYPES)),
     )
     compile: bool = option(True, help="Also measure the compiled UNet. Compilation takes minutes on a CPU.")
@@ -126,7 +127,7 @@ def images_per_second(dtype: str, guided: bool, options: GpuOptions, device: tor
 
 
 def print_networks(options: GpuOptions) -> None:
-    """Measures all networks in all data types, and prints their table."""
+    """Measures all networks in the chosen data types, and prints their table."""
     sizes = {name: value for name, value in option_values(options).items() if name not in ("compile", "dtypes")}
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     networks = [name for name in NETWORKS if options.compile or "compiled" not in name]
@@ -147,7 +148,7 @@ def print_networks(options: GpuOptions) -> None:
 
 
 def print_sampling(options: GpuOptions, device: torch.device) -> None:
-    """Measures sampling in all data types, and prints a table."""
+    """Measures sampling in the chosen data types, and prints a table."""
     rows = [
         (dtype, *(f"{images_per_second(dtype, guided, options, device):.1f}" for guided in (False, True)))
         for dtype in options.dtypes

@@ -244,3 +244,8 @@ def test_a_classifier_with_gradient_checkpointing_is_refused():
     pipeline = tiny_pipeline()
     pipeline.classifier.enable_gradient_checkpointing()
     refused(pipeline, "does not support a classifier with gradient checkpointing", with_gradients=True)
+    assert (
+        draw(pipeline, LABELS, latents=images(), num_inference_steps=2, guidance_scale=0, with_gradients=True)
+        .isfinite()
+        .all()
+    )
