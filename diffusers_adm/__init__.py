@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lazy_modules import defer_module, lazy_attributes
+from .shipped import DEFAULT_MODEL, shipped_folder
 
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ for _name in ("noisy_classifier", "unet_adm"):
 
 def default_model() -> str:
     """Returns the folder of the default pipeline, which ships with this package. It draws digits of 32x32 pixels and was trained on MNIST."""
-    return _shipped("adm-mnist-32")
+    return shipped_folder(DEFAULT_MODEL)
 
 
 def default_photo_model() -> str:
@@ -47,12 +48,12 @@ def default_photo_model() -> str:
     Returns the folder of the pipeline of photographs that ships with this package. It draws the ten classes of CIFAR-10 at 32x32
     pixels.
     """
-    return _shipped("adm-cifar-32")
+    return shipped_folder("adm-cifar-32")
 
 
 def default_cascade() -> tuple[str, str]:
     """Returns the two folders of the cascade that ships with this package: digits of 16x16 pixels, and an upsampler to 32x32."""
-    return _shipped("adm-mnist-16"), _shipped("adm-mnist-16-32-upsampler")
+    return shipped_folder("adm-mnist-16"), shipped_folder("adm-mnist-16-32-upsampler")
 
 
 def default_consistency_model() -> str:
@@ -60,10 +61,4 @@ def default_consistency_model() -> str:
     Returns the folder of the consistency model that ships with this package. It draws the digits of the default model in one or two
     steps, without a classifier.
     """
-    return _shipped("cm-mnist-32")
-
-
-def _shipped(name: str) -> str:
-    from . import model_cards
-
-    return str(Path(model_cards.__path__[0]) / name)
+    return shipped_folder("cm-mnist-32")

@@ -77,6 +77,7 @@ def folder(tmp_path_factory) -> Path:
         ((*SAMPLE, "--model", "no/such/folder"), "no folder 'no/such/folder'. Ids on the Hub look like 'owner/name'"),
         ((*SAMPLE, "--model", "me/nothing"), "no folder 'me/nothing', and no pipeline with this id"),
         ((*SAMPLE, "--model", "nothing"), "There is no folder 'nothing'. Ids on the Hub look like 'owner/name'."),
+        ((*SAMPLE, "--model", "shipped:adm-cifar"), "one of adm-cifar-32, .*, but got 'adm-cifar'"),
         ((*SAMPLE, "--model", "file"), "A saved model must be a folder .* but 'file' is a file"),
         ((*SAMPLE, "--model", "tiny", "--variant", "a/b"), "variant must consist of letters"),
         ((*SAMPLE, "--model", "tiny", "--revision", "x"), "--revision requires a pipeline on the Hub, but got x"),

@@ -27,7 +27,10 @@ from diffusers_adm import (
     default_model,
     default_photo_model,
 )
+from diffusers_adm.evaluation.sampling import load_pipeline
+from diffusers_adm.export.sources import load_network
 from diffusers_adm.pipelines.cascade import draw_cascade
+from diffusers_adm.records import weights_digest
 
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +116,13 @@ def test_shipped_weights_are_small_half_precision_safetensors(model, megabytes):
     assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
     pipeline = ClassifierGuidedPipeline.from_pretrained(model(), dtype=torch.float16)
     assert pipeline.unet.dtype == pipeline.classifier.dtype == torch.float16
+
+
+def test_commands_take_shipped_models_by_name():
+    expected = ClassifierGuidedPipeline.from_pretrained(default_photo_model())
+    pipeline, classifier = load_pipeline("shipped:adm-cifar-32"), load_network("shipped:adm-cifar-32", "classifier")
+    assert weights_digest(pipeline.components) == weights_digest(expected.components)
+    assert weights_digest({"classifier": classifier}) == weights_digest({"classifier": expected.classifier})
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ LAYERS = (
         "records",
         "respacing",
         "saved_folders",
+        "shipped",
     },
     {"data", "diffusion", "openai"},
     {"hub", "losses", "models", "solvers"},

@@ -26,6 +26,7 @@ from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.class_labels import known_classes, known_names
 from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.records import weights_digest
+from diffusers_adm.shipped import name_or_folder
 from diffusers_adm.solvers.clipping import clip_range
 from diffusers_adm.training.consistency_options import ConsistencyOptions, ConsistencyTrainingOptions
 from diffusers_adm.training.objective import LossTerms
@@ -118,7 +119,7 @@ class Teacher:
         name = options.teacher.teacher_model_name_or_path
         released = name_of_released(name)
         load = ClassifierGuidedPipeline.from_pretrained if released is None else ClassifierGuidedPipeline.from_released
-        pipeline = load(name if released is None else released)
+        pipeline = load(name_or_folder(name) if released is None else released)
         size = {"in_channels": options.format.in_channels, "sample_size": options.format.resolution}
         theirs = {option: pipeline.unet.config[option] for option in size}
         if theirs != size:

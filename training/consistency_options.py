@@ -16,8 +16,8 @@ class TeacherOptions:
 
     teacher_model_name_or_path: str | None = option(
         None,
-        help="Pipeline whose guided prediction is distilled: a folder, a Hub id or released:NAME. Without it, the model learns from"
-        " the images alone.",
+        help="Pipeline whose guided prediction is distilled: a folder, a Hub id, released:NAME or shipped:NAME. Without it, the model"
+        " learns from the images alone.",
         unset="no teacher",
         metavar="NAME_OR_PATH",
     )

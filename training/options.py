@@ -116,9 +116,9 @@ class ArchitectureOptions:
     timestep_scale: float = option(1.0, help="Factor on the timesteps that the model is told.", check=above(0))
     pretrained_model_name_or_path: str | None = option(
         None,
-        help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, or a .pt file of the original code."
-        " Without --preset and --model_channels, architecture, resolution and noise schedule are those of the model. Classes,"
-        " channels and resolution may differ.",
+        help="Model to start from: a folder of a pipeline or model, a Hub id, released:NAME, shipped:NAME (such as"
+        " shipped:adm-cifar-32), or a .pt file of the original code. Without --preset and --model_channels, architecture, resolution"
+        " and noise schedule are those of the model. Classes, channels and resolution may differ.",
         unset="random weights",
         metavar="NAME_OR_PATH",
         resumable=True,

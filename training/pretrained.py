@@ -12,6 +12,7 @@ from diffusers_adm.choices import BETA_SCHEDULES
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 from diffusers_adm.pipelines.released import name_of_released, released_folder
+from diffusers_adm.shipped import name_or_folder
 from diffusers_adm.training.options import ArchitectureOptions
 
 
@@ -64,7 +65,8 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
 
     Args:
         model: Model to train.
-        name: Folder or Hub id of a pipeline or model, `released:NAME` of a released checkpoint, or a file of the original code.
+        name: Folder or Hub id of a pipeline or model, `released:NAME` of a released checkpoint, `shipped:NAME` of a pipeline that ships
+            with this package, or a file of the original code.
         subfolder: Folder inside a pipeline. `None` means the folder of the model's kind.
         flags: Model flags of the original command line, for a file.
 
@@ -150,6 +152,7 @@ def read_pretrained(kind: str, name: str, subfolder: str | None, flags: str | No
             )
         place, subfolder = released_folder(released, kind)
         return model_class.from_pretrained(place, subfolder=subfolder)
+    name = name_or_folder(name)
     if subfolder is None and is_pipeline(name):
         subfolder = "classifier" if is_classifier else "unet"
     return model_class.from_pretrained(name, subfolder=subfolder)
@@ -162,7 +165,7 @@ def read_noise_config(kind: str, name: str, subfolder: str | None, flags: str | 
     if Path(name).is_file():
         return dict(PublishedCheckpoint(name, flags).scheduler().config)
     released = name_of_released(name)
-    place = name if released is None else released_folder(released, kind)[0]
+    place = name_or_folder(name) if released is None else released_folder(released, kind)[0]
     try:
         return DDPMScheduler.load_config(place, subfolder="scheduler")
     except OSError:  # a UNet that is saved alone

@@ -16,7 +16,8 @@ class ExportOptions:
     model: str | None = option(
         None,
         metavar="MODEL",
-        help="Folder or Hub id of a pipeline or network, or released:NAME of a released checkpoint.",
+        help="Folder or Hub id of a pipeline or network, shipped:NAME of a pipeline that ships with this package, or released:NAME of a"
+        " released checkpoint.",
         unset="the pipeline of digits that ships with this package",
     )
     subfolder: str | None = option(

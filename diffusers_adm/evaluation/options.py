@@ -110,7 +110,8 @@ class ModelOptions:
     model: str | None = option(
         None,
         metavar="NAME_OR_PATH",
-        help="Pipeline: a folder, a Hub id, or released:NAME for a released checkpoint.",
+        help="Pipeline: a folder, a Hub id, shipped:NAME for one that ships with this package, such as shipped:adm-cifar-32, or"
+        " released:NAME for a released checkpoint.",
         unset="the digits of 32x32 pixels that ship with this package",
     )
     revision: str | None = option(None, help="Branch, tag or commit of the pipeline on the Hub.", unset="main")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline, default_model
+from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.labels import Labels
 from diffusers_adm.evaluation.options import SAMPLING_OPTIONS
@@ -26,6 +26,7 @@ from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.released import name_of_released
 from diffusers_adm.progress import with_progress
 from diffusers_adm.records import weights_digest
+from diffusers_adm.shipped import name_or_folder
 
 
 def load_pipeline(
@@ -41,7 +42,8 @@ def load_pipeline(
     Loads a pipeline without a progress bar.
 
     Args:
-        model: Folder or Hub id of the pipeline, `released:NAME` of a released checkpoint, or `None` for the default model.
+        model: Folder or Hub id of the pipeline, `shipped:NAME` of one that ships with this package, `released:NAME` of a released
+            checkpoint, or `None` for the default model.
         revision: Branch, tag or commit on the Hub.
         variant: Variant of the weight files, such as `"fp16"`.
         dtype: Data type of the weights.
@@ -53,7 +55,7 @@ def load_pipeline(
         OSError: If the pipeline exists neither as a folder nor on the Hub, or a released checkpoint cannot be downloaded.
     """
     check_variant(variant)
-    model = default_model() if model is None else model
+    model = name_or_folder(model)
     if revision is not None and Path(model).is_dir():
         raise ValueError(f"--revision requires a pipeline on the Hub, but got {revision} for the folder {model}.")
     released = name_of_released(model)
@@ -95,7 +97,7 @@ def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
     """
     config = pipeline.scheduler.config
     return {
-        "model": Path(default_model() if name is None else name).name,
+        "model": Path(name_or_folder(name)).name,
         "weights": weights_digest(pipeline.components),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "scheduler": type(pipeline.scheduler).__name__,

@@ -6,12 +6,13 @@ from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from diffusers_adm import ADMUNet2DModel, NoisyClassifier, default_model
+from diffusers_adm import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.hub.saved_files import CARD_FILE, check_variant
 from diffusers_adm.openai.files import check_is_saved_model
 from diffusers_adm.openai.released import guiding_classifier, released_checkpoint
 from diffusers_adm.pipelines.released import name_of_released, released_folder
 from diffusers_adm.saved_folders import read_config, weight_files
+from diffusers_adm.shipped import name_or_folder
 
 
 CLASSES = {cls.__name__: cls for cls in (ADMUNet2DModel, NoisyClassifier)}
@@ -65,7 +66,8 @@ def load_network(
     Loads the network to export.
 
     Args:
-        model: Folder or Hub id of a pipeline or network, `released:NAME` of a released checkpoint, or `None` for the default model.
+        model: Folder or Hub id of a pipeline or network, `shipped:NAME` of a pipeline that ships with this package, `released:NAME` of
+            a released checkpoint, or `None` for the default model.
         subfolder: Network of a pipeline: `"unet"`, which is the default, or `"classifier"`.
         revision: Branch, tag or commit on the Hub.
         variant: Variant of the weight files, such as `"fp16"`.
@@ -75,7 +77,7 @@ def load_network(
         OSError: If a file is missing or damaged, or cannot be downloaded.
     """
     check_variant(variant)
-    model = default_model() if model is None else model
+    model = name_or_folder(model)
     released = name_of_released(model)
     if revision is not None and (released is not None or Path(model).is_dir()):
         raise ValueError(f"--revision {revision} requires a network on the Hub, but got --model {model}.")

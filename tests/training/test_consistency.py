@@ -321,6 +321,7 @@ def test_consistency_model_is_tuned_from_an_edm_model_and_from_itself(dataset, t
         (["--teacher_model_name_or_path", "{start}", "--label_dropout", "0.1"], "--label_dropout has no effect"),
         (["--teacher_model_name_or_path", "{start}", "--cfg_weight", "1"], "requires a UNet with a null class"),
         (["--teacher_model_name_or_path", "{start}", "--resolution", "8"], "must draw images of"),
+        (["--teacher_model_name_or_path", "shipped:adm-cifar-32"], "but draws {'in_channels': 3, 'sample_size': 32}"),
         (["--noise_embedding", "log_sigma"], "--noise_embedding must be timestep"),
     ],
 )

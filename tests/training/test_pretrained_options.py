@@ -90,6 +90,15 @@ def test_classifier_takes_them_too(tmp_path):
     assert (options.diffusion.noise_schedule, options.diffusion.num_train_timesteps) == ("cosine", 50)
 
 
+def test_shipped_pipeline_is_known_by_its_name():
+    words = ["--pretrained_model_name_or_path", "shipped:adm-cifar-32", "--train_data_dir", "a", "--output_dir", "run"]
+    unet, classifier = (
+        script.parse_args([*words, "--max_train_steps", "1"]) for script in (train_unet, train_classifier)
+    )
+    assert (unet.architecture.model_channels, unet.diffusion.noise_schedule) == (64, "cosine")
+    assert (classifier.architecture.model_channels, classifier.classifier.pool) == (32, "attention")
+
+
 def test_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="There is no folder '.*nowhere/at/all'"):
         train_unet.parse_args(
