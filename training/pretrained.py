@@ -113,6 +113,13 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
             # At low noise levels, the output of a network with preconditioning is -epsilon.
             for parameter in model.conv_out.parameters():
                 parameter.data.neg_()
+    if (
+        theirs.get("use_null_class")
+        and ours["num_class_embeds"]
+        and not ours["use_null_class"]
+        and kinds[1] != "consistency"
+    ):
+        logger.warning("The null class of %s is left out. To keep it, pass --label_dropout.", name)
     if random_keys:
         logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
     if differing & SIZE_OPTIONS:

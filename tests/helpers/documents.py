@@ -9,7 +9,7 @@ PATTERNS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "training/*.md", "mo
 DOCUMENTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 
 # A comment before a block says why it is not run.
-BLOCK = r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```{language}\n(?P<code>.*?)^```"
+BLOCK = r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```{language}\n(?P<code>.*?)^```"
 
 
 def blocks_with_reasons(path: Path, language: str) -> list[tuple[str, str | None]]:

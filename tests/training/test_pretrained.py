@@ -10,6 +10,7 @@ from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.objective import build_noise_scheduler
+from diffusers_adm.training.pretrained import load_pretrained
 from diffusers_adm.training.setup import build_unet
 
 
@@ -67,6 +68,14 @@ def test_another_resolution_keeps_layers_and_is_said(start, dataset, tmp_path, c
     start(sample_size=8, attention_resolutions=(8,))
     with pytest.raises(ValueError, match=r"attention_resolutions \[16.0\] instead of \[8\]"):
         train(dataset, tmp_path, name="other")
+
+
+@pytest.mark.parametrize(("dropout", "num_classes", "said"), [("0", 2, True), ("0.1", 2, False), ("0", None, False)])
+def test_null_class_that_is_left_out_is_named(start, dropout, num_classes, said, dataset, tmp_path, caplog):
+    start(use_null_class=True)
+    unet = build_unet(unet_args(dataset, tmp_path, 1, "--label_dropout", dropout), num_classes)
+    load_pretrained(unet, str(tmp_path / "start"))
+    assert ("To keep it, pass --label_dropout" in caplog.text) == said
 
 
 def test_numbers_of_blocks_of_each_level_are_an_option(start, dataset, tmp_path):
