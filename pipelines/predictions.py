@@ -92,7 +92,6 @@ def build_denoiser(
         class_labels = torch.tensor(labels, device=device)
     elif unet.null_class is not None and not options.condition_unet:
         class_labels = torch.full((batch_size,), unet.null_class, device=device)
-    timesteps = solver.schedule.timesteps[solver.visits].tolist()
     weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
     predictions, combination = None, None
     if any(weights) or options.guider is not None:
@@ -101,13 +100,8 @@ def build_denoiser(
         weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
         combination = WeightedCombination(weight, factors)
     elif options.guider is not None:
-        combination = GuiderCombination(parse_guider(options.guider), timesteps, factors)
-    if options.epsilon_scale is not None and isinstance(pipeline.scheduler, CMStochasticIterativeScheduler):
-        raise ValueError(
-            "`epsilon_scale` is not supported with CMStochasticIterativeScheduler, whose steps all lead to x_0, but got"
-            f" {options.epsilon_scale}."
-        )
-    scales = epsilon_scales(options.epsilon_scale, timesteps)
+        combination = GuiderCombination(parse_guider(options.guider), timesteps_of(solver), factors)
+    scales = epsilon_scales(pipeline, options, solver)
     return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales, options.with_gradients)
 
 
@@ -134,26 +128,39 @@ def _predictions(
     )
 
 
-def epsilon_scales(epsilon_scale: float | tuple[float, float] | None, timesteps: list[float]) -> list[float] | None:
+def timesteps_of(solver: Solver) -> list[float]:
+    """Returns the timestep of each step of a run."""
+    return solver.schedule.timesteps[solver.visits].tolist()
+
+
+def epsilon_scales(pipeline: DiffusionPipeline, options: SamplingOptions, solver: Solver) -> list[float] | None:
     """
     Returns the divisor of epsilon at each step of a run, or `None`.
 
     Args:
-        epsilon_scale: Divisor, or a pair (k, b) for the divisor k t + b at timestep t.
-        timesteps: Timestep of each step of the run.
+        pipeline: Pipeline of the run.
+        options: Options of the run.
+        solver: Run of the scheduler.
 
     Raises:
-        ValueError: If `epsilon_scale` is neither a number nor a pair of numbers, or a divisor is not above 0.
+        ValueError: If `epsilon_scale` is neither a number nor a pair of numbers, a divisor is not above 0, or the scheduler does not
+            support it.
     """
+    epsilon_scale = options.epsilon_scale
     if epsilon_scale is None:
         return None
+    if isinstance(pipeline.scheduler, CMStochasticIterativeScheduler):
+        raise ValueError(
+            "`epsilon_scale` is not supported with CMStochasticIterativeScheduler, whose steps all lead to x_0, but got"
+            f" {epsilon_scale}."
+        )
     is_pair = (
         isinstance(epsilon_scale, (tuple, list)) and len(epsilon_scale) == 2 and all(map(is_number, epsilon_scale))
     )
     if not is_pair and not is_number(epsilon_scale):
         raise ValueError(f"`epsilon_scale` must be a number, or a pair of them, but got {epsilon_scale!r}.")
     slope, offset = epsilon_scale if is_pair else (0.0, epsilon_scale)
-    scales = [slope * timestep + offset for timestep in timesteps]
+    scales = [slope * timestep + offset for timestep in timesteps_of(solver)]
     if not all(0 < scale < float("inf") for scale in scales):
         raise ValueError(f"`epsilon_scale` must be above 0 and finite at each step, but got {epsilon_scale}.")
     return scales

@@ -6,6 +6,7 @@ read its difference before you commit it:
     PYTHONPATH=tests/helpers python tests/test_public_api.py
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -106,7 +107,7 @@ def methods_of(cls: type) -> dict[str, list[str] | str]:
         for name, value in vars(owner).items():
             if name in methods or (name.startswith("_") and name not in ("__init__", "__call__")):
                 continue
-            if isinstance(value, property):
+            if isinstance(value, (property, functools.cached_property)):
                 methods[name] = "property"
             elif inspect.isroutine(getattr(cls, name)):
                 methods[name] = signature_of(getattr(cls, name))

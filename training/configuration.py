@@ -268,6 +268,9 @@ def run_script(main: Callable[[Options], None], parse_args: Callable[[], Options
     hide_bars_in_logs()
     try:
         main(parse_args())
+        from diffusers_adm.launch import join_processes  # here, because the help does without torch
+
+        join_processes().destroy_process_group()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {describe_missing_package(error)}")
     except (ValueError, OSError, RunFailed) as error:

@@ -8,6 +8,7 @@ teacher lead from x_sigma.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.class_labels import known_classes, known_names
 from diffusers_adm.pipelines.released import name_of_released
-from diffusers_adm.records import weights_digest
+from diffusers_adm.records import as_record, weights_digest
 from diffusers_adm.shipped import name_or_folder
 from diffusers_adm.solvers.clipping import clip_range
 from diffusers_adm.training.consistency_options import ConsistencyOptions, ConsistencyTrainingOptions
@@ -143,9 +144,10 @@ class Teacher:
         self.denoiser = Denoiser(pipeline.to(accelerator.device), labels, **guidance)
         self.schedule = self.denoiser.schedule
 
-    def weights_digest(self) -> str:
-        """Returns a hash of the weights."""
-        return weights_digest(self.pipeline.components)
+    def record(self) -> dict[str, Any]:
+        """Returns a hash of the weights, and the scheduler's config, as JSON."""
+        scheduler = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
+        return {"weights": weights_digest(self.pipeline.components), "scheduler": as_record(scheduler)}
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """
@@ -328,7 +330,7 @@ def path_levels(
 
 def sigma_at(schedule: NoiseSchedule, timestep: torch.Tensor) -> torch.Tensor:
     """Returns the noise level at timesteps, of their shape. Between two steps of the schedule, log(sigma) is interpolated."""
-    log_sigma = schedule.sigma.log().to(timestep)
+    log_sigma = schedule.sigma.log().to(timestep.dtype).to(timestep.device, non_blocking=timestep.is_cuda)
     below = timestep.long().clamp(max=len(log_sigma) - 2)
     return torch.lerp(log_sigma[below], log_sigma[below + 1], timestep - below).exp()
 

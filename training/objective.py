@@ -67,7 +67,7 @@ def sampling_defaults(options: UNetTrainingOptions) -> dict[str, Any]:
         return {"scheduler": build_sigma_scheduler(flags), "num_inference_steps": flags["steps"]}
     objective = options.objective
     scheduler = build_noise_scheduler(options.diffusion, objective.learn_sigma, objective.predicts_x_0)
-    return {"scheduler": scheduler, "num_inference_steps": 250}
+    return {"scheduler": scheduler, "num_inference_steps": min(250, options.diffusion.num_train_timesteps)}
 
 
 class DenoisingObjective:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,12 +17,14 @@ from diffusers_adm.progress import with_progress
 from diffusers_adm.training.configuration import as_yaml, contradictions, read_table
 from diffusers_adm.training.consistency import Teacher, first_levels, follow, path_levels
 from diffusers_adm.training.consistency_options import ConsistencyTrainingOptions
+from diffusers_adm.training.setup import check_number_of_images
 
 
 PATHS_PER_FILE = 64
 HELD_OUT_SEED = 500_000  # added to the numbers of files of held-out images
 RECORD_FILE = "options.yaml"
-WEIGHTS = "teacher_weights"  # key of the hash of the teacher's weights
+# Keys of what decides the paths beside the options, and its name in messages.
+OTHER_RECORDS = {"teacher": "the teacher's weights or scheduler", "images": "the number or the classes of the images"}
 # Options that decide the paths, beside those of the images, the classes and the teacher.
 OTHERS_THAT_DECIDE = ("seed", "mixed_precision", "sigma_min", "sigma_max", "log_sigma_mean", "log_sigma_std")
 
@@ -102,9 +105,12 @@ def stored_paths(
         accelerator: Accelerator of the script.
 
     Raises:
-        ValueError: If the stored paths were drawn with other options or by other weights.
+        ValueError: If there are too few paths for a batch, or the stored paths were drawn with other options, from other images or by another teacher.
     """
     folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
+    points_per_path = options.teacher.teacher_steps if options.teacher.path_levels is None else 1
+    batch_size, num_processes = options.optimisation.train_batch_size, accelerator.num_processes
+    check_number_of_images(batch_size, num_paths * points_per_path, num_processes)  # before hours of drawing
     trained, validated = _files(folder, "paths", images, num_paths, 0), []
     if held_out is not None:
         fewest = len(options.teacher.path_levels or (None,))  # one at each level
@@ -120,10 +126,10 @@ def stored_paths(
 
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            weights = teacher.weights_digest()
-            is_new = not _are_stored(folder, options, weights)
+            others = {"teacher": teacher.record(), "images": [images.num_images, images.class_names]}
+            is_new = not _are_stored(folder, options, others)
             if is_new and not options.dry_run:
-                _write_record(folder, options, weights)
+                _write_record(folder, options, others)
             missing = [] if options.dry_run else [file for file in trained + validated if not file.path.exists()]
             for file in with_progress(iter(missing), len(missing), "drawing paths", "files"):
                 with atomic_write(file.path) as partial:
@@ -140,15 +146,15 @@ def _files(folder: Path, name: str, images: LabelledImages, num_paths: int, firs
     ]
 
 
-def _are_stored(folder: Path, options: ConsistencyTrainingOptions, weights: str) -> bool:
-    """Returns whether paths are stored already. Raises a ValueError if they were drawn with other options or by other weights."""
+def _are_stored(folder: Path, options: ConsistencyTrainingOptions, others: dict[str, Any]) -> bool:
+    """Returns whether paths are stored already. Raises a ValueError if other options, images or another teacher decided them."""
     record = folder / RECORD_FILE
     if not (record.exists() and any(folder.glob("*.safetensors"))):
         return False
     text = record.read_text()
     differing = contradictions(options, text)
-    if read_table(text, RECORD_FILE).get(WEIGHTS, weights) != weights:
-        differing.append("the weights of the teacher")
+    recorded = read_table(text, RECORD_FILE)
+    differing += [OTHER_RECORDS[name] for name, value in others.items() if recorded.get(name, value) != value]
     if differing:
         raise ValueError(
             f"{folder} holds paths of other options: {', '.join(differing)}. Remove it, or pass another --output_dir."
@@ -156,14 +162,14 @@ def _are_stored(folder: Path, options: ConsistencyTrainingOptions, weights: str)
     return True
 
 
-def _write_record(folder: Path, options: ConsistencyTrainingOptions, weights: str) -> None:
-    """Writes the options that decide the paths, and the hash of the teacher's weights."""
+def _write_record(folder: Path, options: ConsistencyTrainingOptions, others: dict[str, Any]) -> None:
+    """Writes the options that decide the paths, and what else does."""
     groups = (options.source, options.format, options.selection, options.classes, options.teacher)
     deciding = {*OTHERS_THAT_DECIDE, *(name for group in groups for name in option_values(group))}
     values = {name: value for name, value in yaml.safe_load(as_yaml(options)).items() if name in deciding}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / RECORD_FILE) as partial:
-        partial.write_text(yaml.safe_dump({**values, WEIGHTS: weights}, sort_keys=False))
+        partial.write_text(yaml.safe_dump({**values, **others}, sort_keys=False))
 
 
 def draw_paths(

@@ -60,6 +60,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
             teacher = Teacher(options, images, accelerator)
             options.teacher.guidance_scale = teacher.guidance_scale
         num_images = images.num_images
+        check_hub(options.hub, accelerator, options.dry_run)
         stored = options.teacher.num_paths is not None
         if stored:
             images, held_out = stored_paths(options, images, held_out, teacher, accelerator)
@@ -70,7 +71,6 @@ def main(options: ConsistencyTrainingOptions) -> None:
         if options.dry_run:
             evaluations = 1 if stored else options.teacher.teacher_steps
             print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device, evaluations)
-        check_hub(options.hub, accelerator, options.dry_run)
 
         trainer = Trainer(options, accelerator, unet, images, options.averages)
 

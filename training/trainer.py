@@ -169,7 +169,10 @@ class Trainer:
         self.model.train()
         with self.stop.listening(), self._progress_bar() as progress:
             self._take_steps(objective, validations, progress)
-        self.accelerator.end_training()
+        # `Accelerator.end_training` would also end the group of processes, which an ablation needs for the next run.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
     def _open_output(self) -> None:
         output = self.options.output

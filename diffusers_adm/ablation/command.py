@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,10 @@ def load_evaluator(reference: str, features: FeatureOptions, base: UNetTrainingO
     from diffusers_adm.evaluation.sweep import PointEvaluator
 
     extractor = load_extractor(features)
-    images = ImageSetOptions(source=base.source, format=base.format)
+    # Options that name the training images must not choose the images of the reference.
+    names = ("dataset_name", "train_data_dir", "dataset_config_name", "dataset_revision", "data_files")
+    source = replace(base.source, **dict.fromkeys(names))
+    images = ImageSetOptions(source=source, format=base.format)
     summary = summarise_reference(reference, extractor, images, features.feature_batch_size)
     check_shape(summary, (base.format.resolution, base.format.resolution, base.format.in_channels))
     return PointEvaluator(summary, extractor, features.feature_batch_size)

@@ -23,7 +23,7 @@ def write_results(folder: Path, results: list[dict], costs: dict[str, dict[str, 
         costs: Number of parameters and of multiplications and additions (MACs) per image of each variant.
         about: Budget, and settings of the evaluation.
     """
-    first = results[0]["variant"]
+    first = next(iter(costs))
     names = [name for name in (*LABELS, *METRICS) if all(name in result["metrics"] for result in results)]
     by_variant: dict[str, list[dict]] = {}
     for result in results:
@@ -31,8 +31,8 @@ def write_results(folder: Path, results: list[dict], costs: dict[str, dict[str, 
     rows = []
     for variant, runs in by_variant.items():
         values = {name: [run["metrics"][name] for run in runs] for name in names}
-        values["change"] = changes(runs, by_variant[first])
-        spread = {name: mean_and_spread(numbers) for name, numbers in values.items()}
+        values["change"] = changes(runs, by_variant.get(first, []))
+        spread = {name: mean_and_spread(numbers) for name, numbers in values.items() if numbers}
         rows.append({"variant": variant, **costs[variant], "spread": spread, "runs": runs})
     write_json(folder / "results.json", {**about, "variants": rows})
     _write_tables(folder, rows, names, about)
@@ -48,9 +48,12 @@ def mean_and_spread(numbers: list[float]) -> dict[str, float | None]:
 
 
 def changes(runs: list[dict], first: list[dict]) -> list[float]:
-    """Returns the differences of the Fréchet distance between runs and the runs of the first variant with the same seeds."""
+    """
+    Returns the differences of the Fréchet distance between runs and the runs of the first variant with the same seeds. Runs without
+    such a run, which may have failed, are left out.
+    """
     by_seed = {run["seed"]: run["metrics"]["frechet_distance"] for run in first}
-    return [run["metrics"]["frechet_distance"] - by_seed[run["seed"]] for run in runs]
+    return [run["metrics"]["frechet_distance"] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
 
 
 def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict) -> None:
@@ -65,7 +68,7 @@ def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict)
     header = ["variant", "seeds", "parameters", "MACs"]
     numbers = [
         [row["variant"], len(row["runs"]), row["parameters"], row["macs"]]
-        + [row["spread"][name][part] for name in names for part in ("mean", "std")]
+        + [row["spread"].get(name, {}).get(part) for name in names for part in ("mean", "std")]
         for row in rows
     ]
     columns = [text for name in names for text in (label(name), f"{label(name)} spread")]
@@ -75,7 +78,7 @@ def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict)
     shown = [name for name in shown if name in names]
     cells = [
         [row["variant"], len(row["runs"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.1f} M"]
-        + [as_cell(row["spread"][name]) for name in shown]
+        + [as_cell(row["spread"].get(name)) for name in shown]
         for row in rows
     ]
     remark = (
@@ -85,8 +88,10 @@ def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict)
     write_markdown(folder / "results.md", [*header, *map(label, shown)], cells, remark)
 
 
-def as_cell(spread: dict[str, float | None]) -> str:
-    """Returns a mean and a spread as text."""
+def as_cell(spread: dict[str, float | None] | None) -> str:
+    """Returns a mean and a spread as text. An unknown one is empty."""
+    if spread is None:
+        return ""
     return f"{spread['mean']:.4g}" + ("" if spread["std"] is None else f" ± {spread['std']:.2g}")
 
 

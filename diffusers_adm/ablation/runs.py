@@ -15,10 +15,12 @@ from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.launch import join_processes
 from diffusers_adm.options import option_values, options_of
 from diffusers_adm.training import train_unet
+from diffusers_adm.training.checkpoint_parts import read_progress
 from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, list_checkpoints
 from diffusers_adm.training.configuration import contradictions, read_table, table_as_words
 from diffusers_adm.training.objective import sampling_defaults
 from diffusers_adm.training.options import OptimisationOptions, UNetTrainingOptions
+from diffusers_adm.training.pretrained import start_from_pretrained
 from diffusers_adm.training.setup import build_unet, divide_batch
 
 
@@ -81,6 +83,12 @@ class AblationRun:
                     f"{self.folder} was begun with other options: {', '.join(differing)}. Pass the same options, or another"
                     " --output."
                 )
+            num_processes = read_progress(checkpoint)["num_processes"]
+            if self.options.optimisation.total_batch_size is None and num_processes != join_processes().num_processes:
+                raise ValueError(
+                    f"{self.folder} was begun by {num_processes} processes. Launch as many, because each step has"
+                    " --train_batch_size images per process."
+                )
 
     def train(self) -> None:
         """
@@ -90,6 +98,8 @@ class AblationRun:
             KeyboardInterrupt: If the run was asked to stop. Its checkpoint is saved.
             ValueError: If the run fails, for example because the loss is not finite.
         """
+        if self.options.optimisation.compile:
+            torch.compiler.reset()  # the code of a UNet is compiled only for some architectures in a process
         try:
             train_unet.main(self.options)
         except RunFailed as error:
@@ -211,7 +221,9 @@ def check_runs(
             continue
         try:
             with torch.device("meta"):
-                unet = build_unet(run.options, len(class_names) if class_names else None)
+                unet = build_unet(run.options, len(class_names) if class_names else None).eval()
+            if not list_checkpoints(run.folder):
+                start_from_pretrained(unet, run.options.architecture)
             pipeline = drawing_pipeline(run, unet, samples, class_names)
             options = run_options(pipeline, samples.call)
             Labels(samples.labels, pipeline, options, run.seed, samples.num_images)

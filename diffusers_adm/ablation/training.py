@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from diffusers_adm.ablation.results import write_results
 from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
@@ -21,7 +23,7 @@ def run_ablation(
 ) -> None:
     """
     Trains, samples and evaluates each run, and writes tables and plots after each. Finished parts of an earlier call are kept. All
-    launched processes train and draw, and the main process evaluates.
+    launched processes train and draw, and the main process evaluates. With one process, a run that fails does not stop the others.
 
     Args:
         runs: Runs in their order.
@@ -29,19 +31,31 @@ def run_ablation(
         folder: Folder of the results, on a disk that all processes can read and write.
         samples: Samples to draw.
         evaluate: [`PointEvaluator`] of the main process.
+
+    Raises:
+        ValueError: If runs failed. With one process, all other runs have been finished.
+        KeyboardInterrupt: If a training was asked to stop.
     """
     state = join_processes()
     results: list[dict] = []
+    failures: list[str] = []
     for number, run in enumerate(runs):
         if state.is_main_process:
             print(f"Run {number + 1} of {len(runs)}: {run.variant}, seed {run.seed}", flush=True)
         trained = not run.finished
-        if trained:
-            run.train()
-        state.wait_for_everyone()
-        drawn = draw_from_run(run, samples)
+        try:
+            if trained:
+                run.train()
+            state.wait_for_everyone()
+            drawn = draw_from_run(run, samples)
+            evaluation = evaluate(drawn) if state.is_main_process else None
+        except ValueError as error:
+            if state.num_processes > 1:  # the others may not have failed, and would wait for ever
+                raise
+            failures.append(f"{run.variant} with seed {run.seed}")
+            print(f"{failures[-1]} failed: {error}", flush=True)
+            continue
         if state.is_main_process:
-            evaluation = evaluate(drawn)
             metrics, curve = training_metrics(run)
             metrics = {**evaluation["metrics"], **metrics}
             results.append({"variant": run.variant, "seed": run.seed, "metrics": metrics, "loss_curve": curve})
@@ -49,10 +63,16 @@ def run_ablation(
                 about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
                 write_results(folder, results, costs, about)
         state.wait_for_everyone()
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}. All others are in {folder}."
+        )
 
 
 def draw_from_run(run: AblationRun, samples: AblationSamples) -> Path:
     """Draws the samples of a finished training, and returns the path of their file."""
+    # TF32 is an option of the training. Samples are drawn without it, also by a command that continues.
+    torch.backends.cuda.matmul.allow_tf32 = False
     pipeline = load_pipeline(run.folder / "pipeline", device=join_processes().device)
     set_scheduler(pipeline, samples.scheduler)
     return draw_samples(

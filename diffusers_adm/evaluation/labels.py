@@ -16,6 +16,14 @@ from diffusers_adm.pipelines.options import SamplingOptions
 NUMBER = re.compile("-?[0-9]{1,18}")  # a limit, because no class has a longer number and Python reads long ones slowly
 
 
+def num_drawn_classes(pipeline: SamplingPipeline, options: SamplingOptions) -> int | None:
+    """Returns the number of classes that labels are drawn from, or `None` if a run has no labels. The options must be resolved."""
+    num_classes = options.num_classes(pipeline)
+    if num_classes is None and options.guidance_fn is not None:
+        return known_classes(pipeline)  # the guidance function is given the labels
+    return num_classes
+
+
 class Labels:
     """
     Labels of the images of a sampling run.
@@ -39,9 +47,7 @@ class Labels:
     ):
         self.policy = policy
         self.seed = seed
-        num_classes = options.num_classes(pipeline)
-        if num_classes is None and options.guidance_fn is not None:
-            num_classes = known_classes(pipeline)  # the guidance function is given the labels
+        num_classes = num_drawn_classes(pipeline, options)
         self.num_classes = None if policy is None else num_classes
         self.listed: list[int] | None = None
         # A pipeline with classes draws random labels if it is given none. In a run without guidance, no network needs them, but

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from diffusers_adm.atomic_files import atomic_write, check_can_write, write_json
 from diffusers_adm.evaluation.feature_options import INCEPTION
+from diffusers_adm.records import as_record
 
 
 # Names of the metrics with Inception's features and with other features. Only a distance of Inception's features is called FID.
@@ -134,7 +135,8 @@ def write_tables(folder: Path, results: list[dict]) -> None:
         folder: Folder of the files.
         results: `Evaluation.as_dict` of each point, with its settings as `"point"`.
     """
-    write_json(folder / "results.json", results)
+    recorded = [{**result, "point": as_record(result["point"])} for result in results]
+    write_json(folder / "results.json", recorded)
     settings = results[0]["settings"]
     extractor = settings["feature_extractor"]
     metrics = [metric for metric in METRICS if any(metric in result["metrics"] for result in results)]

@@ -17,13 +17,12 @@ from diffusers_adm.evaluation.sample_files import as_8_bit, sample_path, write_s
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread
 from diffusers_adm.evaluation.user_files import guidance_from_file, place_record
-from diffusers_adm.guidance import GuidanceOptions
 from diffusers_adm.hub.download import OtherPipelineError
 from diffusers_adm.hub.saved_files import check_variant
 from diffusers_adm.launch import join_processes
-from diffusers_adm.pipelines.checks import check_guidance_options
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.released import name_of_released
+from diffusers_adm.pipelines.run_checks import check_run
 from diffusers_adm.progress import with_progress
 from diffusers_adm.records import weights_digest
 from diffusers_adm.shipped import name_or_folder
@@ -141,9 +140,7 @@ def run_options(pipeline: SamplingPipeline, call: dict | None) -> SamplingOption
             raise ValueError(f"`{name}` must be one finite number for a whole run, but got {value!r}.")
     if not isinstance(options.condition_unet, bool):
         raise ValueError(f"`condition_unet` must be True or False, but got {options.condition_unet!r}.")
-    guidance_options = GuidanceOptions.parse(options.guidance_options)
-    check_guidance_options(pipeline, guidance_options, options.guidance_fn, options.eta)
-    options.solver(pipeline)
+    check_run(pipeline, options)
     return options
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor
+from diffusers_adm.evaluation.labels import num_drawn_classes
 from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines
 from diffusers_adm.evaluation.report import metric_label, write_tables
@@ -102,7 +103,7 @@ def sweep_points(
     for point in points:  # all points are checked before the first one is drawn
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        labelled.append(run_options(pipeline, call_of(point)).num_classes(pipeline) is not None)
+        labelled.append(num_drawn_classes(pipeline, run_options(pipeline, call_of(point))) is not None)
     if evaluate is not None and evaluate.judged and not any(labelled):
         raise ValueError("--judged requires labels, but no point of this sweep draws a requested class. Leave it out.")
     results = []

@@ -6,6 +6,7 @@ import inspect
 import torch
 from diffusers import ConfigMixin, guiders
 
+from diffusers_adm.checks import check_types, is_integer
 from diffusers_adm.diffusion import epsilon_from_x_0
 
 
@@ -120,16 +121,24 @@ def parse_guider(given: ConfigMixin | dict) -> ConfigMixin:
         ValueError: If the guider does not exist, cannot combine predictions of images, or has other arguments.
     """
     name = given.get("kind") if isinstance(given, dict) else type(given).__name__
+    if not isinstance(name, str) or name not in (*GUIDERS, *REFUSED_GUIDERS):
+        raise ValueError(f"`guider` must be a guider of diffusers, one of {GUIDERS}, but got {given!r}.")
     if name in REFUSED_GUIDERS:
         raise ValueError(f"`guider` must not be {name}: {REFUSED_GUIDERS[name]}")
-    if name not in GUIDERS:
-        raise ValueError(f"`guider` must be a guider of diffusers, one of {GUIDERS}, but got {given!r}.")
     if isinstance(given, dict):
         cls, arguments = getattr(guiders, name), {key: value for key, value in given.items() if key != "kind"}
         known = set(inspect.signature(cls).parameters)
         if not arguments.keys() <= known:
             raise ValueError(f"`guider` of the kind {name} takes the entries {sorted(known)}, but got {given!r}.")
+        check_types(cls.__init__, arguments)
         given = cls(**arguments)
+    dims = getattr(given, "adaptive_projected_guidance_norm_dim", None)
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if not all(dim is None or (is_integer(dim) and 1 <= abs(dim) <= 3) for dim in dims):
+        raise ValueError(
+            "`guider` must have an adaptive_projected_guidance_norm_dim in [1, 3], the dimensions of channels, height and width, but got"
+            f" {given.adaptive_projected_guidance_norm_dim!r}."
+        )
     if getattr(given, "zero_init_steps", 0):
         raise ValueError(
             "`guider` must have zero_init_steps=0, because a prediction of zero noise is an error in diffusion models, but got"

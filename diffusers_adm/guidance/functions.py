@@ -208,6 +208,11 @@ class CleanClassifierGuidance:
         """Data type of the classifier's weights. `None` if it has no weights."""
         return dtype_of(self.classifier)
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of the classifier's classes. `None` if its config does not say it."""
+        return getattr(getattr(self.classifier, "config", None), "num_labels", None)
+
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:

@@ -18,6 +18,10 @@ from image_files import digits_npz, random_images
 from PIL import Image
 from training_runs import save_bars
 
+from diffusers_adm.ablation.command import load_evaluator
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.training import train_unet
+
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 TRAINING = (
@@ -39,6 +43,8 @@ def inputs(tmp_path_factory) -> Path:
     digits_npz(folder / "reference.npz", random_images(20))
     digits_npz(folder / "colour.npz", random_images(20, channels=3))
     for name, text in {
+        "ablate.py": f"import sys; sys.path.append({str(HELPERS)!r}); import digit_features; from diffusers_adm.cli import main;"
+        " sys.exit(main())",
         "two.yaml": "narrow: {}\nwide: {model_channels: 12, learning_rate: 1e-4}",
         "one.yaml": "narrow: {}",
         "list.json": '["narrow", "wide"]',
@@ -48,6 +54,9 @@ def inputs(tmp_path_factory) -> Path:
         "steps.yaml": "narrow: {}\nlong: {max_train_steps: 12}",
         "data.yaml": "narrow: {}\nother: {dataset_name: bars}",
         "groups.yaml": "narrow: {}\nwide: {model_channels: 9}",
+        "adapter.yaml": "narrow: {}\nadapted: {lora_rank: 2}",
+        "missing.yaml": "narrow: {}\ntuned: {pretrained_model_name_or_path: no/such/model}",
+        "failing.yaml": "failing: {learning_rate: 1.0e+30}\nnarrow: {}",
     }.items():
         (folder / name).write_text(text)
     return folder
@@ -91,11 +100,40 @@ def results_of(folder: Path) -> dict:
     return results
 
 
+def test_a_run_that_fails_does_not_stop_the_others(folder, capsys):
+    words = [*ABLATE, "--variants", "failing.yaml", "--seeds", 0]
+    for _ in range(2):
+        assert run(*words) == 2
+        assert "1 of 2 runs failed: failing with seed 0. All others are in new" in capsys.readouterr().err
+    (row,) = results_of(folder / "new")["variants"]
+    assert row["variant"] == "narrow" and row["spread"]["frechet_distance"]["mean"] > 0
+
+
+def test_reference_is_not_taken_from_the_training_images(folder):
+    for name, images in (("trained", random_images(5)), ("reference", random_images(7))):
+        (folder / name).mkdir()
+        for number, pixels in enumerate(images):
+            Image.fromarray(pixels[:, :, 0]).save(folder / name / f"{number}.png")
+    options = [*TRAINING[2:], "--no-class_conditional", "--train_data_dir", "trained", "--output_dir", "new"]
+    evaluator = load_evaluator("reference", FeatureOptions(feature_extractor=DIGITS), train_unet.parse_args(options))
+    assert evaluator.reference.num_images == 7
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_ablation(folder, capsys):
+    words = [*ABLATE, "--variants", "two.yaml", "--seeds", "0"]
+    two = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 ablate.py".split()]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*two, *map(str, words)], check=True, env=environment)
+    assert [row["variant"] for row in results_of(folder / "new")["variants"]] == ["narrow", "wide"]
+    assert run(*words) == 2
+    assert "new/narrow/seed-0 was begun by 2 processes" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
     words = [*ABLATE[:-1], "killed", "--variants", "two.yaml", "--seeds", "0,1"]
-    script = "import sys; sys.path.append(sys.argv.pop(1)); import digit_features; from diffusers_adm.cli import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", script, HELPERS, *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, folder / "ablate.py", *words], stdout=subprocess.DEVNULL)
     wait_for(folder / "killed/wide/seed-0/checkpoint-2", process)
     process.kill()
     process.wait()
@@ -148,6 +186,10 @@ def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
         (("--variants", "data.yaml"), "other changes dataset_name, which must be equal for all variants"),
         (("--variants", "groups.yaml"), "Variant wide: `norm_num_groups` must divide the channels"),
         (("--variants", "two.yaml", "--seeds", "0,0"), "--seeds 0,0 must be different numbers"),
+        (("--variants", "two.yaml", "--cfg_weight", 1), "Variant narrow: .* requires a UNet with a null class"),
+        (("--variants", "two.yaml", "--guidance_scale", 1), "Variant narrow: `guidance_scale` requires a classifier"),
+        (("--variants", "adapter.yaml"), "Variant adapted: --lora_rank requires --pretrained_model_name_or_path"),
+        (("--variants", "missing.yaml"), "Variant tuned: There is no folder 'no/such/model'"),
         (("--variants", "two.yaml", "--eta", 2), r"Variant narrow: `eta` must be a number in \[0, 1\]"),
         (("--variants", "two.yaml", "--labels", "none.txt"), "Variant narrow: .*none.txt"),
         (("--variants", "two.yaml", "--total_batch_size", 3), "--total_batch_size must be a multiple of 2"),

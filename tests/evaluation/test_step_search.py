@@ -83,6 +83,7 @@ def test_batches_and_guidance_of_a_search():
 
 def test_command_prints_and_writes_steps_that_the_next_command_takes(model, tmp_path, capsys):
     words = ["--num_inference_steps", 3, "--num_images", 2, "--num_candidates", 8, "--guidance_scale", 2.0]
+    words += ["--guidance_options", '{"interval": [0.01, Infinity]}']
     assert run("search-steps", "--model", model, "--output", tmp_path / "steps.json", *words) == 0
     written = json.loads((tmp_path / "steps.json").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out

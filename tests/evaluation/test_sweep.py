@@ -9,6 +9,7 @@ import torch
 from command_line import run
 from digit_classifier import load_digit_classifier
 from digit_features import NAME as DIGITS
+from image_files import arrays_of, digits_npz, random_images
 from PIL import Image
 
 
@@ -63,6 +64,45 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
         assert before["metrics"]["frechet_distance"] != after["metrics"]["frechet_distance"]
 
 
+def test_points_that_cannot_be_drawn_are_refused_before_the_first_one(reference, tmp_path, capsys):
+    words = ["sweep", reference, "--output", tmp_path / "sweep", "--feature_extractor", DIGITS]
+    for more, message in (
+        (["--weaker", "perturbed_attention"], "`weaker` requires a `cfg_weight`"),
+        (["--epsilon_scale", 1, -1], "`epsilon_scale` must be above 0"),
+        (["--particles", 4, "--guidance_scale", 1, 0], "`particles` requires a `guidance_scale`"),
+        (["--guidance_scale", 0, 1, "--guidance_options", '{"interval": [900, 950]}'], "must let guidance act at one"),
+    ):
+        assert run(*words, "--num_samples", 4, *more) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "sweep").exists()
+
+
+def test_sweep_takes_the_labels_of_the_small_images(tmp_path):
+    digits_npz(tmp_path / "real.npz", random_images(8))
+    digits_npz(tmp_path / "small.npz", random_images(6, size=16), arr_1=np.full(6, 7))
+    words = [
+        "sweep",
+        tmp_path / "real.npz",
+        "--model",
+        "shipped:adm-mnist-16-32-upsampler",
+        "--output",
+        tmp_path / "sweep",
+    ]
+    words += [
+        "--low_res",
+        tmp_path / "small.npz",
+        "--num_samples",
+        6,
+        "--num_inference_steps",
+        1,
+        "--feature_extractor",
+        DIGITS,
+    ]
+    assert run(*words) == 0
+    (samples,) = (tmp_path / "sweep" / "points").glob("*/samples_*.npz")
+    assert arrays_of(samples)["arr_1"].tolist() == [7] * 6
+
+
 def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys):
     real = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=real)
@@ -89,6 +129,16 @@ def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys)
     assert f"{right.mean():.4f} |" in out and "|  |\n" in out
     assert run(*words, "--feature_extractor", DIGITS, "--guidance_scale", 0) == 2
     assert "no point of this sweep draws a requested class" in capsys.readouterr().err
+
+    # A guidance function is given the labels too. An infinite bound is recorded as text.
+    (tmp_path / "guide.py").write_text(
+        "from diffusers_adm.guidance import ClassifierGuidance\n\n\ndef build(pipeline):\n"
+        "    return ClassifierGuidance(pipeline.classifier)\n"
+    )
+    more = ["--guidance_fn", f"{tmp_path / 'guide.py'}:build", "--guidance_options", '{"interval": [1, Infinity]}']
+    assert run(*words, "--feature_extractor", DIGITS, *more) == 0
+    (result,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert 0 < result["metrics"]["accuracy"] < 1 and result["point"]["guidance_options"] == {"interval": [1, "inf"]}
 
     without_logits = """
         from digit_features import DigitFeatures

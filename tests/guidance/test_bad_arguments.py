@@ -1,9 +1,11 @@
 """Guidance functions refuse invalid arguments, and name them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import images, tiny_classifier
+from tiny_models import images, tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm.guidance import CleanClassifierGuidance, GuidanceOptions, classifier_gradient
 
@@ -55,6 +57,19 @@ def test_classifier_gradient_takes_lists_arrays_and_one_timestep():
 def test_clean_classifier_guidance_refuses_arguments_of_another_kind(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         CleanClassifierGuidance(**{"classifier": torch.nn.Linear(2, 2), name: value})
+
+
+def test_classes_of_a_clean_classifier_are_checked_before_it_is_called():
+    class Classifier(torch.nn.Module):
+        config = SimpleNamespace(num_labels=10)
+
+        def forward(self, pixels):
+            pytest.fail("the classifier was called")
+
+    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=None), with_classifier=False)
+    call = {"guidance_fn": CleanClassifierGuidance(Classifier()), "guidance_scale": 1.0, "num_inference_steps": 2}
+    with pytest.raises(ValueError, match="`class_labels` must be in"):
+        pipeline(class_labels=[20], **call)
 
 
 def test_options_whose_names_are_no_texts_are_refused():

@@ -261,6 +261,16 @@ BAD_CALLS = [
     ({"guider": {"guidance_scale": 2.0}}, "`guider` must be a guider of diffusers"),
     ({"guider": {"kind": "AutoGuidance"}}, "must not be AutoGuidance"),
     ({"guider": {"kind": "ClassifierFreeGuidance", "scale": 2.0}}, "takes the entries"),
+    ({"guider": {"kind": ["a"]}}, "`guider` must be a guider of diffusers"),
+    (
+        {"guider": {"kind": "ClassifierFreeGuidance", "guidance_scale": "a"}},
+        "`guidance_scale` must be a number, but got 'a'",
+    ),
+    ({"guider": {"kind": "ClassifierFreeGuidance", "enabled": "no"}}, "`enabled` must be True or False, but got 'no'"),
+    (
+        {"guider": {"kind": "AdaptiveProjectedGuidance", "adaptive_projected_guidance_norm_dim": [9]}},
+        "norm_dim in .*, but got .9.",
+    ),
     ({"guider": ClassifierFreeGuidance(), "cfg_weight": 1.0}, "`cfg_weight` must be 0 with `guider`"),
     ({"guider": ClassifierFreeZeroStarGuidance()}, "zero_init_steps=0"),
     ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "must not be AutoGuidance"),

@@ -14,7 +14,7 @@ from training_runs import ARCHITECTURE, checkpoint_tensors, classifier_args, une
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.training import train_classifier, train_unet
-from diffusers_adm.training.objective import build_noise_scheduler
+from diffusers_adm.training.objective import build_noise_scheduler, sampling_defaults
 from diffusers_adm.training.setup import build_unet, set_up_accelerator
 
 
@@ -133,6 +133,12 @@ def test_bad_folders_are_refused_and_by_a_dry_run_too(dataset, tmp_path):
         with pytest.raises(ValueError, match="trained with other options: --seed 1"):
             resumed = ["--resume_from_checkpoint", str(tmp_path / "used" / "checkpoint-1"), "--seed", "1"]
             train_classifier.main(classifier_args(dataset, tmp_path / "other", 1, *resumed, *dry_run))
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [("100", 100), ("1000", 250)])
+def test_pipeline_takes_no_more_steps_than_the_training_has_timesteps(timesteps, steps, dataset, tmp_path):
+    options = unet_args(dataset, tmp_path, 1, "--num_train_timesteps", timesteps)
+    assert sampling_defaults(options)["num_inference_steps"] == steps
 
 
 @pytest.mark.parametrize("distributed_type", [DistributedType.FSDP, DistributedType.DEEPSPEED])

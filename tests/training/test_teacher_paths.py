@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_runs import checkpoint_tensors, consistency_args
 
@@ -90,13 +91,31 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, *others))
     assert file.stat().st_mtime_ns == written
 
+    for number in range(8):
+        folder = tmp_path / "fewer" / ("left", "right")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 12)).save(folder / f"{number}.png")
+    with pytest.raises(ValueError, match="paths of other options: the number or the classes of the images"):
+        train_consistency.main(consistency_args(tmp_path / "fewer", start, tmp_path, 1, *more, "--dry_run"))
+
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(ValueError, match="holds paths of other options: the weights of the teacher"):
+    with pytest.raises(ValueError, match="holds paths of other options: the teacher's weights or scheduler"):
         train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, "--dry_run"))
     assert (
         "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
     )  # the default of the teacher is named
+
+
+def test_too_few_points_are_refused_before_paths_are_drawn(dataset, start, tmp_path):
+    more = [
+        "--teacher_model_name_or_path",
+        str(start),
+        *"--teacher_steps 3 --num_paths 2 --train_batch_size 8".split(),
+    ]
+    with pytest.raises(ValueError, match="--train_batch_size 8 on 1 processes requires at least 8 images, but got 6"):
+        train_consistency.main(consistency_args(dataset, start, tmp_path / "run", 1, *more))
+    assert not list(tmp_path.glob("run/paths/*"))
 
 
 def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):

@@ -57,6 +57,7 @@ def search_steps_command(args: argparse.Namespace) -> None:
     from diffusers_adm.evaluation.sampling import load_pipeline, model_settings
     from diffusers_adm.evaluation.step_search import search_steps
     from diffusers_adm.launch import join_processes
+    from diffusers_adm.records import as_record
 
     check_can_write(options.output)
     pipeline = load_pipeline(**option_values(model), device=join_processes().device)
@@ -67,6 +68,6 @@ def search_steps_command(args: argparse.Namespace) -> None:
     command = found.command(model.model, call)
     settings |= {name: model_settings(pipeline, model.model)[name] for name in ("model", "weights")}
     steps = {found.name: found.values, "noise_levels": found.sigmas}
-    write_json(output, {**steps, "command": command, "call": call, **settings})
+    write_json(output, {**steps, "command": command, "call": as_record(call), **settings})
     print(f"{found.name}: {found.values}")
     print(f"Wrote {output}. This command draws samples with these steps:\n{command}")

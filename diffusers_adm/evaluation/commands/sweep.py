@@ -17,8 +17,11 @@ class SweepOptions:
 
     output: Path = option(metavar="DIR", help="Folder of the sweep: a new one, or that of a sweep to continue.")
     num_samples: int = option(2000, help="Number of images per point.", check=in_range(NEIGHBOUR + 1, MAX_IMAGES))
-    labels: str = option(
-        "random", metavar="POLICY", help="Labels of the samples: random, balanced, or a file, as for sample."
+    labels: str | None = option(
+        None,
+        metavar="POLICY",
+        help="Labels of the samples: random, balanced, or a file, as for sample.",
+        unset="random for a base model, and the labels of --low_res, if any, for an upsampler",
     )
     low_res: Path | None = option(
         None, metavar="FILE", help="Small samples (.npz) that an upsampler enlarges, as for sample."
