@@ -9,6 +9,9 @@ from diffusers_adm.evaluation.report import METRICS, describe_features, metric_l
 
 
 LABELS = {"train_seconds": "train seconds", "validation_loss": "held-out loss"}
+# Changes from the first variant, and the metric that changes. They vary less than the metric, because a seed decides the images of all
+# variants.
+CHANGES = {"loss_change": "validation_loss", "change": "frechet_distance"}
 # Part of the training from which losses are plotted, because the first losses are many times larger.
 PLOTTED_FROM = 0.2
 
@@ -31,7 +34,9 @@ def write_results(folder: Path, results: list[dict], costs: dict[str, dict[str, 
     rows = []
     for variant, runs in by_variant.items():
         values = {name: [run["metrics"][name] for run in runs] for name in names}
-        values["change"] = changes(runs, by_variant.get(first, []))
+        for change, name in CHANGES.items():
+            if name in names:
+                values[change] = changes(runs, by_variant.get(first, []), name)
         spread = {name: mean_and_spread(numbers) for name, numbers in values.items() if numbers}
         rows.append({"variant": variant, **costs[variant], "spread": spread, "runs": runs})
     write_json(folder / "results.json", {**about, "variants": rows})
@@ -47,24 +52,24 @@ def mean_and_spread(numbers: list[float]) -> dict[str, float | None]:
     }
 
 
-def changes(runs: list[dict], first: list[dict]) -> list[float]:
+def changes(runs: list[dict], first: list[dict], name: str) -> list[float]:
     """
-    Returns the differences of the Fréchet distance between runs and the runs of the first variant with the same seeds. Runs without
-    such a run, which may have failed, are left out.
+    Returns the differences of a metric between runs and the runs of the first variant with the same seeds. Runs without such a run,
+    which may have failed, are left out.
     """
-    by_seed = {run["seed"]: run["metrics"]["frechet_distance"] for run in first}
-    return [run["metrics"]["frechet_distance"] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+    by_seed = {run["seed"]: run["metrics"][name] for run in first}
+    return [run["metrics"][name] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
 
 
 def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict) -> None:
     extractor = about["settings"]["feature_extractor"]
 
     def label(name: str) -> str:
-        if name == "change":
-            return f"change of {metric_label('frechet_distance', extractor)}"
+        if name in CHANGES:
+            return f"change of {label(CHANGES[name])}"
         return LABELS.get(name) or metric_label(name, extractor)
 
-    names = [*names, "change"]
+    names = [*names, *(change for change, name in CHANGES.items() if name in names)]
     header = ["variant", "seeds", "parameters", "MACs"]
     numbers = [
         [row["variant"], len(row["runs"]), row["parameters"], row["macs"]]
@@ -74,7 +79,7 @@ def _write_tables(folder: Path, rows: list[dict], names: list[str], about: dict)
     columns = [text for name in names for text in (label(name), f"{label(name)} spread")]
     write_csv(folder / "results.csv", [*header, *columns], numbers)
 
-    shown = ("train_seconds", "validation_loss", "frechet_distance", "change", "precision", "recall")
+    shown = ("train_seconds", "validation_loss", "loss_change", "frechet_distance", "change", "precision", "recall")
     shown = [name for name in shown if name in names]
     cells = [
         [row["variant"], len(row["runs"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.1f} M"]

@@ -157,7 +157,10 @@ def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
     distances = [entry["metrics"]["frechet_distance"] for entry in wide["runs"]]
     assert wide["spread"]["frechet_distance"]["mean"] == pytest.approx(sum(distances) / 2)
     assert wide["spread"]["frechet_distance"]["std"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5)
-    assert narrow["spread"]["change"] == {"mean": 0, "std": 0} != wide["spread"]["change"]
+    for change, metric in (("change", "frechet_distance"), ("loss_change", "validation_loss")):
+        assert narrow["spread"][change] == {"mean": 0, "std": 0} != wide["spread"][change]
+        mean = wide["spread"][metric]["mean"] - narrow["spread"][metric]["mean"]
+        assert wide["spread"][change]["mean"] == pytest.approx(mean)
     assert wide["parameters"] > narrow["parameters"] and wide["macs"] > narrow["macs"]
     assert [step for step, _ in wide["runs"][0]["loss_curve"]] == [4]
     with open(folder / "whole" / "results.csv") as file:
