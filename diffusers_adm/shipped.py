@@ -6,7 +6,6 @@ from pathlib import Path
 
 
 DEFAULT_MODEL = "adm-mnist-32"
-PREFIX = "shipped:"
 
 
 def shipped_folder(name: str) -> str:
@@ -33,5 +32,7 @@ def name_or_folder(model: str | os.PathLike | None) -> str:
     Raises:
         ValueError: If no pipeline that ships has this name.
     """
-    model = PREFIX + DEFAULT_MODEL if model is None else str(model)
-    return shipped_folder(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else model
+    if model is None:
+        return shipped_folder(DEFAULT_MODEL)
+    prefix, _, name = str(model).partition(":")
+    return shipped_folder(name) if prefix.lower() == "shipped" and name else str(model)

@@ -105,7 +105,8 @@ def stored_paths(
         accelerator: Accelerator of the script.
 
     Raises:
-        ValueError: If there are too few paths for a batch, or the stored paths were drawn with other options, from other images or by another teacher.
+        ValueError: If there are too few paths for a batch, or the stored paths were drawn with other options, from other images or by
+            another teacher.
     """
     folder, num_paths = options.output.output_dir / "paths", options.teacher.num_paths
     points_per_path = options.teacher.teacher_steps if options.teacher.path_levels is None else 1

@@ -9,8 +9,7 @@ from diffusers_adm.evaluation.report import METRICS, describe_features, metric_l
 
 
 LABELS = {"train_seconds": "train seconds", "validation_loss": "held-out loss"}
-# Changes from the first variant, and the metric that changes. They vary less than the metric, because a seed decides the images of all
-# variants.
+# Changes from the first variant, and the metric that changes.
 CHANGES = {"loss_change": "validation_loss", "change": "frechet_distance"}
 # Part of the training from which losses are plotted, because the first losses are many times larger.
 PLOTTED_FROM = 0.2

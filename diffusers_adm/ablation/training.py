@@ -50,7 +50,7 @@ def run_ablation(
             drawn = draw_from_run(run, samples)
             evaluation = evaluate(drawn) if state.is_main_process else None
         except ValueError as error:
-            if state.num_processes > 1:  # the others may not have failed, and would wait for ever
+            if state.num_processes > 1:  # the others may not have failed, and would wait forever
                 raise
             failures.append(f"{run.variant} with seed {run.seed}")
             print(f"{failures[-1]} failed: {error}", flush=True)
@@ -59,10 +59,12 @@ def run_ablation(
             metrics, curve = training_metrics(run)
             metrics = {**evaluation["metrics"], **metrics}
             results.append({"variant": run.variant, "seed": run.seed, "metrics": metrics, "loss_curve": curve})
-            if trained or number == len(runs) - 1:  # otherwise, the files of an earlier call already have this run
-                about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
+            about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
+            if trained:  # otherwise, the files of an earlier call already have this run
                 write_results(folder, results, costs, about)
         state.wait_for_everyone()
+    if results:
+        write_results(folder, results, costs, about)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}. All others are in {folder}."
