@@ -76,6 +76,16 @@ def documents_with(language: str) -> list[str]:
     return [name for name, path in WRITTEN.items() if code_blocks(path, language)]
 
 
+@pytest.mark.parametrize("document", WRITTEN)
+def test_no_block_is_hidden_from_the_tests(document):
+    text = WRITTEN[document].read_text(encoding="utf-8")
+    assert not {"bash", "shell", "py"} & set(re.findall(r"^```(\w+)", text, re.MULTILINE))
+    for language in ("python", "sh"):
+        assert len(code_blocks(WRITTEN[document], language)) == len(
+            re.findall(rf"^```{language}$", text, re.MULTILINE)
+        )
+
+
 def imports_of(block: str) -> str:
     return ast.unparse([line for line in ast.parse(block).body if isinstance(line, (ast.Import, ast.ImportFrom))])
 

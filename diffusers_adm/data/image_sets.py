@@ -37,7 +37,7 @@ class DatasetImages:
         options = options or ImageSetOptions()
         self.name = f"{dataset}, split {options.split}"
         self.format = options.format
-        source = replace(options.source, dataset_name=str(dataset), train_data_dir=None)
+        source = replace(options.source, dataset_name=str(dataset))
         self.rows, columns = load_rows(source, options.split, labelled=labelled)
         self.image_column = columns.image
         self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
