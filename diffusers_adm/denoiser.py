@@ -190,10 +190,12 @@ class Denoiser(nn.Module):
             if classes or self.guidance_scale or self.cfg_weight:
                 raise ValueError("`class_labels` must be given, because the UNet or the guidance requires them.")
             return None
-        labels = self.pipeline.class_ids(class_labels)
-        takes_labels = self.unet.config.num_class_embeds is not None
-        check_labels(self.pipeline, labels, takes_labels, [self.guidance_scale] * len(labels))
-        return None if x is None else one_per_image("class_labels", labels, x).expand(len(x))
+        on_cpu = not isinstance(class_labels, torch.Tensor) or class_labels.device.type == "cpu"
+        if x is None or on_cpu:  # reading a tensor on a GPU would wait for it
+            class_labels = self.pipeline.class_ids(class_labels)
+            takes_labels = self.unet.config.num_class_embeds is not None
+            check_labels(self.pipeline, class_labels, takes_labels, [self.guidance_scale] * len(class_labels))
+        return None if x is None else one_per_image("class_labels", class_labels, x).expand(len(x))
 
     def _sigma(self, sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
         flat = sigma.flatten() if isinstance(sigma, torch.Tensor) else sigma  # some samplers pass (batch, 1, 1, 1)

@@ -238,6 +238,12 @@ def test_classes_that_are_missing(change):
         Denoiser(pipe, **change)(images(), 1.0)
 
 
+def test_tensors_on_an_accelerator_are_not_read():
+    denoiser = Denoiser(tiny_pipeline(), guidance_scale=2.0).to("meta")  # no tensor on this device has values
+    x, sigma, labels = images().to("meta"), torch.ones(2, device="meta"), torch.tensor(LABELS, device="meta")
+    assert denoiser(x, sigma, labels).shape == x.shape
+
+
 def test_labels_of_another_number_of_images():
     with pytest.raises(ValueError, match="`class_labels` must be one number for all images or one per image"):
         Denoiser(tiny_pipeline(), [1, 2, 3])(images(), 1.0)
