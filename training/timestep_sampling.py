@@ -88,19 +88,21 @@ class LossSecondMomentSampler(nn.Module):
             loss: Unweighted losses of the images, `(batch,)`. Losses that are not finite are left out; half precision can
                 produce them.
         """
-        finite = loss.isfinite()
-        timestep, loss = timestep[finite], loss[finite]
-        timestep, order = timestep.to(self.counts.device).sort(stable=True)
-        loss = loss.to(self.history.device, self.history.dtype)[order]
+        num_timesteps, history_size = self.history.shape
+        # Losses that are left out go to a spare row, because a boolean mask would wait for the device at every step.
+        history, counts = nn.functional.pad(self.history, (0, 0, 0, 1)), nn.functional.pad(self.counts, (0, 1))
+        timestep = torch.where(loss.isfinite(), timestep, num_timesteps).to(counts.device)
+        timestep, order = timestep.sort(stable=True)
+        loss = loss.to(history.device, history.dtype)[order]
         # A timestep that was drawn several times takes that many consecutive places.
         first = torch.searchsorted(timestep, timestep)
         occurrence = torch.arange(len(timestep), device=timestep.device) - first
-        drawn = torch.bincount(timestep, minlength=len(self.counts))
-        history_size = self.history.shape[1]
+        drawn = torch.zeros_like(counts).index_add(0, timestep, torch.ones_like(timestep))
         latest = occurrence >= drawn[timestep] - history_size  # if more were drawn than fit, the last ones are kept
-        place = (self.counts[timestep] + occurrence) % history_size
-        self.history[timestep[latest], place[latest]] = loss[latest]
-        self.counts += drawn
+        place = (counts[timestep] + occurrence) % history_size
+        history[torch.where(latest, timestep, num_timesteps), place] = loss
+        self.history.copy_(history[:-1])
+        self.counts += drawn[:-1]
 
 
 SAMPLERS = dict(zip(TIMESTEP_SAMPLERS, (UniformSampler, LossSecondMomentSampler)))
