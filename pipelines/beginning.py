@@ -41,7 +41,9 @@ class Beginning:
         if self.image is not None and self.start is None and self.strength is None:
             raise ValueError("`image` requires a `strength` in (0, 1], or a `start`, but got neither.")
         if self.start is not None and self.image is None and self.latents is None:
-            raise ValueError("`start` requires `latents` or an `image`, but got neither.")
+            raise ValueError(
+                "`start` requires images to begin with, which are `latents` or the `image` of a ClassifierGuidedPipeline, but got none."
+            )
         if self.strength is not None and self.image is None:
             raise ValueError("`strength` requires an `image`. With `latents`, pass `start`.")
         if self.strength is not None and not (is_number(self.strength) and 0 < self.strength <= 1):

@@ -5,6 +5,7 @@ import torch
 from diffusers import ImagePipelineOutput
 
 from diffusers_adm.pipelines import ADMUpsamplePipeline, ClassifierGuidedPipeline
+from diffusers_adm.pipelines.class_labels import known_classes
 
 
 def draw_cascade(
@@ -19,8 +20,9 @@ def draw_cascade(
 
     Args:
         stages: Base pipeline, then one or more upsamplers. Each upsampler enlarges the images of the previous stage.
-        class_labels: Class of each image, by number or name. `None` for models without classes. If the base model has classes, `None`
-            draws random labels for it, and the upsamplers use their null class, which they must have.
+        class_labels: Class of each image, by number or name, for all stages that have classes. `None` for models without classes. If
+            the base model has classes, `None` draws random labels for it, and the upsamplers use their null class, which they must
+            have.
         calls: Other arguments of each stage's call, such as its number of steps and guidance scale, or its own `class_labels` and
             `generator`.
         generator: Generator for all images, or a list of one generator per image.
@@ -65,6 +67,8 @@ def draw_cascade(
     images = None
     for number, (stage, call) in enumerate(zip(stages, calls)):
         arguments = {"class_labels": class_labels, "generator": generator, **call}
+        if number and known_classes(stage) is None and call.get("guidance_fn") is None:
+            arguments["class_labels"] = None  # this upsampler has no classes
         arguments["output_type"] = output_type if number == len(stages) - 1 else "pt"
         output = stage(**arguments) if images is None else stage(images, **arguments)
         images = output.images

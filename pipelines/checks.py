@@ -5,10 +5,13 @@ from collections.abc import Mapping
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import unwrap_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from diffusers_adm.checks import check_images, is_integer
 from diffusers_adm.guidance import ClassifierGuidance, GuidanceFunction, GuidanceOptions
-from diffusers_adm.guidance.sums import summands
+from diffusers_adm.guidance.gradient import moves_weights
+from diffusers_adm.guidance.sums import networks_of_guidance, summands
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import check_same_classes
 from diffusers_adm.pipelines.options import SamplingOptions
@@ -132,36 +135,73 @@ def count_images(batch_size: int, latents: torch.Tensor | None, **inputs: torch.
     return next(iter(counts.values()))
 
 
-def check_no_dropout(**models: torch.nn.Module | None) -> None:
-    """Raises a ValueError if dropout of a model is active."""
-    for name, model in models.items():
-        if getattr(model, "training", False) and any(
-            isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
-        ):
+def networks_that_predict(pipeline: DiffusionPipeline, options: SamplingOptions) -> dict[str, torch.nn.Module]:
+    """Returns the networks of a run that predict, by name."""
+    weaker = {"weaker": options.weaker} if isinstance(options.weaker, torch.nn.Module) else {}
+    return {"unet": pipeline.unet, **weaker}
+
+
+def networks_that_guide(pipeline: DiffusionPipeline, options: SamplingOptions) -> dict[str, torch.nn.Module | None]:
+    """Returns the networks of a run that guide, by name."""
+    if options.guidance_fn is None:
+        return {"classifier": pipeline.classifier}
+    networks = networks_of_guidance(options.guidance_fn)
+    return {f"network {type(network).__name__} of `guidance_fn`": network for network in networks}
+
+
+def check_eval_mode(networks: dict[str, torch.nn.Module | None]) -> None:
+    """
+    Raises a ValueError if a network is in training mode and differs from itself in eval mode.
+
+    Args:
+        networks: Networks by name.
+    """
+    for name, network in networks.items():
+        if getattr(network, "training", False) and any(map(_changes_in_training, network.modules())):
             raise ValueError(
-                f"The {name} must be in eval mode, because its dropout is active in training mode. Call {name}.eval()."
+                f"The {name} must be in eval mode, because its dropout or batch normalisation is active in training mode. Call `eval()`"
+                " of this network."
             )
 
 
-def check_with_gradients(options: SamplingOptions, output_type: str, classifier: torch.nn.Module | None) -> None:
+def _changes_in_training(module: torch.nn.Module) -> bool:
+    """Returns whether a layer has another output in training mode than in eval mode."""
+    return bool(getattr(module, "p", 0)) if isinstance(module, _DropoutNd) else isinstance(module, _BatchNorm)
+
+
+def check_with_gradients(
+    options: SamplingOptions,
+    output_type: str,
+    predicting: dict[str, torch.nn.Module],
+    guiding: dict[str, torch.nn.Module | None],
+) -> None:
     """
     Checks a run whose result has gradients.
 
     Args:
         options: Resolved options of the run.
         output_type: Type of the images.
-        classifier: Classifier of the pipeline, or `None` if no image is guided.
+        predicting: Networks that predict, by name.
+        guiding: Networks that guide, by name.
 
     Raises:
-        ValueError: If an option has no gradient, the images cannot carry one, or the classifier has gradient checkpointing.
+        ValueError: If an option has no gradient, the images cannot carry one, a network that guides has gradient checkpointing, or the
+            weights of a network are moved in each forward pass.
     """
     if not options.with_gradients:
         return
-    if options.guidance_fn is None and getattr(classifier, "is_gradient_checkpointing", False):
-        raise ValueError(
-            "`with_gradients` does not support a classifier with gradient checkpointing, because each step is recomputed already. Call"
-            " classifier.disable_gradient_checkpointing()."
-        )
+    for name, network in guiding.items():
+        if getattr(network, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"`with_gradients` does not support gradient checkpointing of the {name}, because each step is recomputed already. Call"
+                " `disable_gradient_checkpointing()` of this network."
+            )
+    for name, network in (predicting | guiding).items():
+        if network is not None and moves_weights(network):
+            raise ValueError(
+                f"`with_gradients` requires weights that stay in place, but those of the {name} are offloaded or cast in each layer."
+                " Load it without offloading and layerwise casting."
+            )
     if output_type not in ("pt", "latent"):
         raise ValueError(f"`with_gradients` requires output_type='pt' or 'latent', but got {output_type!r}.")
     if options.particles not in (None, 1):
@@ -219,6 +259,17 @@ def check_classifier(pipeline: DiffusionPipeline) -> None:
             )
     if pipeline.config.id2label is not None and classifier.get("id2label") is not None:
         check_same_classes(pipeline.config.id2label, classifier["id2label"])
+
+
+def check_classifier_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:
+    """Raises a ValueError if the classifier does not take images of a size."""
+    config = pipeline.classifier.config
+    size = config["sample_size"]
+    if config.get("pool") == "attention" and not height == width == size:
+        raise ValueError(
+            f"`height` and `width` must be {size} with guidance by this classifier, whose pool='attention' takes no other size, but got"
+            f" {height} and {width}."
+        )
 
 
 def check_weaker_unet(weaker: ADMUNet2DModel, unet: ADMUNet2DModel, has_class: bool) -> None:

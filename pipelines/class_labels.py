@@ -111,9 +111,9 @@ def check_range(labels: list[int], num_classes: int) -> None:
 
 def draw_labels(
     num_classes: int, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
-) -> list[int]:
-    """Draws random labels, from one generator for all images or one generator per image."""
+) -> torch.Tensor:
+    """Draws random labels, `(batch_size,)`, from one generator for all images or one generator per image."""
     if isinstance(generator, list):
-        return [label for own in generator for label in draw_labels(num_classes, 1, own)]
+        return torch.cat([draw_labels(num_classes, 1, own) for own in generator])
     device = generator.device if generator is not None else "cpu"
-    return torch.randint(num_classes, (batch_size,), generator=generator, device=device).tolist()
+    return torch.randint(num_classes, (batch_size,), generator=generator, device=device)

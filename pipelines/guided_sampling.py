@@ -9,25 +9,28 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers_adm.checks import check_types, is_integer, one_per_image
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
-from diffusers_adm.guidance import GuidanceOptions, Guider
+from diffusers_adm.guidance import GuidanceOptions, Guider, RunDenoiser
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance
-from diffusers_adm.guidance.gradient import gradients
+from diffusers_adm.guidance.gradient import gradients, keeping_weights, moves_weights
 from diffusers_adm.guidance.particles import Particles
-from diffusers_adm.guidance.sums import summands
+from diffusers_adm.guidance.sums import classes_of_guidance, summands
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.pipelines.beginning import Beginning, step_at
 from diffusers_adm.pipelines.checks import (
     check_classifier,
+    check_classifier_size,
     check_data,
+    check_eval_mode,
     check_finite,
     check_guidance_options,
-    check_no_dropout,
     check_parts,
     check_scheduler_fits,
     check_takes_timesteps,
     check_with_gradients,
+    networks_that_guide,
+    networks_that_predict,
 )
 from diffusers_adm.pipelines.class_labels import (
     ClassLabels,
@@ -47,7 +50,7 @@ from diffusers_adm.pipelines.sampling_steps import SamplingSteps
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
-from diffusers_adm.solvers import Solver, build_solver
+from diffusers_adm.solvers import Solver, build_solver, full_config
 from diffusers_adm.solvers.algorithms import check_variance_type
 
 
@@ -120,15 +123,14 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         """Checks given labels. If there are none and a network has classes, draws random labels."""
         if labels is None:
             num_classes = options.num_classes(self) or known_classes(self)
-            return None if num_classes is None else draw_labels(num_classes, batch_size, generator)
+            return None if num_classes is None else draw_labels(num_classes, batch_size, generator).tolist()
         unet_takes_labels = options.unet_takes_labels(self)
         if unet_takes_labels or options.guidance_fn is None:  # otherwise only `guidance_fn` uses the labels
             guided = options.guided_by_classifier(self)
             scales = per_image(options.guidance_scale, batch_size, "guidance_scale") if guided else None
             check_labels(self, labels, unet_takes_labels, scales)
-        for num_classes in (getattr(part, "num_classes", None) for part in summands(options.guidance_fn)):
-            if num_classes is not None:
-                check_range(labels, num_classes)
+        for num_classes in classes_of_guidance(options.guidance_fn):
+            check_range(labels, num_classes)
         return labels
 
     def _guidance_factors(
@@ -249,7 +251,8 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             labels, generator = repeated(labels, count), repeated(generator, count)
             beginning = beginning.per_particle(count)
             low_res = None if low_res is None else low_res.repeat_interleave(count, dim=0)
-        low_res = None if low_res is None else low_res.to(device)
+        with gradients(options.with_gradients):
+            low_res = None if low_res is None else low_res.to(device)
         guidance_options = GuidanceOptions.parse(options.guidance_options)
         counts = [guidance_options.recurrence if factor else 1 for factor in factors]
         factors = [factor for factor, count in zip(factors, counts) for _ in range(count)]
@@ -289,25 +292,36 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         """
         check_takes_timesteps(self.unet, "predict")
         schedule = NoiseSchedule.from_config(self.scheduler.config)
-        for name, images in (("sample", sample), ("low_res", low_res)):
-            if name == "sample" or images is not None:
-                check_data(name, images, self.unet.config.in_channels)
-        sample = sample.to(self._execution_device)
-        low_res = None if low_res is None else low_res.to(sample.device)
-        labels = None if class_labels is None else self.class_ids(class_labels)
-        if labels is not None and len(labels) != len(sample):
-            raise ValueError(f"`class_labels` must have one label per image, {len(sample)}, but got {len(labels)}.")
+        sample, labels, low_res = self._prepare_images("sample", sample, class_labels, low_res)
         timestep = one_per_image("timestep", timestep, sample).expand(len(sample))  # (batch,)
         if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
             raise ValueError(f"`timestep` must be integers in [0, {len(schedule) - 1}], but got {timestep.tolist()}.")
-        if labels is not None:
-            check_labels(self, labels, unet_takes_labels=True)
-            labels = torch.tensor(labels, device=sample.device)
-        model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
+        with keeping_weights(sample.requires_grad and moves_weights(self.unet)):
+            model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
         config = self.scheduler.config
         variance_type = config.get("variance_type") or "fixed_large"
         check_variance_type(variance_type)
         return read_prediction(schedule, sample, timestep, model_output, config.prediction_type, variance_type)
+
+    def _prepare_images(
+        self, name: str, images: torch.Tensor, class_labels: ClassLabels | None, low_res: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Checks images, their labels and their low-resolution images. Returns them on the device of the pipeline, the labels as numbers,
+        `(batch,)`.
+        """
+        for argument, given in ((name, images), ("low_res", low_res)):
+            if argument == name or given is not None:
+                check_data(argument, given, self.unet.config.in_channels)
+        device = self._execution_device
+        images, low_res = images.to(device), None if low_res is None else low_res.to(device)
+        if class_labels is None:
+            return images, None, low_res
+        labels = self.class_ids(class_labels)
+        if len(labels) != len(images):
+            raise ValueError(f"`class_labels` must have one label per image, {len(images)}, but got {len(labels)}.")
+        check_labels(self, labels, unet_takes_labels=True)
+        return images, torch.tensor(labels, device=device), low_res
 
     @torch.no_grad()
     def invert(
@@ -340,22 +354,26 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
             ValueError: If the number of steps is out of its range, `until` is not a timestep or below all visited ones, a class does
                 not exist, images have a wrong type or shape, or the noise is not finite.
         """
-        check_data("images", images, self.unet.config.in_channels)
         check_takes_timesteps(self.unet, "invert")
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        check_eval_mode({"unet": self.unet})
+        x, labels, low_res = self._prepare_images("images", images, class_labels, low_res)
+        scheduler = DDIMScheduler.from_config(full_config(self.scheduler))
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)
         if until is not None:
             solver.begin_at(step_at(self, solver, "until", until))
-        schedule = solver.schedule
-        x = images.to(self._execution_device, torch.float32)
+        schedule, steps = solver.schedule, list(enumerate(solver.visits))
+        denoiser = RunDenoiser(self.unet, solver, labels, low_res)
+        timesteps = schedule.timesteps.to(x.device)[:, None].expand(-1, len(x))  # (steps, batch), least noisy first
+        x = x.float()
         # Each step uses the noise that is predicted before it. The step from the clean images uses the noise of the first timestep.
-        x = add_noise(schedule, x, 0, self.predict(x, schedule.timesteps[0].item(), class_labels, low_res).epsilon)
-        for index in reversed(solver.visits[:-1]):
-            before = index - 1
-            x_0 = self.predict(x, schedule.timesteps[before].item(), class_labels, low_res).x_0
-            # As sampling does, because the steps must be its reverse.
-            x_0 = scheduler._threshold_sample(x_0) if solver.thresholds else solver.clip(x_0)
-            x = add_noise(schedule, x_0, index, epsilon_from_x_0(schedule, x, before, x_0))
+        last, _ = steps[-1]
+        _, epsilon = denoiser.x_0_and_epsilon(denoiser(x, timesteps[0], last), x, last)
+        x = add_noise(schedule, x, 0, epsilon)
+        for step, index in reversed(steps[1:]):
+            # Clipped or thresholded as in sampling, because the steps must be its reverse.
+            x_0 = solver.predict(denoiser(x, timesteps[index], step), index, x).x_0
+            x_0 = scheduler._threshold_sample(x_0) if solver.thresholds else x_0
+            x = add_noise(schedule, x_0, index + 1, epsilon_from_x_0(schedule, x, index, x_0))
         check_finite(x)
         return x
 
@@ -395,8 +413,8 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         booleans = {"condition_unet": options.condition_unet, "with_gradients": options.with_gradients}
         check_types(type(self).steps, {**booleans, "return_dict": return_dict})
         self._check_components()
-        weaker = options.weaker if isinstance(options.weaker, torch.nn.Module) else None
-        check_no_dropout(unet=self.unet, classifier=self.classifier, weaker=weaker)
+        evaluated, guiding = networks_that_predict(self, options), networks_that_guide(self, options)
+        check_eval_mode(evaluated | guiding)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but got {output_type!r}.")
         if output_type == "pil" and self.unet.config.in_channels not in MODES:
@@ -422,5 +440,7 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
                 f"`generator` must have one generator per image, {batch_size}, but got {len(generators)}."
             )
         scales = per_image(options.guidance_scale, batch_size, "guidance_scale")
-        check_with_gradients(options, output_type, self.classifier if any(scales) else None)
+        check_with_gradients(options, output_type, evaluated, guiding if any(scales) else {})
         self._check_size(height, width)
+        if any(scales) and guiding.get("classifier") is not None:
+            check_classifier_size(self, height, width)

@@ -8,6 +8,7 @@ import torch
 from diffusers import ConfigMixin
 
 from diffusers_adm.guidance import GuidanceFunction, GuidanceOptions
+from diffusers_adm.guidance.sums import classes_of_guidance
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.solvers import Churn, Restart, Solver, build_sigma_solver, build_solver, takes_respacing
 
@@ -89,14 +90,15 @@ class SamplingOptions:
 
     def num_classes(self, pipeline) -> int | None:
         """
-        Returns the number of classes that all networks have that are given labels, or `None` if no network is given labels. The
-        options must be resolved.
+        Returns the number of classes that all networks and guidance functions have that are given labels, or `None` if none of them
+        has classes. The options must be resolved.
 
         Args:
             pipeline: Pipeline of the run.
         """
         receivers = [pipeline.unet.config.num_class_embeds] if self.unet_takes_labels(pipeline) else []
         receivers += [pipeline.classifier.config.num_classes] if self.guided_by_classifier(pipeline) else []
+        receivers += classes_of_guidance(self.guidance_fn)
         return min(receivers, default=None)
 
 

@@ -123,9 +123,12 @@ def _predictions(
         return SmoothedAttention(unet, weaker)
     if weaker.kind == "null_class":
         return OtherClass(lambda: torch.full_like(class_labels, unet.null_class))
-    return OtherClass(
-        lambda: class_labels.new_tensor(draw_labels(unet.config.num_class_embeds, len(class_labels), generator))
-    )
+
+    def random_classes() -> torch.Tensor:
+        drawn = draw_labels(unet.config.num_class_embeds, len(class_labels), generator)
+        return drawn.to(class_labels.device, non_blocking=True)
+
+    return OtherClass(random_classes)
 
 
 def timesteps_of(solver: Solver) -> list[float]:

@@ -126,4 +126,4 @@ def returned_latents(outputs: dict, latents: torch.Tensor, name: str) -> torch.T
         raise ValueError(
             f"`{name}` must return a dict, which may contain latents or be empty, but it returned {type(outputs).__name__}."
         )
-    return as_returned(outputs.pop("latents", latents), latents, f"The latents that `{name}` returns")
+    return as_returned(outputs.get("latents", latents), latents, f"The latents that `{name}` returns")

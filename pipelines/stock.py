@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from diffusers_adm.models import ADMUNet2DModel
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from diffusers_adm.solvers import full_config
 
 
 def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
@@ -37,12 +38,10 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     tensors = unet.state_dict()
     tensors |= {name: tensors[name][:channels] for name in ("conv_out.weight", "conv_out.bias")}
     plain.load_state_dict(tensors, assign=True)
-    scheduler_config = {**pipeline.scheduler.config}
+    scheduler_config = full_config(pipeline.scheduler)
     if scheduler_config.get("variance_type") in ("learned", "learned_range"):
         scheduler_config["variance_type"] = "fixed_large"
     scheduler_class = type(pipeline.scheduler)
     if scheduler_class not in (DDPMScheduler, DDIMScheduler):
         scheduler_class = DDPMScheduler  # a DDPMPipeline passes a generator, which the steps of others do not take
-    # Another class would replace default betas by its own.
-    betas = {name: scheduler_config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
-    return DDPMPipeline(plain.eval(), scheduler_class.from_config(scheduler_config, **betas))
+    return DDPMPipeline(plain.eval(), scheduler_class.from_config(scheduler_config))

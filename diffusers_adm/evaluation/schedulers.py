@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler, PNDMScheduler
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.evaluation.options import PRECONDITIONED_SCHEDULERS
-from diffusers_adm.solvers import GUIDED_SETTINGS
+from diffusers_adm.solvers import GUIDED_SETTINGS, full_config
 
 
 SamplingPipeline = ClassifierGuidedPipeline | ADMUpsamplePipeline
@@ -35,8 +35,7 @@ def set_scheduler(pipeline: SamplingPipeline, name: str | None) -> None:
     if scheduler_class is DDPMScheduler:
         settings = {"variance_type": "learned_range" if pipeline.unet.learns_variance else "fixed_large"}
     unet = pipeline.unet.config
-    # With this entry, diffusers would replace betas that were defaults of the old class by those of the new class.
-    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    config = full_config(pipeline.scheduler)
     if name in PRECONDITIONED_SCHEDULERS:  # these have no noise schedule to keep
         pipeline.scheduler = scheduler_class(sigma_min=unet.sigma_min, sigma_max=unet.sigma_max)
     else:

@@ -38,6 +38,11 @@ class ClassifierGuidance:
         self.max_entropy_scale = max_entropy_scale
 
     @property
+    def network(self) -> torch.nn.Module:
+        """The classifier."""
+        return self.classifier
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """Data type of the classifier's weights. `None` if the classifier has no `dtype`."""
         return getattr(self.classifier, "dtype", None)
@@ -149,8 +154,8 @@ class CleanClassifierGuidance:
     log p(y | x_0) of a classifier of clean images, with the calibration of Ma et al. 2023 (arXiv 2310.11311).
 
     Args:
-        classifier: Classifier from `transformers`, or any module or function from pixels to logits `(batch, classes)`. Its classes
-            must have the same numbers as the pipeline's labels.
+        classifier: Classifier from `transformers`, or any module in eval mode or function from pixels to logits `(batch, classes)`.
+            Its classes must have the same numbers as the pipeline's labels.
         image_processor: Image processor from `transformers`, which resizes and normalises. Without one, the classifier is given
             pixels in [0, 1].
         through_unet: Whether the gradient goes through the UNet to x_t, at twice the cost. Otherwise the gradient with respect to
@@ -181,7 +186,7 @@ class CleanClassifierGuidance:
         check_types(type(self).__init__, {"through_unet": through_unet, **temperatures})
         if softplus_beta is not None:
             classifier = smoothed(classifier, softplus_beta)
-        self.classifier = classifier.eval() if isinstance(classifier, nn.Module) else classifier
+        self.classifier = classifier
         self.frozen_weights = weights_in_place(classifier)
         self.image_processor = image_processor
         self.through_unet = through_unet
@@ -202,6 +207,11 @@ class CleanClassifierGuidance:
 
         classifier = AutoModelForImageClassification.from_pretrained(name).to(device)
         return cls(classifier, AutoImageProcessor.from_pretrained(name), **kwargs)
+
+    @property
+    def network(self) -> nn.Module | Callable[[torch.Tensor], torch.Tensor]:
+        """The classifier."""
+        return self.classifier
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -238,7 +248,7 @@ class CLIPGuidance:
     Guidance scales of about 1000 are usual, with `guidance_options={"max_size": 0.2}`.
 
     Args:
-        model: CLIP model, a `transformers.CLIPModel`.
+        model: CLIP model in eval mode, a `transformers.CLIPModel`.
         processor: Processor of the model, a `transformers.CLIPProcessor`.
         prompt: Text for all images, or a list with one text per image.
         num_cutouts: Number of cutouts per image and step.
@@ -264,7 +274,7 @@ class CLIPGuidance:
             raise ValueError(
                 f"`num_cutouts` must be at least 1 and `min_cutout` must be in (0, 1], but got {num_cutouts} and {min_cutout}."
             )
-        self.model = model.eval()
+        self.model = model
         self.frozen_weights = weights_in_place(model)
         self.image_processor = processor.image_processor
         self.num_cutouts = num_cutouts
@@ -275,6 +285,11 @@ class CLIPGuidance:
         with torch.no_grad():
             features = model.get_text_features(**words.to(model.device)).pooler_output
         self.text = F.normalize(features.float(), dim=-1)  # (1 or batch, features)
+
+    @property
+    def network(self) -> nn.Module:
+        """The CLIP model."""
+        return self.model
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -34,14 +34,19 @@ def differentiable(weights_may_move: bool = True):
         weights_may_move: Whether a weight may be replaced between the forward and the backward pass, as offloading and
             layerwise casting do.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if weights_may_move:
-            # The backward pass would read the replaced data. A detached tensor keeps the data of the forward pass.
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
-            stack.enter_context(hooks)
+    with torch.inference_mode(False), torch.enable_grad(), keeping_weights(weights_may_move):
         yield
+
+
+def keeping_weights(weights_may_move: bool) -> contextlib.AbstractContextManager:
+    """
+    Lets the backward pass use the weights of the forward pass, although they may be replaced in between. Without it, the backward
+    pass would read the replaced data.
+    """
+    if not weights_may_move:
+        return contextlib.nullcontext()
+    # A detached tensor keeps the data of the forward pass.
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved)
 
 
 @contextlib.contextmanager
@@ -68,7 +73,8 @@ def moves_weights(network: Callable) -> bool:
     """Returns whether a network may replace its weights in a forward pass, as the hooks of offloading and layerwise casting do."""
     if not isinstance(network, torch.nn.Module):
         return True  # a plain function may use any network
-    return any(hasattr(module, name) for module in network.modules() for name in ("_hf_hook", "_diffusers_hook"))
+    # The dict is read, because `hasattr` of a module is much slower if there is no such attribute.
+    return any(name in vars(module) for module in network.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
 def weights_in_place(network: Callable) -> list[torch.nn.Parameter]:

@@ -73,6 +73,18 @@ def summands(guidance_fn: GuidanceFunction | None) -> list[GuidanceFunction | No
     return [part for function in guidance_fn.functions for part in summands(function)]
 
 
+def networks_of_guidance(guidance_fn: GuidanceFunction | None) -> list[nn.Module]:
+    """Returns the networks that the summands of a guidance function evaluate. Functions of the caller name theirs as `network`."""
+    networks = (getattr(part, "network", None) for part in summands(guidance_fn))
+    return [network for network in networks if isinstance(network, nn.Module)]
+
+
+def classes_of_guidance(guidance_fn: GuidanceFunction | None) -> list[int]:
+    """Returns the number of classes of each summand of a guidance function that has classes."""
+    counts = (getattr(part, "num_classes", None) for part in summands(guidance_fn))
+    return [count for count in counts if count is not None]
+
+
 class DiscriminatorGuidance(ClassifierGuidance):
     """
     Guidance by a discriminator, a noise-aware classifier of real and generated images: log d(x_t) - log(1 - d(x_t)), where d is the

@@ -8,6 +8,7 @@ from .schedulers import (
     SUPPORTED_SCHEDULERS,
     build_solver,
     check_scheduler,
+    full_config,
     takes_respacing,
 )
 from .visits import Restart
@@ -28,5 +29,6 @@ __all__ = [
     "build_solver",
     "check_scheduler",
     "check_sigma_scheduler",
+    "full_config",
     "takes_respacing",
 ]

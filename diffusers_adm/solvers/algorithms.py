@@ -438,6 +438,10 @@ class PNDMSolver(EpsilonSolver):
             lower = list(range(first - 1, -1, -1))
             self._visit([first, *lower[:1], *lower])
 
+    def jumps_to(self, step: int) -> bool:
+        """Returns False, because an index that is visited twice stands for the two evaluations of the first step."""
+        return False
+
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""
         epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)

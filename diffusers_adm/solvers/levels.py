@@ -34,8 +34,6 @@ def check_sigmas(sigmas: list[float], sigma_range: tuple[float, float]) -> None:
         raise ValueError(
             f"`sigmas` must be a list of one or more positive numbers, without the end of the run, but got {sigmas}."
         )
-    if sigmas[0] != max(sigmas):
-        raise ValueError(f"`sigmas` must begin with the highest one, {max(sigmas)}, but got {sigmas}.")
     lowest, highest = sigma_range
     if not lowest * (1 - _RANGE_ROUNDING) <= min(sigmas) <= max(sigmas) <= highest * (1 + _RANGE_ROUNDING):
         raise ValueError(
@@ -73,7 +71,9 @@ def place_levels(prepared: SchedulerMixin, schedule: NoiseSchedule, trained: Noi
         schedule: Steps of the run, least noisy first.
         trained: Noise schedule over all training timesteps.
     """
-    levels = torch.cat([schedule.sigma.flip(0).float(), prepared.sigmas[-1:]])
+    levels = schedule.sigma.flip(0).float()
+    # diffusers rounds the betas, so the end of the run can be a little noisier than the lowest level of the schedule.
+    levels = torch.cat([levels, torch.minimum(prepared.sigmas[-1:], levels[-1:])])
     timesteps = schedule.timesteps.flip(0)
     if prepared.timesteps.is_floating_point():
         timesteps = timesteps.float()

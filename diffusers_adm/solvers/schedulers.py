@@ -319,10 +319,18 @@ def first_evaluations(prepared: SchedulerMixin) -> list[int]:
     return [count - 1 - place for place in reversed(places)]
 
 
+def full_config(scheduler: SchedulerMixin) -> dict:
+    """
+    Returns the config of a scheduler, for `from_config` of its class or another class. With the entry that is left out,
+    `from_config` would replace all values that were defaults when the scheduler was built, even values that were changed later.
+    """
+    return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+
+
 def changed_copy(scheduler: SchedulerMixin, **changes) -> SchedulerMixin:
     """Returns a copy of a scheduler with changes to its config. The steps of the copy are not set."""
     if not isinstance(scheduler, (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)):
-        return type(scheduler).from_config(scheduler.config, **changes)
+        return type(scheduler).from_config(full_config(scheduler), **changes)
     # These constructors set one step per training timestep, which takes longer than a short run. A deep copy avoids them.
     copied = copy.deepcopy(scheduler)
     copied.register_to_config(**changes)
@@ -354,7 +362,7 @@ def respaced_copy(scheduler: SchedulerMixin, schedule: NoiseSchedule, **changes)
     always the previous entry of the list. A stock scheduler computes a different previous timestep for most lists.
     """
     respaced = type(scheduler).from_config(
-        scheduler.config, num_train_timesteps=len(schedule), trained_betas=schedule.beta.tolist(), **changes
+        full_config(scheduler), num_train_timesteps=len(schedule), trained_betas=schedule.beta.tolist(), **changes
     )
     respaced.alphas_cumprod = schedule.alpha_bar  # in float64, because the scheduler's own table is rounded
     return respaced

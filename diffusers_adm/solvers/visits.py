@@ -109,11 +109,14 @@ def listed_visits(listed: list[float], name: str, starts: list[int]) -> list[int
         starts: Evaluation with which each step begins, least noisy first.
 
     Raises:
-        ValueError: If the list skips an entry on the way down that it visits elsewhere, or does not end with the least noisy one.
+        ValueError: If the list skips an entry on the way down that it visits elsewhere, or does not begin with the noisiest entry and
+            end with the least noisy one.
     """
     values = sorted(set(listed))
     place = {value: index for index, value in enumerate(values)}
     steps = [place[value] for value in listed]
+    if listed[0] != values[-1]:
+        raise ValueError(f"`{name}` must begin with the noisiest one, {values[-1]}, but got {list(listed)}.")
     for before, after in zip(steps, steps[1:]):
         if after < before - 1:
             raise ValueError(

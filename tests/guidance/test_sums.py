@@ -63,6 +63,14 @@ def test_a_sum_guides_a_pipeline():
     )
 
 
+@pytest.mark.parametrize("num_class_embeds", [5, None])
+def test_labels_are_drawn_from_the_classes_that_all_functions_have(num_class_embeds):
+    pipeline = tiny_pipeline(tiny_unet(num_class_embeds=num_class_embeds), with_classifier=False)
+    guides = [ClassifierGuidance(tiny_classifier(num_classes=count)) for count in (4, 2)]
+    (step,) = pipeline.steps(batch_size=30, guidance_fn=WeightedSum(*guides), guidance_scale=1.0, timesteps=[0])
+    assert step.class_labels.unique().tolist() == [0, 1]
+
+
 def test_a_sum_within_a_sum_is_checked_as_the_sum_is():
     inner = WeightedSum(ClassifierGuidance(tiny_classifier()))
     unet = tiny_unet(out_channels=3, preconditioning="edm", timestep_scale=1000.0)

@@ -37,7 +37,7 @@ def one_step(pipeline, x_t: torch.Tensor, **call) -> torch.Tensor:
 def test_a_random_class_of_each_image_and_step():
     pipeline, x_t = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler, clip_sample=False)), images()
     found = one_step(pipeline, x_t, cfg_weight=2.0, weaker="random_class")
-    others = draw_labels(NUM_CLASSES, 2, torch.Generator().manual_seed(0))
+    others = draw_labels(NUM_CLASSES, 2, torch.Generator().manual_seed(0)).tolist()
     epsilon = 3 * epsilon_of(pipeline.unet, x_t, LABELS) - 2 * epsilon_of(pipeline.unet, x_t, others)
     torch.testing.assert_close(found, one_step_x_0(pipeline, x_t, epsilon), rtol=1e-4, atol=1e-5)
 

@@ -12,8 +12,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from pipeline_calls import NAMES, draw, refused, seeded
-from tiny_models import NUM_CLASSES, images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny_models import NUM_CLASSES, SIZE, images, tiny_classifier, tiny_pipeline, tiny_scheduler, tiny_unet
 
+from diffusers_adm.guidance import CleanClassifierGuidance, WeightedSum
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
 
 
@@ -74,6 +75,23 @@ def test_dropout_is_refused(name):
     assert draw(pipeline, **call).isfinite().all()
     model.train()
     refused(pipeline, f"The {name} must be in eval mode", **call)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(5)])
+def test_a_network_of_a_guidance_function_stays_in_its_mode(layer):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 5), layer)
+    guide = CleanClassifierGuidance(network)
+    assert network.training
+    call = {"guidance_fn": WeightedSum(guide), "guidance_scale": 1.0}
+    refused(tiny_pipeline(), "The network Sequential of `guidance_fn` must be in eval mode", **call)
+    network.eval()
+    assert draw(tiny_pipeline(), **call).isfinite().all()
+
+
+def test_a_size_that_the_classifier_does_not_take_is_refused():
+    message = "`height` and `width` must be 8 with guidance by this classifier"
+    refused(tiny_pipeline(), message, height=16, width=16, guidance_scale=1.0)
+    assert draw(tiny_pipeline(), height=16, width=16, guidance_scale=0.0).shape[-2:] == (16, 16)
 
 
 def test_name_without_names_is_refused():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
 from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, rows_seen, solver_pipeline, visited
-from tiny_models import tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny_models import images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 
 @every_solver
@@ -109,6 +109,13 @@ def test_a_run_that_stops_before_noise_is_added_returns_its_last_step():
 
         output = draw(pipeline, callback_on_step_end=stop, guidance_scale=0.0, **call)
         assert torch.equal(output, latents[-1]) and len(latents) == last + 1
+
+
+def test_a_dict_that_is_returned_again_acts_again():
+    pipeline, latents = tiny_pipeline(), images()
+    kept = {"latents": latents}
+    drawn = draw(pipeline, num_inference_steps=3, guidance_scale=0.0, callback_on_step_end=lambda *_: kept)
+    assert torch.equal(drawn, latents) and kept["latents"] is latents
 
 
 def test_callback_is_given_only_what_it_asks_for():

@@ -91,6 +91,26 @@ def test_digits_that_were_inverted_to_a_timestep_are_drawn_again():
     assert errors[0] < errors[1] < 0.1, errors
 
 
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, HeunDiscreteScheduler])
+def test_inversion_uses_the_noise_and_the_options_of_the_scheduler(scheduler_class):
+    """Both may differ from the defaults of DDIM."""
+    scheduler = scheduler_class()
+    scheduler.register_to_config(clip_sample=False)
+    betas = {name: scheduler.config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+    same = DDIMScheduler(clip_sample=False, **betas)
+    unet = tiny_unet()
+    found, expected = (
+        tiny_pipeline(unet, one, with_classifier=False).invert(images(), LABELS, 5) for one in (scheduler, same)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_inversion_with_dropout_is_refused():
+    pipeline = tiny_pipeline(tiny_unet(dropout=0.1).train())
+    with pytest.raises(ValueError, match="The unet must be in eval mode"):
+        pipeline.invert(images(), LABELS, 5)
+
+
 def test_inversion_thresholds_as_sampling_does():
     pipeline = pipeline_with(DDIMScheduler, clip_sample=False, thresholding=True)
     given = images().clamp(-1, 1)
@@ -260,7 +280,7 @@ BAD = {
     "no strength": ({"image": PICTURES}, "`image` requires a `strength`"),
     "both": ({"image": PICTURES, "strength": 0.5, "start": 500}, "`start` and `strength` must not"),
     "latents": ({"image": PICTURES, "strength": 0.5, "latents": images()}, "`image` and `latents` must not"),
-    "start alone": ({"start": 500}, "`start` requires `latents` or an `image`"),
+    "start alone": ({"start": 500}, "`start` requires images to begin with"),
     "strength alone": ({"strength": 0.5}, "`strength` requires an `image`"),
     "strength of latents": ({"strength": 0.5, "latents": images()}, "With `latents`, pass `start`"),
     "no noise": ({"image": PICTURES, "strength": 0}, "`strength` must be a number in (0, 1], but got 0"),

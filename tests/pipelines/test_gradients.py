@@ -11,6 +11,7 @@ from tiny_models import SIZE, images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.diffusion import NoiseSchedule
+from diffusers_adm.guidance import ClassifierGuidance
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
 
 
@@ -185,6 +186,28 @@ def test_an_upsampler_has_gradients_with_respect_to_the_small_image(scale):
     check_gradient(value, 0.25 + torch.rand(2, 3, 4, 4, generator=seeded()) / 2)
 
 
+def test_the_small_image_of_an_upsampler_may_be_on_another_device():
+    """The meta device stands for an accelerator."""
+    pipeline = ADMUpsamplePipeline(tiny_unet(low_res_conditioning=True), tiny_scheduler(DDIMScheduler), low_res_size=4)
+    pipeline.set_progress_bar_config(disable=True)
+    for parameter in pipeline.unet.parameters():
+        parameter.requires_grad_(False)
+    small = torch.rand(2, 3, 4, 4, requires_grad=True)
+    call = {"num_inference_steps": 2, "guidance_scale": 0.0, "with_gradients": True, "output_type": "latent"}
+    first = next(pipeline.to("meta").steps(small, LABELS, **call))
+    assert first.latents.requires_grad
+
+
+@pytest.mark.parametrize("name", ["unet", "weaker", "classifier"])
+def test_weights_that_are_moved_in_each_layer_are_refused(name):
+    """The steps are computed again in the backward pass, when the weights are elsewhere."""
+    pipeline, weaker = tiny_pipeline(tiny_unet(use_null_class=True)), tiny_unet(use_null_class=True)
+    network = weaker if name == "weaker" else getattr(pipeline, name)
+    network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    call = {"weaker": weaker, "cfg_weight": 1.0, "with_gradients": True, "output_type": "latent"}
+    refused(pipeline, f"weights that stay in place, but those of the {name} are", **call)
+
+
 def test_steps_have_gradients_too():
     x = images().requires_grad_()
     steps = list(
@@ -243,7 +266,9 @@ def test_runs_without_gradients_are_refused(call, message):
 def test_a_classifier_with_gradient_checkpointing_is_refused():
     pipeline = tiny_pipeline()
     pipeline.classifier.enable_gradient_checkpointing()
-    refused(pipeline, "does not support a classifier with gradient checkpointing", with_gradients=True)
+    refused(pipeline, "does not support gradient checkpointing of the classifier", with_gradients=True)
+    guide = ClassifierGuidance(pipeline.classifier)
+    refused(pipeline, "checkpointing of the network NoisyClassifier", with_gradients=True, guidance_fn=guide)
     assert (
         draw(pipeline, LABELS, latents=images(), num_inference_steps=2, guidance_scale=0, with_gradients=True)
         .isfinite()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, seeded, solver_pipeline
-from tiny_models import SIZE, tiny_pipeline
+from tiny_models import SIZE, images, tiny_pipeline
 
 
 CPU = torch.device("cpu")
@@ -105,3 +105,17 @@ def test_model_cpu_offload_gives_the_same(solver):
     output = draw(pipeline, generator=generators, **call).cpu()
     torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
     assert {model.device.type for model in (pipeline.unet, pipeline.classifier)} == {"cpu"}
+
+
+def test_predictions_under_layerwise_casting_have_the_gradients_of_the_rounded_weights():
+    pipeline, x_t = tiny_pipeline(), images()
+    for parameter in pipeline.unet.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+    def gradient() -> torch.Tensor:
+        x = x_t.clone().requires_grad_()
+        return torch.autograd.grad(pipeline.predict(x, 500, [1, 3]).x_0.square().sum(), x)[0]
+
+    expected = gradient()
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    torch.testing.assert_close(gradient(), expected)

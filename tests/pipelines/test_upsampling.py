@@ -162,6 +162,15 @@ def test_a_cascade_is_its_stages_one_after_the_other():
         draw_cascade(stages, [1, 2], [{}])
     with pytest.raises(ValueError, match="`class_labels` are required"):
         draw_cascade(stages)
+    unconditional = upsampler(
+        tiny_unet(sample_size=16, low_res_conditioning=True, attention_resolutions=(8,), num_class_embeds=None),
+        low_res_size=8,
+    )
+    found, other = (
+        draw_cascade([base, unconditional], labels, calls[:2], torch.Generator().manual_seed(0), output_type="latent")
+        for labels in ([1, 2], [1, 3])
+    )
+    assert torch.equal(found.images[0], other.images[0]) and not torch.equal(found.images[1], other.images[1])
     base.register_to_config(id2label={number: f"class {number}" for number in range(NUM_CLASSES)})
     named, numbered = (
         draw_cascade(stages, labels, calls, torch.Generator().manual_seed(0), output_type="latent").images

@@ -93,3 +93,11 @@ def test_copies_are_counted():
     latents = torch.zeros(2, 3, SIZE, SIZE)
     hooks = {"callback_on_step_start": lambda *_: {"latents": latents.to("meta")}}
     assert copies_per_step(on_meta(DDIMScheduler), guidance_scale=0.0, **hooks) == [0, 1, 1, 1]
+
+
+def test_inversion_copies_nothing_and_reads_nothing_back_in_a_step():
+    pipeline, copies, counts = on_meta(DDIMScheduler), Copies(), []
+    pipeline.unet.register_forward_pre_hook(lambda *_: counts.append(copies.count))
+    with copies, pytest.raises(NotImplementedError, match="meta"):  # the result is read at the end
+        pipeline.invert(torch.zeros(2, 3, SIZE, SIZE), [1, 3], num_inference_steps=STEPS)
+    assert len(counts) == STEPS and counts == counts[:1] * STEPS

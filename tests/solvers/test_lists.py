@@ -189,6 +189,14 @@ def test_churn_of_0_is_heuns_method_and_no_churn_exceeds_the_noise_of_training()
     torch.testing.assert_close(draw(pipeline, churn={"s_churn": 9, "s_tmin": 1e3}), plain, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scheduler_class", [DEISMultistepScheduler, SASolverScheduler])
+@pytest.mark.parametrize("steps", [{"timesteps": [900, 500, 0]}, {"sigmas": [50.0, 1.0, 0.01]}])
+def test_a_list_may_end_where_the_scheduler_ends(scheduler_class, steps):
+    """The lowest noise level of these schedulers is that of timestep 0, but rounded."""
+    solver = solver_of(scheduler_class, **steps)
+    assert len(solver.visits) == 3 and states(solver, start())[-1].isfinite().all()
+
+
 def test_no_gradient_is_reused_across_a_jump():
     pipeline, seen = tiny_pipeline(), []
     pipeline.classifier.register_forward_pre_hook(lambda _, args: seen.append(int(args[1][0])))
@@ -203,7 +211,8 @@ def test_no_gradient_is_reused_across_a_jump():
         (DDIMScheduler, {"sigmas": [1.0, 0.0]}, "one or more positive numbers, without the end"),
         (DDIMScheduler, {"sigmas": ["1"]}, "one or more positive numbers"),
         (DDIMScheduler, {"sigmas": []}, "one or more positive numbers"),
-        (DDIMScheduler, {"sigmas": [1.0, 2.0, 1.0]}, "must begin with the highest one, 2.0"),
+        (DDIMScheduler, {"sigmas": [1.0, 2.0, 1.0]}, "must begin with the noisiest one, 2.0"),
+        (DDIMScheduler, {"timesteps": [10, 999, 10, 0]}, "must begin with the noisiest one, 999"),
         (DDIMScheduler, {"sigmas": [2.0, 1.00001, 1.0]}, "must differ by 0.01 %"),
         (DDIMScheduler, {"sigmas": [2.0], "timesteps": [3]}, "both list the steps"),
         (UniPCMultistepScheduler, {"timesteps": [900, 300, 600, 300]}, "skip an entry"),

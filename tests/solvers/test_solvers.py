@@ -18,8 +18,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from gaussian_mixture import MIXTURE, fitted_order, start
+from pipeline_calls import draw
 from tiny_models import tiny_pipeline, tiny_scheduler
 
+from diffusers_adm.diffusion import add_noise, epsilon_from_x_0
 from diffusers_adm.guidance import guidance_gradient
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS, Denoised, build_solver
 
@@ -137,6 +139,51 @@ def test_every_supported_scheduler_draws_guided_and_unguided():
             output_type="latent",
         ).images
         torch.testing.assert_close(alone[0], drawn[1][1], rtol=1e-3, atol=1e-3, msg=scheduler_class.__name__)
+
+
+@pytest.mark.parametrize("scheduler_class", SUPPORTED_SCHEDULERS)
+def test_an_exact_prediction_leads_to_its_image_from_any_step(scheduler_class):
+    """Noise that does not belong to the noise level of a step would stay in the image."""
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.rand(2, 1, 4, 4, generator=generator) - 0.5
+    count = len(build_solver(tiny_scheduler(scheduler_class), 9, None, 0.0).entries)
+    for beginning in range(count):
+        solver = build_solver(tiny_scheduler(scheduler_class), 9, None, 0.0)
+        solver.begin_at(list(solver.entries)[beginning])
+        x_t = add_noise(solver.schedule, x_0, solver.visits[0], torch.randn(x_0.shape, generator=generator))
+        for step, index in enumerate(solver.visits):
+            x_t = solver.renoise(x_t, step - 1, generator) if step else x_t
+            output = epsilon_from_x_0(solver.schedule, x_t, index, x_0)
+            if scheduler_class is DDPMScheduler:
+                output = torch.cat([output, torch.zeros_like(output)], dim=1)
+            x_t = solver.step(solver.predict(output, index, x_t), index, x_t, None, generator)
+        torch.testing.assert_close(x_t, x_0, rtol=0, atol=0.06)  # DEIS and SA-Solver end at noise level 0.01
+
+
+def x_0_of(scheduler) -> torch.Tensor:
+    """x_0 of a guided run of a tiny pipeline."""
+    return draw(tiny_pipeline(scheduler=scheduler), num_inference_steps=6, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "options"),
+    [
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (DPMSolverMultistepScheduler, {"thresholding": True, "sample_max_value": 1.5}),
+        (DPMSolverMultistepScheduler, KARRAS),
+        (UniPCMultistepScheduler, {"disable_corrector": [0]}),
+        (HeunDiscreteScheduler, KARRAS),
+        (KDPM2DiscreteScheduler, KARRAS),
+        (DDIMScheduler, {"clip_sample": False}),
+        (DDIMScheduler, {"set_alpha_to_one": False}),
+    ],
+)
+def test_options_that_are_changed_later_are_those_of_the_constructor(scheduler_class, options):
+    changed = tiny_scheduler(scheduler_class)
+    changed.register_to_config(**options)
+    drawn = x_0_of(changed)
+    assert torch.equal(drawn, x_0_of(tiny_scheduler(scheduler_class, **options)))
+    assert not torch.equal(drawn, x_0_of(tiny_scheduler(scheduler_class)))
 
 
 @pytest.mark.filterwarnings(
