@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written. The message names the file.
     """
-    _remove_partial_files(path)
+    remove_partial_files(path.parent, path.name)
     partial = path.with_name(f"{_PROCESS_PREFIX}{os.getpid()}-{path.name}")
     try:
         with naming_write_errors(path):
@@ -49,11 +49,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _remove_partial_files(path: Path) -> None:
-    """Removes the temporary files of a file whose processes, on this machine, were killed."""
-    for partial in path.parent.glob(f"{glob.escape(_PROCESS_PREFIX)}*-{glob.escape(path.name)}"):
-        process = partial.name.removeprefix(_PROCESS_PREFIX).removesuffix(f"-{path.name}")
-        if process.isdecimal() and not _is_running(int(process)):
+def remove_partial_files(folder: Path, name: str | None = None) -> None:
+    """
+    Removes the temporary files of a folder whose processes, on this machine, were killed.
+
+    Args:
+        folder: Folder of the files.
+        name: Name of the file whose temporary files are removed. `None` means all files.
+    """
+    for partial in folder.glob(f"{glob.escape(_PROCESS_PREFIX)}*"):
+        process, _, final = partial.name.removeprefix(_PROCESS_PREFIX).partition("-")
+        if name in (None, final) and process.isdecimal() and not _is_running(int(process)):
             partial.unlink(missing_ok=True)
 
 

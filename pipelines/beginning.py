@@ -134,6 +134,11 @@ def step_at(pipeline: DiffusionPipeline, solver: Solver, name: str, timestep: fl
     if not (is_number(timestep) and 0 <= timestep <= highest):
         allowed = "a noise level of at least 0" if takes_sigma else f"a training timestep in [0, {highest}]"
         raise ValueError(f"`{name}` must be {allowed}, but got {timestep!r}.")
+    if not takes_sigma and 0 < timestep < 1:
+        advice = " For a fraction of the steps, pass `strength`." if name == "start" else ""
+        raise ValueError(
+            f"`{name}` must be a training timestep in [0, {highest}], but got the fraction {timestep!r}.{advice}"
+        )
     for step, visited in solver.entries.items():
         if visited <= timestep * (1 + ROUNDING):
             return step

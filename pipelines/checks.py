@@ -1,5 +1,6 @@
 """Checks of a pipeline's components and of the images of a call."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -261,10 +262,19 @@ def check_classifier(pipeline: DiffusionPipeline) -> None:
         check_same_classes(pipeline.config.id2label, classifier["id2label"])
 
 
-def check_classifier_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:
-    """Raises a ValueError if the classifier does not take images of a size."""
-    config = pipeline.classifier.config
-    size = config["sample_size"]
+def check_classifier_of_call(pipeline: DiffusionPipeline, options: SamplingOptions, height: int, width: int) -> None:
+    """
+    Raises a ValueError if the classifier that guides does not take images of a size. Warns if it has another number of classes than
+    the UNet, and both are given the labels.
+    """
+    config, unet_classes = pipeline.classifier.config, pipeline.unet.config.num_class_embeds
+    size, classes = config["sample_size"], config["num_classes"]
+    if options.unet_takes_labels(pipeline) and unet_classes != classes:
+        warnings.warn(
+            f"The UNet has {unet_classes} classes and the classifier has {classes}. Both are given the labels, which must mean the same"
+            " classes.",
+            stacklevel=2,
+        )
     if config.get("pool") == "attention" and not height == width == size:
         raise ValueError(
             f"`height` and `width` must be {size} with guidance by this classifier, whose pool='attention' takes no other size, but got"

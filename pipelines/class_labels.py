@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_adm.models.class_names import synonyms
+from diffusers_adm.models.class_names import composed, synonyms
 
 
+MOST_NAMES = 20  # that a message lists
 ClassLabels = int | str | list | torch.Tensor | np.ndarray
 
 
@@ -50,6 +51,7 @@ class ClassNames:
         raise ValueError(f"`class_labels` must be integers or names, but got {class_labels!r}.")
 
     def _class_id(self, name: str) -> int:
+        name = composed(name)
         if not self.label2id:
             raise ValueError(
                 f"`class_labels` must be integers, because neither pipeline nor classifier has names (id2label), but got {name!r}."
@@ -57,7 +59,11 @@ class ClassNames:
         if name not in self.label2id:
             lowered = {known.lower(): known for known in self.label2id}
             near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
-            raise ValueError(f"No class is called {name!r}." + (f" Similar names are {near}." if near else ""))
+            few = len(self.label2id) <= MOST_NAMES
+            names = f" The names are {', '.join(self.label2id)}." if few else " `pipe.label2id` has all names."
+            raise ValueError(
+                f"No class is called {name!r}.{f' Similar names are {near}.' if near and not few else ''}{names}"
+            )
         if len(self.label2id[name]) > 1:
             raise ValueError(f"Several classes are called {name!r}. Pass one of the numbers {self.label2id[name]}.")
         return self.label2id[name][0]

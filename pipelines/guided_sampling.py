@@ -1,29 +1,26 @@
-"""Sampling that both pipelines share: checks and preparation of a run, predictions and inversion."""
+"""Sampling that both pipelines share: checks and preparation of a run."""
 
 from functools import partial
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 
-from diffusers_adm.checks import check_types, is_integer, one_per_image
+from diffusers_adm.checks import check_types, is_integer
 from diffusers_adm.data.image_modes import MODES
-from diffusers_adm.diffusion import NoiseSchedule, Prediction, add_noise, epsilon_from_x_0, read_prediction
-from diffusers_adm.guidance import GuidanceOptions, Guider, RunDenoiser
+from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance
-from diffusers_adm.guidance.gradient import gradients, keeping_weights, moves_weights
+from diffusers_adm.guidance.gradient import gradients
 from diffusers_adm.guidance.particles import Particles
 from diffusers_adm.guidance.sums import classes_of_guidance, summands
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.models.class_names import numbered_names
 from diffusers_adm.models.preconditioning import training_schedule
-from diffusers_adm.pipelines.beginning import Beginning, step_at
+from diffusers_adm.pipelines.beginning import Beginning
 from diffusers_adm.pipelines.checks import (
     check_classifier,
-    check_classifier_size,
-    check_data,
+    check_classifier_of_call,
     check_eval_mode,
-    check_finite,
     check_guidance_options,
     check_parts,
     check_scheduler_fits,
@@ -42,6 +39,7 @@ from diffusers_adm.pipelines.class_labels import (
     known_names,
 )
 from diffusers_adm.pipelines.denoising import DenoisingMixin, Generators
+from diffusers_adm.pipelines.inversion import InversionMixin
 from diffusers_adm.pipelines.options import SamplingOptions, per_image
 from diffusers_adm.pipelines.particles import for_particles, repeated
 from diffusers_adm.pipelines.predictions import build_denoiser, check_weaker
@@ -50,16 +48,18 @@ from diffusers_adm.pipelines.sampling_steps import SamplingSteps
 from diffusers_adm.pipelines.saving import SavingMixin
 from diffusers_adm.pipelines.step_hooks import StepHooks, check_function
 from diffusers_adm.respacing import respaced_timesteps
-from diffusers_adm.solvers import Solver, build_solver, full_config
-from diffusers_adm.solvers.algorithms import check_variance_type
+from diffusers_adm.solvers import Solver
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-NO_CLASSIFIER = "`guidance_scale` requires a classifier or a `guidance_fn`, but got {} without them. Pass 0."
+NO_CLASSIFIER = (
+    "`guidance_scale` requires a classifier or a `guidance_fn`, but got {} without them. Pass 0. For classifier-free guidance, pass"
+    " `cfg_weight`, which is the `guidance_scale` of other pipelines of diffusers minus 1."
+)
 NO_LABELS = "`guidance_scale` requires `class_labels`, but got {} without them. Pass 0."
 
 
-class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
+class GuidedSamplingMixin(InversionMixin, SavingMixin, DenoisingMixin):
     """
     Sampling with an ADM UNet, a scheduler and an optional noise-aware classifier. The mixin does not derive from `DiffusionPipeline`,
     because diffusers expects exactly one class that does in the code file of a pipeline.
@@ -269,114 +269,6 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         steps = self._denoise(x_t, options, solver, denoiser, guider, hooks, generator, make_images, particles)
         return self._finish(steps, make_images, return_dict, options.with_gradients)
 
-    def predict(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | int,
-        class_labels: ClassLabels | None = None,
-        low_res: torch.Tensor | None = None,
-    ) -> Prediction:
-        """
-        Returns the prediction of the UNet for noised images. Gradients with respect to the images flow through it, so you can compute
-        losses on it, such as those of inverse problems. The weights need no gradient. Nothing is sampled.
-
-        Args:
-            sample: Noised images x_t, `(batch, channels, height, width)`.
-            timestep: Training timestep of each image, `(batch,)`, or one for all images.
-            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or for the null class.
-            low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
-
-        Raises:
-            ValueError: If a timestep or class does not exist, the number of timesteps or classes is not that of the images, or images
-                have a wrong type or shape.
-        """
-        check_takes_timesteps(self.unet, "predict")
-        schedule = NoiseSchedule.from_config(self.scheduler.config)
-        sample, labels, low_res = self._prepare_images("sample", sample, class_labels, low_res)
-        timestep = one_per_image("timestep", timestep, sample).expand(len(sample))  # (batch,)
-        if timestep.is_floating_point() or not ((0 <= timestep) & (timestep < len(schedule))).all():
-            raise ValueError(f"`timestep` must be integers in [0, {len(schedule) - 1}], but got {timestep.tolist()}.")
-        with keeping_weights(sample.requires_grad and moves_weights(self.unet)):
-            model_output = self.unet(sample.to(self.unet.dtype), timestep, labels, low_res).sample
-        config = self.scheduler.config
-        variance_type = config.get("variance_type") or "fixed_large"
-        check_variance_type(variance_type)
-        return read_prediction(schedule, sample, timestep, model_output, config.prediction_type, variance_type)
-
-    def _prepare_images(
-        self, name: str, images: torch.Tensor, class_labels: ClassLabels | None, low_res: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Checks images, their labels and their low-resolution images. Returns them on the device of the pipeline, the labels as numbers,
-        `(batch,)`.
-        """
-        for argument, given in ((name, images), ("low_res", low_res)):
-            if argument == name or given is not None:
-                check_data(argument, given, self.unet.config.in_channels)
-        device = self._execution_device
-        images, low_res = images.to(device), None if low_res is None else low_res.to(device)
-        if class_labels is None:
-            return images, None, low_res
-        labels = self.class_ids(class_labels)
-        if len(labels) != len(images):
-            raise ValueError(f"`class_labels` must have one label per image, {len(images)}, but got {len(labels)}.")
-        check_labels(self, labels, unet_takes_labels=True)
-        return images, torch.tensor(labels, device=device), low_res
-
-    @torch.no_grad()
-    def invert(
-        self,
-        images: torch.Tensor,
-        class_labels: ClassLabels | None = None,
-        num_inference_steps: int = 250,
-        low_res: torch.Tensor | None = None,
-        until: float | torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Returns the noise x_T from which DDIM draws given images, by running its ODE in reverse (Dhariwal & Nichol 2021, appendix F). To
-        draw the images again, pass the noise as `latents`, with a `DDIMScheduler`, the same labels and steps, and no guidance.
-
-        With `until`, the images keep more of their content: they are noised only up to that timestep. To draw the images again, also
-        pass it as `start`.
-
-        Args:
-            images: Clean images x_0 in [-1, 1], `(batch, channels, height, width)`.
-            class_labels: Class of each image, by number or name. `None` for a UNet without classes, or for the null class.
-            num_inference_steps: Number of steps of DDIM. With more steps, the images that are drawn again are closer to `images`.
-            low_res: Low-resolution images in [-1, 1], `(batch, channels, any height, any width)`, for an upsampler.
-            until: Training timestep at which inversion ends. It ends at the highest visited timestep that is at most `until`. `None`
-                means the last one.
-
-        Returns:
-            Noise x_T, or noised images x_t, of the shape of `images`.
-
-        Raises:
-            ValueError: If the number of steps is out of its range, `until` is not a timestep or below all visited ones, a class does
-                not exist, images have a wrong type or shape, or the noise is not finite.
-        """
-        check_takes_timesteps(self.unet, "invert")
-        check_eval_mode({"unet": self.unet})
-        x, labels, low_res = self._prepare_images("images", images, class_labels, low_res)
-        scheduler = DDIMScheduler.from_config(full_config(self.scheduler))
-        solver = build_solver(scheduler, num_inference_steps, None, 0.0)
-        if until is not None:
-            solver.begin_at(step_at(self, solver, "until", until))
-        schedule, steps = solver.schedule, list(enumerate(solver.visits))
-        denoiser = RunDenoiser(self.unet, solver, labels, low_res)
-        timesteps = schedule.timesteps.to(x.device)[:, None].expand(-1, len(x))  # (steps, batch), least noisy first
-        x = x.float()
-        # Each step uses the noise that is predicted before it. The step from the clean images uses the noise of the first timestep.
-        last, _ = steps[-1]
-        _, epsilon = denoiser.x_0_and_epsilon(denoiser(x, timesteps[0], last), x, last)
-        x = add_noise(schedule, x, 0, epsilon)
-        for step, index in reversed(steps[1:]):
-            # Clipped or thresholded as in sampling, because the steps must be its reverse.
-            x_0 = solver.predict(denoiser(x, timesteps[index], step), index, x).x_0
-            x_0 = scheduler._threshold_sample(x_0) if solver.thresholds else x_0
-            x = add_noise(schedule, x_0, index + 1, epsilon_from_x_0(schedule, x, index, x_0))
-        check_finite(x)
-        return x
-
     def _check_components(self) -> None:
         check_parts(self.unet, self.classifier)
         check_scheduler_fits(self.unet, self.scheduler)
@@ -443,4 +335,4 @@ class GuidedSamplingMixin(SavingMixin, DenoisingMixin):
         check_with_gradients(options, output_type, evaluated, guiding if any(scales) else {})
         self._check_size(height, width)
         if any(scales) and guiding.get("classifier") is not None:
-            check_classifier_size(self, height, width)
+            check_classifier_of_call(self, options, height, width)

@@ -17,7 +17,7 @@ from diffusers_adm.pipelines.guided_sampling import GuidedSamplingMixin
 from diffusers_adm.pipelines.images import PipelineImage, model_images
 from diffusers_adm.pipelines.options import SamplingOptions
 from diffusers_adm.pipelines.particles import check_particles
-from diffusers_adm.pipelines.sampling_steps import SamplingSteps, take_all, with_arguments_of
+from diffusers_adm.pipelines.sampling_steps import SamplingSteps, check_arguments, take_all, with_arguments_of
 from diffusers_adm.pipelines.step_hooks import StepHooks
 from diffusers_adm.solvers import Churn, Restart
 
@@ -315,6 +315,7 @@ class ClassifierGuidedPipeline(GuidedSamplingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument is out of its range, or does not fit the models.
         """
+        check_arguments(self.steps, type(self).__name__, *args, **kwargs)
         return take_all(self.steps(*args, **kwargs))
 
     def _check_components(self) -> None:

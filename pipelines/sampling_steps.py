@@ -88,6 +88,20 @@ def take_all(steps: SamplingSteps) -> ImagePipelineOutput | tuple:
             return end.value
 
 
+def check_arguments(function: Callable, called: str, *args, **kwargs) -> None:
+    """
+    Raises a TypeError if a function cannot be called with these arguments.
+
+    Args:
+        function: Function to be called.
+        called: Name of the function that the caller has called instead.
+    """
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{called}: {error}") from None
+
+
 def with_arguments_of(
     source: Callable[Arguments, object],
 ) -> Callable[[Callable[..., Returned]], Callable[Arguments, Returned]]:

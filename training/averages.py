@@ -37,8 +37,9 @@ class MovingAverages:
         options = self.options
         if not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
             logger.warning(
-                "The moving average with --ema_decay %g remembers the initial weights for %d steps, but this run takes %d steps.",
-                decay, round(5 / (1 - decay)), max_train_steps,
+                "The pipeline of the moving average with --ema_decay %g will be close to the initial weights, because it averages over %d"
+                " steps, but this run takes %d. Pass a smaller rate, such as --ema_decay %.3g.",
+                decay, round(5 / (1 - decay)), max_train_steps, max(0.5, 1 - 10 / max_train_steps),
             )  # fmt: skip
         # ADM's rate is constant. `min_decay` and `update_after_step` make it so, because `EMAModel` raises it from 0 otherwise.
         average = EMAModel(

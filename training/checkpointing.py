@@ -26,6 +26,7 @@ from diffusers_adm.training.checkpoint_parts import (
 )
 from diffusers_adm.training.configuration import as_yaml, contradictions
 from diffusers_adm.training.options import TrainingOptions
+from diffusers_adm.training.output_options import OutputOptions
 from diffusers_adm.training.stopping import StopRequest
 
 
@@ -69,6 +70,10 @@ class Checkpointer:
         options: Options of the run.
         accelerator: Accelerator of the run.
         stop: Stop request, whose communication between processes is used here too.
+
+    Attributes:
+        saved_step: Number of steps at the last checkpoint in the output folder. 0 if there is none.
+        continues_folder: Whether the run continues that of the output folder.
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator, stop: StopRequest):
@@ -77,52 +82,7 @@ class Checkpointer:
         self.accelerator = accelerator
         self.stop = stop
         self.saved_step = 0
-
-    def find(self) -> Path | None:
-        """
-        Returns the checkpoint to resume from, or `None` for a new run.
-
-        Raises:
-            ValueError: If the checkpoint does not exist, or the output folder holds checkpoints or models of another run.
-        """
-        name = self.options.output.resume_from_checkpoint
-        # All processes use the list of the main process. A process with its own disk would find no checkpoint and silently begin a new
-        # run.
-        [checkpoints] = broadcast_object_list([list_checkpoints(self.output_dir)])
-        if name == "latest" and checkpoints:
-            return checkpoints[-1]
-        folder = None if name in (None, "latest") else Path(name)
-        if folder is not None and not (folder / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint or latest, but got {name}.")
-        if folder is not None and folder.resolve().parent == self.output_dir.resolve():
-            step = read_progress(folder)["global_step"]
-            later = [path.name for path in checkpoints if checkpoint_step(path) > step]
-            if later:
-                raise ValueError(
-                    f"--output_dir {self.output_dir} holds later checkpoints than {folder.name}: {', '.join(later)}. Move them away,"
-                    " or pass another --output_dir."
-                )
-            return folder
-        self._check_unused(checkpoints)
-        if name == "latest":
-            self.accelerator.print(
-                f"There is no checkpoint in {self.output_dir} yet, so the run starts from the beginning."
-            )
-        return folder
-
-    def _check_unused(self, checkpoints: list[Path]) -> None:
-        """Raises a `ValueError` if the output folder holds checkpoints or models, which a new run would replace."""
-        if checkpoints:
-            raise ValueError(
-                f"--output_dir {self.output_dir} holds {checkpoints[0].name} of an earlier run. Pass --resume_from_checkpoint latest, or"
-                " another folder."
-            )
-        models = [model for model in MODELS if (self.output_dir / model).exists()]
-        if models:
-            raise ValueError(
-                f"--output_dir {self.output_dir} holds {models[0]} of an earlier run, but no checkpoint. Move it away, or pass another"
-                " folder."
-            )
+        self.continues_folder = False
 
     def check(self, folder: Path, images: LabelledImages | StreamedImages) -> None:
         """
@@ -176,7 +136,9 @@ class Checkpointer:
         state.images_into_epoch = saved["images_into_epoch"]
         if isinstance(state.images, StreamedImages):
             self._load_positions(folder, state, saved["num_processes"])
-        self.saved_step = state.global_step
+        self.continues_folder = folder.resolve().parent == self.output_dir.resolve()
+        if (self.output_dir / f"checkpoint-{state.global_step}").is_dir():  # it may be a copy, or in another folder
+            self.saved_step = state.global_step
         self.accelerator.print(f"Resumed from {folder} at step {state.global_step}.", flush=True)
 
     def _load_positions(self, folder: Path, state: TrainingState, num_processes: int) -> None:
@@ -268,6 +230,55 @@ class Checkpointer:
         """Returns a sentence that names the last checkpoint."""
         checkpoints = list_checkpoints(self.output_dir)
         return f"The last checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
+
+
+def find_checkpoint(output: OutputOptions, accelerator: Accelerator) -> Path | None:
+    """
+    Returns the checkpoint to resume from, or `None` for a new run.
+
+    Args:
+        output: Options of the run's files.
+        accelerator: Accelerator of the run.
+
+    Raises:
+        ValueError: If the checkpoint does not exist, or the output folder holds checkpoints or models of another run.
+    """
+    name, output_dir = output.resume_from_checkpoint, output.output_dir
+    # All processes use the list of the main process. A process with its own disk would find no checkpoint and silently begin a new
+    # run.
+    [checkpoints] = broadcast_object_list([list_checkpoints(output_dir)])
+    if name == "latest" and checkpoints:
+        return checkpoints[-1]
+    folder = None if name in (None, "latest") else Path(name)
+    if folder is not None and not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint or latest, but got {name}.")
+    if folder is not None and folder.resolve().parent == output_dir.resolve():
+        step = read_progress(folder)["global_step"]
+        later = [path.name for path in checkpoints if checkpoint_step(path) > step]
+        if later:
+            raise ValueError(
+                f"--output_dir {output_dir} holds later checkpoints than {folder.name}: {', '.join(later)}. Move them away, or pass"
+                " another --output_dir."
+            )
+        return folder
+    check_unused(output_dir, checkpoints)
+    if name == "latest":
+        accelerator.print(f"There is no checkpoint in {output_dir} yet, so the run starts from the beginning.")
+    return folder
+
+
+def check_unused(output_dir: Path, checkpoints: list[Path]) -> None:
+    """Raises a `ValueError` if an output folder holds checkpoints or models, which a new run would replace."""
+    if checkpoints:
+        raise ValueError(
+            f"--output_dir {output_dir} holds {checkpoints[0].name} of an earlier run. Pass --resume_from_checkpoint latest, or another"
+            " folder."
+        )
+    models = [model for model in MODELS if (output_dir / model).exists()]
+    if models:
+        raise ValueError(
+            f"--output_dir {output_dir} holds {models[0]} of an earlier run, but no checkpoint. Move it away, or pass another folder."
+        )
 
 
 def check_class_names(folder: Path, saved: list[str] | None, now: list[str] | None) -> None:

@@ -178,7 +178,7 @@ class OptimisationOptions:
     )
     max_train_steps: int | None = option(
         None,
-        help="Number of optimizer steps. Either this option or --num_epochs is required.",
+        help="Number of optimizer steps. Either this option or --num_epochs is required, and the later one counts.",
         check=at_least(1),
         resumable=True,
         on_card=True,

@@ -61,9 +61,10 @@ def print_plan(
     """
     optimisation = options.optimisation
     flops, activations = forward_cost(model)
-    add_adapter(model, options.architecture.lora_rank)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    twin = twin_of(model)  # the trainer adds the adapter to the model itself
+    add_adapter(twin, options.architecture.lora_rank)
+    parameters = sum(parameter.numel() for parameter in twin.parameters())
+    trained = sum(parameter.numel() for parameter in twin.parameters() if parameter.requires_grad)
     batch_size, accumulated = optimisation.train_batch_size, optimisation.gradient_accumulation_steps
     batch = images_per_step(optimisation, accelerator)
     # Weights are float32. Trained weights also have gradients, Adam's two moments and all moving averages. 8-bit moments take one
@@ -89,17 +90,22 @@ def print_plan(
         accelerator.print(f"{name + ':':<17}{line}")
 
 
+def twin_of(model: ModelMixin) -> ModelMixin:
+    """Returns a copy of a model on the meta device, which stores no weights and computes nothing."""
+    with torch.device("meta"):
+        return type(model).from_config(model.config).train()
+
+
 def forward_cost(model: ModelMixin) -> tuple[int, int]:
     """
-    Returns the cost of the forward pass per image. It is counted on a copy of the model on the meta device, which computes nothing.
+    Returns the cost of the forward pass per image. It is counted on a copy of the model that computes nothing.
 
     Returns:
         Number of floating-point operations, and number of bytes of the float32 activations that the backward pass needs. A
         multiplication and an addition count as two operations.
     """
-    config = model.config
+    config, twin = model.config, twin_of(model)
     with torch.device("meta"):
-        twin = type(model).from_config(config).train()
         size = (1, config.in_channels, config.sample_size, config.sample_size)
         arguments = [torch.empty(size), torch.zeros(1, dtype=torch.long)]
         if config.get("num_class_embeds") is not None:

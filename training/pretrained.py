@@ -49,19 +49,85 @@ def start_from_pretrained(model: ModelMixin, options: ArchitectureOptions) -> No
         ValueError: If the models do not fit together, or adapters are requested without pretrained weights.
     """
     name = options.pretrained_model_name_or_path
-    if name is not None:
+    if name is None:
+        check_no_adapter(options)
+    else:
         load_pretrained(model, name, options.pretrained_subfolder, options.pretrained_flags)
-    elif options.lora_rank is not None:
+
+
+def check_pretrained(model: ModelMixin, options: ArchitectureOptions) -> None:
+    """
+    Checks that training can start as the options say, without changing the model. Arguments and errors are those of
+    `start_from_pretrained`.
+    """
+    name = options.pretrained_model_name_or_path
+    if name is None:
+        check_no_adapter(options)
+    else:
+        start = (options.pretrained_subfolder, options.pretrained_flags)
+        differing_options(model, read_pretrained(kind_of(model), name, *start), name)
+
+
+def check_no_adapter(options: ArchitectureOptions) -> None:
+    """Raises a ValueError if the options of a model without pretrained weights request adapters."""
+    if options.lora_rank is not None:
         raise ValueError(
             f"--lora_rank requires --pretrained_model_name_or_path, the model to adapt, but got only {options.lora_rank}."
         )
 
 
+def differing_options(model: ModelMixin, pretrained: ModelMixin, name: str) -> dict[str, str]:
+    """
+    Compares the configs of two models.
+
+    Args:
+        model: Model to train.
+        pretrained: Pretrained model.
+        name: Name of the pretrained model.
+
+    Returns:
+        Description of each option of classes, channels and resolution that differs, by name.
+
+    Raises:
+        ValueError: If the models differ in other options.
+    """
+    ours, theirs = _config_of(model), _config_of(pretrained)
+    # Resolutions are in pixels of the image, so the same layers have other values at another sample size.
+    scale = ours["sample_size"] / theirs["sample_size"]
+    theirs["attention_resolutions"] = [pixels * scale for pixels in theirs["attention_resolutions"]]
+    differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
+    differing -= FREE_OPTIONS
+    kinds = theirs.get("preconditioning"), ours.get("preconditioning")
+    if kinds[1] == "consistency":  # training begins by adapting the network to other scales
+        differing -= {"preconditioning", "sigma_data", "sigma_min", "sigma_max"}
+    if kinds == ("consistency", "edm"):
+        differing.remove(
+            "preconditioning"
+        )  # both kinds use the same network. Their scales differ only by about sigma_min
+    if kinds[1] == "consistency" and _given_logarithm(ours) != _given_logarithm(theirs):
+        form = "log_sigma" if _given_logarithm(theirs) else "timestep"
+        raise ValueError(f"--noise_embedding must be {form}, because {name} is given the noise level in this form.")
+    if "preconditioning" not in differing and _given_logarithm(ours) != _given_logarithm(theirs):
+        differing.add("beta_schedule")
+    if differing - CLASS_OPTIONS - SIZE_OPTIONS:
+        pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} has another architecture: {pairs}. Leave out --preset and all options of the"
+            " architecture: their defaults are those of the model."
+        )
+    return {option: f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing)}
+
+
+def _config_of(model: ModelMixin) -> dict[str, Any]:
+    """Returns the config of a model as it is saved, with lists in place of tuples."""
+    return json.loads(model.to_json_string())
+
+
 def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, flags: str | None = None) -> None:
     """
     Loads the weights of a pretrained model into another model. If the numbers of classes differ, the weights of classes begin at random
-    values, otherwise class i begins with the weights of class i. The weights of new channels begin at 0. A null class can be added to the classes of the pretrained model. A consistency model becomes an
-    EDM model. Warnings name all differences.
+    values, otherwise class i begins with the weights of class i. The weights of new channels begin at 0. A null class can be added to
+    the classes of the pretrained model. A consistency model becomes an EDM model. Warnings name all differences.
 
     Args:
         model: Model to train.
@@ -75,35 +141,15 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
             loaded.
     """
     pretrained = read_pretrained(kind_of(model), name, subfolder, flags)
-    # Both configs go through JSON, which turns tuples into lists, because a saved config has gone through it.
-    ours, theirs = json.loads(model.to_json_string()), json.loads(pretrained.to_json_string())
-    # Resolutions are in pixels of the image, so the same layers have other values at another sample size.
-    scale = ours["sample_size"] / theirs["sample_size"]
-    theirs["attention_resolutions"] = [pixels * scale for pixels in theirs["attention_resolutions"]]
-    differing = {option for option in ours if not option.startswith("_") and ours[option] != theirs[option]}
-    differing -= FREE_OPTIONS
+    differing = differing_options(model, pretrained, name)
+    pairs = ", ".join(differing.values())
+    ours, theirs = _config_of(model), _config_of(pretrained)
     kinds = theirs.get("preconditioning"), ours.get("preconditioning")
-    if kinds[1] == "consistency":  # training begins by adapting the network to other scales
-        differing -= {"preconditioning", "sigma_data", "sigma_min", "sigma_max"}
     if kinds == ("consistency", "edm"):
-        # Both kinds use the same network. Their scales differ only by about sigma_min.
-        differing.remove("preconditioning")
         logger.warning(
             "%s is a consistency model, but the trained model will not be one. It will need many steps, such as 40 of Heun's method.",
             name,
         )
-    if kinds[1] == "consistency" and _given_logarithm(ours) != _given_logarithm(theirs):
-        form = "log_sigma" if _given_logarithm(theirs) else "timestep"
-        raise ValueError(f"--noise_embedding must be {form}, because {name} is given the noise level in this form.")
-    if "preconditioning" not in differing and _given_logarithm(ours) != _given_logarithm(theirs):
-        differing.add("beta_schedule")
-    if differing - CLASS_OPTIONS - SIZE_OPTIONS:
-        pairs = ", ".join(f"{option} {theirs[option]} instead of {ours[option]}" for option in sorted(differing))
-        raise ValueError(
-            f"--pretrained_model_name_or_path {name} has another architecture: {pairs}. Leave out --preset and all options of the"
-            " architecture: their defaults are those of the model."
-        )
-    pairs = ", ".join(f"{option} {ours[option]} instead of {theirs[option]}" for option in sorted(differing))
     random_keys = copy_weights(model, pretrained)
     if kinds == (None, "consistency"):
         noise = read_noise_config("unet", name, subfolder, flags)
@@ -122,7 +168,7 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
         logger.warning("The null class of %s is left out. To keep it, pass --label_dropout.", name)
     if random_keys:
         logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
-    if differing & SIZE_OPTIONS:
+    if SIZE_OPTIONS & differing.keys():
         logger.warning(
             "All other weights are pretrained, and weights of new channels begin at 0, because of %s.", pairs
         )
@@ -220,12 +266,13 @@ def copy_weights(model: ModelMixin, pretrained: ModelMixin) -> list[str]:
         model.config.get(name) == pretrained.config.get(name) for name in ("num_class_embeds", "num_classes")
     )
     for key, tensor in model.state_dict().items():
-        if key in known and known[key].shape == tensor.shape:
+        per_class = key == "class_embedding.weight"  # its rows may be other classes, or the null class
+        if key in known and known[key].shape == tensor.shape and (same_classes or not per_class):
             tensor.copy_(known[key])
         elif key in known and key in CHANNEL_WEIGHTS:
             channels = (model.config.in_channels, pretrained.config.in_channels)
             copy_channels(tensor, known[key], CHANNEL_WEIGHTS[key], *channels)
-        elif key == "class_embedding.weight" and key in known and same_classes:
+        elif per_class and key in known and same_classes:
             rows = min(len(known[key]), len(tensor))
             tensor[:rows].copy_(known[key][:rows])
         else:

@@ -72,10 +72,16 @@ def options_of_pretrained(
 
 
 def warn_of_another_schedule(model: ModelMixin, options: TrainingOptions) -> None:
-    """Warns if the pretrained model of a run was trained with another noise schedule than the run has."""
+    """Warns if the pretrained model of a run was trained with another noise schedule or prediction than the run has."""
     start = options.architecture
     name = start.pretrained_model_name_or_path
     if name is None or model.config.get("preconditioning") is not None:
         return
     noise = read_noise_config(kind_of(model), name, start.pretrained_subfolder, start.pretrained_flags)
-    warn_of_differences(name, schedule_options(noise), vars(options.diffusion))
+    theirs, ours = schedule_options(noise), {**vars(options.diffusion)}
+    if hasattr(options, "objective"):  # a classifier predicts no noise
+        theirs["prediction_type"], ours["prediction_type"] = (
+            noise.get("prediction_type"),
+            options.objective.prediction_type,
+        )
+    warn_of_differences(name, theirs, ours)

@@ -282,7 +282,7 @@ def _describe_training(
     )
     return f"""## Training
 
-{images} of {resolution}x{resolution} pixels from `{dataset}`. {classes_line}
+{images} of {resolution}x{resolution} pixels from `{dataset}`. {classes_line} {_describe_start(options)}
 {steps} steps of {images_per_step(optimisation, accelerator)} images, on {accelerator.num_processes} x {device_name(accelerator)}, precision
 `{accelerator.mixed_precision}`, with these options:
 
@@ -293,6 +293,14 @@ def _describe_training(
 | metric after the last step | value |
 | --- | --- |
 {rows}"""
+
+
+def _describe_start(options: TrainingOptions) -> str:
+    """Returns a sentence about the weights that training started from. It names no folders of the machine."""
+    name = options.architecture.pretrained_model_name_or_path
+    if name is None:
+        return "Training started from random weights."
+    return f"Training started from the weights of `{Path(name).name if Path(name).exists() else name}`, whose license applies too."
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_adm.atomic_files import naming_write_errors
+from diffusers_adm.training.checkpointing import find_checkpoint
 from diffusers_adm.training.options import TrainingOptions
 
 
@@ -28,33 +29,31 @@ UNFINISHED = re.compile(r"(partial|old)-(checkpoint-\d+|pipeline|pipeline-ema-.+
 
 
 @contextlib.contextmanager
-def reserved_folder(options: TrainingOptions, accelerator: Accelerator) -> Iterator[None]:
+def reserved_folder(options: TrainingOptions, accelerator: Accelerator) -> Iterator[Path | None]:
     """
     Reserves `--output_dir` for this run inside the context, and removes unfinished files of killed runs. A dry run only checks
-    whether the folder is free.
+    whether the folder is free. Yields the checkpoint to resume from, or `None` for a new run.
 
     Args:
         options: Options of the run.
         accelerator: Accelerator of the run. Its main process reserves the folder for all processes.
 
     Raises:
-        ValueError: If the folder cannot be written to, or another run uses it.
+        ValueError: If the folder cannot be written to, another run uses it, it holds files of another run, or the checkpoint does not
+            exist.
     """
     folder = options.output.output_dir
-    if not accelerator.is_main_process:
-        yield
-        return
-    check_writable(folder)
-    if options.dry_run:
-        if (folder / LOCK).exists():
-            with locked(folder):
-                pass
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        remove_unfinished(folder)
-        yield
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            check_writable(folder)
+            if options.dry_run and (folder / LOCK).exists():
+                with locked(folder):
+                    pass
+            elif not options.dry_run:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder))
+                remove_unfinished(folder)
+        yield find_checkpoint(options.output, accelerator)
 
 
 def check_writable(folder: Path) -> None:

@@ -24,9 +24,13 @@ PATHS_PER_FILE = 64
 HELD_OUT_SEED = 500_000  # added to the numbers of files of held-out images
 RECORD_FILE = "options.yaml"
 # Keys of what decides the paths beside the options, and its name in messages.
-OTHER_RECORDS = {"teacher": "the teacher's weights or scheduler", "images": "the number or the classes of the images"}
+OTHER_RECORDS = {
+    "teacher": "the teacher's weights or scheduler",
+    "images": "the number or the classes of the images",
+    "precision": "the precision",
+}
 # Options that decide the paths, beside those of the images, the classes and the teacher.
-OTHERS_THAT_DECIDE = ("seed", "mixed_precision", "sigma_min", "sigma_max", "log_sigma_mean", "log_sigma_std")
+OTHERS_THAT_DECIDE = ("seed", "sigma_min", "sigma_max", "log_sigma_mean", "log_sigma_std")
 
 
 class StoredPaths(torch.utils.data.Dataset):
@@ -127,7 +131,11 @@ def stored_paths(
 
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            others = {"teacher": teacher.record(), "images": [images.num_images, images.class_names]}
+            others = {
+                "teacher": teacher.record(),
+                "images": [images.num_images, images.class_names],
+                "precision": accelerator.mixed_precision,
+            }
             is_new = not _are_stored(folder, options, others)
             if is_new and not options.dry_run:
                 _write_record(folder, options, others)

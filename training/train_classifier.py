@@ -49,7 +49,7 @@ def main(options: ClassifierTrainingOptions) -> None:
     from diffusers_adm.training.validation import HeldOutAccuracy
 
     accelerator = set_up_accelerator(options)
-    with reserved_folder(options, accelerator):
+    with reserved_folder(options, accelerator) as checkpoint:
         with accelerator.main_process_first():
             images, held_out = load_training_images(options)
         optimisation = options.optimisation
@@ -70,7 +70,7 @@ def main(options: ClassifierTrainingOptions) -> None:
 
         schedule = NoiseSchedule.from_config(noise).to(accelerator.device)
         objective = ClassifierObjective(schedule, options.classifier.entropy_weight)
-        trainer = Trainer(options, accelerator, classifier, images)
+        trainer = Trainer(options, accelerator, classifier, images, checkpoint=checkpoint)
         validations = []
         if held_out is not None:
             loader = build_validation_loader(held_out, optimisation.train_batch_size, accelerator)

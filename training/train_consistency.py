@@ -40,6 +40,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
     )
     from diffusers_adm.training.denoising import label_conditions, train_pipeline
     from diffusers_adm.training.plan import print_plan
+    from diffusers_adm.training.pretrained import check_pretrained
     from diffusers_adm.training.publishing import check_hub
     from diffusers_adm.training.run_folder import reserved_folder
     from diffusers_adm.training.setup import load_training_images, resolve_steps, set_up_accelerator
@@ -48,7 +49,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
     from diffusers_adm.training.validation import SampleGrid
 
     accelerator = set_up_accelerator(options)
-    with reserved_folder(options, accelerator):
+    with reserved_folder(options, accelerator) as checkpoint:
         class_conditional = options.classes.class_conditional
         with accelerator.main_process_first():
             images, held_out = load_training_images(options, class_conditional)
@@ -63,6 +64,8 @@ def main(options: ConsistencyTrainingOptions) -> None:
         check_hub(options.hub, accelerator, options.dry_run)
         stored = options.teacher.num_paths is not None
         if stored:
+            if checkpoint is None:  # before hours of drawing
+                check_pretrained(unet, options.architecture)
             images, held_out = stored_paths(options, images, held_out, teacher, accelerator)
             teacher = None  # not needed any more
         resolve_steps(options.optimisation, images.num_images, accelerator.num_processes)
@@ -72,7 +75,7 @@ def main(options: ConsistencyTrainingOptions) -> None:
             evaluations = 1 if stored else options.teacher.teacher_steps
             print_plan(options, accelerator, unet, images.num_images, options.averages.num_on_device, evaluations)
 
-        trainer = Trainer(options, accelerator, unet, images, options.averages)
+        trainer = Trainer(options, accelerator, unet, images, options.averages, checkpoint=checkpoint)
 
         def conditions(batch: dict) -> dict:
             return label_conditions(options.classes, unet, batch)

@@ -41,7 +41,7 @@ def main(options: UNetTrainingOptions) -> None:
     from diffusers_adm.training.validation import SampleGrid
 
     accelerator = set_up_accelerator(options)
-    with reserved_folder(options, accelerator):
+    with reserved_folder(options, accelerator) as checkpoint:
         class_conditional = options.classes.class_conditional
         with accelerator.main_process_first():
             images, held_out = load_training_images(options, class_conditional)
@@ -56,7 +56,7 @@ def main(options: UNetTrainingOptions) -> None:
         objective = build_objective(
             options, sampling["scheduler"], accelerator, lambda batch: label_conditions(options.classes, unet, batch)
         )
-        trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
+        trainer = Trainer(options, accelerator, unet, images, options.averages, objective.sampler, checkpoint)
         id2label = dict(enumerate(names)) if names else None
         pipeline = ClassifierGuidedPipeline(unet=unet, id2label=id2label, **sampling)
 

@@ -44,7 +44,7 @@ def main(options: UpsamplerTrainingOptions) -> None:
     from diffusers_adm.training.validation import SampleGrid, as_grid
 
     accelerator = set_up_accelerator(options)
-    with reserved_folder(options, accelerator):
+    with reserved_folder(options, accelerator) as checkpoint:
         class_conditional = options.classes.class_conditional
         with accelerator.main_process_first():
             images, held_out = load_training_images(options, class_conditional)
@@ -61,7 +61,7 @@ def main(options: UpsamplerTrainingOptions) -> None:
 
         sampling = sampling_defaults(options)
         objective = build_objective(options, sampling["scheduler"], accelerator, conditions)
-        trainer = Trainer(options, accelerator, unet, images, options.averages, sampler=objective.sampler)
+        trainer = Trainer(options, accelerator, unet, images, options.averages, objective.sampler, checkpoint)
         id2label = dict(enumerate(names)) if names else None
         size = options.upsampler.low_resolution
         pipeline = ADMUpsamplePipeline(unet=unet, id2label=id2label, low_res_size=size, **sampling)

@@ -5,6 +5,7 @@ import datetime
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,9 +56,10 @@ class Trainer:
         images: Training images.
         averages: Settings of the moving averages. The default is no moving average.
         sampler: Timestep sampler, whose state is saved in checkpoints.
+        checkpoint: Checkpoint to resume from. `None` for a new run.
 
     Raises:
-        ValueError: If there are too few images, or the run cannot be resumed.
+        ValueError: If there are too few images, or the run cannot be resumed from the checkpoint.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Trainer:
         images: LabelledImages | StreamedImages,
         averages: AverageOptions | None = None,
         sampler: torch.nn.Module | None = None,
+        checkpoint: Path | None = None,
     ):
         self.options = options
         self.accelerator = accelerator
@@ -77,7 +80,6 @@ class Trainer:
         self.metrics_file = options.output.output_dir / "metrics.jsonl"
         self.stop = StopRequest(accelerator)
         self.checkpointer = Checkpointer(options, accelerator, self.stop)
-        checkpoint = self.checkpointer.find()
         if checkpoint is not None:
             self.checkpointer.check(checkpoint, images)
         else:
@@ -178,7 +180,7 @@ class Trainer:
         output = self.options.output
         if self.accelerator.is_main_process:
             output.output_dir.mkdir(parents=True, exist_ok=True)
-            if self.global_step:
+            if self.checkpointer.continues_folder:
                 drop_metrics_after(self.metrics_file, self.global_step, validated=not self._validation_is_due())
             else:
                 set_aside_earlier_run(output.output_dir)
@@ -189,6 +191,10 @@ class Trainer:
     def _take_steps(self, objective: Objective, validations: Sequence[Callable], progress: tqdm) -> None:
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
         self.began_at, self.began_step = self.logged_at, self.logged_step
+        if (
+            self.checkpointer.saved_step != self.global_step
+        ):  # resumed from a copy or from another folder, which may not stay
+            self.save_checkpoint(must_succeed=True)
         if self._validation_is_due():  # the run was stopped or killed before its last validation
             self._validate(validations)
         for batch in self.batches():

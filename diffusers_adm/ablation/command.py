@@ -162,13 +162,13 @@ def ablate(args: argparse.Namespace) -> None:
     with state.main_process_first():
         images, _ = load_training_images(base, base.classes.class_conditional)
     if base.optimisation.num_epochs is not None:
-        planned = copy.copy(base.optimisation)  # a variant may have another batch
+        planned = copy.copy(base.optimisation)  # the runs divide the batch themselves
         divide_batch(planned, state.num_processes)
         resolve_steps(planned, images.num_images, state.num_processes)
         base.optimisation.max_train_steps = planned.max_train_steps
     names = required_class_names(images) if base.classes.class_conditional else None
     runs = plan_runs(base, variants, options.seeds, options.output)
-    unets = check_runs(runs, names, samples)
+    unets = check_runs(runs, images.num_images, names, samples)
     costs = variant_costs(unets)
     if options.dry_run:
         print_ablation_plan(runs, unets, costs, samples)

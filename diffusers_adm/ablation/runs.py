@@ -20,7 +20,7 @@ from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, lis
 from diffusers_adm.training.configuration import contradictions, read_table, table_as_words
 from diffusers_adm.training.objective import sampling_defaults
 from diffusers_adm.training.options import OptimisationOptions, UNetTrainingOptions
-from diffusers_adm.training.pretrained import start_from_pretrained
+from diffusers_adm.training.pretrained import check_pretrained
 from diffusers_adm.training.setup import build_unet, divide_batch
 
 
@@ -29,6 +29,8 @@ FREE = (
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon",
 )  # fmt: skip
+# Options of the model that training starts from, on which the results depend.
+PRETRAINED = ("pretrained_model_name_or_path", "pretrained_subfolder", "pretrained_flags")
 # Groups of options that must be equal for all variants, because they say where images come from and what is written.
 EQUAL_GROUPS = ("source", "format", "selection", "validation", "output", "hub")
 
@@ -73,17 +75,36 @@ class AblationRun:
         last = checkpoints[-1]
         return checkpoint_step(last) == self.num_steps and (last / VALIDATED).exists()
 
-    def check_started(self) -> None:
-        """Raises a `ValueError` if an earlier command began this run with options that lead to other results."""
+    def check_started(self, num_images: int, class_names: list[str] | None) -> None:
+        """
+        Checks that an earlier command, if it began this run, would have had the same results.
+
+        Args:
+            num_images: Number of training images.
+            class_names: Names of the classes, or `None` for an unconditional UNet.
+
+        Raises:
+            ValueError: If the run was begun with other options, from another model, with other images or by other processes.
+        """
         for checkpoint in list_checkpoints(self.folder)[-1:]:
             text = (checkpoint / "options.yaml").read_text(encoding="utf-8")
+            now, then = option_values(self.options), read_table(text, "options.yaml")
             differing = contradictions(self.options, text, exact=True)
+            differing += [
+                f"--{name} {now[name]} (was {then[name]})" for name in PRETRAINED if now[name] != then.get(name)
+            ]
             if differing:
                 raise ValueError(
                     f"{self.folder} was begun with other options: {', '.join(differing)}. Pass the same options, or another"
                     " --output."
                 )
-            num_processes = read_progress(checkpoint)["num_processes"]
+            progress = read_progress(checkpoint)
+            if (progress["num_images"], progress["class_names"]) != (num_images, class_names):
+                raise ValueError(
+                    f"{self.folder} was begun with {progress['num_images']} images of the classes {progress['class_names']}, but got"
+                    f" {num_images} images of {class_names}. Pass the same images, or another --output."
+                )
+            num_processes = progress["num_processes"]
             if self.options.optimisation.total_batch_size is None and num_processes != join_processes().num_processes:
                 raise ValueError(
                     f"{self.folder} was begun by {num_processes} processes. Launch as many, because each step has"
@@ -198,13 +219,14 @@ def plan_runs(
 
 
 def check_runs(
-    runs: list[AblationRun], class_names: list[str] | None, samples: AblationSamples
+    runs: list[AblationRun], num_images: int, class_names: list[str] | None, samples: AblationSamples
 ) -> dict[str, ADMUNet2DModel]:
     """
     Checks that all UNets can be built and sampled from, and that no run was begun with other options.
 
     Args:
         runs: Runs to check.
+        num_images: Number of training images.
         class_names: Names of the classes, or `None` for unconditional UNets.
         samples: Samples to draw from each run.
 
@@ -216,14 +238,14 @@ def check_runs(
     """
     unets = {}
     for run in runs:
-        run.check_started()
+        run.check_started(num_images, class_names)
         if run.variant in unets:
             continue
         try:
             with torch.device("meta"):
                 unet = build_unet(run.options, len(class_names) if class_names else None).eval()
             if not list_checkpoints(run.folder):
-                start_from_pretrained(unet, run.options.architecture)
+                check_pretrained(unet, run.options.architecture)
             pipeline = drawing_pipeline(run, unet, samples, class_names)
             options = run_options(pipeline, samples.call)
             Labels(samples.labels, pipeline, options, run.seed, samples.num_images)

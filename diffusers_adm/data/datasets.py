@@ -89,7 +89,7 @@ def required_class_names(images: LabelledImages | StreamedImages) -> list[str]:
     """
     if images.class_names is None:
         raise ValueError(
-            "The dataset has no labels. Pass --label_column or --label_from, or train an unconditional UNet with"
+            "The dataset has no labels. Pass --label_column or --label_from, make two or more subfolders, or train an unconditional UNet with"
             " --no-class_conditional."
         )
     if len(images.class_names) < 2:

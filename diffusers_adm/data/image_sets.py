@@ -136,6 +136,9 @@ def open_images(source: str | Path, options: ImageSetOptions | None = None, labe
         raise ValueError(
             f"Images must be an .npz file, a folder, or the id of a dataset on the Hub, but got the file {source}."
         )
+    drawn = sorted(Path(source).glob("samples_*x*x*x*")) if (Path(source) / "settings.json").is_file() else []
+    if drawn:
+        raise ValueError(f"{source} is the folder of a sampling run. Pass its samples, {drawn[0]}.")
     try:
         return DatasetImages(source, options, labelled)
     except (ConnectionError, DatasetNotFoundError) as error:

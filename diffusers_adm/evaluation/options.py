@@ -124,4 +124,8 @@ class RunOptions:
     """Seed and batch size of a run."""
 
     seed: int = option(0, help="Seed of the run. The seed of each image is derived from it.", check=at_least(0))
-    batch_size: int = option(50, help="Number of images per batch.", check=in_range(1, MAX_BATCH_SIZE))
+    batch_size: int = option(
+        50,
+        help="Number of images per batch. Whole batches are drawn, so fewer images need a smaller batch.",
+        check=in_range(1, MAX_BATCH_SIZE),
+    )

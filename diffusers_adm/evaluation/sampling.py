@@ -152,6 +152,35 @@ def option_record(options: SamplingOptions, call: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def labels_of_run(
+    policy: str | None,
+    pipeline: SamplingPipeline,
+    options: SamplingOptions,
+    small: NpzImages | None,
+    seed: int,
+    num_images: int,
+) -> Labels:
+    """
+    Returns the labels of the images of a run.
+
+    Args:
+        policy: Choice of the labels, the argument `labels` of [`draw_samples`].
+        pipeline: Pipeline of the run.
+        options: Resolved options of the pipeline's call.
+        small: Images that an upsampler enlarges, or `None`.
+        seed: Seed of the run.
+        num_images: Number of images.
+
+    Raises:
+        ValueError: If a file of labels does not exist, or has too few or unknown labels, or no network takes labels.
+    """
+    if policy is None and small is None:
+        policy = "random"
+    elif policy is None and small.labels is not None and options.num_classes(pipeline) is not None:
+        policy = small.name
+    return Labels(policy, pipeline, options, seed, num_images)
+
+
 def draw_samples(
     pipeline: SamplingPipeline,
     folder: Path,
@@ -192,11 +221,7 @@ def draw_samples(
     call = given_options(call)
     options = run_options(pipeline, call)
     small = None if low_res is None else open_low_res(low_res, pipeline, num_images)
-    if labels is None and small is None:
-        labels = "random"
-    elif labels is None and small.labels is not None and options.num_classes(pipeline) is not None:
-        labels = str(low_res)
-    image_labels = Labels(labels, pipeline, options, seed, num_images)
+    image_labels = labels_of_run(labels, pipeline, options, small, seed, num_images)
     settings = {
         **model_settings(pipeline, model_name),
         "call": option_record(options, call),

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from diffusers_adm.atomic_files import write_json
+from diffusers_adm.atomic_files import remove_partial_files, write_json
 from diffusers_adm.command_line import describe_error
 from diffusers_adm.data.npz import NpzFile, write_npz
 from diffusers_adm.records import as_record
@@ -77,9 +77,8 @@ class Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, self.settings)
         (self.folder / "shards").mkdir(exist_ok=True)
-        for partial in (*self.folder.glob("partial-*"), *self.folder.glob("shards/partial-*")):
-            if partial.is_file():
-                partial.unlink()  # a process that was killed left it
+        for folder in (self.folder, self.folder / "shards"):
+            remove_partial_files(folder)
 
     @staticmethod
     def _kept_settings(path: Path) -> dict:

@@ -11,11 +11,10 @@ import torch
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.labels import num_drawn_classes
 from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines
 from diffusers_adm.evaluation.report import metric_label, write_tables
-from diffusers_adm.evaluation.sampling import draw_samples, run_options
+from diffusers_adm.evaluation.sampling import draw_samples, labels_of_run, open_low_res, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
 from diffusers_adm.launch import join_processes
 from diffusers_adm.records import as_record, weights_digest
@@ -76,6 +75,52 @@ class PointEvaluator:
         return result
 
 
+def check_points(
+    pipeline: SamplingPipeline,
+    axes: dict[str, list],
+    judged: bool,
+    *,
+    num_images: int,
+    seed: int = 0,
+    labels: str | None = None,
+    low_res: str | Path | None = None,
+    **_,
+) -> list[dict]:
+    """
+    Returns the combinations (points) of some options, after a check of each.
+
+    Args:
+        pipeline: Pipeline of the sweep.
+        axes: Values of each option, see [`sweep_points`].
+        judged: Whether samples are judged by their labels.
+        num_images: Number of images per point.
+        seed: Seed of the samples.
+        labels: Labels of the images, see [`draw_samples`].
+        low_res: Path of the images that an upsampler enlarges.
+
+    Raises:
+        ValueError: If a point cannot be drawn, or no point draws a requested class that can be judged.
+    """
+    stock_scheduler, small = pipeline.scheduler, None
+    if axes.get("scheduler", [None]) == [None]:
+        axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
+    points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    if low_res is not None:
+        small = open_low_res(low_res, pipeline, num_images)
+    labelled = False
+    try:
+        for point in points:
+            pipeline.scheduler = stock_scheduler
+            set_scheduler(pipeline, point["scheduler"])
+            options = run_options(pipeline, call_of(point))
+            labelled |= labels_of_run(labels, pipeline, options, small, seed, num_images).num_classes is not None
+    finally:
+        pipeline.scheduler = stock_scheduler
+    if judged and not labelled:
+        raise ValueError("--judged requires labels, but no point of this sweep draws a requested class. Leave it out.")
+    return points
+
+
 def sweep_points(
     pipeline: SamplingPipeline, axes: dict[str, list], folder: Path, evaluate: PointEvaluator | None, **run
 ) -> list[dict]:
@@ -93,20 +138,14 @@ def sweep_points(
 
     Returns:
         Result of each point on the main process, and an empty list on other processes.
+
+    Raises:
+        ValueError: If a point cannot be drawn, or the folder of a point belongs to a run with other settings.
     """
     state = join_processes()
-    stock_scheduler = pipeline.scheduler
-    if axes.get("scheduler", [None]) == [None]:
-        axes = {**axes, "scheduler": [type(stock_scheduler).__name__.removesuffix("Scheduler")]}
-    points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    labelled = []
-    for point in points:  # all points are checked before the first one is drawn
-        pipeline.scheduler = stock_scheduler
-        set_scheduler(pipeline, point["scheduler"])
-        labelled.append(num_drawn_classes(pipeline, run_options(pipeline, call_of(point))) is not None)
-    if evaluate is not None and evaluate.judged and not any(labelled):
-        raise ValueError("--judged requires labels, but no point of this sweep draws a requested class. Leave it out.")
-    results = []
+    # All points are checked before the first one is drawn.
+    points = check_points(pipeline, axes, evaluate is not None and evaluate.judged, **run)
+    stock_scheduler, results = pipeline.scheduler, []
     for number, point in enumerate(points):
         if state.is_main_process:
             print(f"Point {number + 1} of {len(points)}: {described(point)}", flush=True)

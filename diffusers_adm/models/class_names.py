@@ -1,5 +1,6 @@
 """Names of classes in configs. Each class number has one text, in which commas separate synonyms."""
 
+import unicodedata
 from numbers import Integral
 
 
@@ -31,8 +32,14 @@ def numbered_names(id2label: dict | None, num_classes: int | None = None) -> dic
     return names
 
 
+def composed(text: str) -> str:
+    """Returns a text with each accented letter as one character. In names of folders on a Mac, the accent is a character of its own."""
+    return unicodedata.normalize("NFC", text)
+
+
 def synonyms(names: str) -> set[str]:
     """Returns the names of one class: the whole text, and its parts between commas."""
+    names = composed(names)
     return {names.strip(), *(part.strip() for part in names.split(","))}
 
 

@@ -144,6 +144,13 @@ def test_an_interrupted_ablation_ends_like_an_undisturbed_one(folder, capsys):
     assert run(*words) == 130
     assert run(*words) == 0
     assert finished.stat().st_mtime_ns == trained_at
+    fewer = folder / "fewer"
+    fewer.mkdir()
+    save_bars(fewer, 12)
+    assert run(*words, "--dataset_name", "fewer") == 2
+    assert "killed/narrow/seed-0 was begun with 14 images" in capsys.readouterr().err
+    assert run(*words, "--pretrained_model_name_or_path", "shipped:adm-mnist-32", "--model_channels", "8") == 2
+    assert "--pretrained_model_name_or_path shipped:adm-mnist-32 (was None)" in capsys.readouterr().err
     assert run(*words, "--learning_rate", "0.5") == 2
     assert (
         "killed/narrow/seed-0 was begun with other options: --learning_rate 0.5 (was 0.001)" in capsys.readouterr().err

@@ -66,10 +66,15 @@ def test_sweep_measures_each_point_once(tmp_path, capsys):
 
 def test_points_that_cannot_be_drawn_are_refused_before_the_first_one(reference, tmp_path, capsys):
     words = ["sweep", reference, "--output", tmp_path / "sweep", "--feature_extractor", DIGITS]
+    (tmp_path / "labels.txt").write_text("1\n2\n3\n4\n")
     for more, message in (
         (["--weaker", "perturbed_attention"], "`weaker` requires a `cfg_weight`"),
         (["--epsilon_scale", 1, -1], "`epsilon_scale` must be above 0"),
         (["--particles", 4, "--guidance_scale", 1, 0], "`particles` requires a `guidance_scale`"),
+        (
+            ["--guidance_scale", 1, 0, "--condition_unet", "true", "false", "--labels", tmp_path / "labels.txt"],
+            "--labels requires a network with classes in this run",
+        ),
         (["--guidance_scale", 0, 1, "--guidance_options", '{"interval": [900, 950]}'], "must let guidance act at one"),
     ):
         assert run(*words, "--num_samples", 4, *more) == 2

@@ -15,6 +15,7 @@ from tiny_models import draw_parameters
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.training import train_classifier
+from diffusers_adm.training.checkpointing import find_checkpoint
 from diffusers_adm.training.objective import LossTerms
 from diffusers_adm.training.setup import load_training_images, model_config, set_up_accelerator
 from diffusers_adm.training.trainer import Trainer
@@ -78,4 +79,5 @@ if __name__ == "__main__":
     model = draw_parameters(
         NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
     ).train()
-    scene(Trainer(options, accelerator, model, images))
+    checkpoint = find_checkpoint(options.output, accelerator)
+    scene(Trainer(options, accelerator, model, images, checkpoint=checkpoint))

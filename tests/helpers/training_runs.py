@@ -30,9 +30,9 @@ TINY_UNET = {
 }
 
 
-def save_bars(folder: Path) -> None:
-    """Writes a parquet file of 14 images of 12x12 pixels: white on the left (class "left") or on the right."""
-    images, labels = [], [i % 2 for i in range(14)]
+def save_bars(folder: Path, count: int = 14) -> None:
+    """Writes a parquet file of images of 12x12 pixels: white on the left (class "left") or on the right."""
+    images, labels = [], [i % 2 for i in range(count)]
     for label in labels:
         pixels = np.zeros((12, 12), dtype=np.uint8)
         pixels[:, 6 * label : 6 * label + 6] = 255

@@ -88,12 +88,6 @@ def test_a_network_of_a_guidance_function_stays_in_its_mode(layer):
     assert draw(tiny_pipeline(), **call).isfinite().all()
 
 
-def test_a_size_that_the_classifier_does_not_take_is_refused():
-    message = "`height` and `width` must be 8 with guidance by this classifier"
-    refused(tiny_pipeline(), message, height=16, width=16, guidance_scale=1.0)
-    assert draw(tiny_pipeline(), height=16, width=16, guidance_scale=0.0).shape[-2:] == (16, 16)
-
-
 def test_name_without_names_is_refused():
     refused(tiny_pipeline(), "goldfish", "id2label", class_labels=["goldfish", "ray"])
 

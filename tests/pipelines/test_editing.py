@@ -105,6 +105,11 @@ def test_inversion_uses_the_noise_and_the_options_of_the_scheduler(scheduler_cla
     assert torch.equal(found, expected)
 
 
+def test_pixels_of_8_bits_are_not_inverted():
+    with pytest.raises(ValueError, match=r"`images` must be in \[-1, 1\], but got values up to 255"):
+        tiny_pipeline().invert(255 * torch.ones(2, 3, SIZE, SIZE), LABELS, 5)
+
+
 def test_inversion_with_dropout_is_refused():
     pipeline = tiny_pipeline(tiny_unet(dropout=0.1).train())
     with pytest.raises(ValueError, match="The unet must be in eval mode"):
@@ -288,6 +293,7 @@ BAD = {
     "text": ({"image": PICTURES, "strength": "0.5"}, "but got '0.5'"),
     "no step": ({"image": PICTURES, "strength": 0.3}, "`strength` must be at least 0.333"),
     "no timestep": ({"image": PICTURES, "start": 1000}, "`start` must be a training timestep in [0, 999]"),
+    "fraction": ({"image": PICTURES, "start": 0.5}, "For a fraction of the steps, pass `strength`"),
     "no number": ({"image": PICTURES, "start": torch.tensor([1, 2])}, "`start` must be a training timestep"),
     "too low": ({"image": PICTURES, "start": 50, "timestep_respacing": None, "timesteps": [900, 100]}, "at least 100"),
     "size": ({"image": torch.rand(2, 3, 16, 16), "strength": 0.5}, "`image` must have the shape (2, 3, 8, 8)"),

@@ -71,7 +71,7 @@ def test_height_and_width_may_differ_from_the_default():
 
 def test_size_that_the_attention_pool_does_not_take_is_refused():
     pipeline = tiny_pipeline()
-    with pytest.raises(ValueError, match="sample_size"):
+    with pytest.raises(ValueError, match="`height` and `width` must be 8 with guidance by this classifier"):
         draw(pipeline, height=16, width=16)
     assert draw(pipeline, height=16, width=16, guidance_scale=0).shape == (2, 3, 16, 16)
 

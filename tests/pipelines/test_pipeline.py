@@ -61,6 +61,31 @@ def test_random_labels_are_drawn_before_the_noise(solver):
     assert torch.equal(draw(pipeline, None, batch_size=3, generator=seeded(7), **call), expected)
 
 
+def test_names_are_found_in_either_form_of_their_accents():
+    """Names of folders on a Mac have accents of their own."""
+    composed, decomposed = "\u00e9cureuil", "e\u0301cureuil"
+    for saved in (composed, decomposed):
+        pipeline = tiny_pipeline(id2label={0: "chat", 1: saved})
+        assert [pipeline.class_ids(name) for name in (composed, decomposed)] == [[1], [1]]
+
+
+def test_a_message_names_the_classes_that_there_are():
+    with pytest.raises(ValueError, match="No class is called 'zebra'. The names are "):
+        tiny_pipeline(id2label={0: "cat", 1: "dog"}).class_ids("zebra")
+    many = tiny_pipeline(
+        tiny_unet(num_class_embeds=30),
+        id2label={number: f"class {number}" for number in range(30)},
+        with_classifier=False,
+    )
+    with pytest.raises(ValueError, match="Similar names are .*class 3.*`pipe.label2id` has all names"):
+        many.class_ids("clas 3")
+
+
+def test_an_unknown_argument_is_said_of_what_was_called():
+    with pytest.raises(TypeError, match="^ClassifierGuidedPipeline: got an unexpected keyword argument 'prompt'"):
+        tiny_pipeline()(prompt="a cat")
+
+
 def test_random_labels_of_a_list_of_generators_are_those_of_each_alone():
     pipeline = tiny_pipeline()
     seen = labels_seen(pipeline.unet)
@@ -69,6 +94,7 @@ def test_random_labels_of_a_list_of_generators_are_those_of_each_alone():
     assert seen == [expected]
 
 
+@pytest.mark.filterwarnings("ignore:The UNet has 5 classes and the classifier has 2")
 def test_random_labels_suit_every_model_that_receives_them():
     # Labels above what the smaller of the two knows would be an error.
     pipeline = tiny_pipeline(classifier=tiny_classifier(num_classes=2))
@@ -224,9 +250,11 @@ def test_conditional_unet_without_classifier():
     assert differ(draw(pipeline, [1, 3], guidance_scale=None), draw(pipeline, [0, 0], guidance_scale=None))
 
 
+@pytest.mark.filterwarnings("ignore:The UNet has 5 classes and the classifier has [39]")
 def test_unet_and_classifier_may_know_different_numbers_of_classes():
     pipeline = tiny_pipeline(tiny_unet(use_null_class=True), classifier=tiny_classifier(num_classes=3))
-    assert draw(pipeline, [2, 2]).isfinite().all()
+    with pytest.warns(UserWarning, match="The UNet has 5 classes and the classifier has 3. Both are given the labels"):
+        assert draw(pipeline, [2, 2]).isfinite().all()
     with pytest.raises(ValueError, match=r"must be in \[0, 2\], but got \[3\]"):
         draw(pipeline, [2, 3])
     # A model that receives no label has no say.

@@ -7,7 +7,7 @@ import pytest
 from training_runs import classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_unet
-from diffusers_adm.training.checkpointing import checkpoint_step, list_checkpoints, remove_old_checkpoints
+from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, list_checkpoints, remove_old_checkpoints
 from diffusers_adm.training.metrics import read_metrics
 
 
@@ -95,6 +95,20 @@ def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones(dataset, tmp_p
     copy = shutil.copytree(run / "checkpoint-3", run / "best")
     train_unet.main(unet_args(dataset, run, 4, *often, "--resume_from_checkpoint", str(copy)))
     assert (run / "checkpoint-4").is_dir()
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_checkpoint_there(dataset, tmp_path):
+    train_unet.main(unet_args(dataset, tmp_path / "old", 3))
+    (tmp_path / "old" / "checkpoint-3" / VALIDATED).unlink()
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "metrics.jsonl").write_text('{"step": 1, "validation_loss": 77.0}\n')  # of another run
+    resume = ["--resume_from_checkpoint", str(tmp_path / "old" / "checkpoint-3")]
+    train_unet.main(unet_args(dataset, new, 3, *resume))
+    assert (new / "checkpoint-3" / VALIDATED).exists() and (new / "metrics-1.jsonl").exists()
+    assert "77" not in (new / "pipeline" / "README.md").read_text()
+    train_unet.main(unet_args(dataset, new, 4, "--resume_from_checkpoint", "latest"))
+    assert [entry["step"] for entry in read_metrics(new / "metrics.jsonl")] == [4]
 
 
 def test_new_run_does_not_mix_with_an_earlier_one_or_replace_its_model(dataset, tmp_path):

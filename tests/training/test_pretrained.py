@@ -78,6 +78,36 @@ def test_null_class_that_is_left_out_is_named(start, dropout, num_classes, said,
     assert ("To keep it, pass --label_dropout" in caplog.text) == said
 
 
+@pytest.mark.parametrize(("theirs", "num_classes", "dropout"), [((2, True), 3, "0"), ((3, False), 2, "0.1")])
+def test_embeddings_of_other_classes_begin_at_random(start, theirs, num_classes, dropout, dataset, tmp_path, caplog):
+    """The tables have the same shape, but their rows are other classes, or the null class."""
+    unet = start(num_class_embeds=theirs[0], use_null_class=theirs[1])
+    new = build_unet(unet_args(dataset, tmp_path, 1, "--label_dropout", dropout), num_classes)
+    assert new.class_embedding.weight.shape == unet.class_embedding.weight.shape
+    before = new.class_embedding.weight.clone()
+    load_pretrained(new, str(tmp_path / "start"))
+    assert torch.equal(new.class_embedding.weight, before)
+    assert "class_embedding.weight begin at random values" in caplog.text
+
+
+def test_another_prediction_is_said(start, dataset, tmp_path, caplog):
+    start()
+    train(dataset, tmp_path, "--prediction_type", "sample")
+    assert "was trained with --prediction_type epsilon, but this run has sample" in caplog.text
+
+
+def test_plan_of_an_adapter_leaves_the_model_as_it_is(start, dataset, tmp_path, capsys):
+    start()
+    train(dataset, tmp_path, "--lora_rank", 2, "--dry_run")
+    assert "million are trained" in capsys.readouterr().out
+
+
+def test_card_names_the_start(start, dataset, tmp_path):
+    start()
+    card = (train(dataset, tmp_path) / "pipeline" / "README.md").read_text()
+    assert "Training started from the weights of `start`" in card and str(tmp_path) not in card
+
+
 def test_numbers_of_blocks_of_each_level_are_an_option(start, dataset, tmp_path):
     start(layers_per_block=(1, 2))
     with pytest.raises(ValueError, match=r"layers_per_block \[1, 2\] instead of 1"):

@@ -75,14 +75,19 @@ def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):
         pipeline([0], num_inference_steps=4)
 
 
+def remove_run(folder) -> None:
+    """Removes what a run has saved, but not its paths."""
+    for path in (*folder.glob("checkpoint-*"), folder / "pipeline"):
+        shutil.rmtree(path)
+
+
 def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     teacher = shutil.copytree(start, tmp_path / "teacher")
     more = ["--teacher_model_name_or_path", str(teacher), "--num_paths", "4"]
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more))
     file = tmp_path / "paths" / "paths-00000.safetensors"
     written = file.stat().st_mtime_ns
-    for path in (*tmp_path.glob("checkpoint-*"), tmp_path / "pipeline"):
-        shutil.rmtree(path)
+    remove_run(tmp_path)
     with pytest.raises(ValueError, match="holds paths of other options: --guidance_scale 3.0"):
         train_consistency.main(
             consistency_args(dataset, start, tmp_path, 1, *more, "--guidance_scale", "3", "--dry_run")
@@ -91,6 +96,9 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, *others))
     assert file.stat().st_mtime_ns == written
 
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    assert "--guidance_scale" in card  # the default of the teacher is named
+    remove_run(tmp_path)
     for number in range(8):
         folder = tmp_path / "fewer" / ("left", "right")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,9 +110,33 @@ def test_paths_depend_only_on_what_decides_them(dataset, start, tmp_path):
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="holds paths of other options: the teacher's weights or scheduler"):
         train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more, "--dry_run"))
-    assert (
-        "--guidance_scale" in (tmp_path / "pipeline" / "README.md").read_text()
-    )  # the default of the teacher is named
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--noise_embedding", "log_sigma"], "--noise_embedding must be timestep"),
+        (["--max_train_steps", "2"], "holds checkpoint-1 of an earlier run"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_paths_are_drawn(more, message, dataset, start, tmp_path):
+    run = tmp_path / "run"
+    if "holds" in message:
+        (run / "checkpoint-1").mkdir(parents=True)
+    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4", *more]
+    with pytest.raises(ValueError, match=message):
+        train_consistency.main(consistency_args(dataset, start, run, 1, *more))
+    assert not list(run.glob("paths/*"))
+
+
+def test_paths_of_another_precision_are_refused(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), "--num_paths", "4"]
+    train_consistency.main(consistency_args(dataset, start, tmp_path, 1, *more))
+    record = tmp_path / "paths" / "options.yaml"
+    record.write_text(record.read_text().replace("precision: 'no'", "precision: bf16"))
+    resume = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="paths of other options: the precision"):
+        train_consistency.main(consistency_args(dataset, start, tmp_path, 2, *more, *resume))
 
 
 def test_too_few_points_are_refused_before_paths_are_drawn(dataset, start, tmp_path):

@@ -17,6 +17,7 @@ from training_runs import checkpoint_tensors, classifier_args, unet_args, upsamp
 from diffusers_adm import NoisyClassifier
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training.checkpointing import find_checkpoint
 from diffusers_adm.training.configuration import run_script
 from diffusers_adm.training.metrics import read_metrics
 from diffusers_adm.training.objective import LossTerms
@@ -182,7 +183,8 @@ def overflowing_run(dataset, tmp_path, monkeypatch):
         model = draw_parameters(
             NoisyClassifier(num_classes=2, **model_config(options.architecture, options.format))
         ).train()
-        return Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)))
+        checkpoint = find_checkpoint(options.output, accelerator)
+        return Trainer(options, accelerator, model, images, AverageOptions(ema_decay=(0.5,)), checkpoint=checkpoint)
 
     return build
 

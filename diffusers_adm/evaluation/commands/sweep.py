@@ -74,12 +74,21 @@ def sweep(args: argparse.Namespace) -> None:
     from diffusers_adm.evaluation.metrics import check_shape
     from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
     from diffusers_adm.evaluation.sampling import load_pipeline
-    from diffusers_adm.evaluation.sweep import PointEvaluator, sweep_points
+    from diffusers_adm.evaluation.sweep import PointEvaluator, check_points, sweep_points
     from diffusers_adm.launch import join_processes
 
     check_extractor(args.reference, features.feature_extractor)
     state = join_processes()
     pipeline = load_pipeline(**option_values(model), device=state.device, upsampler=options.low_res is not None)
+    axes = {"scheduler": args.scheduler, **given_sampling_options(args)}
+    drawing = {
+        "num_images": options.num_samples,
+        **option_values(run),
+        "labels": options.labels,
+        "low_res": options.low_res,
+        "model_name": model.model,
+    }
+    check_points(pipeline, axes, options.judged, **drawing)  # before the features of the reference, which take long
     evaluator = None
     if state.is_main_process:
         extractor = load_extractor(features)
@@ -91,17 +100,7 @@ def sweep(args: argparse.Namespace) -> None:
         config = pipeline.unet.config
         check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
         evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, options.judged)
-    sweep_points(
-        pipeline,
-        {"scheduler": args.scheduler, **given_sampling_options(args)},
-        options.output,
-        evaluator,
-        num_images=options.num_samples,
-        **option_values(run),
-        labels=options.labels,
-        low_res=options.low_res,
-        model_name=model.model,
-    )
+    sweep_points(pipeline, axes, options.output, evaluator, **drawing)
     if state.is_main_process:
         print((options.output / "results.md").read_text(encoding="utf-8"))
         print(f"Wrote samples, tables and plots to {options.output}.")
