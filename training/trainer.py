@@ -197,7 +197,7 @@ class Trainer:
             self.save_checkpoint(must_succeed=True)
         if self._validation_is_due():  # the run was stopped or killed before its last validation
             self._validate(validations)
-        for batch in self.batches():
+        for batch in self._saving_before_errors(self.batches()):
             with self.accelerator.accumulate(self.model):
                 terms = objective(self.model, batch)
                 self.accelerator.backward(terms.loss.mean())
@@ -217,6 +217,19 @@ class Trainer:
                     flush=True,
                 )
                 return
+
+    def _saving_before_errors(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yields batches. If the next one cannot be read, saves a checkpoint before the error is raised."""
+        try:
+            yield from batches
+        except Exception:
+            # Other processes would wait for a batch. In the middle of accumulated batches, the state is not that of a step.
+            if self.accelerator.num_processes == 1 and self.accelerator.sync_gradients and self.global_step:
+                self.save_checkpoint()
+                self.accelerator.print(
+                    f"The next images cannot be read. {self.checkpointer.describe_last()}", flush=True
+                )
+            raise
 
     def batches(self) -> Iterator[dict]:
         """Yields the batches from the current position in the data to the end of the run, pass after pass."""

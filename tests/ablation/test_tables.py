@@ -17,7 +17,7 @@ SMALL = "--resolution 32 --in_channels 1 --channel_mult 1,2,2 --norm_num_groups 
 def unets_of(table, tmp_path, *words):
     base = parse_args(list(words))
     runs = plan_runs(base, table_variants(table, base), (0,), tmp_path)
-    return check_runs(runs, [str(number) for number in range(10)], AblationSamples(1, 1, "random", None, {}))
+    return check_runs(runs, 1, [str(number) for number in range(10)], AblationSamples(1, 1, "random", None, {}))
 
 
 def attention_sizes(unet) -> set[tuple[int, int]]:

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from training_runs import classifier_args, unet_args
+from PIL import Image
+from training_runs import ARCHITECTURE, classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, list_checkpoints, remove_old_checkpoints
@@ -109,6 +110,28 @@ def test_a_run_that_goes_on_in_another_folder_has_its_checkpoint_there(dataset, 
     assert "77" not in (new / "pipeline" / "README.md").read_text()
     train_unet.main(unet_args(dataset, new, 4, "--resume_from_checkpoint", "latest"))
     assert [entry["step"] for entry in read_metrics(new / "metrics.jsonl")] == [4]
+
+
+def test_an_image_that_cannot_be_read_loses_no_steps(tmp_path):
+    for number in range(40):
+        folder = tmp_path / "images" / ("left", "right")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 12), number).save(folder / f"{number}.png")
+    damaged = tmp_path / "images" / "left" / "20.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:40])
+    options = f"--train_data_dir {tmp_path / 'images'} --output_dir {tmp_path / 'run'} --max_train_steps 10 --ema_decay 0.5".split()
+    options += [
+        *ARCHITECTURE,
+        *"--checkpointing_steps 100 --num_validation_images 4 --label_dropout 0.3 --seed 1".split(),
+    ]
+    with pytest.raises(ValueError, match="20.png"):
+        train_unet.main(train_unet.parse_args(options))
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert 0 < checkpoint_step(checkpoint) < 10
+    damaged.write_bytes(whole)
+    train_unet.main(train_unet.parse_args([*options, "--resume_from_checkpoint", "latest"]))
+    assert (tmp_path / "run" / "pipeline").is_dir()
 
 
 def test_new_run_does_not_mix_with_an_earlier_one_or_replace_its_model(dataset, tmp_path):
