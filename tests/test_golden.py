@@ -52,6 +52,7 @@ def test_logits_and_guiding_gradient_equal_the_published_ones(name):
     assert relative_error(gradient, io["gradient"]) < 2e-5
 
 
+@pytest.mark.filterwarnings("ignore:The UNet has 1000 classes and the classifier has 30")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_seed_gives_the_published_samples_at_every_step(name):
     case, io = load_case(name)

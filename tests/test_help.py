@@ -93,7 +93,7 @@ def test_help_ends_with_examples_that_are_understood(program, tmp_path, monkeypa
 def test_either_length_of_a_training_run_is_said_to_be_needed():
     for script in SCRIPTS:
         text = " ".join(parser_of(script).format_help().split())
-        assert "Either this option or --num_epochs is required." in text
+        assert "Either this option or --num_epochs is required, and the later one counts." in text
         assert "Either this option or --max_train_steps is required." in text
 
 

@@ -81,3 +81,4 @@ if __name__ == "__main__":
     ).train()
     checkpoint = find_checkpoint(options.output, accelerator)
     scene(Trainer(options, accelerator, model, images, checkpoint=checkpoint))
+    accelerator.end_training()  # ends the group of processes, which could abort the last one otherwise

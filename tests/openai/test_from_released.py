@@ -338,6 +338,7 @@ def test_commands_say_in_one_line_what_is_wrong(cache, server, tmp_path, capsys)
     assert run("convert", "--released", "bound", "--accept_license", *output) == 0
 
 
+@pytest.mark.filterwarnings("ignore:The UNet has 1000 classes and the classifier has 30")
 def test_samples_are_drawn_with_a_released_checkpoint(cache, server, tmp_path, capsys):
     words = ("--num_samples", 2, "--num_inference_steps", 2, "--batch_size", 2, "--output", tmp_path / "samples")
     assert run("sample", "--model", "Released:Tiny", *words) == 0
