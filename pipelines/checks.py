@@ -146,8 +146,8 @@ def networks_that_guide(pipeline: DiffusionPipeline, options: SamplingOptions) -
     """Returns the networks of a run that guide, by name."""
     if options.guidance_fn is None:
         return {"classifier": pipeline.classifier}
-    networks = networks_of_guidance(options.guidance_fn)
-    return {f"network {type(network).__name__} of `guidance_fn`": network for network in networks}
+    networks = enumerate(networks_of_guidance(options.guidance_fn), start=1)
+    return {f"network {number} ({type(network).__name__}) of `guidance_fn`": network for number, network in networks}
 
 
 def check_eval_mode(networks: dict[str, torch.nn.Module | None]) -> None:

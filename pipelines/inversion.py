@@ -16,9 +16,8 @@ from diffusers_adm.solvers import build_solver, full_config
 from diffusers_adm.solvers.algorithms import check_variance_type
 
 
-LARGEST_PIXEL = (
-    10.0  # of images to invert. Drawn images may exceed 1 if they are not clipped, but not as pixels in 0 ... 255 do
-)
+# Drawn images may exceed 1 a little if they are not clipped. Pixels in 0 ... 255 are far above it.
+LARGEST_PIXEL = 10.0
 
 
 class InversionMixin:

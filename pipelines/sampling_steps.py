@@ -88,7 +88,7 @@ def take_all(steps: SamplingSteps) -> ImagePipelineOutput | tuple:
             return end.value
 
 
-def check_arguments(function: Callable, called: str, *args, **kwargs) -> None:
+def check_arguments(function: Callable, called: str, /, *args, **kwargs) -> None:
     """
     Raises a TypeError if a function cannot be called with these arguments.
 

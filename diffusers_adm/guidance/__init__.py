@@ -12,8 +12,8 @@ return a gradient itself, of the shape of `x_t`.
 
 By default, the gradient is the sum of the gradients with respect to `x_t` and to `x_0`, as if `x_0` did not depend on `x_t`. If the
 function has an attribute `through_unet` that is true, `x_0` depends on `x_t` through the UNet, and the gradient is taken with respect
-to `x_t`. The option `through_unet` of [`GuidanceOptions`] overrides the attribute. If it has an attribute `network`, the pipeline
-checks that this module is in eval mode, and if it has an attribute `num_classes`, that all labels are below it. For example, this function draws brighter images:
+to `x_t`. The option `through_unet` of [`GuidanceOptions`] overrides the attribute. The pipeline checks that the module in an attribute
+`network` is in eval mode, and that all labels are below an attribute `num_classes`. For example, this function draws brighter images:
 
     def brighter(x_t, timestep, x_0, class_labels):
         return 100 * x_0.mean(dim=(1, 2, 3))

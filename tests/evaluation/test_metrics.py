@@ -116,6 +116,10 @@ def test_score_of_a_folder_by_class_is_of_parts_in_which_classes_are_mixed(tmp_p
     assert torch.equal(as_drawn.features.pooled, extractor(images).pooled) and as_drawn.mixed
     alone = summarise(open_images(tmp_path / "png"), extractor, keep=False)
     assert alone.features is None and np.array_equal(alone.gaussian.covariance, as_drawn.gaussian.covariance)
+    (tmp_path / "run" / "samples_40x28x28x1").mkdir(parents=True)
+    (tmp_path / "run" / "settings.json").touch()
+    with pytest.raises(ValueError, match="is the folder of a sampling run. Pass its samples, .*samples_40x28x28x1"):
+        open_images(tmp_path / "run")
     picture = next((tmp_path / "png").rglob("000000.png"))
     picture = picture.rename(picture.with_name("cat.png"))
     with pytest.raises(ValueError, match="must be numbers, .* but got .'cat'"):

@@ -82,8 +82,9 @@ def test_a_network_of_a_guidance_function_stays_in_its_mode(layer):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 5), layer)
     guide = CleanClassifierGuidance(network)
     assert network.training
-    call = {"guidance_fn": WeightedSum(guide), "guidance_scale": 1.0}
-    refused(tiny_pipeline(), "The network Sequential of `guidance_fn` must be in eval mode", **call)
+    other = CleanClassifierGuidance(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 5)))
+    call = {"guidance_fn": WeightedSum(other, guide, other), "guidance_scale": 1.0}
+    refused(tiny_pipeline(), "The network 2 (Sequential) of `guidance_fn` must be in eval mode", **call)
     network.eval()
     assert draw(tiny_pipeline(), **call).isfinite().all()
 

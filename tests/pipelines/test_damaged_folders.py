@@ -146,6 +146,16 @@ def test_folder_of_another_kind_is_refused(cls, place, message, saved):
     refused(lambda: cls.from_pretrained(saved / place), message)
 
 
+def test_folder_of_a_training_run_names_what_it_holds(saved, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    shutil.copytree(saved, tmp_path / "pipeline")
+    refused(lambda: ClassifierGuidedPipeline.from_pretrained(tmp_path), f"Pass {str(tmp_path / 'pipeline')!r}")
+    shutil.rmtree(tmp_path / "pipeline" / "classifier")
+    refused(
+        lambda: NoisyClassifier.from_pretrained(tmp_path / "pipeline", subfolder="classifier"), "has no classifier"
+    )
+
+
 @pytest.mark.parametrize("cls", [ADMUNet2DModel, NoisyClassifier, ClassifierGuidedPipeline, ADMUpsamplePipeline])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(cls, tmp_path):
     for place in (None, 5, "", str(tmp_path / "nowhere"), tmp_path / "nowhere", "no/such/folder"):

@@ -268,7 +268,7 @@ def test_a_classifier_with_gradient_checkpointing_is_refused():
     pipeline.classifier.enable_gradient_checkpointing()
     refused(pipeline, "does not support gradient checkpointing of the classifier", with_gradients=True)
     guide = ClassifierGuidance(pipeline.classifier)
-    refused(pipeline, "checkpointing of the network NoisyClassifier", with_gradients=True, guidance_fn=guide)
+    refused(pipeline, "checkpointing of the network 1 (NoisyClassifier)", with_gradients=True, guidance_fn=guide)
     assert (
         draw(pipeline, LABELS, latents=images(), num_inference_steps=2, guidance_scale=0, with_gradients=True)
         .isfinite()
