@@ -20,16 +20,16 @@ def read_config(path: Path) -> dict:
         OSError: If the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
-        advice, trained = "Save or download it again.", trained_in(path.parent)
-        if trained is not None:
-            advice = f"It is the folder of a training run. Pass {str(trained)!r}."
-        elif path.name == "config.json" and (path.parent.parent / "model_index.json").is_file():
-            advice = f"The pipeline {str(path.parent.parent)!r} has no {path.parent.name}."
-        elif (path.parent / "model_index.json").is_file():
+        folder, advice = path.parent, "Save or download it again."
+        if (folder / "model_index.json").is_file():
             advice = "It holds a pipeline. Pass the name of one of its models as `subfolder`, such as 'unet'."
-        elif path.name == "model_index.json" and (path.parent / "config.json").is_file():
+        elif path.name == "model_index.json" and (folder / "config.json").is_file():
             advice = "It holds a model, not a pipeline."
-        raise OSError(f"The folder {str(path.parent)!r} has no {path.name}. {advice}")
+        elif not folder.is_dir() and (folder.parent / "model_index.json").is_file():
+            advice = f"The pipeline {str(folder.parent)!r} has no {folder.name}."
+        elif (trained := trained_in(folder)) is not None:
+            advice = f"It is the folder of a training run. Pass {str(trained)!r}."
+        raise OSError(f"The folder {str(folder)!r} has no {path.name}. {advice}")
     try:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
@@ -44,7 +44,7 @@ def read_config(path: Path) -> dict:
 def trained_in(folder: Path) -> Path | None:
     """Returns the folder of the pipeline or classifier that a training run has saved in its folder, or `None`."""
     for name, file in (("pipeline", "model_index.json"), ("classifier", "config.json")):
-        if (folder / "metrics.jsonl").exists() and (folder / name / file).is_file():
+        if (folder / name / file).is_file():
             return folder / name
     return None
 

@@ -59,11 +59,10 @@ class ClassNames:
         if name not in self.label2id:
             lowered = {known.lower(): known for known in self.label2id}
             near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
-            few = len(self.label2id) <= MOST_NAMES
-            names = f" The names are {', '.join(self.label2id)}." if few else " `pipe.label2id` has all names."
-            raise ValueError(
-                f"No class is called {name!r}.{f' Similar names are {near}.' if near and not few else ''}{names}"
-            )
+            known = f"The names are {', '.join(self.label2id)}."
+            if len(self.label2id) > MOST_NAMES:
+                known = f"Similar names are {near}. " * bool(near) + "`pipe.label2id` has all names."
+            raise ValueError(f"No class is called {name!r}. {known}")
         if len(self.label2id[name]) > 1:
             raise ValueError(f"Several classes are called {name!r}. Pass one of the numbers {self.label2id[name]}.")
         return self.label2id[name][0]

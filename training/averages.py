@@ -1,6 +1,7 @@
 """Moving averages of a model's weights."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,11 @@ class MovingAverages:
     def _build(self, decay: float, device: torch.device, max_train_steps: int) -> EMAModel:
         options = self.options
         if not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
+            fitting = math.floor(1e4 * max(0, 1 - 10 / max_train_steps)) / 1e4  # averages over half of the run
             logger.warning(
                 "The pipeline of the moving average with --ema_decay %g will be close to the initial weights, because it averages over %d"
-                " steps, but this run takes %d. Pass a smaller rate, such as --ema_decay %.3g.",
-                decay, round(5 / (1 - decay)), max_train_steps, max(0.5, 1 - 10 / max_train_steps),
+                " steps, but this run takes %d. Pass a smaller rate, such as --ema_decay %g.",
+                decay, round(5 / (1 - decay)), max_train_steps, fitting,
             )  # fmt: skip
         # ADM's rate is constant. `min_decay` and `update_after_step` make it so, because `EMAModel` raises it from 0 otherwise.
         average = EMAModel(

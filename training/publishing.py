@@ -296,10 +296,10 @@ def _describe_training(
 
 
 def _describe_start(options: TrainingOptions) -> str:
-    """Returns a sentence about the weights that training started from. It names no folders of the machine."""
+    """Returns a sentence about the weights that training started from, if the options name any. It names no folders of the machine."""
     name = options.architecture.pretrained_model_name_or_path
-    if name is None:
-        return "Training started from random weights."
+    if name is None:  # random weights, or a resumed run without the option
+        return ""
     return f"Training started from the weights of `{Path(name).name if Path(name).exists() else name}`, whose license applies too."
 
 

@@ -224,7 +224,8 @@ class Trainer:
             yield from batches
         except Exception:
             # Other processes would wait for a batch. In the middle of accumulated batches, the state is not that of a step.
-            if self.accelerator.num_processes == 1 and self.accelerator.sync_gradients and self.global_step:
+            is_new = self.global_step > self.checkpointer.saved_step
+            if is_new and self.accelerator.num_processes == 1 and self.accelerator.sync_gradients:
                 self.save_checkpoint()
                 self.accelerator.print(
                     f"The next images cannot be read. {self.checkpointer.describe_last()}", flush=True

@@ -1,7 +1,10 @@
 """Moving averages of weights."""
 
+import re
+
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from diffusers_adm.training.averages import MovingAverages
@@ -55,3 +58,17 @@ def test_saved_averages_go_on_as_the_others(model, tmp_path):
 
 def test_without_rates_there_is_nothing_to_update(model):
     assert moved(model, AverageOptions(ema_decay=())).decays == ()
+
+
+@pytest.mark.parametrize("steps", [20, 600, 40_000])
+def test_the_rate_that_is_suggested_fits_the_run(model, steps, caplog):
+    PartialState(cpu=True)  # which the log requires
+
+    def build(decay: float) -> None:
+        MovingAverages(model, AverageOptions(ema_decay=(decay,)), torch.device("cpu"), steps)
+
+    build(0.9999)
+    suggested = float(re.search(r"such as --ema_decay ([\d.]+)\.$", caplog.text.strip())[1])
+    caplog.clear()
+    build(suggested)
+    assert 0 < suggested < 1 and not caplog.text

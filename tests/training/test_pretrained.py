@@ -106,6 +106,10 @@ def test_card_names_the_start(start, dataset, tmp_path):
     start()
     card = (train(dataset, tmp_path) / "pipeline" / "README.md").read_text()
     assert "Training started from the weights of `start`" in card and str(tmp_path) not in card
+    train_unet.main(
+        unet_args(dataset, tmp_path / "new", 1)
+    )  # a resumed run may lack the option too, so nothing is said
+    assert "Training started" not in (tmp_path / "new" / "pipeline" / "README.md").read_text()
 
 
 def test_numbers_of_blocks_of_each_level_are_an_option(start, dataset, tmp_path):
