@@ -1,6 +1,10 @@
 """Runs of many images: they draw the images of the pipeline, also after an interruption."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +81,21 @@ def test_a_run_that_was_stopped_draws_only_what_is_missing(model, tmp_path, caps
     assert kept.stat().st_mtime_ns == before
     for name in ("arr_0", "arr_1"):
         assert np.array_equal(whole[name], again[name])
+
+
+def test_files_of_killed_processes_are_removed_and_those_of_running_ones_stay(model, tmp_path):
+    sample(model, tmp_path)
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = {
+        process: tmp_path / "shards" / f"partial-{platform.node()}-{process}-000000.npz"
+        for process in (killed.pid, os.getppid())
+    }
+    for path in left.values():
+        path.touch()
+    sample(model, tmp_path)
+    assert not left[killed.pid].exists() and left[os.getppid()].exists()
 
 
 def test_more_samples_begin_with_the_same_images(model, tmp_path):
