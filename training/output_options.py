@@ -59,7 +59,12 @@ class OutputOptions:
 
 @dataclass
 class HubOptions:
-    """Upload of the trained model to the Hub."""
+    """
+    Upload of the trained model to the Hub.
+
+    Raises:
+        ValueError: If the id of the repository is missing, or has no owner.
+    """
 
     push_to_hub: bool = option(False, help="Upload the trained model at the end.", resumable=True)
     hub_model_id: str | None = option(
@@ -90,3 +95,9 @@ class HubOptions:
         resumable=True,
         check=at_least(0),
     )
+
+    def __post_init__(self):
+        if self.push_to_hub and "/" not in (self.hub_model_id or ""):
+            raise ValueError(
+                f"--push_to_hub requires --hub_model_id, such as me/my-model, but got {self.hub_model_id}."
+            )

@@ -53,12 +53,10 @@ def check_hub(hub: HubOptions, accelerator: Accelerator, dry_run: bool) -> None:
         dry_run: Whether to check only the token, without creating anything.
 
     Raises:
-        ValueError: If the id or the token is missing, or the Hub refuses it.
+        ValueError: If there is no token, or the Hub refuses the repository.
     """
     if not hub.push_to_hub or not accelerator.is_main_process:
         return
-    if "/" not in (hub.hub_model_id or ""):
-        raise ValueError(f"--push_to_hub requires --hub_model_id, such as me/my-model, but got {hub.hub_model_id}.")
     try:
         api = HfApi(token=hub.hub_token)
         if dry_run:

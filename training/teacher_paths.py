@@ -129,20 +129,24 @@ def stored_paths(
             return StoredPaths([draw(files[0], 1)], images.class_names, sum(file.count for file in files))
         return StoredPaths([load_file(file.path) for file in files], images.class_names)
 
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            others = {
-                "teacher": teacher.record(),
-                "images": [images.num_images, images.class_names],
-                "precision": accelerator.mixed_precision,
-            }
-            is_new = not _are_stored(folder, options, others)
-            if is_new and not options.dry_run:
-                _write_record(folder, options, others)
-            missing = [] if options.dry_run else [file for file in trained + validated if not file.path.exists()]
-            for file in with_progress(iter(missing), len(missing), "drawing paths", "files"):
-                with atomic_write(file.path) as partial:
-                    save_file(draw(file, file.count), partial)
+    if accelerator.is_main_process:
+        others = {
+            "teacher": teacher.record(),
+            "images": [images.num_images, images.class_names],
+            "precision": accelerator.mixed_precision,
+        }
+        is_new = not _are_stored(folder, options, others)
+        if is_new and not options.dry_run:
+            _write_record(folder, options, others)
+    accelerator.wait_for_everyone()
+    if not options.dry_run:
+        share = (trained + validated)[accelerator.process_index :: num_processes]
+        missing = [file for file in share if not file.path.exists()]
+        bar = with_progress(missing, len(missing), "drawing paths", "files") if accelerator.is_main_process else missing
+        for file in bar:
+            with atomic_write(file.path) as partial:
+                save_file(draw(file, file.count), partial)
+        accelerator.wait_for_everyone()
     return read(trained), read(validated) if validated else None
 
 

@@ -1,13 +1,17 @@
 """Stored paths of a teacher."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import checkpoint_tensors, consistency_args
+from training_runs import SMALL_CONSISTENCY_RUN, checkpoint_tensors, consistency_args
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.denoiser import Denoiser
@@ -158,3 +162,22 @@ def test_dry_run_counts_points_of_paths(dataset, start, tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "24" in plan.split("images:")[1].split("\n")[0] and "measures losses on held-out images" in plan
     assert not any(tmp_path.iterdir())
+
+
+def test_processes_share_the_drawing_of_paths(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 3 --num_paths 130".split()]
+    train_consistency.main(consistency_args(dataset, start, tmp_path / "alone", 1, *more))
+    words = ["--dataset_name", dataset, "--pretrained_model_name_or_path", start, "--output_dir", tmp_path / "shared"]
+    words += [*SMALL_CONSISTENCY_RUN, "--max_train_steps", 1, *more]
+    script = Path(__file__).parents[1] / "helpers" / "path_drawing.py"
+    two = f"-m torch.distributed.run --standalone --nproc_per_node 2 {script}".split()
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *two, *map(str, words)], check=True, env=environment)
+    alone, shared = (sorted((tmp_path / name / "paths").glob("*.safetensors")) for name in ("alone", "shared"))
+    assert [file.name for file in alone] == [file.name for file in shared]
+    for one, other in zip(alone, shared):
+        ours, theirs = load_file(one), load_file(other)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Of the files of 64, 64 and 2 paths, the first process draws the first and the last.
+    counts = [(tmp_path / "shared" / f"process-{index}.txt").read_text() for index in range(2)]
+    assert counts == [f"{3 * 66} {130 * 3}", f"{3 * 64} {130 * 3}"]
