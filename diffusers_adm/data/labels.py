@@ -1,5 +1,6 @@
 """Conversion of class labels to a `ClassLabel` column. Labels are numbers, names or the beginnings of file names."""
 
+import logging
 from pathlib import PurePath
 
 from datasets import ClassLabel, Dataset, IterableDataset
@@ -8,6 +9,8 @@ from datasets.features.features import FeatureType
 
 from diffusers_adm.data.images import file_name
 
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 10**6  # a limit, because each class is given a name
 
@@ -38,6 +41,13 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
         names = feature.names
     elif all(isinstance(label, int) and 0 <= label < MAX_CLASSES for label in labels):
         names = [str(label) for label in range(max(labels) + 1)]
+        without_images = sorted(set(range(len(names))) - set(labels))
+        if without_images and classes is None:
+            logger.warning(
+                "The classes are 0 to %d, but column %r has no images of %d of them, such as %d. The model cannot learn these. To avoid"
+                " them, number the classes from 0 without gaps.",
+                max(labels), column, len(without_images), without_images[0],
+            )  # fmt: skip
     else:
         raise ValueError(
             f"Labels must be names or class numbers in [0, {MAX_CLASSES - 1}], but column {column!r} holds {labels[:5]}..."

@@ -77,3 +77,14 @@ def test_labels_that_are_not_used_need_not_be_right(tmp_path):
     source = parquet(tmp_path, features, image=[picture(0)] * 2, fine=[-1, -1], coarse=[0, 0])
     images, _ = load_images(arguments("--dataset_name", source), labelled=False)
     assert images.class_names is None and set(images[0]) == {"image"}
+
+
+@pytest.mark.parametrize(("labels", "count"), [([1, 3, 3], 2), ([2, 1, 0], 0)])
+def test_numbers_without_images_are_named(labels, count, tmp_path, caplog):
+    features = Features({"image": Image(), "kind": Value("int64")})
+    for split, kinds in (("train", labels), ("test", labels[:1])):
+        rows = Dataset.from_dict({"image": [picture(i) for i in range(len(kinds))], "kind": kinds}, features=features)
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    # A held-out split may lack classes.
+    load_images(arguments("--dataset_name", str(tmp_path), "--label_column", "kind", "--validation_split", "test"))
+    assert caplog.text.count("has no images of 2 of them, such as 0") == (count > 0) == bool(caplog.text)
