@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import itertools
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def load_rows(
     # Others, such as masks, would be decoded too.
     rows = rows.select_columns([image_column, label_column] if has_labels else [image_column])
     if streaming and on_disk:
-        rows = _on_disk(rows)
+        rows = _on_disk(rows, source.cache_dir)
     if not has_labels:
         return rows, Columns(image_column)
     if isinstance(rows, IterableDataset):
@@ -288,12 +289,16 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
         if source.dataset_name is None
         else {"path": source.dataset_name, "name": source.dataset_config_name, "revision": source.dataset_revision}
     )
+    if Path(place["path"]).is_dir():
+        place["path"] = os.path.abspath(place["path"])  # the fingerprint of the dataset must not depend on its spelling
     return load_dataset(**place, data_files=source.data_files, **options)
 
 
-def _on_disk(rows: IterableDataset) -> Dataset:
+def _on_disk(rows: IterableDataset, cache_dir: str | None) -> Dataset:
     """Saves a stream until the process ends. Loading the split without streaming would download all splits of the dataset."""
-    folder = tempfile.TemporaryDirectory(prefix="held-out-")
+    if cache_dir is not None:
+        os.makedirs(cache_dir, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix="held-out-", dir=cache_dir)
     atexit.register(folder.cleanup)
     return Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=folder.name)
 

@@ -14,6 +14,8 @@ SPLIT_OF_WORD = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# Images that `load_dataset` leaves out without a message.
+OTHER_IMAGES = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".mpo", ".pfm", ".qoi")
 OTHER_FORMATS = (".parquet", ".arrow", ".tar", ".gz", ".tgz", ".zip", ".lance")
 
 
@@ -25,6 +27,7 @@ class ImageFolderLayout:
     Args:
         folder: Path of the folder.
         splits: Subfolders of each split. Empty if all images are in one split.
+        links: Subfolders that are links.
         num_images: Number of images on disk.
         has_classes: Whether some images are in a subfolder, of the folder or of a split folder.
         has_metadata: Whether a metadata file lists the images.
@@ -32,17 +35,25 @@ class ImageFolderLayout:
 
     folder: Path
     splits: dict[str, list[str]]
+    links: list[Path]
     num_images: int
     has_classes: bool
     has_metadata: bool
 
     def arguments(self) -> dict:
-        """Returns arguments for `load_dataset`. They name the files of each split, because `load_dataset` would guess them."""
-        patterns = {split: [f"{glob.escape(name)}/**" for name in names] for split, names in self.splits.items()}
+        """
+        Returns arguments for `load_dataset`. They name the files of each split, because `load_dataset` would guess them, and links, which
+        it would not follow. The path is absolute, so that the fingerprint of the dataset does not depend on its spelling.
+        """
+        splits = {split: [Path(name) for name in names] for split, names in self.splits.items()} or {"train": [Path()]}
+        patterns = {}
+        for split, parents in splits.items():
+            links = [link for link in self.links for parent in parents if parent in link.parents]
+            patterns[split] = ["/".join([*map(glob.escape, path.parts), "**"]) for path in (*parents, *links)]
         return {
             "path": "imagefolder",
-            "data_dir": glob.escape(str(self.folder)),
-            "data_files": patterns or {"train": ["**"]},
+            "data_dir": glob.escape(os.path.abspath(self.folder)),
+            "data_files": patterns,
             "drop_labels": None if self.has_classes else True,
         }
 
@@ -50,8 +61,8 @@ class ImageFolderLayout:
         """Raises a ValueError unless all images on disk were loaded. A metadata file may list fewer images."""
         if not self.has_metadata and num_loaded != self.num_images:
             raise ValueError(
-                f"{self.folder} has {self.num_images} image files, but {num_loaded} were loaded. Remove links and unusual"
-                " characters from the names of folders, or pass --data_files."
+                f"{self.folder} has {self.num_images} image files, but {num_loaded} were loaded. Remove unusual characters"
+                " from the names of folders, or pass --data_files."
             )
 
 
@@ -64,17 +75,23 @@ def find_layout(folder: str | Path, images_only: bool = False) -> ImageFolderLay
         images_only: Whether to refuse datasets of other formats beside images.
 
     Raises:
-        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, or if a
-            dataset of another format is refused.
+        ValueError: If the folder has both split folders and other images, so that the split of the other images is unclear, a dataset
+            of another format is refused, or `datasets` would leave out some of the images.
     """
     folder = Path(folder)
-    files = _visible_files(folder)
+    files, links = _visible_files(folder)
     images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
     others = [path for path in files if path.suffix.lower() in OTHER_FORMATS and path.stem != "metadata"]
     if images and others and images_only:
         raise ValueError(
             f"--train_data_dir {folder} must hold only images, but also holds {others[0]}. Move it out of the folder, or say which files"
             " to read with --data_files."
+        )
+    left_out = [path for path in files if path.suffix.lower() in OTHER_IMAGES]
+    if left_out and not others:
+        raise ValueError(
+            f"{folder} has {len(left_out)} images of formats that `datasets` does not read, such as {left_out[0]}. Convert them to PNG or"
+            " JPEG, or move them out of the folder."
         )
     if not images or others:
         return None
@@ -85,6 +102,7 @@ def find_layout(folder: str | Path, images_only: bool = False) -> ImageFolderLay
     return ImageFolderLayout(
         folder=folder,
         splits=splits,
+        links=links,
         num_images=len(images),
         has_classes=any(len(path.parts) > (2 if splits else 1) for path in images),
         has_metadata=any(path.name in ImageFolder.METADATA_FILENAMES for path in files),
@@ -119,10 +137,17 @@ def _split_of(name: str, with_classes: bool) -> str | None:
     return splits.pop() if len(splits) == 1 and (with_classes or len(words) == 1) else None
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """Returns the files below a folder, relative to it. Files that `load_dataset` regards as hidden are left out."""
-    files = []
+def _visible_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """
+    Returns the files below a folder, and those of its subfolders that are links, relative to it. Files that `load_dataset` regards as
+    hidden, and links to a folder above, are left out.
+    """
+    files, links = [], []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
+        linked = {name for name in subfolders if os.path.islink(os.path.join(parent, name))}
+        here = Path(parent).resolve() if linked else None
+        above = {name for name in linked if here.is_relative_to(Path(parent, name).resolve())}
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__")) and name not in above]
+        links += [Path(parent, name).relative_to(folder) for name in subfolders if name in linked]
         files += [Path(parent, name).relative_to(folder) for name in names if not name.startswith(".")]
-    return files
+    return files, links

@@ -50,6 +50,6 @@ def _to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None) -> n
             " values of black and white, such as --image_range=0,65535 for 16 bits, or scale the images to 8 bits."
         )
     black, white = value_range
-    if values.dtype == np.uint16 and white > 65535:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2 and white > 65535:
         raise ValueError(f"White in --image_range must be at most 65535 for images of 16 bits, but got {white:g}.")
     return ((values.astype(np.float64) - black) * (255 / (white - black))).round().astype(np.uint8)

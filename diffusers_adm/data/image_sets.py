@@ -1,5 +1,6 @@
 """Samples and reference images of an evaluation, from `.npz` files or any source that `datasets.load_dataset` supports."""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -41,6 +42,7 @@ class DatasetImages:
         self.rows, columns = load_rows(source, options.split, labelled=labelled)
         self.image_column = columns.image
         self.labels = None if columns.label is None else np.asarray(self.rows[columns.label])
+        self.class_names = columns.class_names
         self.mixed = (Path(dataset) / "manifest.jsonl").is_file()  # the command `sample` writes one
         if self.mixed:
             self._sort_by_number(dataset)
@@ -49,7 +51,7 @@ class DatasetImages:
         if not self.num_images:
             raise ValueError(f"{self.name} has no images.")
         first = self._decode(0)
-        self.channels = self.format.in_channels or (1 if first.mode in ("1", "L") or is_deep(first) else 3)
+        self.channels = self.format.in_channels or (1 if first.mode in ("1", "L", "LA") or is_deep(first) else 3)
         self.shape = self._read(0).shape
 
     def _sort_by_number(self, dataset: str | Path) -> None:
@@ -62,7 +64,9 @@ class DatasetImages:
             )
         order = np.argsort([int(name) for name in names])
         self.rows = self.rows.select(order)
-        self.labels = None if self.labels is None else self.labels[order]
+        if self.labels is not None:  # the folder of a class is called by its number
+            numbers, self.class_names = np.array([int(name) for name in self.class_names]), None
+            self.labels = numbers[self.labels[order]]
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """
@@ -75,10 +79,11 @@ class DatasetImages:
 
     def chosen(self, numbers: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         """Yields some of the images, by their ascending numbers."""
+        batches = [numbers[first : first + batch_size].tolist() for first in range(0, len(numbers), batch_size)]
         with ThreadPoolExecutor() as pool:
-            for first in range(0, len(numbers), batch_size):
-                batch = numbers[first : first + batch_size].tolist()
-                images = list(pool.map(self._read, batch))
+            following = pool.map(self._read, batches[0]) if batches else None
+            for batch, after in itertools.zip_longest(batches, batches[1:], fillvalue=[]):
+                images, following = list(following), pool.map(self._read, after)  # read while the caller is at work
                 for number, image in zip(batch, images):
                     if image.shape != self.shape:
                         raise ValueError(

@@ -32,7 +32,10 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
     Raises:
         ValueError: If some images have no label, or the split has other classes.
     """
-    labels, feature = rows.unique(column), rows.features[column]
+    feature = rows.features[column]
+    if not isinstance(feature, (ClassLabel, Value)):
+        raise ValueError(f"Labels must be names or class numbers, but column {column!r} holds {feature}.")
+    labels = rows.unique(column)
     if None in labels or (isinstance(feature, ClassLabel) and -1 in labels):
         raise ValueError(f"All images must have a label, but column {column!r} lacks some.")
     if holds_names(feature):

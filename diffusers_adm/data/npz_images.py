@@ -19,6 +19,7 @@ class NpzImages:
         num_images: Number of images.
         shape: `(height, width, channels)` of each image.
         labels: Class of each image, `(num_images,)`, or `None` if there are none or they are not read.
+        class_names: `None`, because such files have no names of classes.
         fingerprint: Text that tells apart different images from sources of the same name.
         mixed: Whether the order of the images is independent of their classes.
 
@@ -29,6 +30,8 @@ class NpzImages:
     Raises:
         ValueError: If the file has no such arrays.
     """
+
+    class_names = None
 
     def __init__(self, path: str | Path, labelled: bool = False):
         self.name = str(path)

@@ -1,5 +1,7 @@
 """Folders of images: the images that are read, for all kinds of file names."""
 
+from pathlib import Path
+
 import pytest
 from data_options import arguments, load_images, picture
 
@@ -77,3 +79,31 @@ def test_difference_from_the_files_on_disk_is_refused(tmp_path):
     layout.check_number(3)
     with pytest.raises(ValueError, match="has 3 image files, but 2 were loaded"):
         layout.check_number(2)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("names", [PLAIN, [f"train/{name}" for name in PLAIN]], ids=["classes", "splits"])
+def test_linked_folders_are_read(tmp_path, names, streaming):
+    folder = Path(save(tmp_path / "images", *names))
+    save(tmp_path, "elsewhere/0.png")
+    classes = folder / Path(names[0]).parent.parent
+    (classes / "ant").symlink_to(tmp_path / "elsewhere")
+    (classes / "cat" / "back").symlink_to(classes)  # a link to a folder above would be read for ever
+    images, _ = load_images(arguments("--train_data_dir", str(folder), *streaming))
+    assert sorted(item["label"] for item in images.examples(9)) == [0, 1, 1, 2] and images.class_names == ["ant", "cat", "dog"]
+
+
+@pytest.mark.parametrize("others", [[], PLAIN], ids=["alone", "beside others"])
+def test_images_that_would_be_left_out_are_refused(others, tmp_path):
+    folder = save(tmp_path, *others)
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "0.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match="has 1 images of formats that `datasets` does not read, such as ant/0.HEIC"):
+        load_images(arguments("--train_data_dir", folder))
+
+
+def test_fingerprint_does_not_depend_on_the_spelling_of_the_path(tmp_path, monkeypatch):
+    save(tmp_path / "mine", *PLAIN)
+    monkeypatch.chdir(tmp_path)
+    fingerprints = {open_images(path).fingerprint for path in ("mine", "./mine/", str(tmp_path / "mine"))}
+    assert len(fingerprints) == 1

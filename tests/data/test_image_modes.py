@@ -56,9 +56,19 @@ def test_values_of_another_range_are_refused(values, value_range):
         to_mode(PILImage.fromarray(values), 3, value_range)
 
 
-def test_a_range_that_files_of_16_bits_cannot_hold_is_refused():
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_a_range_that_files_of_16_bits_cannot_hold_is_refused(mode):
+    values = (RAMP * 65535).astype(np.uint16)
+    image = PILImage.frombytes(mode, values.shape, values.astype("<u2" if mode == "I;16" else ">u2").tobytes())
+    assert np.abs(np.asarray(to_mode(image, 1, (0, 65535))) - 255 * RAMP).max() < 1
     with pytest.raises(ValueError, match="--image_range must be at most 65535 for images of 16 bits, but got 655350"):
-        to_mode(PILImage.fromarray((RAMP * 65535).astype(np.uint16)), 1, (0, 655350))
+        to_mode(image, 1, (0, 655350))
+
+
+def test_a_set_is_grey_if_its_first_image_is(tmp_path):
+    for number, mode in enumerate(("LA", "L")):
+        PILImage.new(mode, (4, 4)).save(tmp_path / f"{number}.png")
+    assert DatasetImages(tmp_path).shape == (4, 4, 1)
 
 
 @pytest.fixture

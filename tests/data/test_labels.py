@@ -88,3 +88,10 @@ def test_numbers_without_images_are_named(labels, count, tmp_path, caplog):
     # A held-out split may lack classes.
     load_images(arguments("--dataset_name", str(tmp_path), "--label_column", "kind", "--validation_split", "test"))
     assert caplog.text.count("has no images of 2 of them, such as 0") == (count > 0) == bool(caplog.text)
+
+
+def test_columns_that_hold_no_labels_are_refused(tmp_path):
+    features = {"image": Image(), "kind": [Value("int64")]}
+    folder = parquet(tmp_path, features, image=[picture(0)] * 2, kind=[[0], [1, 2]])
+    with pytest.raises(ValueError, match="Labels must be names or class numbers, but column 'kind' holds List"):
+        load_images(arguments("--dataset_name", folder, "--label_column", "kind"))
