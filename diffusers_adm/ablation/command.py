@@ -193,16 +193,11 @@ def check_source_of_variants(options: AblationOptions, given: dict[str, Any]) ->
 
 def load_evaluator(reference: str, features: FeatureOptions, base: UNetTrainingOptions) -> Any:
     """Loads the extractor and the reference, whose images must have the size and channels of the training images."""
-    from diffusers_adm.evaluation.features import load_extractor
-    from diffusers_adm.evaluation.metrics import check_shape
-    from diffusers_adm.evaluation.reference import summarise_reference
-    from diffusers_adm.evaluation.sweep import PointEvaluator
+    from diffusers_adm.evaluation.sweep import build_evaluator
 
-    extractor = load_extractor(features)
     # Options that name the training images must not choose the images of the reference.
     names = ("dataset_name", "train_data_dir", "dataset_config_name", "dataset_revision", "data_files")
     source = replace(base.source, **dict.fromkeys(names))
     images = ImageSetOptions(source=source, format=base.format)
-    summary = summarise_reference(reference, extractor, images, features.feature_batch_size)
-    check_shape(summary, (base.format.resolution, base.format.resolution, base.format.in_channels))
-    return PointEvaluator(summary, extractor, features.feature_batch_size)
+    shape = (base.format.resolution, base.format.resolution, base.format.in_channels)
+    return build_evaluator(reference, images, features, shape)

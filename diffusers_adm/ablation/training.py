@@ -8,6 +8,7 @@ import torch
 
 from diffusers_adm.ablation.results import write_results
 from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget
+from diffusers_adm.command_line import is_full_memory
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.launch import join_processes
@@ -49,8 +50,9 @@ def run_ablation(
             state.wait_for_everyone()
             drawn = draw_from_run(run, samples)
             evaluation = evaluate(drawn) if state.is_main_process else None
-        except ValueError as error:
-            if state.num_processes > 1:  # the others may not have failed, and would wait forever
+        except (ValueError, MemoryError, RuntimeError) as error:
+            is_user_error = isinstance(error, ValueError) or is_full_memory(error)
+            if not is_user_error or state.num_processes > 1:  # the others may not have failed, and would wait forever
                 raise
             failures.append(f"{run.variant} with seed {run.seed}")
             print(f"{failures[-1]} failed: {error}", flush=True)

@@ -14,14 +14,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from diffusers_adm.command_line import CommandParser
 from diffusers_adm.data.options import NO_DATASET, ImageSetOptions
 from diffusers_adm.evaluation.feature_options import FeatureOptions
-from diffusers_adm.evaluation.features import load_extractor
-from diffusers_adm.evaluation.metrics import check_shape
 from diffusers_adm.evaluation.options import MAX_IMAGES, NEIGHBOUR, ModelOptions, RunOptions
-from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+from diffusers_adm.evaluation.reference import check_extractor
 from diffusers_adm.evaluation.report import write_tables
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
-from diffusers_adm.evaluation.sweep import PointEvaluator, folder_name
+from diffusers_adm.evaluation.sweep import PointEvaluator, build_evaluator, folder_name
 from diffusers_adm.launch import join_processes
 from diffusers_adm.models import ADMUNet2DModel, NoisyClassifier
 from diffusers_adm.options import add_options, build_options, in_range, option, option_values, text_as
@@ -59,13 +57,17 @@ class Points:
 
     Args:
         pipeline: Pipeline with a classifier, on this process's device.
-        evaluator: Evaluator of samples with `judged=True`.
+        evaluator: Evaluator of samples with `judged=True`, on the main process.
         folder: Folder of the run, on a disk that all processes can read and write.
         settings: Settings that all points share.
     """
 
     def __init__(
-        self, pipeline: SamplingPipeline, evaluator: PointEvaluator, folder: Path, settings: Settings = Settings()
+        self,
+        pipeline: SamplingPipeline,
+        evaluator: PointEvaluator | None,
+        folder: Path,
+        settings: Settings = Settings(),
     ):
         self.pipeline = pipeline
         self.stock_scheduler = pipeline.scheduler
@@ -200,15 +202,13 @@ def bench_arguments(parser: CommandParser, options: type) -> tuple:
     check_extractor(args.reference, features.feature_extractor)
     state = join_processes()
     pipeline = load_pipeline(**option_values(model), device=state.device)
-    extractor = load_extractor(features)
-    if pipeline.classifier is None or not extractor.has_logits:
-        raise ValueError(
-            "The benchmark requires a pipeline with a classifier, and a feature extractor that is a classifier."
-        )
-    reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
-    config = pipeline.unet.config
-    check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
-    evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, judged=True)
+    if pipeline.classifier is None:
+        raise ValueError(f"The benchmark requires a pipeline with a classifier, but {model.model} has none.")
+    evaluator = None
+    if state.is_main_process:
+        config = pipeline.unet.config
+        shape = (config.sample_size, config.sample_size, config.in_channels)
+        evaluator = build_evaluator(args.reference, images, features, shape, judged=True)
     settings = Settings(
         num_images=samples.num_samples,
         model_name=model.model,

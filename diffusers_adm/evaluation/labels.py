@@ -71,7 +71,7 @@ class Labels:
         if path.suffix == ".npz":
             given = NpzFile(path).read("arr_1")
         else:
-            given = [int(word) if NUMBER.fullmatch(word) else word for word in self._words(path)]
+            given = [self._parsed(word, path, pipeline.label2id) for word in self._words(path)]
         try:
             labels = pipeline.class_ids(given)
         except ValueError as error:
@@ -80,6 +80,20 @@ class Labels:
         if unknown:
             raise ValueError(f"--labels must be in [0, {self.num_classes - 1}], but {path} has {unknown[:5]}.")
         return labels
+
+    def _parsed(self, word: str, path: Path, label2id: dict[str, list[int]]) -> int | str:
+        """Returns the number or the name that a word of a file is. Raises a ValueError if it is the number of one class and the name of
+        another."""
+        number = int(word) if NUMBER.fullmatch(word) else None
+        named = label2id.get(word)
+        if number is None or named in (None, [number]):
+            return word if number is None else number
+        if 0 <= number < self.num_classes:
+            raise ValueError(
+                f"--labels {path} must not have {word}, which is the name of class {named[0]} and the number of another class. Pass an .npz"
+                " file with the numbers of the classes as arr_1."
+            )
+        return word
 
     @staticmethod
     def _words(path: Path) -> list[str]:

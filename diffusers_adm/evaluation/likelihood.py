@@ -1,8 +1,8 @@
 """Variational bound on the negative log-likelihood of images, in bits per dimension, and its term at each timestep (Nichol &
 Dhariwal 2021, arXiv 2102.09672, section 3)."""
 
-import csv
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm import ADMUNet2DModel
-from diffusers_adm.atomic_files import atomic_write, write_json
+from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.image_sets import ImageSet
 from diffusers_adm.diffusion import (
     NoiseSchedule,
@@ -23,15 +23,21 @@ from diffusers_adm.diffusion import (
     read_table,
 )
 from diffusers_adm.evaluation.plots import save_lines
+from diffusers_adm.evaluation.report import write_csv
 from diffusers_adm.evaluation.sampling import model_settings
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread
 from diffusers_adm.launch import join_processes
 from diffusers_adm.losses import vlb_bits
+from diffusers_adm.models.class_names import composed
 from diffusers_adm.pipelines.checks import check_takes_timesteps
+from diffusers_adm.pipelines.class_labels import ClassNames, known_names
 from diffusers_adm.progress import with_progress
 from diffusers_adm.records import weights_digest
 from diffusers_adm.solvers.algorithms import check_variance_type
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,13 +153,19 @@ def evaluate_likelihood(
     num_images = images.num_images if num_images is None else num_images
     if not 1 <= num_images <= images.num_images:
         raise ValueError(f"--num_images must be in [1, {images.num_images}], but got {num_images}.")
-    labels = labels_for_unet(unet, images, unconditional)
+    labels = labels_for_unet(pipeline, images, unconditional)
+    if num_images < images.num_images and not images.mixed:
+        logger.warning(
+            "The first %d of %d images may be of a few classes only, because %s may be sorted by class.",
+            num_images, images.num_images, images.name,
+        )  # fmt: skip
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, timestep_respacing)
     settings = {
         **model_settings(pipeline, model_name),
         "weights": weights_digest({"unet": unet}),  # classifier and scheduler have no effect on the bound
         "scheduler": None,
-        "images": {"name": images.name, "fingerprint": images.fingerprint, **(image_settings or {})},
+        "source": images.name,
+        "images": {"fingerprint": images.fingerprint, **(image_settings or {})},
         "labels": None if labels is None else hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest()[:16],
         "timestep_respacing": timestep_respacing,
         "clip_denoised": clip_denoised,
@@ -167,19 +179,20 @@ def evaluate_likelihood(
         write_likelihood(shards, schedule)
 
 
-def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool) -> np.ndarray | None:
+def labels_for_unet(pipeline: SamplingPipeline, images: ImageSet, unconditional: bool) -> np.ndarray | None:
     """
-    Returns the label of each image for the UNet, `(num_images,)`, or `None` for a UNet without classes.
+    Returns the label of each image for the UNet, `(num_images,)`, or `None` for a UNet without classes. Classes of the images are
+    found by their names, if the pipeline has names too.
 
     Args:
-        unet: UNet that takes the labels.
+        pipeline: Pipeline whose UNet takes the labels.
         images: Images, with their labels.
         unconditional: Whether to use the null class for all images.
 
     Raises:
         ValueError: If the UNet requires labels, but labels are missing or unknown.
     """
-    num_classes = unet.config.num_class_embeds
+    unet, num_classes = pipeline.unet, pipeline.unet.config.num_class_embeds
     if num_classes is None:
         return None
     if unconditional:
@@ -193,9 +206,30 @@ def labels_for_unet(unet: ADMUNet2DModel, images: ImageSet, unconditional: bool)
         raise ValueError(
             "Labels are required, because the UNet is class-conditional, but the images have none. Pass labels or --unconditional."
         )
+    if images.class_names is not None:
+        labels = _numbers_of_pipeline(ClassNames(known_names(pipeline)), images.class_names, num_classes)[labels]
     if not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(f"Labels must be in [0, {num_classes - 1}], but range from {labels.min()} to {labels.max()}.")
     return labels
+
+
+def _numbers_of_pipeline(known: ClassNames, class_names: list[str], num_classes: int) -> np.ndarray:
+    """
+    Returns the number that a pipeline gives to each class of the images. If no name is known, the numbers are kept, because names of
+    folders may be other names of the same classes.
+
+    Raises:
+        ValueError: If only some of the names are known, or none and the images have another number of classes.
+    """
+    unknown = [name for name in class_names if composed(name) not in known.label2id]
+    if not unknown:
+        return np.array(known.class_ids(class_names))
+    if not known.label2id or len(unknown) == len(class_names) == num_classes:
+        return np.arange(len(class_names))
+    raise ValueError(
+        f"The classes of the images must be those of the pipeline, but the pipeline has no classes {unknown[:5]}. Its names are in"
+        " `pipe.label2id`."
+    )
 
 
 def evaluate_batches(
@@ -258,10 +292,8 @@ def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
     }
     write_json(shards.folder / "nll.json", figures)
     timesteps = schedule.timesteps.tolist()
-    with atomic_write(shards.folder / "terms.csv") as partial, open(partial, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["timestep", "bits_per_dim", "x_0_mse", "epsilon_mse"])
-        table.writerows(zip(timesteps, *(values.tolist() for values in means.values())))
+    header = ["timestep", "bits_per_dim", "x_0_mse", "epsilon_mse"]
+    write_csv(shards.folder / "terms.csv", header, list(zip(timesteps, *(values.tolist() for values in means.values()))))
     labels = {
         "terms": "bits per dimension",
         "x_0_mse": "x_0, mean squared error",

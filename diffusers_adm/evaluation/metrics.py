@@ -99,7 +99,7 @@ def compare(reference: Summary, samples: Summary, extractor_name: str) -> Evalua
     Raises:
         ValueError: If samples and reference differ in size or channels, or there are too few images.
     """
-    check_shape(reference, samples.shape)
+    check_shape(reference.shape, samples.shape)
     notes = []
     metrics = {"frechet_distance": frechet_distance(reference.gaussian, samples.gaussian)}
     counts = [count for count in (samples.num_images, reference.num_images) if count is not None]
@@ -174,12 +174,12 @@ def inception_score(logits: torch.Tensor) -> float:
     return sum(part[KEY_METRIC_ISC_MEAN] for part in parts) / len(parts)
 
 
-def check_shape(reference: Summary, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError if samples of a shape, `(height, width, channels)`, cannot be compared with a reference."""
-    if reference.shape is not None and reference.shape != shape:
+def check_shape(reference: tuple[int, ...] | None, samples: tuple[int, ...] | None) -> None:
+    """Raises a ValueError if images of two shapes, `(height, width, channels)`, cannot be compared. `None` is an unknown shape."""
+    if None not in (reference, samples) and reference != samples:
         raise ValueError(
-            f"The samples must have the size and channels of the reference, {_described(reference.shape)}, but have"
-            f" {_described(shape)}."
+            f"The samples must have the size and channels of the reference, {_described(reference)}, but have"
+            f" {_described(samples)}. --resolution and --in_channels convert images of folders and datasets."
         )
 
 

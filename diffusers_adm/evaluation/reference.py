@@ -11,7 +11,7 @@ from diffusers_adm.data.npz import NpzFile, Rows, write_npz
 from diffusers_adm.data.options import ImageSetOptions
 from diffusers_adm.evaluation.feature_options import INCEPTION
 from diffusers_adm.evaluation.features import FeatureExtractor
-from diffusers_adm.evaluation.metrics import Summary, summarise
+from diffusers_adm.evaluation.metrics import Summary, check_shape, summarise
 from diffusers_adm.evaluation.statistics import GaussianStatistics
 from diffusers_adm.records import weights_digest
 
@@ -21,6 +21,7 @@ def summarise_reference(
     extractor: FeatureExtractor,
     options: ImageSetOptions | None = None,
     batch_size: int = 64,
+    shape: tuple[int, int, int] | None = None,
 ) -> Summary:
     """
     Summarises a reference. If it is a reference batch, its statistics are read from the file: `mu` and `sigma`, and `mu_s` and
@@ -32,12 +33,15 @@ def summarise_reference(
         extractor: Extractor of the features.
         options: Split, place and format of a dataset's images.
         batch_size: Number of images per batch.
+        shape: Shape of the samples that will be compared, `(height, width, channels)`. `None` means any.
 
     Raises:
-        ValueError: If the reference was made with another extractor, or is not usable.
+        ValueError: If the reference was made with another extractor, has images of another shape, or is not usable.
     """
     if not holds_statistics(source):
-        return summarise(open_images(source, options), extractor, batch_size)
+        images = open_images(source, options)
+        check_shape(images.shape, shape)  # before features are extracted
+        return summarise(images, extractor, batch_size)
     check_extractor(source, extractor.name)
     file = NpzFile(source)
     metadata = file.metadata()
@@ -52,16 +56,17 @@ def summarise_reference(
         raise ValueError(f"`num_images` in the metadata of {source} must be an integer, but got {num_images!r}.")
     gaussian = read_statistics(file, "mu", "sigma")
     spatial = read_statistics(file, "mu_s", "sigma_s") if "mu_s" in file else None
-    features, shape = None, None
+    features, own_shape = None, None
     if "arr_0" in file:
-        images = summarise(NpzImages(source), extractor, batch_size)
-        features, shape = images.features, images.shape
+        images = NpzImages(source)
+        check_shape(images.shape, shape)
+        features, own_shape = summarise(images, extractor, batch_size).features, images.shape
         if len(gaussian.mean) != features.pooled.shape[1]:
             raise ValueError(
                 f"mu in {source} must have {features.pooled.shape[1]} features, as {extractor.name} has, but it has"
                 f" {len(gaussian.mean)}."
             )
-    return Summary(str(source), gaussian, spatial, num_images, features, shape, metadata)
+    return Summary(str(source), gaussian, spatial, num_images, features, own_shape, metadata)
 
 
 def holds_statistics(source: str | Path) -> bool:

@@ -64,14 +64,13 @@ class Evaluation:
 
     def table(self) -> str:
         """Returns the metrics in Markdown."""
-        reference, samples = self.settings["reference"], self.settings["samples"]
+        samples = self.settings["samples"]
         lines = [
             f"| {self.settings['feature_extractor']} | {samples['num_images']} samples |",
             "| --- | --- |",
             *(f"| {self.label(metric)} | {value:.4f} |" for metric, value in self.metrics.items()),
             "",
-            f"Samples: {samples['name']}. Reference: {reference['name']}, with statistics of {reference['num_images'] or '?'}"
-            f" images, and {reference['num_neighbours'] or 'no'} images for precision and recall.",
+            f"Samples: {samples['name']}. {describe_features(self.settings)}",
             *self.notes,
         ]
         return "\n".join(lines)
@@ -156,13 +155,13 @@ def describe_features(settings: dict) -> str:
     reference = settings["reference"]
     return (
         f"Features: {settings['feature_extractor']}. Reference: {Path(reference['name']).name}, with statistics of"
-        f" {reference['num_images'] or '?'} images, and {reference['num_neighbours']} images for precision and recall."
+        f" {reference['num_images'] or '?'} images, and {reference['num_neighbours'] or 'no'} images for precision and recall."
     )
 
 
 def write_csv(path: Path, header: list, rows: list[list]) -> None:
     """Writes a table as CSV."""
-    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
 

@@ -17,7 +17,7 @@ from diffusers_adm.records import as_record
 
 
 # Settings that do not affect the results.
-FOR_THE_RECORD = {"model"}
+FOR_THE_RECORD = {"model", "source"}
 
 
 class Shards:
@@ -61,7 +61,7 @@ class Shards:
 
     def _claim(self) -> None:
         path = self.folder / "settings.json"
-        if path.is_file() and (any(self.folder.glob("shards/0*.npz")) or any(self.folder.glob("samples_*"))):
+        if path.is_file() and (any(self.folder.glob("shards/[0-9]*.npz")) or any(self.folder.glob("samples_*"))):
             kept = self._kept_settings(path)
             names = sorted({*kept, *self.settings} - FOR_THE_RECORD)
             other = [name for name in names if kept.get(name) != self.settings.get(name)]
@@ -110,9 +110,8 @@ class Shards:
     def assigned(self) -> list[int]:
         """Returns this process's share of the missing batches."""
         missing = [self.missing()]
-        broadcast_object_list(
-            missing
-        )  # all use the list of the main process, because batches may be finished meanwhile
+        # All use the list of the main process, because batches may be finished meanwhile.
+        broadcast_object_list(missing)
         return missing[0][self.state.process_index :: self.state.num_processes]
 
     def report_found(self, work: str) -> None:

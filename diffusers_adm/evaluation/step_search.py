@@ -96,7 +96,8 @@ def search_steps(
     numbers = torch.arange(num_images).split(batch_size)
     for batch in with_progress(numbers, len(numbers), "searching", "batches"):
         states = trajectories(fine, batch.tolist(), seed, {**call, name: values})
-        costs += step_costs(states, sigmas) * (len(batch) / num_images)
+        for image in states.split(1, dim=1):  # one at a time, because intermediate results are larger than the states
+            costs += step_costs(image, sigmas) / num_images
     places = cheapest_path(costs, num_inference_steps)
     return FoundSteps(name, [values[place] for place in places], [sigmas[place] for place in places])
 

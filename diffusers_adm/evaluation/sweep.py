@@ -4,15 +4,19 @@
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
 
 from diffusers_adm.atomic_files import write_json
 from diffusers_adm.data.npz_images import NpzImages
-from diffusers_adm.evaluation.features import FeatureExtractor
+from diffusers_adm.data.options import ImageSetOptions
+from diffusers_adm.evaluation.feature_options import FeatureOptions
+from diffusers_adm.evaluation.features import FeatureExtractor, load_extractor
 from diffusers_adm.evaluation.metrics import Summary, compare, summarise
 from diffusers_adm.evaluation.plots import Line, save_lines
+from diffusers_adm.evaluation.reference import summarise_reference
 from diffusers_adm.evaluation.report import metric_label, write_tables
 from diffusers_adm.evaluation.sampling import draw_samples, labels_of_run, open_low_res, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
@@ -73,6 +77,35 @@ class PointEvaluator:
             result["metrics"]["accuracy"] = right.double().mean().item()
         write_json(path, result)
         return result
+
+
+def build_evaluator(
+    reference: str | Path,
+    images: ImageSetOptions,
+    features: FeatureOptions,
+    shape: tuple[int, int, int],
+    judged: bool = False,
+) -> PointEvaluator:
+    """
+    Loads the extractor and summarises the reference.
+
+    Args:
+        reference: Reference batch, or a source of images.
+        images: Split, place and format of the images of a dataset.
+        features: Extractor of the features.
+        shape: Shape of the samples, `(height, width, channels)`.
+        judged: Whether samples are judged by their labels.
+
+    Raises:
+        ValueError: If samples of the shape cannot be compared with the reference, or the extractor cannot judge them.
+    """
+    extractor = load_extractor(features)
+    if judged and not extractor.has_logits:
+        raise ValueError(
+            f"Only a feature extractor that is a classifier can judge samples, but {features.feature_extractor} has no logits."
+        )
+    summary = summarise_reference(reference, extractor, images, features.feature_batch_size, shape)
+    return PointEvaluator(summary, extractor, features.feature_batch_size, judged)
 
 
 def check_points(
@@ -140,24 +173,35 @@ def sweep_points(
         Result of each point on the main process, and an empty list on other processes.
 
     Raises:
-        ValueError: If a point cannot be drawn, or the folder of a point belongs to a run with other settings.
+        ValueError: If a point cannot be drawn, or the folder of a point belongs to a run with other settings. With one process, all other
+            points have been evaluated.
     """
     state = join_processes()
     # All points are checked before the first one is drawn.
     points = check_points(pipeline, axes, evaluate is not None and evaluate.judged, **run)
-    stock_scheduler, results = pipeline.scheduler, []
+    stock_scheduler, results, failures = pipeline.scheduler, [], []
     for number, point in enumerate(points):
         if state.is_main_process:
             print(f"Point {number + 1} of {len(points)}: {described(point)}", flush=True)
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call_of(point), **run)
-        if state.is_main_process:
-            results.append({"point": point, **evaluate(samples)})
-            write_tables(folder, results)
+        try:
+            samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call_of(point), **run)
+            if state.is_main_process:
+                results.append({"point": point, **evaluate(samples)})
+                write_tables(folder, results)
+        except ValueError as error:
+            if state.num_processes > 1:  # the others may not have failed, and would wait forever
+                raise
+            failures.append(described(point))
+            print(f"{failures[-1]} failed: {error}", flush=True)
         state.wait_for_everyone()
-    if state.is_main_process:
+    if results:
         plot_trade_off(folder / "trade-off.png", results, axes)
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(points)} points failed: {'; '.join(failures)}. All others are in {folder}."
+        )
     return results
 
 
@@ -169,7 +213,7 @@ def call_of(point: dict) -> dict:
 def folder_name(point: dict) -> str:
     """Returns a readable and unique folder name for a point."""
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{'_'.join(str(value).replace('/', '-') for value in point.values())[:80]}_{digest}"
+    return f"{re.sub('[/:]', '-', '_'.join(map(str, point.values())))[:80]}_{digest}"
 
 
 def described(point: dict) -> str:

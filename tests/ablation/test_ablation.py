@@ -56,7 +56,7 @@ def inputs(tmp_path_factory) -> Path:
         "groups.yaml": "narrow: {}\nwide: {model_channels: 9}",
         "adapter.yaml": "narrow: {}\nadapted: {lora_rank: 2}",
         "missing.yaml": "narrow: {}\ntuned: {pretrained_model_name_or_path: no/such/model}",
-        "failing.yaml": "failing: {learning_rate: 1.0e+30}\nnarrow: {}",
+        "failing.yaml": "failing: {learning_rate: 1.0e+30}\nlarge: {model_channels: 4000000}\nnarrow: {}",
     }.items():
         (folder / name).write_text(text)
     return folder
@@ -100,11 +100,12 @@ def results_of(folder: Path) -> dict:
     return results
 
 
-def test_a_run_that_fails_does_not_stop_the_others(folder, capsys):
+def test_a_run_that_fails_or_fills_the_memory_does_not_stop_the_others(folder, capsys):
     words = [*ABLATE, "--variants", "failing.yaml", "--seeds", 0]
     for _ in range(2):
         assert run(*words) == 2
-        assert "1 of 2 runs failed: failing with seed 0. All others are in new" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "2 of 3 runs failed: failing with seed 0, large with seed 0. All others are in new" in error
     (row,) = results_of(folder / "new")["variants"]
     assert row["variant"] == "narrow" and row["spread"]["frechet_distance"]["mean"] > 0
 

@@ -50,3 +50,12 @@ def test_noise_of_a_seed_is_the_same_with_and_without_labels(condition_unet, gui
     noise = [torch.randn(3, SIZE, SIZE, generator=image_generator(5, number)) for number in range(3)]
     assert torch.equal(inputs[0], torch.stack(noise))
     assert ("arr_1" in arrays_of(path)) == bool(condition_unet or guidance_scale)
+
+
+def test_a_word_that_means_two_classes_is_refused(tmp_path):
+    pipeline = tiny_pipeline(id2label=dict(enumerate(["1", "10", "2", "20", "3"])), num_inference_steps=1)
+    (tmp_path / "labels.txt").write_text("10\n20\n")  # no numbers of classes
+    assert arrays_of(draw_samples(pipeline, tmp_path / "named", 2, labels=str(tmp_path / "labels.txt")))["arr_1"].tolist() == [1, 3]
+    (tmp_path / "labels.txt").write_text("10\n3\n")
+    with pytest.raises(ValueError, match="must not have 3, which is the name of class 4 and the number of another"):
+        draw_samples(pipeline, tmp_path / "unclear", 2, labels=str(tmp_path / "labels.txt"))

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUNet2DModel
+from diffusers_adm.data.image_sets import open_images
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.evaluation.likelihood import variational_bound
 from diffusers_adm.evaluation.shards import image_generator
@@ -80,6 +81,40 @@ def test_likelihood_of_a_dataset_is_the_mean_of_its_images(model, tmp_path, caps
     np.savez(tmp_path / "images.npz", arr_0=255 - images, arr_1=labels)
     assert run(*words, "--output", tmp_path / "run") == 2
     assert "other settings: images" in capsys.readouterr().err
+
+
+def test_classes_of_images_are_found_by_their_names(tmp_path, caplog, capsys):
+    names = ["ape", "bear", "cat, kitten", "dog", "emu"]
+    tiny_pipeline(id2label=dict(enumerate(names))).save_pretrained(tmp_path / "tiny")
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+    for number, name in enumerate(["dog", "dog", "kitten", "kitten"]):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).save(tmp_path / "images" / name / f"{number}.png")
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.array([3, 3, 2, 2]))
+    words = ["--model", tmp_path / "tiny", "--timestep_respacing", "4", "--output"]
+
+    def bound(images, folder):
+        assert run("nll", images, *words, tmp_path / folder) == 0
+        return json.loads((tmp_path / folder / "nll.json").read_text())["bits_per_dim"]
+
+    expected = bound(tmp_path / "images.npz", "file")
+    assert bound(tmp_path / "images", "folder") == pytest.approx(expected, rel=1e-6)
+    assert bound(f"{tmp_path}/../{tmp_path.name}/images/", "folder") == pytest.approx(expected, rel=1e-6)  # continues
+    assert run("nll", tmp_path / "images", *words, tmp_path / "first", "--num_images", 2) == 0
+    assert "The first 2 of 4 images may be of a few classes only" in caplog.text
+    (tmp_path / "images" / "kitten").rename(tmp_path / "images" / "cow")
+    assert run("nll", tmp_path / "images", *words, tmp_path / "other") == 2
+    assert "the pipeline has no classes ['cow']" in capsys.readouterr().err
+
+
+def test_samples_keep_their_classes(tmp_path):
+    """Folders of samples are called by the numbers of the classes, of which some may be missing."""
+    tiny_pipeline(num_inference_steps=2).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "labels.txt").write_text("3\n4\n1\n3\n")
+    words = ["--model", tmp_path / "tiny", "--num_samples", 4, "--batch_size", 4, "--labels", tmp_path / "labels.txt"]
+    assert run("sample", *words, "--format", "png", "--output", tmp_path / "drawn") == 0
+    images = open_images(tmp_path / "drawn" / f"samples_4x{SIZE}x{SIZE}x3", labelled=True)
+    assert images.labels.tolist() == [3, 4, 1, 3]
 
 
 def test_clipping_and_the_null_class_are_as_asked_for(tmp_path):

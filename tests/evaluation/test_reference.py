@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from command_line import run
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from digit_features import NAME as DIGITS
 from image_files import digits_npz, random_images
+from PIL import Image
 
-from diffusers_adm.evaluation import (
-    FeatureExtractor,
-)
+from diffusers_adm.evaluation import FeatureExtractor, summarise_reference
 from diffusers_adm.evaluation.feature_options import INCEPTION
 
 
@@ -61,3 +63,30 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path, capsys):
     assert "made with other weights of the feature extractor" in capsys.readouterr().err
     assert run("evaluate", samples, samples, "--feature_extractor", "unknown") == 2
     assert "but got 'unknown'" in capsys.readouterr().err
+
+
+def test_another_size_is_refused_before_features_are_extracted(tmp_path):
+    source = digits_npz(tmp_path / "real.npz", random_images(50))
+    output = tmp_path / "reference.npz"
+    assert run("make-reference", source, output, "--feature_extractor", DIGITS) == 0
+    calls = []
+    extractor = FeatureExtractor(DIGITS)
+    extractor.network.register_forward_pre_hook(lambda *args: calls.append(args))
+    for reference in (source, output):
+        with pytest.raises(ValueError, match="32x32 pixels in grey, but have 16x16 pixels in colour. --resolution"):
+            summarise_reference(reference, extractor, shape=(16, 16, 3))
+    assert not calls
+
+
+def test_samples_and_reference_are_told_apart(reference, tmp_path, capsys):
+    samples = digits_npz(tmp_path / "drawn.npz", random_images(10))
+    assert run("evaluate", samples, reference, "--feature_extractor", DIGITS) == 2
+    assert "is a reference batch, which has statistics. Pass REFERENCE first" in capsys.readouterr().err
+    # The column of the images is that of the reference. The samples have their own.
+    for name, column in (("real", "picture"), ("drawn", "image")):
+        rows = {column: list(map(Image.fromarray, random_images(10)[:, :, :, 0])), "other": [None] * 10}
+        features = Features({column: ImageFeature(), "other": ImageFeature() if name == "real" else Value("string")})
+        (tmp_path / name).mkdir()
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
+    words = ["evaluate", tmp_path / "real", tmp_path / "drawn", "--image_column", "picture", "--feature_extractor", DIGITS]
+    assert run(*words) == 0

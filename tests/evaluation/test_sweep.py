@@ -82,6 +82,20 @@ def test_points_that_cannot_be_drawn_are_refused_before_the_first_one(reference,
         assert not (tmp_path / "sweep").exists()
 
 
+def test_a_point_that_fails_does_not_stop_the_others(reference, tmp_path, capsys):
+    (tmp_path / "guide.py").write_text(
+        "import torch\n\n\ndef build(pipeline):\n    return lambda x_t, timestep, x_0, labels: torch.full_like(x_t, torch.inf)\n"
+    )
+    words = ["sweep", reference, "--output", tmp_path / "sweep", "--feature_extractor", DIGITS, "--num_samples", 5]
+    words += ["--num_inference_steps", 1, "--guidance_fn", f"{tmp_path / 'guide.py'}:build", "--guidance_scale", 1, 0]
+    for _ in range(2):
+        assert run(*words) == 2
+        printed = capsys.readouterr()
+        assert "1 of 2 points failed: " in printed.err and "is not finite" in printed.out
+    (result,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert result["point"]["guidance_scale"] == 0
+
+
 def test_sweep_takes_the_labels_of_the_small_images(tmp_path):
     digits_npz(tmp_path / "real.npz", random_images(8))
     digits_npz(tmp_path / "small.npz", random_images(6, size=16), arr_1=np.full(6, 7))
@@ -161,4 +175,4 @@ def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys)
     (tmp_path / "features.py").write_text(dedent(without_logits))
     words += ["--register", tmp_path / "features.py", "--feature_extractor", "without-logits"]
     assert run(*words) == 2
-    assert "--judged requires a feature extractor that is a classifier" in capsys.readouterr().err
+    assert "Only a feature extractor that is a classifier can judge samples" in capsys.readouterr().err

@@ -58,6 +58,16 @@ def check_splits(args: argparse.Namespace, images: ImageSetOptions, options: Eva
             raise ValueError(f"--{name} {split} requires a dataset, but got the .npz file {source}.")
 
 
+def sample_options(images: ImageSetOptions, options: EvaluateOptions, reference: str) -> ImageSetOptions:
+    """Returns the options of the samples. They have the size of the model's images, and those that name parts of a dataset are of the
+    reference, unless it is an `.npz` file."""
+    source = images.source
+    if Path(reference).suffix != ".npz":
+        source = replace(source, image_column=None, data_files=None, dataset_config_name=None, dataset_revision=None)
+    format = replace(images.format, source_resolution=None)
+    return replace(images, split=options.samples_split, source=source, format=format)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """
     Compares samples with a reference, and prints the metrics.
@@ -76,14 +86,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from diffusers_adm.data.image_sets import open_images
     from diffusers_adm.evaluation.features import load_extractor
-    from diffusers_adm.evaluation.metrics import check_shape, compare, summarise
-    from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+    from diffusers_adm.evaluation.metrics import compare, summarise
+    from diffusers_adm.evaluation.reference import check_extractor, holds_statistics, summarise_reference
     from diffusers_adm.evaluation.report import add_to_card, read_card
 
     card = None if options.model_card is None else read_card(options.model_card)
-    # The samples have the size of the model's images already.
-    format = replace(images.format, source_resolution=None)
-    samples = open_images(args.samples, replace(images, split=options.samples_split, format=format))
+    if holds_statistics(args.samples):
+        raise ValueError(
+            f"SAMPLES must be samples, but {args.samples} is a reference batch, which has statistics. Pass REFERENCE first."
+        )
+    samples = open_images(args.samples, sample_options(images, options, args.reference))
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
             f"SAMPLES must have more than {NEIGHBOUR} images for precision and recall, and thousands for meaningful figures,"
@@ -91,8 +103,7 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     check_extractor(args.reference, features.feature_extractor)
     extractor, batch_size = load_extractor(features), features.feature_batch_size
-    reference = summarise_reference(args.reference, extractor, images, batch_size)
-    check_shape(reference, samples.shape)
+    reference = summarise_reference(args.reference, extractor, images, batch_size, samples.shape)
     evaluation = compare(reference, summarise(samples, extractor, batch_size), extractor.name)
     # Files are written first, because printing fails if the program that reads the output has ended.
     if options.output is not None:

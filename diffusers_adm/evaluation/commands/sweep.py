@@ -70,11 +70,9 @@ def sweep(args: argparse.Namespace) -> None:
     options, model, run = (build_options(cls, args) for cls in (SweepOptions, ModelOptions, RunOptions))
     images.check(args.reference)
 
-    from diffusers_adm.evaluation.features import load_extractor
-    from diffusers_adm.evaluation.metrics import check_shape
-    from diffusers_adm.evaluation.reference import check_extractor, summarise_reference
+    from diffusers_adm.evaluation.reference import check_extractor
     from diffusers_adm.evaluation.sampling import load_pipeline
-    from diffusers_adm.evaluation.sweep import PointEvaluator, check_points, sweep_points
+    from diffusers_adm.evaluation.sweep import build_evaluator, check_points, sweep_points
     from diffusers_adm.launch import join_processes
 
     check_extractor(args.reference, features.feature_extractor)
@@ -91,15 +89,9 @@ def sweep(args: argparse.Namespace) -> None:
     check_points(pipeline, axes, options.judged, **drawing)  # before the features of the reference, which take long
     evaluator = None
     if state.is_main_process:
-        extractor = load_extractor(features)
-        if options.judged and not extractor.has_logits:
-            raise ValueError(
-                f"--judged requires a feature extractor that is a classifier, but {features.feature_extractor} has no logits."
-            )
-        reference = summarise_reference(args.reference, extractor, images, features.feature_batch_size)
         config = pipeline.unet.config
-        check_shape(reference, (config.sample_size, config.sample_size, config.in_channels))
-        evaluator = PointEvaluator(reference, extractor, features.feature_batch_size, options.judged)
+        shape = (config.sample_size, config.sample_size, config.in_channels)
+        evaluator = build_evaluator(args.reference, images, features, shape, options.judged)
     sweep_points(pipeline, axes, options.output, evaluator, **drawing)
     if state.is_main_process:
         print((options.output / "results.md").read_text(encoding="utf-8"))
