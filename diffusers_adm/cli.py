@@ -6,6 +6,7 @@ the errors of a command line need neither torch nor diffusers.
 
 import argparse
 import importlib
+import os
 import sys
 
 from diffusers_adm import __version__
@@ -15,6 +16,7 @@ from diffusers_adm.quiet import hide_bars_in_logs
 
 
 GENERAL_OPTIONS = ("-h", "--help", "--version")
+PARALLEL_COMMANDS = ("sample", "nll", "sweep", "ablate")  # those that several processes can share
 # Module, function that adds the options, function that runs the command, and purpose of each command.
 COMMANDS = {
     "convert": (
@@ -133,6 +135,15 @@ def _check_first_word(parser: argparse.ArgumentParser, word: str) -> None:
         parser.error(f"there is no {kind} {word}{suggest_nearest(word, known)}")
 
 
+def _check_processes(parser: argparse.ArgumentParser, name: str) -> None:
+    """Reports a launch of several processes of a command that would do the same work in each."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and name in COMMANDS and name not in PARALLEL_COMMANDS:
+        parser.error(
+            f"{name} runs in one process, but {processes} were launched. Start it without torchrun or accelerate launch"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Runs one command.
@@ -151,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         parser = build_parser(name)
         _check_first_word(parser, name)
+        _check_processes(parser, name)
         args = parser.parse_args(argv)
         args.run(args)
 

@@ -198,6 +198,12 @@ def test_a_misspelt_first_word_is_told_the_nearest_one(word, message, capsys):
     assert capsys.readouterr().err == f"diffusers-adm: error: {message} (see diffusers-adm --help)\n"
 
 
+def test_commands_that_would_do_the_same_work_twice_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("evaluate", "reference.npz", "samples.npz") == 2
+    assert "evaluate runs in one process, but 2 were launched. Start it without" in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
