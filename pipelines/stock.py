@@ -4,6 +4,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from diffusers_adm.models import ADMUNet2DModel
+from diffusers_adm.models.adapters import without_adapters
 from diffusers_adm.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from diffusers_adm.solvers import full_config
 
@@ -16,8 +17,9 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     `diffusers_adm` has been imported. The UNet has the entries `in_channels` and `sample_size` of `UNet2DModel` in its config.
 
     Args:
-        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0. The new pipeline shares its weights. Its scheduler
-            is of the same class if that is `DDPMScheduler` or `DDIMScheduler`, otherwise a `DDPMScheduler` with the same betas.
+        pipeline: Pipeline of an unconditional UNet that predicts the noise or x_0. The new pipeline shares its weights. If the UNet has
+            adapters, they are merged into a copy. The new scheduler is of the same class if that is `DDPMScheduler` or
+            `DDIMScheduler`, otherwise a `DDPMScheduler` with the same betas.
 
     Raises:
         ValueError: If the UNet requires class labels, or is given noise levels.
@@ -35,7 +37,7 @@ def as_ddpm_pipeline(pipeline: ClassifierGuidedPipeline) -> DDPMPipeline:
     channels = unet.config.in_channels
     with torch.device("meta"):
         plain = ADMUNet2DModel.from_config(unet.config, out_channels=channels)
-    tensors = unet.state_dict()
+    tensors = without_adapters(unet).state_dict()
     tensors |= {name: tensors[name][:channels] for name in ("conv_out.weight", "conv_out.bias")}
     plain.load_state_dict(tensors, assign=True)
     scheduler_config = full_config(pipeline.scheduler)
