@@ -114,8 +114,13 @@ class ImageSetOptions:
         Checks that options which convert images apply to at least one of the sources.
 
         Raises:
-            ValueError: If all sources are `.npz` files, whose images are not converted.
+            ValueError: If all sources are `.npz` files, whose images are not converted, or the crop has no effect.
         """
+        crop = self.format.crop
+        if crop == "random":
+            raise ValueError("--crop random is for training. Pass center or pad.")
+        if crop == "pad" and self.format.resolution is None:
+            raise ValueError("--crop pad requires --resolution, the size that images are padded to.")
         names = ("resolution", "source_resolution", "in_channels", "image_range")
         given = [name for name in names if getattr(self.format, name)]
         if self.split != DEFAULT_SPLIT:

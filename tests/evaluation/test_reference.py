@@ -90,3 +90,9 @@ def test_samples_and_reference_are_told_apart(reference, tmp_path, capsys):
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
     words = ["evaluate", tmp_path / "real", tmp_path / "drawn", "--image_column", "picture", "--feature_extractor", DIGITS]
     assert run(*words) == 0
+
+
+def test_crops_without_effect_are_refused(tmp_path, capsys):
+    for crop, message in (("pad", "--crop pad requires --resolution"), ("random", "--crop random is for training")):
+        assert run("make-reference", tmp_path, tmp_path / "new.npz", "--crop", crop) == 2
+        assert message in capsys.readouterr().err
