@@ -152,8 +152,9 @@ class SavingMixin:
         revision: str | None = None,
     ) -> CommitInfo:
         """
-        Uploads the pipeline with its card (see `save_pretrained`) in one commit. The repository is created if it does not exist. If the
-        repository has a card or other files, they are kept.
+        Uploads the pipeline with its card (see `save_pretrained`) in one commit. The repository is created if it does not exist. The
+        commit replaces earlier code of the classes, and earlier weights of the same variant. A card and all other files in the
+        repository are kept.
 
         Args:
             repo_id: Id of the repository, such as `"me/my-model"`.

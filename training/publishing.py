@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from diffusers_adm.atomic_files import atomic_write
 from diffusers_adm.hub.cards import KINDS, PIPELINE_TAGS, TAGS, example_call, usage
-from diffusers_adm.hub.saved_files import CODE_PATTERNS
+from diffusers_adm.hub.upload import replaced_files
 from diffusers_adm.training.configuration import as_command_line
 from diffusers_adm.training.metrics import NUM_QUARTERS, read_metrics
 from diffusers_adm.training.options import TrainingOptions
@@ -94,7 +94,7 @@ def publish(hub: HubOptions, folder: Path, output_dir: Path) -> bool:
                 folder_path=folder,
                 revision=hub.hub_revision,
                 allow_patterns=PUBLISHED,
-                delete_patterns=CODE_PATTERNS,
+                delete_patterns=replaced_files(folder),
                 commit_message=f"Upload {folder.name}",
             )
         except Exception as error:  # the Hub, its client and the network raise many types

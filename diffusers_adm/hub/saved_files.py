@@ -21,8 +21,12 @@ SAVED_CLASSES = {
     "ADMUNet2DModel": "unet_adm",
     "NoisyClassifier": "noisy_classifier",
 }
+# Digits at the end of the name of a code file. Files of other names belong to the user.
+CODE_HASH = "[0-9a-f]" * 8
 # Code files that a push deletes, because they may be of another version.
-CODE_PATTERNS = [f"{place}{stem}_*.py" for stem in SAVED_CLASSES.values() for place in ("", "*/")]
+CODE_PATTERNS = [
+    f"{place}{stem}_{CODE_HASH}.py" for stem in SAVED_CLASSES.values() for place in ("", "unet/", "classifier/")
+]
 CARD_FILE = "README.md"
 # Link of a card to a picture in its folder. The path cannot lead out of the folder.
 PICTURE_LINK = re.compile(r"!\[[^\]]*\]\(((?:\w[\w.-]*/)*\w[\w.-]*\.(?:png|jpe?g|gif|webp))\)")
@@ -94,7 +98,7 @@ def add_file(cls: type, folder: Path, source: Callable[[type], str]) -> list[str
     text = source(cls)
     # The name has a hash of the content, because diffusers keeps the code files of all repositories in one folder.
     stem = f"{SAVED_CLASSES[cls.__name__]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    for old in folder.glob(f"{SAVED_CLASSES[cls.__name__]}_*.py"):
+    for old in folder.glob(f"{SAVED_CLASSES[cls.__name__]}_{CODE_HASH}.py"):
         old.unlink()
     (folder / f"{stem}.py").write_text(text, encoding="utf-8")
     return [stem, cls.__name__]

@@ -7,6 +7,22 @@ from huggingface_hub import CommitInfo, HfApi
 
 from diffusers_adm.hub.cards import save_card
 from diffusers_adm.hub.saved_files import CARD_FILE, CODE_PATTERNS, card_pictures
+from diffusers_adm.saved_folders import weight_files
+
+
+def replaced_files(folder: Path, variant: str | None = None) -> list[str]:
+    """
+    Returns patterns of the files in a repository that a saved folder replaces: code files, and weight files of one variant. If they
+    stayed, diffusers would prefer shards of an earlier push to one new file.
+
+    Args:
+        folder: Folder of a saved pipeline or model.
+        variant: Part of the weight files' names, such as `"fp16"`.
+    """
+    models = [
+        config.parent.relative_to(folder) for config in (*folder.glob("config.json"), *folder.glob("*/config.json"))
+    ]
+    return [*CODE_PATTERNS, *((model / file).as_posix() for model in models for file in weight_files(variant))]
 
 
 def push(
@@ -35,5 +51,5 @@ def push(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
-            delete_patterns=CODE_PATTERNS,
+            delete_patterns=replaced_files(Path(folder), variant),
         )

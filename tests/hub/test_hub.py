@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_an
 from fresh_interpreters import DRAW, WITH_PACKAGE, WITHOUT_PACKAGE, drawn, run
 from hub_server import TOKEN, Repository
 from huggingface_hub import ModelCard
-from tiny_models import tiny_classifier, tiny_pipeline
+from tiny_models import tiny_classifier, tiny_pipeline, tiny_unet
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier, default_model
 from diffusers_adm.hub.bundle import save_model
@@ -248,6 +248,57 @@ def test_second_push_replaces_the_code_and_keeps_the_card(saved, hub):
     files = repository.commits[repository.branches["main"]]
     assert files["README.md"] == b"mine"
     assert sum(name.endswith(".py") for name in files) == 3 and "unet/unet_adm_00000000.py" not in files
+
+
+def test_push_replaces_shards_and_keeps_files_of_the_user(saved, hub, tmp_path):
+    pipeline, folder = saved
+    server, environment = hub
+    sharded = tmp_path / "sharded"
+    tiny_pipeline(unet=tiny_unet(seed=9)).save_pretrained(sharded, max_shard_size="20KB")
+    kept = {
+        "unet/unet_adm_notes.py": b"mine",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+        "small/unet/unet_adm_01234567.py": b"of another pipeline",
+        "small/unet/diffusion_pytorch_model.safetensors": b"of another pipeline",
+    }
+    files = {path.relative_to(sharded).as_posix(): path.read_bytes() for path in sharded.rglob("*") if path.is_file()}
+    server.repositories["me/model"] = repository = Repository(private=False)
+    repository.commit("main", {".gitattributes": b"", **files, **kept, "unet/unet_adm_01234567.py": b"old"})
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in files
+    assert push(environment, folder, token=TOKEN) == drawn(pipeline)
+    pushed = repository.commits[repository.branches["main"]]
+    assert {name: pushed.get(name) for name in kept} == kept and "unet/unet_adm_01234567.py" not in pushed
+    assert not [name for name in pushed if "index" in name and name != "model_index.json" or "-of-" in name]
+    load = "pipe = ClassifierGuidedPipeline.from_pretrained('me/model')\n"
+    assert run(WITH_PACKAGE + load + DRAW, **environment) == drawn(pipeline)
+
+
+def test_push_of_a_variant_replaces_its_shards_alone(saved, hub, tmp_path):
+    pipeline, folder = saved
+    server, environment = hub
+    old = tiny_pipeline(unet=tiny_unet(seed=9))
+    for variant in (None, "fp16"):
+        old.save_pretrained(tmp_path / "old", variant=variant, max_shard_size="20KB")
+    files = {
+        path.relative_to(tmp_path / "old").as_posix(): path.read_bytes()
+        for path in (tmp_path / "old").rglob("*")
+        if path.is_file()
+    }
+    server.repositories["me/model"] = repository = Repository(private=False)
+    repository.commit("main", {".gitattributes": b"", **files})
+    push(environment, folder, token=TOKEN, variant="fp16")
+    load = "pipe = ClassifierGuidedPipeline.from_pretrained('me/model'{})\n"
+    assert run(WITH_PACKAGE + load.format(", variant='fp16'") + DRAW, **environment) == drawn(pipeline)
+    assert run(WITH_PACKAGE + load.format("") + DRAW, **environment) == drawn(old)
+
+
+def test_second_save_replaces_the_code_and_keeps_files_of_the_user(saved):
+    pipeline, folder = saved
+    (folder / "unet" / "unet_adm_notes.py").write_text("mine")
+    (folder / "unet" / "unet_adm_01234567.py").write_text("old")
+    pipeline.save_pretrained(folder)
+    assert (folder / "unet" / "unet_adm_notes.py").read_text() == "mine"
+    assert len(list((folder / "unet").glob("*.py"))) == 2
 
 
 def test_card_and_its_picture_travel_through_the_hub(saved, hub):
