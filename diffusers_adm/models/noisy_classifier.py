@@ -215,8 +215,8 @@ class NoisyClassifier(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelM
         Builds the classifier of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
-                copied only where their layout or data type differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device. The model shares no
+                memory with a state dict.
             flags: Flags `--image_size`, `--channel_mult` and `--classifier_*` of the original command line, as one string.
                 Most of the architecture is inferred from tensor shapes, and the given flags are checked against them.
                 Released files are recognised by name and need no flags.

@@ -235,8 +235,8 @@ class ADMUNet2DModel(QuietCastMixin, CompleteWeightsMixin, AdapterMixin, ModelMi
         Builds the UNet or upsampler of a checkpoint of the original code, in eval mode.
 
         Args:
-            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device, and are
-                copied only where their layout or data type differs.
+            checkpoint: Path of the file, its state dict, or a `PublishedCheckpoint`. Tensors keep their device. The model shares no
+                memory with a state dict.
             flags: Model flags of the original command line, as one string. Most of the architecture is inferred from tensor
                 shapes, and the given flags are checked against them. Released files are recognised by name and need no flags.
             dtype: Data type of the weights. `None` keeps the data type of the checkpoint.

@@ -3,6 +3,7 @@
 Most of an architecture follows from the shapes. The flags determine the rest, and are checked against the shapes.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -66,11 +67,27 @@ class _EncoderLayout(NamedTuple):
     downsample_type: str | None  # None for a single level
 
 
-def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
+def _level_starts(total: int, depths: int | tuple[int, ...]) -> list[list[int]]:
+    """
+    Returns the possible numbers of the first blocks of all levels, if shapes do not tell where levels end.
+
+    Args:
+        total: Number of input blocks.
+        depths: Value of the flag. If it is one depth per level and the depths fit, the levels are those of the flag. Otherwise, all
+            levels are taken to have the same length.
+    """
+    if isinstance(depths, tuple) and min(depths) >= 1:
+        starts = [0, *itertools.accumulate(depth + 1 for depth in depths)]
+        if starts.pop() == total:
+            return [starts]
+    return [list(range(0, total, length)) for length in range(2, total + 1) if total % length == 0]
+
+
+def _encoder_layouts(shapes: Shapes, depths: int | tuple[int, ...], depth_flag: str) -> list[_EncoderLayout]:
     """
     Returns all divisions of the encoder's blocks into levels that fit the shapes. A convolution ends a level. A residual block that
-    ends a level has the shapes of any other residual block, so all levels are then taken to have the same length. However, no
-    attention follows it, and the number of channels changes only after it.
+    ends a level has the shapes of any other residual block, so `_level_starts` gives the levels. However, no attention follows it, and
+    the number of channels changes only after it.
     """
     blocks = {int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.", name)}
     convs = {index for index in blocks if f"input_blocks.{index}.0.op.weight" in shapes}
@@ -81,9 +98,8 @@ def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
         layer = "op" if index in convs else "out_layers.3"
         channels[index] = shapes.size(f"input_blocks.{index}.0.{layer}.weight", 0)
 
-    divisions = [range(0, total, length) for length in range(2, total + 1) if total % length == 0]
     layouts = []
-    for starts in [[0, *sorted(convs)]] if convs else divisions:
+    for starts in [[0, *sorted(convs)]] if convs else _level_starts(total, depths):
         ends, downs = [*starts[1:], total], set(starts[1:])
         widths = [{channels[i] for i in range(start + 1, min(end + 1, total))} for start, end in zip(starts, ends)]
         attention = [{i in attended for i in range(start + 1, end)} for start, end in zip(starts, ends)]
@@ -100,7 +116,8 @@ def _encoder_layouts(shapes: Shapes) -> list[_EncoderLayout]:
             )
     if not layouts:
         raise ValueError(
-            "The checkpoint's input_blocks must form levels with one width and one kind of block each, but they do not."
+            "The checkpoint's input_blocks must form levels with one width and one kind of block each, but they do not. If its levels"
+            f" have different depths, pass --{depth_flag} with one number per level, such as 1,2."
         )
     return layouts
 
@@ -185,11 +202,13 @@ def _check_flags_against(held: dict[str, Any], flags: Flags) -> None:
 # --- UNet ---
 
 
-def _unet_layout(shapes: Shapes, levels: int) -> _EncoderLayout:
-    layouts = [layout for layout in _encoder_layouts(shapes) if len(layout.channels) == levels]
+def _unet_layout(shapes: Shapes, levels: int, depths: int | tuple[int, ...]) -> _EncoderLayout:
+    layouts = _encoder_layouts(shapes, depths, _UNET_FLAGS.depth)
+    layouts = [layout for layout in layouts if len(layout.channels) == levels]
     if not layouts:
         raise ValueError(
-            f"The checkpoint's input_blocks must have {levels} levels, as its output_blocks have, but do not."
+            f"The checkpoint's input_blocks must have {levels} levels, as its output_blocks have, but do not. If its levels have"
+            f" different depths, pass --{_UNET_FLAGS.depth} with one number per level, such as 1,2."
         )
     return layouts[0]
 
@@ -235,7 +254,7 @@ def unet_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
         for name in shapes
         if (match := re.match(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers)\.", name))
     }
-    layout = _unet_layout(shapes, levels=1 + len(upsamplers))
+    layout = _unet_layout(shapes, levels=1 + len(upsamplers), depths=flags[_UNET_FLAGS.depth])
     in_channels, out_channels, low_res = _unet_channels(shapes, flags)
     size_flag = "large_size" if low_res and ("large_size" in flags or "image_size" not in flags) else "image_size"
     config, held = _encoder_config(shapes, flags, layout, flags[size_flag], _UNET_FLAGS)
@@ -300,7 +319,7 @@ def classifier_config(shapes: Shapes, flags: Flags) -> dict[str, Any]:
     Raises:
         ValueError: If the shapes are not those of a classifier of the original code, or the flags contradict the shapes.
     """
-    layouts = _encoder_layouts(shapes)
+    layouts = _encoder_layouts(shapes, flags[_CLASSIFIER_FLAGS.depth], _CLASSIFIER_FLAGS.depth)
     pool, last_layer = _classifier_pool(shapes)
     pool_size = math.isqrt(shapes.size("out.2.positional_embedding", 1) - 1) if pool == "attention" else None
     layout = _classifier_layout(layouts, flags, pool_size)

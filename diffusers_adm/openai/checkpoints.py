@@ -22,8 +22,8 @@ from diffusers_adm.openai.tensors import load_published
 
 class PublishedCheckpoint:
     """
-    Checkpoint of a UNet, an upsampler or a classifier of the original code. The file is read at most once, and the flags are parsed
-    at most once.
+    Checkpoint of a UNet, an upsampler or a classifier of the original code. The file is read once per model that is loaded, and the
+    flags are parsed at most once.
 
     Args:
         source: Path of a file that `torch.save` wrote, or a state dict. If the file holds one model, its tensors may be under a key,
@@ -195,8 +195,8 @@ class PublishedCheckpoint:
         self, model_class: type[torch.nn.Module], network: str, dtype: torch.dtype | None = None
     ) -> torch.nn.Module:
         """
-        Builds the model in eval mode. Tensors keep their device, and are copied only where their layout or data type
-        differs. The tensors of the checkpoint do not change.
+        Builds the model in eval mode. Tensors keep their device. The model shares no memory with the checkpoint: tensors of a state
+        dict are copied, and those of a file are mapped into memory for this model alone.
 
         Args:
             model_class: Class of the model.
@@ -218,7 +218,15 @@ class PublishedCheckpoint:
         model = load_published(model_class, self.config, self.state_dict, new_order)
         if dtype is None:
             dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))
-        return model.to(dtype)
+        model = model.to(dtype)
+        if isinstance(self.source, Mapping):
+            given = {tensor.untyped_storage().data_ptr() for tensor in self.state_dict.values()}
+            for weight in model.parameters():
+                if weight.untyped_storage().data_ptr() in given:
+                    weight.data = weight.data.clone()
+        else:  # another model must not share the memory, so that it reads the file again
+            del self.state_dict
+        return model
 
     def classifier(self, source: "Checkpoint | PublishedCheckpoint") -> "PublishedCheckpoint":
         """Returns the checkpoint of a classifier whose flags are in the same command line."""

@@ -12,6 +12,10 @@ from typing import Any
 # Preconditioning of the models of consistency_models by their training mode, which cannot be inferred from the weights.
 PRECONDITIONING_OF = {"edm": "edm", "consistency_distillation": "consistency", "consistency_training": "consistency"}
 
+# Fixed in consistency_models: standard deviation of the images, and factor of c_noise.
+PUBLISHED_SIGMA_DATA = 0.5
+PUBLISHED_SIGMA_SCALE = 1000.0
+
 
 def _boolean(text: str) -> bool:
     values = {"yes": True, "true": True, "t": True, "y": True, "1": True}
@@ -28,7 +32,7 @@ def _multipliers(text: str) -> tuple[float, ...]:
 
 
 def _blocks(text: str) -> int | tuple[int, ...]:
-    """Parses one number for all levels, or one number per level, which only models of DifFace use."""
+    """Parses one number for all levels, or one per level, which only models of DifFace and of this package have."""
     numbers = _integers(text)
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
@@ -51,7 +55,7 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "resblock_updown": (_boolean, False),
     "use_new_attention_order": (_boolean, False),
     "classifier_width": (int, 128),
-    "classifier_depth": (int, 2),
+    "classifier_depth": (_blocks, 2),
     "classifier_attention_resolutions": (_integers, (32, 16, 8)),
     "classifier_use_scale_shift_norm": (_boolean, True),
     "classifier_resblock_updown": (_boolean, True),
@@ -220,8 +224,8 @@ def preconditioning_config(flags: Flags) -> dict[str, Any]:
         )
     return {
         "preconditioning": PRECONDITIONING_OF[flags["training_mode"]],
-        "sigma_data": 0.5,
+        "sigma_data": PUBLISHED_SIGMA_DATA,
         "sigma_min": flags["sigma_min"],
         "sigma_max": flags["sigma_max"],
-        "timestep_scale": 1000.0,  # the original code multiplies c_noise by it
+        "timestep_scale": PUBLISHED_SIGMA_SCALE,
     }

@@ -7,7 +7,7 @@ openai/consistency_models) and `released_community`.
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffusers_adm.openai.flags import parse_flags
@@ -48,7 +48,7 @@ def register_released(released: ReleasedCheckpoint) -> None:
         raise ValueError(
             f"`name` must be lower-case letters and digits, joined by single hyphens, but got {released.name!r}."
         )
-    known = _rows_by_plain_name()
+    known = _rows_by_file(_plain)
     for name in (released.name, released.file, *released.aliases):
         if _plain(name) in known:
             raise ValueError(
@@ -66,9 +66,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_/]+", "-", name.strip().lower().removesuffix(".pt").removesuffix(".pth"))
 
 
-def _rows_by_plain_name() -> dict[str, ReleasedCheckpoint]:
-    known = {_plain(alias): row for row in RELEASED_BY_NAME.values() for alias in (row.file, *row.aliases)}
-    return known | {_plain(own): row for own, row in RELEASED_BY_NAME.items()}
+def _rows_by_file(key: Callable[[str], str]) -> dict[str, ReleasedCheckpoint]:
+    """Returns all rows by a key of their file names. A short name is a file name too, and has priority."""
+    rows = RELEASED_BY_NAME.values()
+    known = {key(file): row for row in rows for file in (row.file, *row.aliases)}
+    return known | {key(f"{row.name}.pt"): row for row in rows}
 
 
 def released_checkpoint(name: str) -> ReleasedCheckpoint:
@@ -81,7 +83,7 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
     Raises:
         ValueError: If no checkpoint has this name. The message lists similar names.
     """
-    known = _rows_by_plain_name()
+    known = _rows_by_file(_plain)
     if not isinstance(name, str):
         raise ValueError(
             f"`name` must be the name of a released checkpoint, such as 'imagenet-256', but got {name!r}."
@@ -95,14 +97,13 @@ def released_checkpoint(name: str) -> ReleasedCheckpoint:
 
 def find_released(checkpoint: object) -> ReleasedCheckpoint | None:
     """
-    Returns the released checkpoint whose file name or short name is the file name of a path. Returns `None` for other paths and for
-    state dicts.
+    Returns the released checkpoint whose file name or short name is the file name of a path. If several released files have the same
+    name, the folder of the path must be the published one, as in `cifar10/ADM.pt`. Returns `None` for other paths and for state dicts.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         return None
-    path = Path(checkpoint)
-    known = {file: row for row in RELEASED_BY_NAME.values() for file in (row.file, *row.aliases, f"{row.name}.pt")}
-    return known.get(path.name)
+    path, known = Path(checkpoint), _rows_by_file(str)
+    return known.get("/".join(path.parts[-2:])) or known.get(path.name)
 
 
 def check_layout(shapes: Mapping[str, tuple[int, ...]], released: ReleasedCheckpoint, source: str) -> None:

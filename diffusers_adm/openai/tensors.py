@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diffusers_adm.openai.architecture import PUBLISHED_NORM_GROUPS
+from diffusers_adm.openai.flags import PUBLISHED_SIGMA_DATA, PUBLISHED_SIGMA_SCALE
 
 
 # Modules of this package, and their names in the original code. # is the number of a block, and {next} is the number after it.
@@ -103,7 +104,8 @@ def to_published(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], use_new_attention_order: bool = False
 ) -> dict[str, torch.Tensor]:
     """
-    Converts the tensors of a model to the names and layouts of the original code.
+    Converts the tensors of a model to the names and layouts of the original code. They are copies, so that a change of one of both
+    does not change the other.
 
     Args:
         state_dict: Tensors of a UNet or a classifier of this package.
@@ -116,7 +118,7 @@ def to_published(
     """
     options = {"norm_num_groups": PUBLISHED_NORM_GROUPS, "output_scale_factor": 1.0}
     if _is_preconditioned(config):
-        options["beta_schedule"] = None
+        options |= {"beta_schedule": None, "sigma_data": PUBLISHED_SIGMA_DATA, "timestep_scale": PUBLISHED_SIGMA_SCALE}
     if "pool" in config:
         options["num_attention_heads"] = None  # the heads of a classifier have a given width
     else:
@@ -128,10 +130,12 @@ def to_published(
     for name, published in published_names(state_dict).items():
         tensor = state_dict[name]
         if name.endswith("positional_embedding"):
-            tensor = tensor.T.contiguous()
+            tensor = tensor.T
         if _is_relaid(name, config, use_new_attention_order):
             tensor = _swap_row_groups(tensor, 3, _heads(tensor, config))
-        converted[published] = tensor[(...,) + (None,) * _kernel_dims(name, config)]
+        tensor = tensor[(...,) + (None,) * _kernel_dims(name, config)]
+        shares = tensor.untyped_storage().data_ptr() == state_dict[name].untyped_storage().data_ptr()
+        converted[published] = tensor.clone(memory_format=torch.contiguous_format) if shares else tensor
     return converted
 
 

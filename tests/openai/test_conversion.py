@@ -6,6 +6,7 @@ from golden_cases import CLASSIFIER_CASES, UNET_CASES, draw_weights, load, load_
 from tiny_models import tiny_classifier
 
 from diffusers_adm import ADMUNet2DModel, ADMUpsamplePipeline, ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.openai.checkpoints import PublishedCheckpoint
 
 
 # --- Reference cases ---
@@ -50,12 +51,44 @@ def test_weights_keep_dtype_and_state_dict_stays_as_it_is():
     model = ADMUNet2DModel.from_openai(published, published_flags(description))
     assert model.dtype == torch.float16
     assert list(published) == names
-    assert model.conv_out.weight.data_ptr() == published["out.2.weight"].data_ptr()
     assert all(parameter.requires_grad for parameter in model.parameters())
     # As the original code's convert_to_fp16 leaves them.
     mixed = {name: tensor if tensor.ndim == 4 else tensor.float() for name, tensor in published.items()}
     model = ADMUNet2DModel.from_openai(mixed, published_flags(description))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def train(model: torch.nn.Module) -> None:
+    """Changes each weight of a model."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("case", UNET_CASES + CLASSIFIER_CASES)
+def test_training_a_converted_model_changes_no_other_tensors(case, dtype, tmp_path):
+    description, _ = load_case(case)
+    published, flags = draw_weights(description), published_flags(description)
+    before = {name: tensor.clone() for name, tensor in published.items()}
+    model = model_class(case).from_openai(published, flags, dtype=dtype)
+    back = model.to_openai_state_dict()
+    exported = {name: tensor.clone() for name, tensor in back.items()}
+    twin = model_class(case).from_openai(back, flags)
+    weights = [weight.clone() for weight in twin.parameters()]
+    train(model)
+    assert all(torch.equal(published[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(back[name], tensor) for name, tensor in exported.items())
+    assert all(torch.equal(weight, other) for weight, other in zip(twin.parameters(), weights))
+    assert all(tensor.is_contiguous() for tensor in back.values())
+
+    torch.save(published, tmp_path / "model.pt")
+    checkpoint = PublishedCheckpoint(tmp_path / "model.pt", flags)
+    models = [model_class(case).from_openai(checkpoint, dtype=dtype) for _ in range(2)]
+    weights = [weight.clone() for weight in models[1].parameters()]
+    train(models[0])
+    assert all(torch.equal(weight, other) for weight, other in zip(models[1].parameters(), weights))
 
 
 @pytest.mark.parametrize("case", ["unet_class_conditional", "classifier_attention", "upsampler"])
@@ -90,6 +123,8 @@ def test_pipelines_are_cast(pipeline_files):
         {"output_scale_factor": 2**0.5},
         {"use_null_class": True, "num_class_embeds": 3},
         {"upsample_type": "conv"},
+        {"sigma_data": 0.3, "preconditioning": "edm", "out_channels": 3, "timestep_scale": 1000.0},
+        {"timestep_scale": 250.0, "preconditioning": "consistency", "out_channels": 3},
     ],
 )
 def test_no_way_back_for_what_the_published_code_does_not_know(options):
@@ -119,6 +154,8 @@ def test_no_way_back_for_a_classifier_with_a_number_of_heads():
         {"channel_mult": (2,), "layers_per_block": 2, "attention_resolutions": (32,)},
         {"channel_mult": (1, 2), "layers_per_block": 1, "downsample_type": "conv", "upsample_type": "conv"},
         {"channel_mult": (1, 2, 2), "layers_per_block": (1, 3, 2), "downsample_type": "conv", "upsample_type": "conv"},
+        {"channel_mult": (1, 2), "layers_per_block": (1, 2)},
+        {"channel_mult": (1, 1, 1), "layers_per_block": (3, 1, 1), "attention_resolutions": ()},
         {"in_channels": 1, "out_channels": 2, "num_class_embeds": 10},
         {"in_channels": 1, "out_channels": 1, "num_class_embeds": None, "resnet_time_scale_shift": "default"},
         {"in_channels": 1, "out_channels": 2, "low_res_conditioning": True},
@@ -140,8 +177,21 @@ def test_unet_config_is_read_from_shapes(config):
     flags = "--image_size 32 --num_head_channels 32 --resblock_updown True"
     if config.get("downsample_type") == "conv":
         flags = flags.replace("True", "False")
+    elif isinstance(config["layers_per_block"], tuple):
+        flags += f" --num_res_blocks {','.join(map(str, config['layers_per_block']))}"
     read = ADMUNet2DModel.from_openai(model.to_openai_state_dict(), flags).config
     assert {name: read[name] for name in config} == config
+
+
+@pytest.mark.parametrize("depths", [None, "2", "1,1", "2,1", "1,2,1", "0,3", "-2,5"])
+def test_depths_that_the_levels_do_not_have_are_refused(depths):
+    config = {"sample_size": 32, "model_channels": 32, "channel_mult": (1, 2), "layers_per_block": (1, 2)}
+    with torch.device("meta"):
+        model = ADMUNet2DModel(**config, attention_resolutions=(16,), attention_head_dim=32)
+    flags = "--image_size 32 --num_head_channels 32 --resblock_updown True"
+    flags += "" if depths is None else f" --num_res_blocks {depths}"
+    with pytest.raises(ValueError, match="pass --num_res_blocks with one number per level, such as 1,2"):
+        ADMUNet2DModel.from_openai(model.to_openai_state_dict(), flags)
 
 
 @pytest.mark.parametrize("channels", [2, 6])
@@ -168,7 +218,9 @@ def test_flags_tell_images_of_many_channels_from_upsamplers(channels):
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
-@pytest.mark.parametrize("depth, channel_mult", [(1, (1, 2, 2)), (3, (1, 1, 2, 2)), (2, (0.5, 1))])
+@pytest.mark.parametrize(
+    "depth, channel_mult", [(1, (1, 2, 2)), (3, (1, 1, 2, 2)), (2, (0.5, 1)), ((1, 3, 1), (1, 1, 2))]
+)
 def test_classifier_config_is_read_from_shapes(pool, depth, channel_mult):
     config = {
         "sample_size": 32,
@@ -183,6 +235,8 @@ def test_classifier_config_is_read_from_shapes(pool, depth, channel_mult):
     with torch.device("meta"):
         model = NoisyClassifier(**config)
     flags = "--image_size 32 --classifier_num_head_channels 32"
+    if isinstance(depth, tuple):
+        flags += f" --classifier_depth {','.join(map(str, depth))}"
     read = NoisyClassifier.from_openai(model.to_openai_state_dict(), flags).config
     assert {name: read[name] for name in config} == config
 

@@ -15,6 +15,7 @@ from golden_cases import (
     published_flags,
 )
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from diffusers_adm import ADMUpsamplePipeline, ClassifierGuidedPipeline
 from diffusers_adm.cli import main
@@ -50,6 +51,20 @@ def test_convert_casts_and_names_a_variant(pipeline_files, tmp_path):
         for name, parameter in other.named_parameters():
             assert torch.equal(model.get_parameter(name), parameter), name
     assert unet.read_bytes() == before
+
+
+def test_convert_refuses_weights_that_are_too_large_for_the_data_type(tmp_path, capsys):
+    description, _ = load_case("classifier_spatial")
+    weights = draw_weights(description)
+    weights["out.2.bias"][0] = 1e6
+    torch.save(weights, tmp_path / "model.pt")
+    words = ["convert", "--classifier", tmp_path / "model.pt", "--flags", published_flags(description)]
+    assert run(*words, "--dtype", "float16", "--output", tmp_path / "half") == 2
+    error = capsys.readouterr().err
+    assert "pooling.fc2.bias has 1e+06, and torch.float16 ends at 65504" in error
+    assert not (tmp_path / "half").exists()
+    assert run(*words, "--dtype", "bfloat16", "--output", tmp_path / "bfloat") == 0
+    assert load_file(tmp_path / "bfloat" / "diffusion_pytorch_model.safetensors")["pooling.fc2.bias"].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,17 @@ def test_unknown_name_has_the_nearest_ones():
 def test_files_are_recognised_where_their_name_is_their_own():
     assert find_released("a/folder/celeba256_250000.pt").name == "repaint-celebahq"
     assert find_released("adm-cifar10.pt").name == "adm-cifar10"
-    for file in ("ffhq.pt", "ADM.pt", "ADM-IP.pt", "cifar10/ADM.pt", "ffhq256.pt"):  # several files have these names
+    assert find_released("a/folder/cifar10/ADM-IP.pt").name == "adm-ip-cifar10"
+    # Several files have these names.
+    for file in ("ffhq.pt", "ADM.pt", "ADM-IP.pt", "a/folder/ADM.pt", "cifar10/folder/ADM.pt", "ffhq256.pt"):
         assert find_released(file) is None
+
+
+@pytest.mark.parametrize("name", RELEASED_BY_NAME)
+def test_file_is_recognised_by_its_published_path(name):
+    row = RELEASED_BY_NAME[name]
+    for file in (row.file, *row.aliases):
+        assert find_released(f"folder/{file}") is row
 
 
 def test_classifiers_that_guide_are_in_the_table():
