@@ -63,6 +63,18 @@ def _type_words(annotation: object) -> str:
     return " or ".join(_type_words(part) if origin is not typing.Literal else repr(part) for part in parts)
 
 
+def plain_numbers(value: typing.Any) -> typing.Any:
+    """Returns a value with numbers of NumPy and other types as `int` and `float`, also in tuples, lists and dicts, for JSON files."""
+    if isinstance(value, (tuple, list)):
+        entries = [plain_numbers(entry) for entry in value]
+        return tuple(entries) if isinstance(value, tuple) else entries
+    if isinstance(value, dict):
+        return {name: plain_numbers(entry) for name, entry in value.items()}
+    if is_integer(value):
+        return int(value)
+    return float(value) if is_number(value) else value
+
+
 def check_dtype(dtype: torch.dtype | None) -> None:
     """
     Checks the data type of weights.
@@ -132,6 +144,9 @@ def as_numbers(name: str, given: torch.Tensor | float | list) -> torch.Tensor:
         ValueError: If the values are not real numbers.
     """
     try:
+        if type(given) in (int, float):
+            # `as_tensor` of a number would be a constant, for which a compiled model is compiled anew.
+            given = torch.tensor([given]).squeeze(0)
         numbers = given if isinstance(given, torch.Tensor) else torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def weight_files(variant: str | None) -> list[str]:
     ]
 
 
+def saved_variants(folder: Path) -> list[str]:
+    """Returns the variants of the weight files that `save_pretrained` wrote in a folder."""
+    name = re.compile(rf"{WEIGHTS}\.(\w[\w.-]*?)(?:-\d+-of-\d+)?\.safetensors")
+    return sorted({match[1] for path in folder.glob(f"{WEIGHTS}.*") if (match := name.fullmatch(path.name))})
+
+
 def check_safe_serialization(safe_serialization: bool) -> None:
     """Raises a ValueError if weights are to be saved in files that can carry code."""
     if not safe_serialization:
@@ -79,8 +86,12 @@ def check_weights(folder: Path, variant: str | None) -> None:
         OSError: If there are no weights, or a file is damaged.
     """
     files = [path for pattern in weight_files(variant) for path in sorted(folder.glob(pattern)) if path.is_file()]
-    if not files and (variant is not None or not any(path.is_file() for path in folder.glob(f"{WEIGHTS}*"))):
-        raise OSError(f"The folder {str(folder)!r} has no {weight_files(variant)[0]}. Save or download it again.")
+    # Without a variant, diffusers also loads older files.
+    older = [] if variant is not None else [path for path in folder.glob(f"{WEIGHTS}.bin*") if path.is_file()]
+    if not files and not older:
+        variants = " or ".join(f"variant={name!r}" for name in saved_variants(folder))
+        advice = f"Pass {variants}" if variants else "Save or download it again"
+        raise OSError(f"The folder {str(folder)!r} has no {weight_files(variant)[0]}. {advice}.")
     for path in files:
         if path.suffix == ".json":
             read_config(path)

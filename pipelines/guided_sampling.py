@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 
-from diffusers_adm.checks import check_types, is_integer
+from diffusers_adm.checks import check_types, is_integer, plain_numbers
 from diffusers_adm.data.image_modes import MODES
 from diffusers_adm.guidance import GuidanceOptions, Guider
 from diffusers_adm.guidance.functions import ClassifierGuidance, RunClassifierGuidance
@@ -95,7 +95,7 @@ class GuidedSamplingMixin(InversionMixin, SavingMixin, DenoisingMixin):
         if timestep_respacing is not None and unet.config.get("preconditioning") is None:
             respaced_timesteps(timestep_respacing, scheduler.config.num_train_timesteps)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
-        self.register_to_config(id2label=numbered_names(id2label), **config)
+        self.register_to_config(id2label=numbered_names(id2label), **plain_numbers(config))
         self._check_components()
         self._runs = Runs()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)

@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from diffusers_adm.checks import check_images, check_types, one_per_image, one_per_level
+from diffusers_adm.checks import check_images, check_types, one_per_image, one_per_level, plain_numbers
 
 
 TIME_SCALE_SHIFTS = ("scale_shift", "default")
@@ -54,7 +54,7 @@ class ADMConfigMixin(ConfigMixin):
             ValueError: If the type of an argument does not fit the annotations of the constructor.
         """
         check_types(type(self).__init__, kwargs)
-        super().register_to_config(**kwargs)
+        super().register_to_config(**plain_numbers(kwargs))
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

@@ -39,7 +39,7 @@ class CompleteWeightsMixin:
 
         Raises:
             ValueError: If a file is given instead of a folder, the folder holds another model, or weights are missing or have wrong
-                shapes. diffusers itself would leave missing weights uninitialised.
+                shapes, also with `ignore_mismatched_sizes=True`. diffusers itself would leave such weights uninitialised.
             OSError: If a file is missing or damaged.
         """
         check_is_saved_model(pretrained_model_name_or_path)
@@ -55,6 +55,13 @@ class CompleteWeightsMixin:
             raise ValueError(
                 f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are incomplete: {len(missing)} of"
                 f" {len(model.state_dict())} tensors are missing, such as {', '.join(missing[:3])}. Save or download them again."
+            )
+        if info["mismatched_keys"]:
+            name, saved, needed = info["mismatched_keys"][0]
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} must have the shapes of the model, but {name}"
+                f" is {tuple(saved)} instead of {tuple(needed)}, and would be left uninitialised. To train the model for other classes,"
+                " channels or sizes, pass --pretrained_model_name_or_path to a training script."
             )
         return (model, info) if with_info else model
 
@@ -93,10 +100,18 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     Args:
         model: Model whose weights are cast.
         dtype: Data type of the weights afterwards.
+
+    Raises:
+        ValueError: If a finite weight is too large for the data type. The weights before it are cast already.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         old = parameter.data
         parameter.data = old.to(dtype)
+        if not parameter.data.isfinite().all() and (is_lost := old.isfinite() & ~parameter.data.isfinite()).any():
+            raise ValueError(
+                f"`dtype` must hold all weights, but {name} has {old[is_lost][0]:g}, and {dtype} ends at {torch.finfo(dtype).max:g}."
+                " Choose bfloat16 or float32."
+            )
         if parameter.element_size() < old.element_size():
             place = old.flatten().view(dtype)[: old.numel()].view(old.shape)
             parameter.data = place.copy_(parameter.data)

@@ -43,6 +43,22 @@ def test_compiles_once_for_all_sizes(kind, fresh_dynamo):
                 torch.testing.assert_close(run(compiled, sample), predict(model, sample))
 
 
+@pytest.mark.parametrize("kind", ["unet", "attention"])
+@pytest.mark.parametrize("number", [int, float])
+def test_compiles_no_graph_per_number_that_is_the_timestep(kind, number, fresh_dynamo):
+    model, graphs = tiny_model(kind), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for timestep in map(number, (998, 17, 3, 500, 0, 44, 7, 8, 9, 1)):
+            torch.testing.assert_close(run(compiled, images(), timestep), predict(model, timestep=timestep))
+    assert len(graphs) <= 3
+
+
 WIDTHS = {
     # The released models' multipliers, 1 / 32 as wide; attention at the same levels.
     "64x64": {"sample_size": 64, "channel_mult": (1, 2, 3, 4), "attention_resolutions": (32, 16, 8)},

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import infer_auto_device_map
@@ -39,6 +40,39 @@ def test_incomplete_weights_are_refused_by_name(kind, tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing, such as encoder.conv_in.bias"):
         type(model).from_pretrained(tmp_path)
+
+
+@every_model
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_weights_of_other_shapes_are_refused_although_they_are_to_be_ignored(kind, low_cpu_mem_usage, tmp_path):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    classes = {"num_class_embeds" if kind == "unet" else "num_classes": 7}
+    with pytest.raises(ValueError, match=r"instead of \(7.*--pretrained_model_name_or_path"):
+        type(model).from_pretrained(
+            tmp_path, ignore_mismatched_sizes=True, low_cpu_mem_usage=low_cpu_mem_usage, **classes
+        )
+    # Nothing is to be ignored.
+    assert torch.equal(predict(type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=True)), predict(model))
+
+
+@every_model
+def test_config_of_numpy_numbers_is_saved_as_plain_numbers(kind, tmp_path):
+    numbers = {
+        "sample_size": np.int64(8),
+        "channel_mult": (np.float32(1), np.int32(2)),
+        "attention_resolutions": [np.int16(4)],
+        "dropout": np.float32(0.5),
+        "output_scale_factor": np.float64(1),
+        "num_class_embeds" if kind == "unet" else "num_classes": np.int64(NUM_CLASSES),
+    }
+    model = tiny_model(kind, **numbers)
+    assert type(model.config.sample_size) is int and type(model.config.dropout) is float
+    assert [type(mult) for mult in model.config.channel_mult] == [float, int]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {name: loaded.config[name] for name in numbers} == {**numbers, "channel_mult": [1, 2]}
+    assert torch.equal(predict(loaded), predict(model))
 
 
 @every_model

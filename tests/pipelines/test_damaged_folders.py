@@ -90,6 +90,17 @@ def test_missing_folder_of_a_component_is_named(part, copy):
     refused(lambda: ClassifierGuidedPipeline.from_pretrained(copy), str(copy / part))
 
 
+@pytest.mark.parametrize("size", [None, "20KB"], ids=["one file", "shards"])
+def test_variant_that_must_be_passed_is_named(size, tmp_path):
+    for variant in ("fp16", "bf16"):
+        tiny_pipeline().save_pretrained(tmp_path, variant=variant, max_shard_size=size)
+    advice = (WEIGHTS, "Pass variant='bf16' or variant='fp16'.")
+    refused(lambda: ADMUNet2DModel.from_pretrained(tmp_path / "unet"), str(tmp_path / "unet"), *advice)
+    refused(lambda: NoisyClassifier.from_pretrained(tmp_path, subfolder="classifier", variant="fp32"), advice[1])
+    refused(lambda: ClassifierGuidedPipeline.from_pretrained(tmp_path), advice[1])
+    ADMUNet2DModel.from_pretrained(tmp_path / "unet", variant="fp16")
+
+
 WRONG_ENTRIES = [
     ("unet/config.json", {"sample_size": "8"}, "sample_size"),
     ("unet/config.json", {"sample_size": None}, "sample_size"),

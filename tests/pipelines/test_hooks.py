@@ -7,7 +7,7 @@ from tiny_models import NUM_CLASSES, SIZE, images, tiny_classifier, tiny_pipelin
 
 from diffusers_adm.command_line import run_command
 from diffusers_adm.diffusion import NoiseSchedule, add_noise, learned_log_variance, renoise, x_0_from_epsilon
-from diffusers_adm.examples import ddnm, digits, dps, repaint, symmetry
+from diffusers_adm.examples import anomaly_map, counterfactual, ddnm, digits, dps, repaint, sdedit, symmetry
 from diffusers_adm.guidance import classifier_gradient
 
 
@@ -283,6 +283,17 @@ def test_examples_say_in_one_line_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["symmetry", "--digits", "11"])
     assert run_command("symmetry", symmetry.main) == 2
     assert capsys.readouterr().err == "symmetry: error: --digits 11 must be in [1, 10].\n"
+
+
+@pytest.mark.parametrize(("example", "least"), [(sdedit, 3), (anomaly_map, 3), (counterfactual, 2)])
+def test_examples_that_take_a_part_of_the_steps_say_how_many_they_need(example, least, monkeypatch, capsys, tmp_path):
+    name, picture = example.__name__.rpartition(".")[2], tmp_path / "picture.png"
+    for steps, code in ((least - 1, 2), (least, 0)):
+        monkeypatch.setattr("sys.argv", [name, "--digits", "1", "--steps", str(steps), "--output", str(picture)])
+        assert run_command(name, example.main) == code
+        error = capsys.readouterr().err
+        assert code == 0 or error == f"{name}: error: --steps {steps} must be at least {least}.\n"
+        assert picture.is_file() == (code == 0)
 
 
 def test_examples_write_their_pictures(tmp_path, capsys):

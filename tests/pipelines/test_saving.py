@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
@@ -63,6 +64,12 @@ def test_pipeline_saved_in_half_precision_with_a_variant(tmp_path):
     assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()
     loaded = ClassifierGuidedPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert loaded.unet.dtype == loaded.classifier.dtype == torch.float16
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    tiny_pipeline(guidance_scale=np.float32(2), num_inference_steps=np.int64(3)).save_pretrained(tmp_path)
+    config = ClassifierGuidedPipeline.from_pretrained(tmp_path).config
+    assert (config.guidance_scale, config.num_inference_steps) == (2.0, 3)
 
 
 def test_one_file_takes_the_place_of_shards(tmp_path):
