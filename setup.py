@@ -20,14 +20,19 @@ def read_description() -> str:
     return re.sub(r"\[([^]]*)\]\((?!https://).*?\)", r"\1", text)
 
 
+def is_cache(part: str) -> bool:
+    """Returns whether a part of a path is hidden, such as `.ruff_cache`, or a cache of Python."""
+    return part.startswith(".") or part == "__pycache__"
+
+
 class SourceDistribution(sdist):
     """Source distribution with tests and documentation."""
 
     def make_distribution(self) -> None:
         for source in SOURCES:
             paths = [ROOT / source, *(ROOT / source).rglob("*")]
-            files = [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
-            self.filelist.extend(str(path.relative_to(ROOT)) for path in files)
+            files = [path.relative_to(ROOT) for path in paths if path.is_file()]
+            self.filelist.extend(str(file) for file in files if not any(map(is_cache, file.parts)))
         super().make_distribution()
 
 

@@ -58,6 +58,9 @@ def test_wheel_of_the_source_distribution_draws_outside_the_checkout(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
+    hidden = source / "docs" / "notebooks" / ".ruff_cache" / "cache"
+    hidden.parent.mkdir()
+    hidden.touch()
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -65,6 +68,7 @@ def test_wheel_of_the_source_distribution_draws_outside_the_checkout(tmp_path):
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
     for path in ("tests/test_golden.py", "tests/golden/losses/io.npz", "docs/index.md", "Makefile", "CITATION.cff"):
         assert (unpacked / path).is_file(), path
+    assert not list(unpacked.rglob(hidden.name)) and not list(unpacked.rglob("__pycache__"))
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, archive]
     subprocess.run([*pip, *build], check=True)

@@ -52,7 +52,7 @@ def separation(scores: torch.Tensor, is_spoilt: torch.Tensor) -> float:
 
 def main() -> None:
     """Finds the spots on digits, and writes a picture of them."""
-    args = parse_arguments("anomaly_map", __doc__)
+    args = parse_arguments("anomaly_map", __doc__, least_steps=3)
     pipeline, whole = quiet_pipeline(ddim=True), true_digits(args.digits)
     spoilt, is_spoilt = spoilt_digits(whole)
     again = drawn_again(pipeline, spoilt, args.steps)

@@ -34,7 +34,7 @@ def as_another_class(
 
 def main() -> None:
     """Turns each 3 into an 8, and writes a picture of them."""
-    args = parse_arguments("counterfactual", __doc__)
+    args = parse_arguments("counterfactual", __doc__, least_steps=2)
     pipeline, count = quiet_pipeline(ddim=True), args.digits
     threes, eights = (
         draw(pipeline, count, seed, class_labels=[label] * count, num_inference_steps=25, guidance_scale=1.0)

@@ -23,13 +23,14 @@ class ExampleOptions:
     digits: int = option(10, help="Number of digits, at most 10.", check=in_range(1, 10))
 
 
-def parse_arguments(name: str, description: str, **defaults: int) -> ExampleOptions:
+def parse_arguments(name: str, description: str, least_steps: int = 1, **defaults: int) -> ExampleOptions:
     """
     Parses the options of an example.
 
     Args:
         name: Name of the example's module.
         description: Text at the top of the help.
+        least_steps: Lowest number of sampling steps with which the example draws. It is above 1 if only a part of the steps is taken.
         defaults: Defaults that replace those of [`ExampleOptions`].
 
     Raises:
@@ -39,6 +40,8 @@ def parse_arguments(name: str, description: str, **defaults: int) -> ExampleOpti
     add_options(parser, ExampleOptions, title="picture", **defaults)
     add_examples(parser, f"{parser.prog} --output {name}.png", f"{parser.prog} --digits 3 --steps 25")
     options = build_options(ExampleOptions, parser.parse_args())
+    if options.steps < least_steps:
+        raise ValueError(f"--steps {options.steps} must be at least {least_steps}.")
     checked_output(options.output)
     return options
 

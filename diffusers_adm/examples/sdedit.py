@@ -24,7 +24,7 @@ def printed_digits(count: int) -> list[Image.Image]:
 
 def main() -> None:
     """Draws printed digits by hand, and writes a picture of them."""
-    args = parse_arguments("sdedit", __doc__)
+    args = parse_arguments("sdedit", __doc__, least_steps=3)
     pipeline, printed = quiet_pipeline(ddim=True), printed_digits(args.digits)
     rows = {"printed": model_images(printed, channels=1)}
     for strength in STRENGTHS:
