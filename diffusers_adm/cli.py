@@ -6,11 +6,10 @@ the errors of a command line need neither torch nor diffusers.
 
 import argparse
 import importlib
-import os
 import sys
 
 from diffusers_adm import __version__
-from diffusers_adm.command_line import CommandParser, run_command, suggest_nearest
+from diffusers_adm.command_line import CommandParser, launched_processes, run_command, suggest_nearest
 from diffusers_adm.options import add_examples
 from diffusers_adm.quiet import hide_bars_in_logs
 
@@ -137,7 +136,7 @@ def _check_first_word(parser: argparse.ArgumentParser, word: str) -> None:
 
 def _check_processes(parser: argparse.ArgumentParser, name: str) -> None:
     """Reports a launch of several processes of a command that would do the same work in each."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launched_processes()
     if processes > 1 and name in COMMANDS and name not in PARALLEL_COMMANDS:
         parser.error(
             f"{name} runs in one process, but {processes} were launched. Start it without torchrun or accelerate launch"

@@ -25,11 +25,17 @@ USUAL_EXTRAS = "train,eval"
 # Errors whose message is for the user. All other errors, except those of full memory, are faults of the program.
 USER_ERRORS = (ValueError, OSError, SafetensorError)
 
+FULL_MEMORY = "the memory is full: choose a smaller batch size"
+
 MAX_CHARACTERS = 1000  # limit of a message, because some quote a whole file
 
 
 class RunFailed(RuntimeError):
     """Failure that ends a training run, such as a loss that is not finite. The message gives the reason."""
+
+
+class OtherRun(ValueError):
+    """Folder that holds a run with other settings."""
 
 
 class CommandHelp(argparse.RawDescriptionHelpFormatter):
@@ -96,7 +102,7 @@ def run_command(name: str, command: Callable[[], None]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
-        print(f"{name}: error: the memory is full: choose a smaller batch size", file=sys.stderr)
+        print(f"{name}: error: {FULL_MEMORY}", file=sys.stderr)
         return 2
     return 0
 
@@ -108,12 +114,43 @@ def is_full_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
+@contextlib.contextmanager
+def noted_failure(name: str, failures: list[str], alone: bool) -> Iterator[None]:
+    """
+    Prints and lists an error of one part of a long command, so that the other parts go on.
+
+    Args:
+        name: Name of the part.
+        failures: List that the name is added to.
+        alone: Whether there is one process. Otherwise, the error is raised, because the other processes may not have failed and would
+            wait for ever.
+
+    Raises:
+        OtherRun: If the folder of the part holds a run with other settings, which all parts would do.
+    """
+    try:
+        yield
+    except OtherRun:
+        raise
+    except (ValueError, MemoryError, RuntimeError) as error:
+        is_full = not isinstance(error, ValueError) and is_full_memory(error)
+        if not alone or not (is_full or isinstance(error, ValueError)):
+            raise
+        failures.append(name)
+        print(f"{name} failed: {FULL_MEMORY if is_full else error}", flush=True)
+
+
 def describe_missing_package(error: ModuleNotFoundError) -> str:
     """Returns the message about a package that is not installed. Raises the error again if a module of this package is missing."""
     if error.name is None or error.name.partition(".")[0] == "diffusers_adm":
         raise error
     command = INSTALL_COMMAND.format(extra=EXTRAS.get(error.name, USUAL_EXTRAS))
     return f"the package {error.name} is not installed: run {command} in a checkout of the repository of diffusers-adm"
+
+
+def launched_processes() -> int:
+    """Returns the number of processes that `torchrun` or `accelerate launch` has started."""
+    return int(os.environ["WORLD_SIZE"]) if {"WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys() else 1
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:

@@ -199,7 +199,10 @@ def test_a_misspelt_first_word_is_told_the_nearest_one(word, message, capsys):
 
 
 def test_commands_that_would_do_the_same_work_twice_refuse_several_processes(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a cluster may set it
+    assert run("evaluate", "reference.npz", "samples.npz") == 2
+    assert "samples.npz" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert run("evaluate", "reference.npz", "samples.npz") == 2
     assert "evaluate runs in one process, but 2 were launched. Start it without" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_adm.ablation.results import write_results
 from diffusers_adm.ablation.runs import AblationRun, AblationSamples, describe_budget
-from diffusers_adm.command_line import is_full_memory
+from diffusers_adm.command_line import noted_failure
 from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline
 from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.launch import join_processes
@@ -44,33 +44,25 @@ def run_ablation(
         if state.is_main_process:
             print(f"Run {number + 1} of {len(runs)}: {run.variant}, seed {run.seed}", flush=True)
         trained = not run.finished
-        try:
+        with noted_failure(f"{run.variant} with seed {run.seed}", failures, alone=state.num_processes == 1):
             if trained:
                 run.train()
             state.wait_for_everyone()
             drawn = draw_from_run(run, samples)
-            evaluation = evaluate(drawn) if state.is_main_process else None
-        except (ValueError, MemoryError, RuntimeError) as error:
-            is_user_error = isinstance(error, ValueError) or is_full_memory(error)
-            if not is_user_error or state.num_processes > 1:  # the others may not have failed, and would wait forever
-                raise
-            failures.append(f"{run.variant} with seed {run.seed}")
-            print(f"{failures[-1]} failed: {error}", flush=True)
-            continue
-        if state.is_main_process:
-            metrics, curve = training_metrics(run)
-            metrics = {**evaluation["metrics"], **metrics}
-            results.append({"variant": run.variant, "seed": run.seed, "metrics": metrics, "loss_curve": curve})
-            about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
-            if trained:  # otherwise, the files of an earlier call already have this run
-                write_results(folder, results, costs, about)
+            if state.is_main_process:
+                evaluation = evaluate(drawn)
+                metrics, curve = training_metrics(run)
+                metrics = {**evaluation["metrics"], **metrics}
+                results.append({"variant": run.variant, "seed": run.seed, "metrics": metrics, "loss_curve": curve})
+                about = {"budget": describe_budget(run), "settings": evaluation["settings"]}
+                if trained:  # otherwise, the files of an earlier call already have this run
+                    write_results(folder, results, costs, about)
         state.wait_for_everyone()
     if results:
         write_results(folder, results, costs, about)
     if failures:
-        raise ValueError(
-            f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}. All others are in {folder}."
-        )
+        others = f" All others are in {folder}." if results else ""
+        raise ValueError(f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}.{others}")
 
 
 def draw_from_run(run: AblationRun, samples: AblationSamples) -> Path:

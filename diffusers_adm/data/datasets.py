@@ -290,7 +290,9 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
         else {"path": source.dataset_name, "name": source.dataset_config_name, "revision": source.dataset_revision}
     )
     if Path(place["path"]).is_dir():
-        place["path"] = os.path.abspath(place["path"])  # the fingerprint of the dataset must not depend on its spelling
+        place["path"] = os.path.abspath(
+            place["path"]
+        )  # the fingerprint of the dataset must not depend on its spelling
     return load_dataset(**place, data_files=source.data_files, **options)
 
 

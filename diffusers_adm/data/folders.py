@@ -145,8 +145,8 @@ def _visible_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files, links = [], []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         linked = {name for name in subfolders if os.path.islink(os.path.join(parent, name))}
-        here = Path(parent).resolve() if linked else None
-        above = {name for name in linked if here.is_relative_to(Path(parent, name).resolve())}
+        parents = [Path(parent), *Path(parent).parents] if linked else []
+        above = {name for name in linked if any(Path(parent, name).samefile(one) for one in parents)}
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__")) and name not in above]
         links += [Path(parent, name).relative_to(folder) for name in subfolders if name in linked]
         files += [Path(parent, name).relative_to(folder) for name in names if not name.startswith(".")]

@@ -47,8 +47,8 @@ def as_class_label(rows: Dataset, column: str, classes: ClassLabel | None) -> Da
         without_images = sorted(set(range(len(names))) - set(labels))
         if without_images and classes is None:
             logger.warning(
-                "The classes are 0 to %d, but column %r has no images of %d of them, such as %d. The model cannot learn these. To avoid"
-                " them, number the classes from 0 without gaps.",
+                "The classes are 0 to %d, but column %r has no images of %d of them, such as %d. If this is not meant, number the classes"
+                " from 0 without gaps.",
                 max(labels), column, len(without_images), without_images[0],
             )  # fmt: skip
     else:

@@ -71,7 +71,8 @@ class Labels:
         if path.suffix == ".npz":
             given = NpzFile(path).read("arr_1")
         else:
-            given = [self._parsed(word, path, pipeline.label2id) for word in self._words(path)]
+            label2id = pipeline.label2id
+            given = [self._parsed(word, path, label2id) for word in self._words(path)]
         try:
             labels = pipeline.class_ids(given)
         except ValueError as error:
@@ -82,16 +83,17 @@ class Labels:
         return labels
 
     def _parsed(self, word: str, path: Path, label2id: dict[str, list[int]]) -> int | str:
-        """Returns the number or the name that a word of a file is. Raises a ValueError if it is the number of one class and the name of
-        another."""
-        number = int(word) if NUMBER.fullmatch(word) else None
-        named = label2id.get(word)
-        if number is None or named in (None, [number]):
-            return word if number is None else number
+        """Returns a label of a file as a number or a name. Raises a ValueError if it may be both."""
+        if not NUMBER.fullmatch(word):
+            return word
+        number = int(word)
+        named = label2id.get(word, [number])
+        if named == [number]:
+            return number
         if 0 <= number < self.num_classes:
             raise ValueError(
-                f"--labels {path} must not have {word}, which is the name of class {named[0]} and the number of another class. Pass an .npz"
-                " file with the numbers of the classes as arr_1."
+                f"--labels {path} must not have {word}, which is the number of one class and the name of class {named[0]}. Pass an .npz file"
+                " with the numbers of the classes as arr_1."
             )
         return word
 

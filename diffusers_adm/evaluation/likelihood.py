@@ -154,11 +154,6 @@ def evaluate_likelihood(
     if not 1 <= num_images <= images.num_images:
         raise ValueError(f"--num_images must be in [1, {images.num_images}], but got {num_images}.")
     labels = labels_for_unet(pipeline, images, unconditional)
-    if num_images < images.num_images and not images.mixed:
-        logger.warning(
-            "The first %d of %d images may be of a few classes only, because %s may be sorted by class.",
-            num_images, images.num_images, images.name,
-        )  # fmt: skip
     schedule = NoiseSchedule.from_config(pipeline.scheduler.config, timestep_respacing)
     settings = {
         **model_settings(pipeline, model_name),
@@ -172,6 +167,11 @@ def evaluate_likelihood(
         "seed": seed,
     }
     state = join_processes()
+    if state.is_main_process and labels is not None and num_images < images.num_images and not images.mixed:
+        logger.warning(
+            "The first %d of %d images may be of a few classes only, because %s may be sorted by class.",
+            num_images, images.num_images, images.name,
+        )  # fmt: skip
     shards = Shards(folder, settings, num_images, batch_size, state)
     evaluate_batches(pipeline, schedule, shards, images, labels)
     state.wait_for_everyone()
@@ -181,8 +181,7 @@ def evaluate_likelihood(
 
 def labels_for_unet(pipeline: SamplingPipeline, images: ImageSet, unconditional: bool) -> np.ndarray | None:
     """
-    Returns the label of each image for the UNet, `(num_images,)`, or `None` for a UNet without classes. Classes of the images are
-    found by their names, if the pipeline has names too.
+    Returns the label of each image for the UNet, `(num_images,)`, or `None` for a UNet without classes.
 
     Args:
         pipeline: Pipeline whose UNet takes the labels.
@@ -207,29 +206,38 @@ def labels_for_unet(pipeline: SamplingPipeline, images: ImageSet, unconditional:
             "Labels are required, because the UNet is class-conditional, but the images have none. Pass labels or --unconditional."
         )
     if images.class_names is not None:
-        labels = _numbers_of_pipeline(ClassNames(known_names(pipeline)), images.class_names, num_classes)[labels]
+        labels = numbers_of_classes(images.class_names, known_names(pipeline), num_classes)[labels]
     if not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(f"Labels must be in [0, {num_classes - 1}], but range from {labels.min()} to {labels.max()}.")
     return labels
 
 
-def _numbers_of_pipeline(known: ClassNames, class_names: list[str], num_classes: int) -> np.ndarray:
+def numbers_of_classes(class_names: list[str], known: dict[int, str] | None, num_classes: int) -> np.ndarray:
     """
-    Returns the number that a pipeline gives to each class of the images. If no name is known, the numbers are kept, because names of
-    folders may be other names of the same classes.
+    Returns the number that a pipeline gives to each class of some images, `(classes,)`.
+
+    Args:
+        class_names: Names of the classes of the images, in the order of their numbers. Numbers without names are their own names.
+        known: Names of the classes of the pipeline, or `None`.
+        num_classes: Number of classes of the UNet.
 
     Raises:
-        ValueError: If only some of the names are known, or none and the images have another number of classes.
+        ValueError: If only some of the names are known, or several classes have a name.
     """
-    unknown = [name for name in class_names if composed(name) not in known.label2id]
-    if not unknown:
-        return np.array(known.class_ids(class_names))
-    if not known.label2id or len(unknown) == len(class_names) == num_classes:
-        return np.arange(len(class_names))
-    raise ValueError(
-        f"The classes of the images must be those of the pipeline, but the pipeline has no classes {unknown[:5]}. Its names are in"
-        " `pipe.label2id`."
-    )
+    names, numbers = [composed(name) for name in class_names], range(len(class_names))
+    if known is None or names in ([str(number) for number in numbers], [composed(known.get(n, "")) for n in numbers]):
+        return np.array(numbers)
+    label2id = ClassNames(known).label2id
+    found = [label2id.get(name, []) for name in names]
+    if not any(found) and len(names) == num_classes:
+        return np.array(numbers)  # other names of the same classes, such as WordNet ids
+    unclear = [name for name, matches in zip(class_names, found) if len(matches) != 1]
+    if unclear:
+        raise ValueError(
+            f"Each class of the images must be called like one class of the pipeline, but {unclear[:5]} are not. The names are in"
+            " `pipe.label2id`."
+        )
+    return np.array([match for (match,) in found])
 
 
 def evaluate_batches(
@@ -293,7 +301,9 @@ def write_likelihood(shards: Shards, schedule: NoiseSchedule) -> None:
     write_json(shards.folder / "nll.json", figures)
     timesteps = schedule.timesteps.tolist()
     header = ["timestep", "bits_per_dim", "x_0_mse", "epsilon_mse"]
-    write_csv(shards.folder / "terms.csv", header, list(zip(timesteps, *(values.tolist() for values in means.values()))))
+    write_csv(
+        shards.folder / "terms.csv", header, list(zip(timesteps, *(values.tolist() for values in means.values())))
+    )
     labels = {
         "terms": "bits per dimension",
         "x_0_mse": "x_0, mean squared error",

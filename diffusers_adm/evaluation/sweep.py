@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from diffusers_adm.atomic_files import write_json
+from diffusers_adm.command_line import noted_failure
 from diffusers_adm.data.npz_images import NpzImages
 from diffusers_adm.data.options import ImageSetOptions
 from diffusers_adm.evaluation.feature_options import FeatureOptions
@@ -102,7 +103,8 @@ def build_evaluator(
     extractor = load_extractor(features)
     if judged and not extractor.has_logits:
         raise ValueError(
-            f"Only a feature extractor that is a classifier can judge samples, but {features.feature_extractor} has no logits."
+            f"Judging samples (--judged) requires a feature extractor that is a classifier, but {features.feature_extractor} has no"
+            " logits. Choose another --feature_extractor."
         )
     summary = summarise_reference(reference, extractor, images, features.feature_batch_size, shape)
     return PointEvaluator(summary, extractor, features.feature_batch_size, judged)
@@ -185,23 +187,17 @@ def sweep_points(
             print(f"Point {number + 1} of {len(points)}: {described(point)}", flush=True)
         pipeline.scheduler = stock_scheduler
         set_scheduler(pipeline, point["scheduler"])
-        try:
+        with noted_failure(described(point), failures, alone=state.num_processes == 1):
             samples = draw_samples(pipeline, folder / "points" / folder_name(point), call=call_of(point), **run)
             if state.is_main_process:
                 results.append({"point": point, **evaluate(samples)})
                 write_tables(folder, results)
-        except ValueError as error:
-            if state.num_processes > 1:  # the others may not have failed, and would wait forever
-                raise
-            failures.append(described(point))
-            print(f"{failures[-1]} failed: {error}", flush=True)
         state.wait_for_everyone()
     if results:
         plot_trade_off(folder / "trade-off.png", results, axes)
     if failures:
-        raise ValueError(
-            f"{len(failures)} of {len(points)} points failed: {'; '.join(failures)}. All others are in {folder}."
-        )
+        others = f" All others are in {folder}." if results else ""
+        raise ValueError(f"{len(failures)} of {len(points)} points failed: {'; '.join(failures)}.{others}")
     return results
 
 

@@ -48,7 +48,7 @@ class AdapterMixin(PeftAdapterMixin):
         **kwargs: Any,
     ) -> None:
         """
-        Loads an adapter that a training run has saved. It becomes the only active adapter. `fuse_lora` then merges it into the weights.
+        Loads an adapter that a training run has saved. It becomes the only active adapter. Disabled adapters stay disabled.
 
         Args:
             pretrained_model_name_or_path_or_dict: Folder of the adapter, id of a repository on the Hub, or state dict.
@@ -341,10 +341,9 @@ def check_adapter_fits(model: torch.nn.Module, adapter: dict[str, torch.Tensor],
     """
     names = [name for name in adapter if name.startswith(prefix)]
     if not any("lora" in name or "lokr" in name for name in names):
-        begin = f" begin with {prefix!r} and" if prefix else ""
+        form = f"begin with {prefix!r} and contain 'lora'" if prefix else "contain 'lora'"
         raise ValueError(
-            "The adapter must have low-rank factors, tensors whose names"
-            f"{begin} contain 'lora', but it has only {list(adapter)[:3] or 'no tensors'}."
+            f"The adapter must have low-rank factors, whose names {form}, but got {list(adapter)[:3] or 'no tensors'}."
         )
     shapes = {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tuple(tensor.shape)

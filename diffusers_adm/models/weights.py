@@ -106,12 +106,14 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     for name, parameter in model.named_parameters():
         old = parameter.data
-        parameter.data = old.to(dtype)
-        if not parameter.data.isfinite().all() and (is_lost := old.isfinite() & ~parameter.data.isfinite()).any():
+        new = old.to(dtype)
+        is_lost = old.isfinite() & ~new.isfinite()
+        if is_lost.any():
             raise ValueError(
                 f"`dtype` must hold all weights, but {name} has {old[is_lost][0]:g}, and {dtype} ends at {torch.finfo(dtype).max:g}."
                 " Choose bfloat16 or float32."
             )
-        if parameter.element_size() < old.element_size():
+        if new.element_size() < old.element_size():
             place = old.flatten().view(dtype)[: old.numel()].view(old.shape)
-            parameter.data = place.copy_(parameter.data)
+            new = place.copy_(new)
+        parameter.data = new

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from data_options import arguments, load_images, picture
+from data_options import arguments, load_images, parquet, picture
+from datasets import Image
 
 from diffusers_adm.data.folders import find_layout
 from diffusers_adm.data.image_sets import open_images
@@ -89,8 +90,13 @@ def test_linked_folders_are_read(tmp_path, names, streaming):
     classes = folder / Path(names[0]).parent.parent
     (classes / "ant").symlink_to(tmp_path / "elsewhere")
     (classes / "cat" / "back").symlink_to(classes)  # a link to a folder above would be read for ever
+    (tmp_path / "elsewhere" / "deeper").symlink_to(tmp_path / "elsewhere")
     images, _ = load_images(arguments("--train_data_dir", str(folder), *streaming))
-    assert sorted(item["label"] for item in images.examples(9)) == [0, 1, 1, 2] and images.class_names == ["ant", "cat", "dog"]
+    assert sorted(item["label"] for item in images.examples(9)) == [0, 1, 1, 2] and images.class_names == [
+        "ant",
+        "cat",
+        "dog",
+    ]
 
 
 @pytest.mark.parametrize("others", [[], PLAIN], ids=["alone", "beside others"])
@@ -102,8 +108,11 @@ def test_images_that_would_be_left_out_are_refused(others, tmp_path):
         load_images(arguments("--train_data_dir", folder))
 
 
-def test_fingerprint_does_not_depend_on_the_spelling_of_the_path(tmp_path, monkeypatch):
-    save(tmp_path / "mine", *PLAIN)
+@pytest.mark.parametrize("kind", ["images", "parquet"])
+def test_fingerprint_does_not_depend_on_the_spelling_of_the_path(kind, tmp_path, monkeypatch):
+    save(tmp_path / "images", *PLAIN)
+    (tmp_path / "parquet").mkdir()
+    parquet(tmp_path / "parquet", {"image": Image()}, image=[picture(0)])
     monkeypatch.chdir(tmp_path)
-    fingerprints = {open_images(path).fingerprint for path in ("mine", "./mine/", str(tmp_path / "mine"))}
+    fingerprints = {open_images(path).fingerprint for path in (kind, f"./{kind}/", str(tmp_path / kind))}
     assert len(fingerprints) == 1

@@ -1,6 +1,7 @@
 """Streams of labelled images."""
 
 import itertools
+from pathlib import Path
 
 import datasets
 import pytest
@@ -82,9 +83,11 @@ def test_workers_of_a_stream_do_not_count_its_passes_for_each_other(shards):
     assert torch.equal(batches(), batches())  # 80 passes
 
 
-def test_held_out_split_of_a_stream_is_a_dataset(shards):
+def test_held_out_split_of_a_stream_is_a_dataset(shards, tmp_path):
     (shards / "train-3.parquet").rename(shards / "test-0.parquet")
-    images, held_out = stream(shards, "--validation_split", "test")
+    cache = tmp_path / "cache"
+    images, held_out = stream(shards, "--validation_split", "test", "--cache_dir", str(cache))
+    assert all(Path(file["filename"]).is_relative_to(cache) for file in held_out.rows.cache_files)
     assert sorted(greys(images, 15)) == list(range(15))
     assert greys((held_out[i] for i in range(len(held_out))), 9) == [15, 16, 17, 18, 19]
     assert held_out.class_names == ["even", "odd"]

@@ -55,7 +55,9 @@ def test_noise_of_a_seed_is_the_same_with_and_without_labels(condition_unet, gui
 def test_a_word_that_means_two_classes_is_refused(tmp_path):
     pipeline = tiny_pipeline(id2label=dict(enumerate(["1", "10", "2", "20", "3"])), num_inference_steps=1)
     (tmp_path / "labels.txt").write_text("10\n20\n")  # no numbers of classes
-    assert arrays_of(draw_samples(pipeline, tmp_path / "named", 2, labels=str(tmp_path / "labels.txt")))["arr_1"].tolist() == [1, 3]
+    assert arrays_of(draw_samples(pipeline, tmp_path / "named", 2, labels=str(tmp_path / "labels.txt")))[
+        "arr_1"
+    ].tolist() == [1, 3]
     (tmp_path / "labels.txt").write_text("10\n3\n")
-    with pytest.raises(ValueError, match="must not have 3, which is the name of class 4 and the number of another"):
+    with pytest.raises(ValueError, match="must not have 3, which is the number of one class and the name of class 4"):
         draw_samples(pipeline, tmp_path / "unclear", 2, labels=str(tmp_path / "labels.txt"))

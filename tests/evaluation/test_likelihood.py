@@ -16,7 +16,7 @@ from tiny_models import NUM_CLASSES, SIZE, tiny_pipeline, tiny_scheduler, tiny_u
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.data.image_sets import open_images
 from diffusers_adm.diffusion import NoiseSchedule
-from diffusers_adm.evaluation.likelihood import variational_bound
+from diffusers_adm.evaluation.likelihood import numbers_of_classes, variational_bound
 from diffusers_adm.evaluation.shards import image_generator
 
 
@@ -104,7 +104,27 @@ def test_classes_of_images_are_found_by_their_names(tmp_path, caplog, capsys):
     assert "The first 2 of 4 images may be of a few classes only" in caplog.text
     (tmp_path / "images" / "kitten").rename(tmp_path / "images" / "cow")
     assert run("nll", tmp_path / "images", *words, tmp_path / "other") == 2
-    assert "the pipeline has no classes ['cow']" in capsys.readouterr().err
+    assert "must be called like one class of the pipeline, but ['cow'] are not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "numbers"),
+    [
+        (["0", "1", "2"], {0: "ape", 1: "bear", 2: "cat", 3: "dog"}, [0, 1, 2]),  # numbers without names
+        (["crane", "crane", "gull"], {0: "crane", 1: "crane", 2: "gull"}, [0, 1, 2]),  # as in ImageNet
+        (["n01", "n02"], {0: "tench", 1: "goldfish"}, [0, 1]),  # other names of the same classes
+        (["goldfish", "tench"], {0: "tench, Tinca tinca", 1: "goldfish"}, [1, 0]),
+        (["b", "a"], None, [0, 1]),
+    ],
+)
+def test_numbers_of_classes(names, known, numbers):
+    assert numbers_of_classes(names, known, len(known or names)).tolist() == numbers
+
+
+@pytest.mark.parametrize("names", [["tench", "cow"], ["crane", "tench"], ["n01"]])
+def test_classes_that_are_not_one_of_the_pipelines_are_refused(names):
+    with pytest.raises(ValueError, match="must be called like one class of the pipeline"):
+        numbers_of_classes(names, {0: "crane", 1: "crane", 2: "tench"}, 3)
 
 
 def test_samples_keep_their_classes(tmp_path):

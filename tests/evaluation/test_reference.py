@@ -82,13 +82,22 @@ def test_samples_and_reference_are_told_apart(reference, tmp_path, capsys):
     samples = digits_npz(tmp_path / "drawn.npz", random_images(10))
     assert run("evaluate", samples, reference, "--feature_extractor", DIGITS) == 2
     assert "is a reference batch, which has statistics. Pass REFERENCE first" in capsys.readouterr().err
+    assert run("evaluate", reference, reference, "--feature_extractor", DIGITS) == 0  # two of them can be compared
     # The column of the images is that of the reference. The samples have their own.
     for name, column in (("real", "picture"), ("drawn", "image")):
         rows = {column: list(map(Image.fromarray, random_images(10)[:, :, :, 0])), "other": [None] * 10}
         features = Features({column: ImageFeature(), "other": ImageFeature() if name == "real" else Value("string")})
         (tmp_path / name).mkdir()
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "train.parquet")
-    words = ["evaluate", tmp_path / "real", tmp_path / "drawn", "--image_column", "picture", "--feature_extractor", DIGITS]
+    words = [
+        "evaluate",
+        tmp_path / "real",
+        tmp_path / "drawn",
+        "--image_column",
+        "picture",
+        "--feature_extractor",
+        DIGITS,
+    ]
     assert run(*words) == 0
 
 

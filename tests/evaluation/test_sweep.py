@@ -95,6 +95,12 @@ def test_a_point_that_fails_does_not_stop_the_others(reference, tmp_path, capsys
     (result,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert result["point"]["guidance_scale"] == 0
 
+    # Other settings in the same folder are a mistake of the whole sweep, and change nothing.
+    before = (tmp_path / "sweep" / "results.json").read_bytes()
+    assert run(*words, 2, "--seed", 1) == 2
+    assert "holds a run with other settings: seed was 0 and is 1" in capsys.readouterr().err
+    assert (tmp_path / "sweep" / "results.json").read_bytes() == before
+
 
 def test_sweep_takes_the_labels_of_the_small_images(tmp_path):
     digits_npz(tmp_path / "real.npz", random_images(8))
@@ -175,4 +181,4 @@ def test_sweep_counts_the_images_that_show_the_requested_class(tmp_path, capsys)
     (tmp_path / "features.py").write_text(dedent(without_logits))
     words += ["--register", tmp_path / "features.py", "--feature_extractor", "without-logits"]
     assert run(*words) == 2
-    assert "Only a feature extractor that is a classifier can judge samples" in capsys.readouterr().err
+    assert "(--judged) requires a feature extractor that is a classifier" in capsys.readouterr().err

@@ -106,7 +106,10 @@ def test_every_option_trains_a_pipeline_that_draws(more, dataset, tmp_path):
         (["--push_every", "5000"], "--push_every requires --push_to_hub"),
         (["--push_to_hub"], "--push_to_hub requires --hub_model_id, such as me/my-model, but got None"),
         (["--push_to_hub", "--hub_model_id", "mine"], "such as me/my-model, but got mine"),
-        ("--push_to_hub --hub_model_id me/it --push_every 7".split(), "multiple of --validation_steps 100, .* but got 7"),
+        (
+            "--push_to_hub --hub_model_id me/it --push_every 7".split(),
+            "multiple of --validation_steps 100, .* but got 7",
+        ),
         (["--train_batch_size", "15"], "15"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--no-class_conditional"], "label_dropout"),

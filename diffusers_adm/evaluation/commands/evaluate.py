@@ -58,11 +58,13 @@ def check_splits(args: argparse.Namespace, images: ImageSetOptions, options: Eva
             raise ValueError(f"--{name} {split} requires a dataset, but got the .npz file {source}.")
 
 
-def sample_options(images: ImageSetOptions, options: EvaluateOptions, reference: str) -> ImageSetOptions:
-    """Returns the options of the samples. They have the size of the model's images, and those that name parts of a dataset are of the
-    reference, unless it is an `.npz` file."""
+def sample_options(args: argparse.Namespace, images: ImageSetOptions, options: EvaluateOptions) -> ImageSetOptions:
+    """
+    Returns the options of the samples. They have the size of the model's images already. If the samples are a folder and the reference
+    is another dataset, options such as `image_column` are those of the reference.
+    """
     source = images.source
-    if Path(reference).suffix != ".npz":
+    if Path(args.reference).suffix != ".npz" and Path(args.samples).is_dir() and args.samples != args.reference:
         source = replace(source, image_column=None, data_files=None, dataset_config_name=None, dataset_revision=None)
     format = replace(images.format, source_resolution=None)
     return replace(images, split=options.samples_split, source=source, format=format)
@@ -91,11 +93,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from diffusers_adm.evaluation.report import add_to_card, read_card
 
     card = None if options.model_card is None else read_card(options.model_card)
-    if holds_statistics(args.samples):
+    if holds_statistics(args.samples) and not holds_statistics(args.reference):
         raise ValueError(
             f"SAMPLES must be samples, but {args.samples} is a reference batch, which has statistics. Pass REFERENCE first."
         )
-    samples = open_images(args.samples, sample_options(images, options, args.reference))
+    samples = open_images(args.samples, sample_options(args, images, options))
     if samples.num_images <= NEIGHBOUR:
         raise ValueError(
             f"SAMPLES must have more than {NEIGHBOUR} images for precision and recall, and thousands for meaningful figures,"
