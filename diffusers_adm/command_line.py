@@ -34,8 +34,8 @@ class RunFailed(RuntimeError):
     """Failure that ends a training run, such as a loss that is not finite. The message gives the reason."""
 
 
-class OtherRun(ValueError):
-    """Folder that holds a run with other settings."""
+class UnusableFolder(ValueError):
+    """Folder that holds a run with other settings, or cannot be written."""
 
 
 class CommandHelp(argparse.RawDescriptionHelpFormatter):
@@ -126,11 +126,11 @@ def noted_failure(name: str, failures: list[str], alone: bool) -> Iterator[None]
             wait for ever.
 
     Raises:
-        OtherRun: If the folder of the part holds a run with other settings, which all parts would do.
+        UnusableFolder: If the folder of the part cannot be used. The other parts would fail too.
     """
     try:
         yield
-    except OtherRun:
+    except UnusableFolder:
         raise
     except (ValueError, MemoryError, RuntimeError) as error:
         is_full = not isinstance(error, ValueError) and is_full_memory(error)

@@ -142,10 +142,9 @@ def stored_paths(
     if not options.dry_run:
         share = (trained + validated)[accelerator.process_index :: num_processes]
         missing = [file for file in share if not file.path.exists()]
-        bar = (
-            with_progress(missing, len(missing), "drawing paths", "files") if accelerator.is_main_process else missing
-        )
-        for file in bar:
+        if accelerator.is_main_process:
+            missing = with_progress(missing, len(missing), "drawing paths", "files")
+        for file in missing:
             with atomic_write(file.path) as partial:
                 save_file(draw(file, file.count), partial)
         accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diffusers_adm.atomic_files import remove_partial_files, write_json
-from diffusers_adm.command_line import OtherRun, describe_error
+from diffusers_adm.command_line import UnusableFolder, describe_error
 from diffusers_adm.data.npz import NpzFile, write_npz
 from diffusers_adm.records import as_record
 
@@ -35,7 +35,7 @@ class Shards:
         state: Processes of the run. All must be able to read and write the folder.
 
     Raises:
-        OtherRun: If the folder belongs to a run with other settings, or cannot be used.
+        UnusableFolder: If the folder belongs to a run with other settings, or cannot be used.
     """
 
     def __init__(self, folder: Path, settings: dict, num_images: int, batch_size: int, state: PartialState):
@@ -57,7 +57,7 @@ class Shards:
                 message = [describe_error(error)]
         broadcast_object_list(message)
         if message[0] is not None:
-            raise OtherRun(message[0])
+            raise UnusableFolder(message[0])
 
     def _claim(self) -> None:
         path = self.folder / "settings.json"
