@@ -21,6 +21,7 @@ __all__ = [
     "default_cascade",
     "default_consistency_model",
     "default_model",
+    "default_photo_consistency_model",
     "default_photo_model",
 ]
 
@@ -62,3 +63,11 @@ def default_consistency_model() -> str:
     steps, without a classifier.
     """
     return shipped_folder("cm-mnist-32")
+
+
+def default_photo_consistency_model() -> str:
+    """
+    Returns the folder of the consistency model of photographs that ships with this package. It draws the photographs of
+    `default_photo_model()` in one or two steps, without a classifier.
+    """
+    return shipped_folder("cm-cifar-32")

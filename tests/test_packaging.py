@@ -25,6 +25,7 @@ from diffusers_adm import (
     default_cascade,
     default_consistency_model,
     default_model,
+    default_photo_consistency_model,
     default_photo_model,
 )
 from diffusers_adm.evaluation.sampling import load_pipeline
@@ -158,17 +159,25 @@ def test_shipped_models_draw_the_classes_that_are_asked_for(
     assert (judged == labels).sum() >= right
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_default_consistency_model_draws_the_digits_that_are_asked_for(steps):
-    files = [path for path in Path(default_consistency_model()).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 4e6
-    pipeline = ClassifierGuidedPipeline.from_pretrained(default_consistency_model())
+@pytest.mark.parametrize(
+    ("model", "megabytes", "judge", "steps", "right"),
+    [
+        (default_consistency_model, 4, load_digit_classifier, 1, 96),
+        (default_consistency_model, 4, load_digit_classifier, 2, 96),
+        (default_photo_consistency_model, 17, load_photo_classifier, 1, 84),
+        (default_photo_consistency_model, 17, load_photo_classifier, 2, 88),
+    ],
+)
+def test_consistency_models_draw_the_classes_that_are_asked_for(model, megabytes, judge, steps, right):
+    files = [path for path in Path(model()).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
+    pipeline = ClassifierGuidedPipeline.from_pretrained(model())
     labels = torch.arange(100) % 10
     call = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     drawn = pipeline(class_labels=labels, **call).images
     with torch.no_grad():
-        judged = load_digit_classifier()(drawn.clamp(-1, 1)).argmax(dim=1)
-    assert (judged == labels).sum() >= 96
+        judged = judge()(drawn.clamp(-1, 1)).argmax(dim=1)
+    assert (judged == labels).sum() >= right
 
 
 def test_default_cascade_draws_the_digits_that_are_asked_for():

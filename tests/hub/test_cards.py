@@ -14,6 +14,7 @@ from diffusers_adm import (
     default_cascade,
     default_consistency_model,
     default_model,
+    default_photo_consistency_model,
     default_photo_model,
 )
 from diffusers_adm.cli import build_parser, main
@@ -31,8 +32,8 @@ def test_cards_of_released_models_are_those_of_the_table():
         args = build_parser().parse_args(command.split()[1:])
         files = {str(path) for path in (args.unet, args.classifier) if path is not None}
         assert preset.file in files and files <= RELEASED_CHECKPOINTS.keys()
-    models = (default_model(), default_photo_model(), default_consistency_model(), *default_cascade())
-    shipped = {Path(model).name for model in models}
+    models = (default_model(), default_photo_model(), default_consistency_model(), default_photo_consistency_model())
+    shipped = {Path(model).name for model in (*models, *default_cascade())}
     assert {path.parent.name for path in folder.glob("*/README.md")} == {
         *map(card_name, RELEASED_CHECKPOINTS.values()),
         *shipped,

@@ -14,6 +14,7 @@ from diffusers_adm import (
     default_cascade,
     default_consistency_model,
     default_model,
+    default_photo_consistency_model,
     default_photo_model,
 )
 from diffusers_adm.diffusion import NoiseSchedule, Prediction, renoise
@@ -32,6 +33,7 @@ assert_type(default_model(), str)
 assert_type(default_cascade(), tuple[str, str])
 assert_type(default_consistency_model(), str)
 assert_type(default_photo_model(), str)
+assert_type(default_photo_consistency_model(), str)
 
 # Loading.
 pipe = ClassifierGuidedPipeline.from_pretrained(default_model(), dtype=torch.float16)
