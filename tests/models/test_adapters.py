@@ -322,7 +322,7 @@ def test_damaged_file_is_named(tmp_path):
     ("tensors", "prefix", "message"),
     [
         ({}, None, "contain 'lora', but got no tensors"),
-        ({"conv_out.bias": torch.zeros(6)}, None, r"contain 'lora', but it has only \['conv_out.bias'\]"),
+        ({"conv_out.bias": torch.zeros(6)}, None, r"contain 'lora', but got \['conv_out.bias'\]"),
         ({"conv_out.lora_A.weight": torch.zeros(2, 8, 3, 3)}, "unet", "begin with 'unet.' and contain 'lora'"),
     ],
     ids=["empty", "whole layers", "prefix"],
