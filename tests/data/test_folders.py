@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_options import arguments, load_images, parquet, picture
 from datasets import Image
+from PIL import Image as PILImage
 
 from diffusers_adm.data.folders import find_layout
 from diffusers_adm.data.image_sets import open_images
@@ -116,3 +118,14 @@ def test_fingerprint_does_not_depend_on_the_spelling_of_the_path(kind, tmp_path,
     monkeypatch.chdir(tmp_path)
     fingerprints = {open_images(path).fingerprint for path in (kind, f"./{kind}/", str(tmp_path / kind))}
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "batch_size", "greys"),
+    [(range(5), 2, [[0, 10], [20, 30], [40]]), ([1, 4], 1, [[10], [40]]), ([], 2, [])],
+)
+def test_images_are_read_in_batches_and_in_order(numbers, batch_size, greys, tmp_path):
+    for number in range(5):
+        PILImage.new("L", (4, 4), 10 * number).save(tmp_path / f"{number}.png")
+    batches = open_images(tmp_path).chosen(np.array(numbers, dtype=int), batch_size)
+    assert [batch[:, 0, 0, 0].tolist() for batch in batches] == greys
