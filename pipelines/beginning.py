@@ -130,10 +130,8 @@ def step_at(pipeline: DiffusionPipeline, solver: Solver, name: str, timestep: fl
     takes_sigma = pipeline.unet.config.get("preconditioning") is not None
     highest = math.inf if takes_sigma else pipeline.scheduler.config.num_train_timesteps - 1
     is_fraction = isinstance(timestep, float) and 0 < timestep < 1 and not takes_sigma
-    if (
-        isinstance(timestep, torch.Tensor) and timestep.numel() == 1
-    ):  # that of a `SamplingStep`, which may be between 0 and 1
-        timestep = timestep.item()
+    if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
+        timestep = timestep.item()  # that of a `SamplingStep`, which may be between 0 and 1
     if not (is_number(timestep) and 0 <= timestep <= highest):
         allowed = "a noise level of at least 0" if takes_sigma else f"a training timestep in [0, {highest}]"
         raise ValueError(f"`{name}` must be {allowed}, but got {timestep!r}.")

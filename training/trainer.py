@@ -222,7 +222,7 @@ class Trainer:
         """Yields batches. If the next one cannot be read, saves a checkpoint before the error is raised."""
         try:
             yield from batches
-        except Exception:
+        except Exception:  # decoders, files and the network raise many types
             # Other processes would wait for a batch. In the middle of accumulated batches, the state is not that of a step.
             is_new = self.global_step > self.checkpointer.saved_step
             if is_new and self.accelerator.num_processes == 1 and self.accelerator.sync_gradients:

@@ -17,7 +17,7 @@ from diffusers_adm.evaluation.feature_options import FeatureOptions
 from diffusers_adm.evaluation.options import MAX_IMAGES, NEIGHBOUR, ModelOptions, RunOptions
 from diffusers_adm.evaluation.reference import check_extractor
 from diffusers_adm.evaluation.report import write_tables
-from diffusers_adm.evaluation.sampling import draw_samples, load_pipeline, run_options
+from diffusers_adm.evaluation.sampling import draw_samples, image_shape, load_pipeline, run_options
 from diffusers_adm.evaluation.schedulers import SamplingPipeline, set_scheduler
 from diffusers_adm.evaluation.sweep import PointEvaluator, build_evaluator, folder_name
 from diffusers_adm.launch import join_processes
@@ -206,9 +206,7 @@ def bench_arguments(parser: CommandParser, options: type) -> tuple:
         raise ValueError(f"The benchmark requires a pipeline with a classifier, but {model.model} has none.")
     evaluator = None
     if state.is_main_process:
-        config = pipeline.unet.config
-        shape = (config.sample_size, config.sample_size, config.in_channels)
-        evaluator = build_evaluator(args.reference, images, features, shape, judged=True)
+        evaluator = build_evaluator(args.reference, images, features, image_shape(pipeline), judged=True)
     settings = Settings(
         num_images=samples.num_samples,
         model_name=model.model,

@@ -284,15 +284,14 @@ def _load_split(source: ImageSource, split: str, streaming: bool) -> Dataset | I
         if not streaming:
             layout.check_number(sum(info.num_examples for info in rows.info.splits.values()))
         return rows
+    name = source.dataset_name
+    if name is not None and source.data_files is None and Path(name).is_dir():
+        name = os.path.abspath(name)  # the fingerprint of the dataset must not depend on the spelling of the path
     place = (
         {"path": "imagefolder", "data_dir": source.train_data_dir}
-        if source.dataset_name is None
-        else {"path": source.dataset_name, "name": source.dataset_config_name, "revision": source.dataset_revision}
+        if name is None
+        else {"path": name, "name": source.dataset_config_name, "revision": source.dataset_revision}
     )
-    if Path(place["path"]).is_dir():
-        place["path"] = os.path.abspath(
-            place["path"]
-        )  # the fingerprint of the dataset must not depend on its spelling
     return load_dataset(**place, data_files=source.data_files, **options)
 
 

@@ -24,7 +24,7 @@ from diffusers_adm.diffusion import (
 )
 from diffusers_adm.evaluation.plots import save_lines
 from diffusers_adm.evaluation.report import write_csv
-from diffusers_adm.evaluation.sampling import model_settings
+from diffusers_adm.evaluation.sampling import image_shape, model_settings
 from diffusers_adm.evaluation.schedulers import SamplingPipeline
 from diffusers_adm.evaluation.shards import Shards, image_generator, one_thread
 from diffusers_adm.launch import join_processes
@@ -141,10 +141,10 @@ def evaluate_likelihood(
     Raises:
         ValueError: If model and images do not fit together, or the folder belongs to a run with other settings.
     """
-    unet, config = pipeline.unet, pipeline.unet.config
+    unet = pipeline.unet
     check_takes_timesteps(unet, "likelihood")
     check_variance_type(pipeline.scheduler.config.get("variance_type") or "fixed_large")
-    size = (config.sample_size, config.sample_size, config.in_channels)
+    size = image_shape(pipeline)
     if images.shape != size:
         raise ValueError(
             f"Images must be {size} (height, width, channels), the size of the UNet, but got {images.shape}. Pass --resolution and"
@@ -272,7 +272,7 @@ def evaluate_batches(
                 None if labels is None else torch.as_tensor(labels[rows], device=device),
                 [image_generator(settings["seed"], number) for number in shards.numbers(batch)],
                 config.prediction_type,
-                getattr(config, "variance_type", None) or "fixed_large",
+                config.get("variance_type") or "fixed_large",
                 settings["clip_denoised"],
             )
         failed = np.unique(rows[~bound.total.isfinite().cpu().numpy()])

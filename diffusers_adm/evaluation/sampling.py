@@ -104,6 +104,12 @@ def model_settings(pipeline: SamplingPipeline, name: str | None) -> dict:
     }
 
 
+def image_shape(pipeline: SamplingPipeline) -> tuple[int, int, int]:
+    """Returns the shape of the images that a pipeline draws by default, `(height, width, channels)`."""
+    config = pipeline.unet.config
+    return config.sample_size, config.sample_size, config.in_channels
+
+
 def given_options(call: dict | None) -> dict:
     """
     Returns the arguments of a call that are not `None`.
@@ -230,8 +236,7 @@ def draw_samples(
         "low_res": None if small is None else small.fingerprint,
     }
     shards = Shards(folder, settings, num_images, batch_size, state)
-    config = pipeline.unet.config
-    path = sample_path(folder, num_images, (config.sample_size, config.sample_size, config.in_channels), format)
+    path = sample_path(folder, num_images, image_shape(pipeline), format)
     if path.exists():
         if state.is_main_process:
             print(f"Found {path}.", flush=True)

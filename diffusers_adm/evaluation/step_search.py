@@ -97,7 +97,7 @@ def search_steps(
     for batch in with_progress(numbers, len(numbers), "searching", "batches"):
         states = trajectories(fine, batch.tolist(), seed, {**call, name: values})
         for image in states.split(1, dim=1):  # one at a time, because intermediate results are larger than the states
-            costs += step_costs(image, sigmas) / num_images
+            costs += step_costs(image, sigmas)
     places = cheapest_path(costs, num_inference_steps)
     return FoundSteps(name, [values[place] for place in places], [sigmas[place] for place in places])
 

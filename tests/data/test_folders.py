@@ -129,3 +129,11 @@ def test_images_are_read_in_batches_and_in_order(numbers, batch_size, greys, tmp
         PILImage.new("L", (4, 4), 10 * number).save(tmp_path / f"{number}.png")
     batches = open_images(tmp_path).chosen(np.array(numbers, dtype=int), batch_size)
     assert [batch[:, 0, 0, 0].tolist() for batch in batches] == greys
+
+
+def test_a_format_is_not_taken_for_a_folder_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "parquet").mkdir()
+    parquet(tmp_path, {"image": Image()}, image=[picture(0)])
+    monkeypatch.chdir(tmp_path)
+    args = arguments("--dataset_name", "parquet", "--data_files", "train.parquet")
+    assert len(load_images(args)[0]) == 1

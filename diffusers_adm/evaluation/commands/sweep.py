@@ -71,7 +71,7 @@ def sweep(args: argparse.Namespace) -> None:
     images.check(args.reference)
 
     from diffusers_adm.evaluation.reference import check_extractor
-    from diffusers_adm.evaluation.sampling import load_pipeline
+    from diffusers_adm.evaluation.sampling import image_shape, load_pipeline
     from diffusers_adm.evaluation.sweep import build_evaluator, check_points, sweep_points
     from diffusers_adm.launch import join_processes
 
@@ -89,9 +89,7 @@ def sweep(args: argparse.Namespace) -> None:
     check_points(pipeline, axes, options.judged, **drawing)  # before the features of the reference, which take long
     evaluator = None
     if state.is_main_process:
-        config = pipeline.unet.config
-        shape = (config.sample_size, config.sample_size, config.in_channels)
-        evaluator = build_evaluator(args.reference, images, features, shape, options.judged)
+        evaluator = build_evaluator(args.reference, images, features, image_shape(pipeline), options.judged)
     sweep_points(pipeline, axes, options.output, evaluator, **drawing)
     if state.is_main_process:
         print((options.output / "results.md").read_text(encoding="utf-8"))
