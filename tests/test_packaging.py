@@ -172,6 +172,7 @@ def test_consistency_models_draw_the_classes_that_are_asked_for(model, megabytes
     files = [path for path in Path(model()).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
     pipeline = ClassifierGuidedPipeline.from_pretrained(model())
+    assert pipeline.config.num_inference_steps == 2  # of a call without steps
     labels = torch.arange(100) % 10
     call = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     drawn = pipeline(class_labels=labels, **call).images
