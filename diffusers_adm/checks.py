@@ -64,7 +64,7 @@ def _type_words(annotation: object) -> str:
 
 
 def plain_numbers(value: typing.Any) -> typing.Any:
-    """Returns a value with numbers of NumPy and other types as `int` and `float`, also in tuples, lists and dicts, for JSON files."""
+    """Replaces numbers of NumPy by `int` and `float`, also inside tuples, lists and dicts, because JSON supports no others."""
     if isinstance(value, (tuple, list)):
         entries = [plain_numbers(entry) for entry in value]
         return tuple(entries) if isinstance(value, tuple) else entries

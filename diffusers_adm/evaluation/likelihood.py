@@ -217,12 +217,12 @@ def numbers_of_classes(class_names: list[str], known: dict[int, str] | None, num
     Returns the number that a pipeline gives to each class of some images, `(classes,)`.
 
     Args:
-        class_names: Names of the classes of the images, in the order of their numbers. Numbers without names are their own names.
+        class_names: Names of the classes of the images, in the order of their numbers. Classes without names are called by their numbers.
         known: Names of the classes of the pipeline, or `None`.
         num_classes: Number of classes of the UNet.
 
     Raises:
-        ValueError: If only some of the names are known, or several classes have a name.
+        ValueError: If only some of the names are known, or a name means several classes.
     """
     names, numbers = [composed(name) for name in class_names], range(len(class_names))
     if known is None or names in ([str(number) for number in numbers], [composed(known.get(n, "")) for n in numbers]):

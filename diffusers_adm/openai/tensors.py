@@ -104,8 +104,7 @@ def to_published(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], use_new_attention_order: bool = False
 ) -> dict[str, torch.Tensor]:
     """
-    Converts the tensors of a model to the names and layouts of the original code. They are copies, so that a change of one of both
-    does not change the other.
+    Converts the tensors of a model to the names and layouts of the original code. The converted tensors are copies.
 
     Args:
         state_dict: Tensors of a UNet or a classifier of this package.

@@ -60,8 +60,8 @@ def check_splits(args: argparse.Namespace, images: ImageSetOptions, options: Eva
 
 def sample_options(args: argparse.Namespace, images: ImageSetOptions, options: EvaluateOptions) -> ImageSetOptions:
     """
-    Returns the options of the samples. They have the size of the model's images already. If the samples are a folder and the reference
-    is another dataset, options such as `image_column` are those of the reference.
+    Returns the options of the samples, which are not shrunk, because they have the size of the model's images. If the samples are a
+    folder and the reference is another dataset, options such as `image_column` apply to the reference only.
     """
     source = images.source
     if Path(args.reference).suffix != ".npz" and Path(args.samples).is_dir() and args.samples != args.reference:
