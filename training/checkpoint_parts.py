@@ -21,7 +21,6 @@ from diffusers_adm.training.configuration import read_table
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "options.yaml", "trainer_state.json")
 COUNTS = ("global_step", "averaged_steps", "epoch", "images_into_epoch", "num_processes")
 SAMPLER_FILE = "timestep_sampler.safetensors"
-OLD_SAMPLER_FILE = "custom_checkpoint_0.pkl"  # name in earlier versions
 PICKLES = (".bin", ".pkl", ".pt")
 KEYS = {
     "optimizer.bin": ("state", "param_groups"),
@@ -160,8 +159,7 @@ def load_sampler(sampler: torch.nn.Module | None, folder: Path) -> None:
     """
     tensors = {} if sampler is None else sampler.state_dict()
     if tensors:
-        names = [name for name in (SAMPLER_FILE, OLD_SAMPLER_FILE) if (folder / name).exists()] or [SAMPLER_FILE]
-        sampler.load_state_dict(read_tensors(folder / names[0], like=tensors))
+        sampler.load_state_dict(read_tensors(folder / SAMPLER_FILE, like=tensors))
 
 
 def _read_pickle(path: Path) -> Any:

@@ -1,7 +1,6 @@
 """Checkpoints of a run: writing them, removing old ones, and resuming from them."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from diffusers_adm.atomic_files import flush_folder, partial_folder, remove_fold
 from diffusers_adm.data.datasets import LabelledImages
 from diffusers_adm.data.streams import StreamedImages
 from diffusers_adm.training.averages import MovingAverages
+from diffusers_adm.training.checkpoint_folders import checkpoint_step, list_checkpoints
 from diffusers_adm.training.checkpoint_parts import (
     check_parts,
     load_prepared,
@@ -292,17 +292,6 @@ def check_class_names(folder: Path, saved: list[str] | None, now: list[str] | No
         f"{folder} was trained with other classes. The dataset is now {' and '.join(changes) or 'in another order'}."
         " Restore the names of the classes, or begin a new run in another --output_dir."
     )
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders `checkpoint-N` in the order of their steps. Folders with other names, such as copies, are left out."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(checkpoints, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Returns the step N of a folder `checkpoint-N`."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def remove_old_checkpoints(folder: Path, limit: int, keep_every: int | None) -> None:

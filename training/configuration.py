@@ -19,6 +19,7 @@ from diffusers_adm.command_line import (
 )
 from diffusers_adm.options import OptionInfo, add_examples, add_options, build_options, option_values, options_of
 from diffusers_adm.quiet import hide_bars_in_logs
+from diffusers_adm.training.checkpoint_folders import list_checkpoints
 from diffusers_adm.training.options import TrainingOptions
 
 
@@ -68,35 +69,48 @@ def parse(
 def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
     """
     Returns the options of the preset and of the configuration file that a command line names, as words of a command line. If nothing
-    says the architecture, they begin with the options of the model that training starts from.
+    says the architecture, they begin with the options of the model that training starts from, or of the run that is resumed.
 
     Raises:
         ValueError: If a file is not a table of the script's options, or the model to start from cannot be read.
     """
     words = _preset_and_config_words(options, argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("model_channels", "resolution", *START_OPTIONS):
-        parser.add_argument(f"--{name}")
+    for name in ("model_channels", "resolution", "output_dir", "resume_from_checkpoint", *START_OPTIONS):
+        parser.add_argument(f"--{name}", nargs="?")  # the script's own parser reports missing values
     parser.add_argument("-h", "--help", action="store_true")
     given, _ = parser.parse_known_args([*words, *argv])
     if given.pretrained_model_name_or_path is None or given.model_channels is not None or given.help:
         return words
-    from diffusers_adm.training.pretrained_options import options_of_pretrained  # slow to import
+    from diffusers_adm.training.pretrained_options import FOLLOWING, options_of_pretrained  # slow to import
 
     known = options_of(options)
-    kind = next((kind for option, kind in KIND_OPTIONS.items() if option in known), "unet")
     start = [getattr(given, name) for name in START_OPTIONS]
     resolution = int(given.resolution) if (given.resolution or "").isdecimal() else None
-    table = options_of_pretrained(kind, *start, resolution)
+    resumed = _options_of_resumed_run(given.output_dir, given.resume_from_checkpoint)
+    if resumed is None:
+        kind = next((kind for option, kind in KIND_OPTIONS.items() if option in known), "unet")
+        table = options_of_pretrained(kind, *start, resolution)
+    else:
+        table = {name: value for name, value in resumed.items() if name in FOLLOWING and name in known}
     return as_words(options, yaml.safe_dump(table), f"--pretrained_model_name_or_path {start[0]}") + words
+
+
+def _options_of_resumed_run(output_dir: str | None, resume_from_checkpoint: str | None) -> dict[str, Any] | None:
+    """Returns the options of the checkpoint that a run resumes from, because the model that it started from may be gone."""
+    folder = resume_from_checkpoint
+    if folder == "latest":
+        folder = next(reversed(list_checkpoints(Path(output_dir or ""))), None)
+    file = None if folder is None else Path(folder) / "options.yaml"
+    return None if file is None or not file.is_file() else read_table(file.read_text(), str(file))
 
 
 def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:
     known, parser = options_of(options), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.set_defaults(preset=None)
     if "preset" in known:
-        parser.add_argument("--preset", choices=known["preset"].choices)
-    parser.add_argument("--config", type=Path)
+        parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--config", type=Path, nargs="?")
     sources, _ = parser.parse_known_args(argv)
     config, preset, table = [], sources.preset, {}
     if sources.config is not None:
@@ -106,7 +120,7 @@ def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) ->
         table = read_table(sources.config.read_text(), source)
         config = table_as_words(options, table, source)
         preset = preset or parser.parse_known_args(config)[0].preset
-    if preset is None:
+    if preset is None or preset not in known["preset"].choices:  # the script's own parser refuses unknown ones
         return config
     recipe = resources.files("diffusers_adm.training") / "presets" / f"{preset}.yaml"
     source = f"--preset {preset}"

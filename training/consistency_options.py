@@ -120,7 +120,8 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
                     )
         if teacher.num_paths is not None and levels.closer_every is not None:
             raise ValueError(
-                f"--closer_every has no effect with --num_paths, whose paths end at --sigma_min. Leave out {levels.closer_every}."
+                f"--closer_every has no effect with --num_paths, whose paths end at --sigma_min. Leave out --closer_every"
+                f" {levels.closer_every}."
             )
         if teacher.path_levels is not None:
             if teacher.num_paths is None:
@@ -136,12 +137,13 @@ class ConsistencyTrainingOptions(PipelineTrainingOptions):
             for name in ("log_sigma_mean", "log_sigma_std", "sampling_rho"):
                 if getattr(levels, name) != getattr(type(levels), name):
                     raise ValueError(
-                        f"--{name} has no effect with --path_levels, which sets the levels. Leave out {getattr(levels, name)}."
+                        f"--{name} has no effect with --path_levels, which sets the levels. Leave out --{name}"
+                        f" {getattr(levels, name)}."
                     )
         if self.architecture.dropout and teacher.num_paths is None:
             raise ValueError(
                 f"--dropout requires --num_paths, because otherwise prediction and target would drop different values. Leave out"
-                f" {self.architecture.dropout}."
+                f" --dropout {self.architecture.dropout}."
             )
         if teacher.num_paths is not None and self.selection.streaming:
             raise ValueError("--num_paths does not support --streaming, because images are chosen at random.")

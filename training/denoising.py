@@ -57,7 +57,7 @@ def train_pipeline(
     saved = SavedPipelines(pipeline)
     validations = [saved]
     if held_out is not None:
-        loader = build_validation_loader(held_out, options.optimisation.train_batch_size, accelerator)
+        loader = build_validation_loader(held_out, options, accelerator)
         validations.append(HeldOutLoss(objective, loader, options.optimisation.seed))
     validations.append(grid)
     if options.validation.push_every is not None:
@@ -65,7 +65,7 @@ def train_pipeline(
 
     trainer.train(objective, validations)
     if accelerator.is_main_process and trainer.finished:
-        if not folder.exists():  # an earlier process finished the run, and the pipeline was removed since
+        if trainer.began_step == trainer.global_step:  # the pipeline, if any, may be that of a later step
             saved(trainer)
         add_card()
         print_results(options.output.output_dir, folder, type(pipeline).__name__)

@@ -65,8 +65,11 @@ def print_summary(title: str, images: LabelledImages) -> None:
     print(f"  {len(sizes)} sizes (width x height): {_most_common(sizes, 'x')}")
     resolution = format.source_resolution or format.resolution
     small = sum(count for size, count in sizes.items() if min(size) < resolution)
+    large = sum(count for size, count in sizes.items() if max(size) > resolution)
     if small and format.crop != "pad":
         print(f"  {small} smaller than {resolution} pixels: they would be enlarged")
+    if large and format.crop == "pad":
+        print(f"  {large} larger than {resolution} pixels: --crop pad would refuse them")
     print(f"  modes: {_most_common(modes)}")
     _print_deep_images([reading for reading in readings if reading.extremes is not None])
     print(f"  {len(unreadable)} unreadable")

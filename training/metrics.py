@@ -33,7 +33,7 @@ class LossMeans:
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
         self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row counts images
+        self.sums: torch.Tensor | None = None  # (1 + terms, quarters); the first row has the weights of the images
         self.pending: torch.Tensor | None = None  # the same sums for the current step
 
     def add(self, terms: LossTerms) -> None:
@@ -42,7 +42,8 @@ class LossMeans:
         quarter = torch.nn.functional.one_hot(quarter, NUM_QUARTERS).float()  # (batch, quarters)
         values = {"loss": terms.loss, **terms.logged}
         self.names = list(values)
-        rows = [torch.ones_like(quarter[:, 0]), *(value.detach().float() for value in values.values())]
+        weight = torch.ones_like(quarter[:, 0]) if terms.weight is None else terms.weight  # (batch,)
+        rows = [weight, *(value.detach().float() for value in values.values())]
         sums = torch.stack(rows) @ quarter
         self.pending = sums if self.pending is None else self.pending + sums
 
@@ -64,14 +65,14 @@ class LossMeans:
         """Returns the means over all processes by name, and resets them."""
         if self.sums is None:
             return {}
-        counts, *sums = accelerator.reduce(self.sums, "sum").tolist()
+        weights, *sums = accelerator.reduce(self.sums, "sum").tolist()
         self.sums = None
         means = {}
         for name, by_quarter in zip(self.names, sums):
-            means[name] = sum(by_quarter) / sum(counts)
-            for quarter, count in enumerate(counts):
-                if count:
-                    means[f"{name}_quarter_{quarter}"] = by_quarter[quarter] / count
+            means[name] = sum(by_quarter) / sum(weights)
+            for quarter, weight in enumerate(weights):
+                if weight:
+                    means[f"{name}_quarter_{quarter}"] = by_quarter[quarter] / weight
         return means
 
 

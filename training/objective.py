@@ -27,11 +27,13 @@ class LossTerms:
         loss: Loss to minimise, `(batch,)`.
         logged: Additional values to log by name, `(batch,)` each.
         timestep: Timestep of each image, `(batch,)`, or the number of its noise level among as many levels.
+        weight: Weight that the loss and the logged values of each image contain, `(batch,)`. `None` means 1.
     """
 
     loss: torch.Tensor
     logged: dict[str, torch.Tensor]
     timestep: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 Objective = Callable[[nn.Module, dict], LossTerms]
@@ -102,7 +104,7 @@ class DenoisingObjective:
             self.sampler.update(*self.accelerator.gather((timestep, terms.loss.detach())))
         # With the weights, the means of the logged values are those of uniform timesteps.
         logged = {name: value * weight for name, value in terms.logged.items()}
-        return LossTerms(terms.loss * weight, logged, timestep)
+        return LossTerms(terms.loss * weight, logged, timestep, weight)
 
     def terms(self, model: nn.Module, batch: dict, timestep: torch.Tensor) -> LossTerms:
         """Computes the terms of the loss at given timesteps, `(batch,)`."""

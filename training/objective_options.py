@@ -81,7 +81,11 @@ class NoiseLevelOptions:
 
 
 def check_objective(objective: ObjectiveOptions, levels: NoiseLevelOptions) -> None:
-    """Raises a `ValueError` if options were given that do not fit what the UNet is given, the timestep or the noise level."""
+    """Raises a `ValueError` if options were given that have no effect with the other options."""
+    if objective.vlb_weight is not None and not (objective.learn_sigma and objective.loss == "hybrid"):
+        raise ValueError(
+            f"--vlb_weight {objective.vlb_weight} requires the hybrid loss and a learned variance. Leave it out."
+        )
     if levels.preconditioning is None:
         without_effect = [name for name in _changed(levels) if name != "preconditioning"]
         if without_effect:

@@ -22,8 +22,8 @@ from diffusers_adm.training.output_options import HubOptions, OutputOptions
 
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
-# Schedules of diffusers. The piecewise constant one is left out, because it needs rules.
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# Schedules of diffusers that need no arguments of their own. The two constant ones are the same here.
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 RATE = Check("in [0, 1)", lambda rate: 0 <= rate < 1)
 
 
@@ -89,7 +89,7 @@ class ArchitectureOptions:
     attention_head_dim: int = option(64, help="Number of channels per attention head.", check=at_least(1))
     num_attention_heads: int | None = option(
         None,
-        help="Number of attention heads.",
+        help="Number of attention heads. It takes the place of --attention_head_dim.",
         unset="as --attention_head_dim implies",
         check=at_least(1),
     )
@@ -280,7 +280,12 @@ class ClassOptions:
 
 @dataclass
 class AverageOptions:
-    """Moving averages of the weights."""
+    """
+    Moving averages of the weights.
+
+    Raises:
+        ValueError: If the warm-up is described, but not requested.
+    """
 
     ema_decay: tuple[float, ...] = option(
         (0.9999,),
@@ -291,6 +296,12 @@ class AverageOptions:
     ema_inv_gamma: float = option(1.0, help="Gamma of the warm-up.", check=above(0))
     ema_power: float = option(0.75, help="Power of the warm-up.", check=at_least(0))
     offload_ema: bool = option(False, help="Keep the moving averages in the memory of the CPU.", resumable=True)
+
+    def __post_init__(self):
+        for name in ("ema_inv_gamma", "ema_power"):
+            given = getattr(self, name)
+            if given != getattr(type(self), name) and not self.use_ema_warmup:
+                raise ValueError(f"--{name} {given} has no effect without --use_ema_warmup. Leave it out.")
 
     @property
     def num_on_device(self) -> int:

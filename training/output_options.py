@@ -34,6 +34,7 @@ class OutputOptions:
         unset="begin a new run",
         metavar="FOLDER",
         resumable=True,
+        saved=False,
     )
     logging_steps: int | None = option(
         None,

@@ -179,7 +179,7 @@ def write_card(
     steps: int,
 ) -> None:
     """
-    Writes the model card `README.md` into the folder of a model, from the facts of the run. Adds the last sample grid.
+    Writes the model card `README.md` into the folder of a model, from the facts of the run. Adds the sample grid of the last step.
 
     Args:
         options: Options of the run.
@@ -197,7 +197,7 @@ def write_card(
         metrics.pop(name, None)
     hub = options.hub
     name = (hub.hub_model_id or options.output.output_dir.name).split("/")[-1]
-    dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
+    dataset = _without_folders(options.source.dataset_name or options.source.train_data_dir)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAGS[class_name],
@@ -214,7 +214,7 @@ def write_card(
 
 {KINDS[class_name]} of the ADM family
 ([Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233)), trained by `diffusers_adm`.
-{_add_picture(options.output.output_dir / "samples", folder)}
+{_add_picture(options.output.output_dir / "samples" / f"step-{steps}.png", folder)}
 {usage(class_name, identity, example_call(class_name, None if classes is None else classes[0]))}
 
 {_describe_training(options, accelerator, num_images, classes, steps, metrics)}
@@ -248,13 +248,12 @@ def _held_out_results(metrics: dict[str, float], dataset: str) -> list[EvalResul
     ]
 
 
-def _add_picture(samples: Path, folder: Path) -> str:
-    """Copies the last sample grid of a run to the folder of a model. Returns the part of the card that shows it."""
-    grids = sorted(samples.glob("step-*.png"), key=lambda path: path.stat().st_mtime)
-    if not grids:
+def _add_picture(grid: Path, folder: Path) -> str:
+    """Copies a sample grid, if it was drawn, to the folder of a model. Returns the part of the card that shows it."""
+    if not grid.exists():
         return ""
     (folder / "samples").mkdir(exist_ok=True)
-    shutil.copyfile(grids[-1], folder / "samples" / "grid.png")
+    shutil.copyfile(grid, folder / "samples" / "grid.png")
     return (
         "\n![Images of the averaged weights on the left, and of the current weights on the right.](samples/grid.png)\n"
     )
@@ -270,7 +269,7 @@ def _describe_training(
 ) -> str:
     """Returns the part of the model card about data, length, options and metrics of a run."""
     images = "A stream of images" if num_images is None else f"{num_images} images"
-    dataset = options.source.dataset_name or Path(options.source.train_data_dir).name
+    dataset = _without_folders(options.source.dataset_name or options.source.train_data_dir)
     optimisation, resolution = options.optimisation, options.format.resolution
     rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
     classes_line = (
@@ -294,11 +293,16 @@ def _describe_training(
 
 
 def _describe_start(options: TrainingOptions) -> str:
-    """Returns a sentence about the weights that training started from, if the options name any. It names no folders of the machine."""
+    """Returns a sentence about the weights that training started from, if the options name any."""
     name = options.architecture.pretrained_model_name_or_path
     if name is None:  # random weights, or a resumed run without the option
         return ""
-    return f"Training started from the weights of `{Path(name).name if Path(name).exists() else name}`, whose license applies too."
+    return f"Training started from the weights of `{_without_folders(name)}`, whose license applies too."
+
+
+def _without_folders(name: str) -> str:
+    """Returns the name of a dataset or model. Of a path, it is the last part, because cards name no folders of the machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _hub_id(name: str | None) -> str | None:

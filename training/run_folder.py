@@ -25,7 +25,8 @@ except ImportError:  # Windows
 logger = get_logger(__name__)
 
 LOCK = ".lock"
-UNFINISHED = re.compile(r"(partial|old)-(checkpoint-\d+|pipeline|pipeline-ema-.+|classifier|push|\d+-.+)")
+# Folders that were about to be written or replaced, and files of processes of any machine, see `atomic_write`.
+UNFINISHED = re.compile(r"(partial|old)-(checkpoint-\d+|pipeline|pipeline-ema-.+|classifier|push)|partial-.+-\d+-.+")
 
 
 @contextlib.contextmanager

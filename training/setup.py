@@ -9,6 +9,8 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, set_seed
 from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from diffusers_adm import ADMUNet2DModel
@@ -68,7 +70,7 @@ def set_up_accelerator(options: TrainingOptions) -> Accelerator:
 
 def divide_batch(optimisation: OptimisationOptions, num_processes: int) -> None:
     """
-    Sets `gradient_accumulation_steps` as `total_batch_size` implies.
+    Sets `gradient_accumulation_steps` as `total_batch_size` implies. Warns if another number was given.
 
     Raises:
         ValueError: If the total is not a multiple of the batch size of all processes.
@@ -82,7 +84,12 @@ def divide_batch(optimisation: OptimisationOptions, num_processes: int) -> None:
             f"--total_batch_size must be a multiple of {at_once}, which is --train_batch_size times the number of processes,"
             f" but got {total}."
         )
-    optimisation.gradient_accumulation_steps = total // at_once
+    given, steps = optimisation.gradient_accumulation_steps, total // at_once
+    if given not in (1, steps):
+        logger.warning(
+            "--gradient_accumulation_steps is %d instead of %d, because of --total_batch_size %d.", steps, given, total
+        )
+    optimisation.gradient_accumulation_steps = steps
 
 
 def check_distribution(distributed_type: DistributedType) -> None:
@@ -107,7 +114,7 @@ def resolve_steps(optimisation: OptimisationOptions, num_images: int | None, num
     Sets `max_train_steps` as `num_epochs` implies.
 
     Raises:
-        ValueError: If the number of images is not known, or there are too few for one batch per process.
+        ValueError: If the number of images is not known, or there are too few for one step.
     """
     if optimisation.num_epochs is None:
         return
@@ -117,7 +124,12 @@ def resolve_steps(optimisation: OptimisationOptions, num_images: int | None, num
         )
     check_number_of_images(optimisation.train_batch_size, num_images, num_processes)
     batches = optimisation.num_epochs * (num_images // (optimisation.train_batch_size * num_processes))
-    optimisation.max_train_steps = max(1, batches // optimisation.gradient_accumulation_steps)
+    optimisation.max_train_steps = batches // optimisation.gradient_accumulation_steps
+    if not optimisation.max_train_steps:
+        raise ValueError(
+            f"--num_epochs {optimisation.num_epochs} has only {batches} batches, but a step takes"
+            f" {optimisation.gradient_accumulation_steps}. Pass more epochs, or smaller steps."
+        )
 
 
 def check_number_of_images(batch_size: int, num_images: int | None, num_processes: int) -> None:
@@ -190,7 +202,8 @@ def prepare_model(model: ModelMixin, options: TrainingOptions, accelerator: Acce
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     if on_cpu and "DIFFUSERS_ATTN_BACKEND" not in os.environ:
         # The backward pass of torch's fused attention takes four times as long on the CPU in bfloat16.
-        with without_warning("Attention backends are an experimental feature"):
+        # The context restores the backend of all other models, which `set_attention_backend` changes too.
+        with attention_backend(), without_warning("Attention backends are an experimental feature"):
             model.set_attention_backend("_native_math")
 
 
@@ -223,6 +236,16 @@ def build_optimizer(model: torch.nn.Module, options: OptimisationOptions, scaled
     return torch.optim.AdamW(parameters, fused=not scaled, **settings)
 
 
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, options: OptimisationOptions
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Builds the learning rate schedule of diffusers. Each begins with `lr_warmup_steps`."""
+    # The schedule that diffusers calls constant has no warm-up.
+    name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
+    steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+    return get_scheduler(name, optimizer, **steps)
+
+
 def build_loader(
     images: LabelledImages | StreamedImages, options: TrainingOptions, accelerator: Accelerator
 ) -> DataLoader:
@@ -244,6 +267,15 @@ def build_loader(
     return loader if streaming else accelerator.prepare(loader)
 
 
-def build_validation_loader(held_out: LabelledImages, batch_size: int, accelerator: Accelerator) -> DataLoader:
+def build_validation_loader(
+    held_out: LabelledImages, options: TrainingOptions, accelerator: Accelerator
+) -> DataLoader:
     """Builds the loader of the held-out images."""
-    return accelerator.prepare(DataLoader(held_out, batch_size=batch_size, generator=torch.Generator()))
+    loader = DataLoader(
+        held_out,
+        batch_size=options.optimisation.train_batch_size,
+        num_workers=options.selection.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),
+    )
+    return accelerator.prepare(loader)

@@ -220,12 +220,19 @@ def draw_paths(
     path = path_levels(sigma, lowest, options.teacher.teacher_steps, teacher.schedule)  # (steps + 1, paths)
     noise = torch.randn(batch["image"].shape, generator=generator)
     x = batch["image"] + sigma[:, None, None, None] * noise
-    labels = batch["label"].to(device) if "label" in batch else None
+    label = batch.get("label")  # (paths,)
+
+    def draw(some: torch.Tensor) -> torch.Tensor:
+        labels = None if label is None else label[some].to(device)
+        points = follow(lambda x, sigma: teacher(x, sigma, labels), x[some].to(device), path[:, some].to(device))
+        return points.cpu().half()  # (steps + 1, some, channels, height, width)
+
+    batches = torch.arange(count).split(options.optimisation.train_batch_size)  # all at once might not fit in memory
     with torch.no_grad():
-        points = follow(lambda x, sigma: teacher(x, sigma, labels), x.to(device), path.to(device))
+        points = torch.cat([draw(some) for some in batches], dim=1)
     if chosen is not None:
         points, path = points[[0, -1]], path[[0, -1]]  # the model learns nowhere else
-    tensors = {"points": points.cpu().half().transpose(0, 1), "sigma": path.T}
-    if labels is not None:
-        tensors["label"] = batch["label"]
+    tensors = {"points": points.transpose(0, 1), "sigma": path.T}
+    if label is not None:
+        tensors["label"] = label
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

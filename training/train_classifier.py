@@ -73,7 +73,7 @@ def main(options: ClassifierTrainingOptions) -> None:
         trainer = Trainer(options, accelerator, classifier, images, checkpoint=checkpoint)
         validations = []
         if held_out is not None:
-            loader = build_validation_loader(held_out, optimisation.train_batch_size, accelerator)
+            loader = build_validation_loader(held_out, options, accelerator)
             validations.append(HeldOutAccuracy(objective, loader, optimisation.seed))
         trainer.train(objective, validations)
 

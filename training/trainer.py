@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from diffusers import ModelMixin
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -27,13 +26,14 @@ from diffusers_adm.training.checkpointing import Checkpointer, TrainingState
 from diffusers_adm.training.metrics import LossMeans, append_metrics, drop_metrics_after
 from diffusers_adm.training.objective import Objective
 from diffusers_adm.training.options import AverageOptions, TrainingOptions
-from diffusers_adm.training.plan import describe_run
+from diffusers_adm.training.plan import describe_run, images_per_step
 from diffusers_adm.training.pretrained import add_adapter, start_from_pretrained
 from diffusers_adm.training.pretrained_options import warn_of_another_schedule
 from diffusers_adm.training.run_folder import set_aside_earlier_run
 from diffusers_adm.training.schedule import Schedule
 from diffusers_adm.training.setup import (
     build_loader,
+    build_lr_scheduler,
     build_optimizer,
     check_number_of_images,
     prepare_model,
@@ -90,12 +90,7 @@ class Trainer:
         add_adapter(model, options.architecture.lora_rank)
         prepare_model(model, options, accelerator)
         optimizer = build_optimizer(model, optimisation, scaled=accelerator.scaler is not None)
-        lr_scheduler = get_scheduler(
-            optimisation.lr_scheduler,
-            optimizer,
-            num_warmup_steps=optimisation.lr_warmup_steps,
-            num_training_steps=optimisation.max_train_steps,
-        )
+        lr_scheduler = build_lr_scheduler(optimizer, optimisation)
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         self.loader = build_loader(images, options, accelerator)
         self.averages = MovingAverages(
@@ -165,7 +160,7 @@ class Trainer:
             self.accelerator.print(described)
         self.accelerator.print(self.schedule.describe(actions), flush=True)
         if self.options.dry_run:
-            next(self.batches())  # raises if images and options do not fit
+            next(self.batches(), None)  # raises if images and options do not fit
             return
         self._open_output()
         self.model.train()
@@ -293,12 +288,14 @@ class Trainer:
         """
         Logs, saves and validates where the schedule says so. Returns whether the run was asked to stop.
 
-        The checkpoint is saved before the validation. If the run ends between the two, a resumed run validates first.
+        The checkpoint is saved before the validation. If the run ends between the two, a resumed run validates first. Validations save
+        pipelines, and a folder with a pipeline but no checkpoint could not be continued, so the first one always follows a checkpoint.
         """
         last, stopping = self.is_last_step, self.stop.agreed()
-        if self.schedule.logging.is_due(self.global_step):
+        if stopping or self.schedule.logging.is_due(self.global_step):
             self._log_training()
-        if last or stopping or self.schedule.saving.is_due(self.global_step):
+        is_first = self._validation_is_due() and not self.checkpointer.saved_step
+        if last or stopping or is_first or self.schedule.saving.is_due(self.global_step):
             self.save_checkpoint(must_succeed=last or stopping)
         if not stopping and self._validation_is_due():
             self._validate(validations)
@@ -358,7 +355,7 @@ class Trainer:
     def _log_training(self) -> None:
         values = self.means.take(self.accelerator)
         steps, seconds = self.global_step - self.logged_step, time.monotonic() - self.logged_at
-        images = steps * self.options.optimisation.gradient_accumulation_steps * self._images_per_batch
+        images = steps * images_per_step(self.options.optimisation, self.accelerator)
         values["grad_norm"] = self.grad_norm.item()
         values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         values["images_per_second"] = images / seconds

@@ -15,8 +15,9 @@ from diffusers_adm.evaluation.schedulers import set_scheduler
 from diffusers_adm.launch import join_processes
 from diffusers_adm.options import option_values, options_of
 from diffusers_adm.training import train_unet
+from diffusers_adm.training.checkpoint_folders import checkpoint_step, list_checkpoints
 from diffusers_adm.training.checkpoint_parts import read_progress
-from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, list_checkpoints
+from diffusers_adm.training.checkpointing import VALIDATED
 from diffusers_adm.training.configuration import contradictions, read_table, table_as_words
 from diffusers_adm.training.objective import sampling_defaults
 from diffusers_adm.training.options import OptimisationOptions, UNetTrainingOptions

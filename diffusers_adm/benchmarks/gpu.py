@@ -27,6 +27,7 @@ from diffusers_adm.options import Check, add_examples, add_options, at_least, bu
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORKS = ("plain", "package", "package, compiled")
 SAMPLING_STEPS = 10
+FITS_HEADS = Check("a multiple of 64, the channels of a head", lambda channels: channels > 0 and channels % 64 == 0)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class GpuOptions:
     batch_size: int = option(16, help="Number of images per batch.", check=at_least(1))
     rounds: int = option(10, help="Number of rounds, after three for warm-up. The median counts.", check=at_least(1))
     sample_size: int = option(64, help="Height and width of the images in pixels.", check=at_least(8))
-    model_channels: int = option(192, help="Base width of the UNet.", check=at_least(32))
+    model_channels: int = option(192, help="Base width of the UNet.", check=FITS_HEADS)
     dtypes: tuple[str, ...] = option(
         tuple(DTYPES),
         metavar="NAME,...",
@@ -44,7 +45,7 @@ class GpuOptions:
         check=Check(f"some of {', '.join(DTYPES)}", lambda names: names and set(names) <= set(DTYPES)),
     )
     compile: bool = option(True, help="Also measure the compiled UNet. Compilation takes minutes on a CPU.")
-    classifier_channels: int = option(128, help="Base width of the classifier.", check=at_least(32))
+    classifier_channels: int = option(128, help="Base width of the classifier.", check=FITS_HEADS)
 
 
 def architecture(options: GpuOptions, model_channels: int) -> dict:

@@ -89,8 +89,6 @@ class ImageFormat:
         unset="0,1 for floats",
         metavar="BLACK,WHITE",
         check=Check("two increasing numbers", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
-        resumable=True,
-        on_card=True,
     )
 
     def __post_init__(self):
@@ -153,7 +151,7 @@ class ImageSelection:
         unset="the classes that the dataset names",
     )
     on_unreadable: str = option("stop", choices=UNREADABLE, help="Response to an unreadable image.", resumable=True)
-    random_flip: bool = option(True, help="Mirror every second image, at random.")
+    random_flip: bool = option(True, help="Mirror each image with probability 0.5.")
     dataloader_num_workers: int = option(
         0,
         help="Number of processes that load images.",

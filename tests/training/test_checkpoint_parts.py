@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, hostile, or of an earlier version."""
+"""Checkpoints that are damaged or hostile."""
 
 import pickle
 import shutil
@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_runs import checkpoint_tensors, unet_args
+from training_runs import unet_args
 
 from diffusers_adm.training import train_unet
 from diffusers_adm.training.checkpoint_parts import check_parts, read_part
 
 
 SAMPLING = ["--schedule_sampler", "loss-second-moment"]
-PICKLES = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"]
-PARTS = [*PICKLES[:3], "model.safetensors", "ema-0.5.safetensors", "timestep_sampler.safetensors"]
+PICKLES = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+PARTS = [*PICKLES, "model.safetensors", "ema-0.5.safetensors", "timestep_sampler.safetensors"]
 PARTS += ["options.yaml", "trainer_state.json"]
 
 
@@ -47,19 +46,10 @@ def resume(dataset, output):
     train_unet.main(unet_args(dataset, output, 6, *SAMPLING, "--resume_from_checkpoint", "latest"))
 
 
-def as_earlier_version_wrote(checkpoint):
-    """Keeps the state of the timestep sampler as a pickle."""
-    state = checkpoint / "timestep_sampler.safetensors"
-    torch.save(load_file(state), checkpoint / "custom_checkpoint_0.pkl")
-    state.unlink()
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["torch", "pickle"])
 @pytest.mark.parametrize("name", PICKLES)
 def test_no_code_of_a_checkpoint_runs(name, zipped, dataset, output, tmp_path):
     checkpoint = output / "checkpoint-3"
-    if name == "custom_checkpoint_0.pkl":
-        as_earlier_version_wrote(checkpoint)
     hostile = {"state": Hostile(tmp_path / "it-ran")}
     if zipped:
         torch.save(hostile, checkpoint / name)
@@ -112,16 +102,3 @@ def test_tensors_of_another_model_are_refused(dataset, output):
         ValueError, match="ema-0.5.safetensors must hold tensors with the names and shapes of this run"
     ):
         resume(dataset, output)
-
-
-def test_checkpoint_of_an_earlier_version_resumes_exactly(dataset, output, tmp_path):
-    earlier = shutil.copytree(output, tmp_path / "earlier")
-    as_earlier_version_wrote(earlier / "checkpoint-3")
-    ends = []
-    for folder in (output, earlier):
-        torch.manual_seed(len(ends))
-        resume(dataset, folder)
-        ends.append(checkpoint_tensors(folder / "checkpoint-6"))
-    now, then = ends
-    assert "timestep_sampler.safetensors" in now and now.keys() == then.keys()
-    assert all(torch.equal(tensor, then[name][key]) for name in now for key, tensor in now[name].items())

@@ -8,7 +8,8 @@ from PIL import Image
 from training_runs import ARCHITECTURE, classifier_args, unet_args
 
 from diffusers_adm.training import train_classifier, train_unet
-from diffusers_adm.training.checkpointing import VALIDATED, checkpoint_step, list_checkpoints, remove_old_checkpoints
+from diffusers_adm.training.checkpoint_folders import checkpoint_step, list_checkpoints
+from diffusers_adm.training.checkpointing import VALIDATED, remove_old_checkpoints
 from diffusers_adm.training.metrics import read_metrics
 
 
@@ -56,13 +57,13 @@ def test_what_a_killed_run_left_half_written_is_removed(dataset, tmp_path):
     for name in ("old-pipeline", "old-checkpoint-3", "partial-checkpoint-9", "partial-pipeline-ema-0.9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    (tmp_path / "partial-7-metrics.jsonl").write_text("")
-    (tmp_path / "samples" / "partial-7-step-3.png").write_text("")
-    kept = [tmp_path / "checkpoint-3-copy", tmp_path / "old-pictures"]
+    (tmp_path / "partial-another-node-7-metrics.jsonl").write_text("")
+    (tmp_path / "samples" / "partial-another-node-7-step-3.png").write_text("")
+    kept = [tmp_path / name for name in ("checkpoint-3-copy", "old-pictures", "old-run-7-b")]
     for folder in kept:
         folder.mkdir()
     train_unet.main(unet_args(dataset, tmp_path, 6, "--resume_from_checkpoint", "latest"))
-    assert {*tmp_path.rglob("old-*"), *tmp_path.rglob("partial-*")} == {tmp_path / "old-pictures"}
+    assert {*tmp_path.rglob("old-*"), *tmp_path.rglob("partial-*")} == set(kept[1:])
     assert all(folder.exists() for folder in kept)
 
 

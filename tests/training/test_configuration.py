@@ -148,6 +148,39 @@ def test_numbers_that_mean_nothing_are_refused(words, message):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", *words.split()])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--no-learn_sigma --vlb_weight 5", "--vlb_weight 5.0 requires the hybrid loss and a learned variance. Leave it out."),
+        ("--loss vlb --vlb_weight 5", "--vlb_weight 5.0 requires the hybrid loss and a learned variance. Leave it out."),
+        ("--ema_power 0.1", "--ema_power 0.1 has no effect without --use_ema_warmup. Leave it out."),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(words, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--preset nonsense", "argument --preset: invalid choice: 'nonsense'"),
+        ("--pretrained_model_name_or_path", "argument --pretrained_model_name_or_path: expected one argument"),
+        ("--config", "argument --config: expected one argument"),
+    ],
+)
+def test_mistakes_that_are_met_before_the_options_are_parsed_are_told_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit):
+        train_unet.parse_args([*REQUIRED, *words.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.endswith("--help)")
+
+
+def test_options_of_a_checkpoint_do_not_resume_what_it_resumed():
+    words = ["--max_train_steps", "1", "--resume_from_checkpoint", "latest"]
+    assert "resume_from_checkpoint" not in as_yaml(train_unet.parse_args([*REQUIRED, *words]))
+
+
 def test_choices_of_schedules_are_listed(capsys):
     with pytest.raises(SystemExit):
         train_unet.parse_args([*REQUIRED, "--max_train_steps", "1", "--lr_scheduler", "foo"])
@@ -156,7 +189,9 @@ def test_choices_of_schedules_are_listed(capsys):
 
 def test_choices_are_those_of_the_code_that_is_given_them():
     # Options are declared without imports of these libraries, so that help comes at once.
-    assert set(LR_SCHEDULERS) == {schedule.value for schedule in SchedulerType} - {"piecewise_constant"}
+    # The others need arguments of their own.
+    others = {"piecewise_constant", "cosine_with_restarts", "polynomial"}
+    assert set(LR_SCHEDULERS) == {schedule.value for schedule in SchedulerType} - others
     assert set(MIXED_PRECISIONS) == {precision.value for precision in PrecisionType} - {"fp8"}
     known = options_of(UNetTrainingOptions)
     assert set(known["resnet_time_scale_shift"].choices) == set(TIME_SCALE_SHIFTS)

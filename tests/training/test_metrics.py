@@ -30,6 +30,16 @@ def test_means_are_over_images_in_all_and_by_quarter():
     assert list(values)[0] == "loss" and means.take(Accelerator(cpu=True)) == {}
 
 
+def test_means_of_timesteps_that_are_not_drawn_evenly_are_those_of_even_ones():
+    # The losses 4 and 1 of the two halves. The first is drawn four times as often.
+    loss, weight = torch.tensor([4.0, 4.0, 4.0, 4.0, 1.0]), torch.tensor([0.625] * 4 + [2.5])
+    means = LossMeans(num_timesteps=4)
+    means.add(LossTerms(loss * weight, {}, torch.tensor([0, 1, 0, 1, 3]), weight))
+    means.keep_step()
+    quarters = {"loss_quarter_0": 4.0, "loss_quarter_1": 4.0, "loss_quarter_3": 1.0}
+    assert means.take(Accelerator(cpu=True)) == pytest.approx({"loss": 2.5, **quarters})
+
+
 def test_steps_that_are_dropped_do_not_count():
     means = LossMeans(num_timesteps=4)
     means.add(terms([1.0], [0]))

@@ -106,6 +106,7 @@ def test_card_names_the_start(start, dataset, tmp_path):
     start()
     card = (train(dataset, tmp_path) / "pipeline" / "README.md").read_text()
     assert "Training started from the weights of `start`" in card and str(tmp_path) not in card
+    assert f"from `{dataset.name}`" in card and str(dataset) not in card
     train_unet.main(
         unet_args(dataset, tmp_path / "new", 1)
     )  # a resumed run may lack the option too, so nothing is said

@@ -37,6 +37,9 @@ def test_run_takes_architecture_and_schedule_from_the_model(start, tmp_path):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in tuned.unet.state_dict().items())
     # A run that goes on has the options of its own, and does not need the model.
     (tmp_path / "start").rename(tmp_path / "gone")
+    resume = ["--max_train_steps", "2", "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "latest"]
+    train_unet.main(train_unet.parse_args([*start, *resume]))
+    assert (tmp_path / "run" / "checkpoint-2").exists()
     config = tmp_path / "run" / "checkpoint-1" / "options.yaml"
     assert train_unet.parse_args(["--config", str(config)]).architecture.layers_per_block == (1, 2)
 

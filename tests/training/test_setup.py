@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors.torch import load_file
 from tiny_models import draw_parameters
 from training_runs import ARCHITECTURE, checkpoint_tensors, classifier_args, unet_args
@@ -15,7 +17,8 @@ from training_runs import ARCHITECTURE, checkpoint_tensors, classifier_args, une
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.objective import build_noise_scheduler, sampling_defaults
-from diffusers_adm.training.setup import build_unet, set_up_accelerator
+from diffusers_adm.training.options import LR_SCHEDULERS, OptimisationOptions
+from diffusers_adm.training.setup import build_lr_scheduler, build_unet, prepare_model, set_up_accelerator
 
 
 def test_training_starts_from_a_saved_model(dataset, tmp_path):
@@ -28,6 +31,39 @@ def test_training_starts_from_a_saved_model(dataset, tmp_path):
         assert torch.equal(tensor, after["diffusion_pytorch_model.safetensors"][key])
     with pytest.raises(ValueError, match="layers_per_block 1 instead of 2"):
         train_classifier.main(classifier_args(dataset, tmp_path / "third", 1, *options, "--layers_per_block", "2"))
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_learning_rate_schedule_begins_with_the_warm_up(name):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    options = OptimisationOptions(max_train_steps=8, learning_rate=0.1, lr_scheduler=name, lr_warmup_steps=4)
+    optimizer = torch.optim.SGD([weight], options.learning_rate)
+    scheduler = build_lr_scheduler(optimizer, options)
+    rates = []
+    for _ in range(options.max_train_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    assert (rates[5:] == [0.1] * 3) is name.startswith("constant")
+
+
+def test_accumulation_that_the_batch_size_replaces_is_named(dataset, tmp_path, caplog):
+    words = ["--gradient_accumulation_steps", "3", "--total_batch_size", "8"]
+    options = unet_args(dataset, tmp_path, 1, *words)
+    set_up_accelerator(options)
+    assert options.optimisation.gradient_accumulation_steps == 2
+    assert "--gradient_accumulation_steps is 2 instead of 3, because of --total_batch_size 8." in caplog.text
+
+
+def test_attention_backend_of_a_training_stays_its_own(dataset, tmp_path, monkeypatch):
+    used = _AttentionBackendRegistry.get_active_backend()
+    options = unet_args(dataset, tmp_path, 1)
+    unet, accelerator = build_unet(options, num_classes=2), set_up_accelerator(options)
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
+    prepare_model(unet, options, accelerator)
+    assert {processor._attention_backend.value for processor in unet.attn_processors.values()} == {"_native_math"}
+    assert _AttentionBackendRegistry.get_active_backend() == used
 
 
 @pytest.mark.parametrize("groups, warned", [(8, True), (4, False)])

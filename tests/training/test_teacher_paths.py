@@ -16,7 +16,9 @@ from training_runs import SMALL_CONSISTENCY_RUN, checkpoint_tensors, consistency
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.denoiser import Denoiser
 from diffusers_adm.training import train_consistency
-from diffusers_adm.training.teacher_paths import StoredPaths
+from diffusers_adm.training.consistency import Teacher
+from diffusers_adm.training.setup import load_training_images, set_up_accelerator
+from diffusers_adm.training.teacher_paths import StoredPaths, draw_paths
 
 
 def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path):
@@ -54,6 +56,26 @@ def test_stored_paths_are_drawn_once_and_resume_exactly(dataset, start, tmp_path
     other = [word if word != "2" else "1" for word in more]
     with pytest.raises(ValueError, match=r"holds paths of other options: --guidance_scale 1.0 \(was 2.0\)"):
         train_consistency.main(consistency_args(dataset, start, tmp_path / "twice", 4, *other))
+
+
+def test_paths_are_drawn_in_batches_of_the_training(dataset, start, tmp_path):
+    more = ["--teacher_model_name_or_path", str(start), *"--teacher_steps 2 --num_paths 6 --guidance_scale 2".split()]
+    drawn = []
+    for batch_size in (4, 6):
+        folder = tmp_path / str(batch_size)
+        options = consistency_args(dataset, start, folder, 1, *more, "--train_batch_size", str(batch_size))
+        accelerator = set_up_accelerator(options)
+        images, _ = load_training_images(options)
+        teacher, sizes = Teacher(options, images, accelerator), []
+
+        def counted(x, sigma, labels, teacher=teacher, sizes=sizes):
+            sizes.append(len(x))
+            return teacher(x, sigma, labels)
+
+        counted.schedule = teacher.schedule
+        drawn.append(draw_paths(options, images, counted, 0, 6, accelerator.device))
+        assert sizes == ([4, 4, 2, 2] if batch_size == 4 else [6, 6])
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3)  # stored in half precision
 
 
 def test_stored_paths_begin_at_chosen_levels(dataset, start, tmp_path):

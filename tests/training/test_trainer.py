@@ -17,6 +17,7 @@ from training_runs import checkpoint_tensors, classifier_args, unet_args, upsamp
 from diffusers_adm import NoisyClassifier
 from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet, train_upsampler
+from diffusers_adm.training.checkpoint_folders import list_checkpoints
 from diffusers_adm.training.checkpointing import find_checkpoint
 from diffusers_adm.training.configuration import run_script
 from diffusers_adm.training.metrics import read_metrics
@@ -90,6 +91,9 @@ def test_epochs_are_as_many_steps_as_they_hold_batches(dataset, tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     with pytest.raises(ValueError, match="--num_epochs"):
         train_classifier.main(classifier_args(dataset, tmp_path / "stream", 9, "--num_epochs", "1", "--streaming"))
+    few = ["--num_epochs", "1", "--gradient_accumulation_steps", "4"]
+    with pytest.raises(ValueError, match="--num_epochs 1 has only 3 batches, but a step takes 4"):
+        train_classifier.main(classifier_args(dataset, tmp_path / "few", 9, *few))
 
 
 def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset, tmp_path):
@@ -132,6 +136,14 @@ def test_second_ctrl_c_ends_at_once(small_run, capfd):
     error = capfd.readouterr().err
     assert "Press Ctrl-C again to end at once" in error and "error: interrupted" in error
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_first_validation_follows_a_checkpoint(small_run):
+    # A run that is killed after its first validation, but before its first saving step, can go on.
+    trainer, before = small_run(4, "--validation_steps", "2", "--checkpointing_steps", "100"), []
+    folder = trainer.options.output.output_dir
+    trainer.train(label_loss, [lambda trainer: before.append([path.name for path in list_checkpoints(folder)])])
+    assert before == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
 
 @pytest.mark.parametrize("lost", [[], ["validated"], ["validated", "metrics.jsonl"]], ids=len)

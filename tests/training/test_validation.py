@@ -9,11 +9,13 @@ from torch.utils.data import DataLoader
 from training_runs import checkpoint_tensors, classifier_args, unet_args
 
 from diffusers_adm import ClassifierGuidedPipeline, NoisyClassifier
+from diffusers_adm.losses import classifier_loss
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.denoising import label_conditions
 from diffusers_adm.training.metrics import read_metrics
-from diffusers_adm.training.objective import DenoisingObjective, build_noise_scheduler
-from diffusers_adm.training.setup import load_training_images, set_up_accelerator
+from diffusers_adm.training.objective import DenoisingObjective, LossTerms, build_noise_scheduler
+from diffusers_adm.training.setup import load_training_images, model_config, set_up_accelerator
+from diffusers_adm.training.trainer import Trainer
 
 
 def test_trained_pipeline_loads_with_its_class_names(dataset, tmp_path):
@@ -26,6 +28,34 @@ def test_trained_pipeline_loads_with_its_class_names(dataset, tmp_path):
     images = pipeline(["left", "right"], num_inference_steps=2, guidance_scale=2.0).images
     assert [image.size for image in images] == [(16, 16)] * 2
     assert (tmp_path / "unet" / "samples" / "step-3.png").exists()
+
+
+def test_end_of_a_run_that_goes_back_publishes_that_step(dataset, tmp_path):
+    options = ["--validation_steps", "1", "--checkpointing_steps", "1", "--checkpoints_total_limit", "9"]
+    train_unet.main(unet_args(dataset, tmp_path, 2, *options))
+    (tmp_path / "checkpoint-2").rename(tmp_path / "later")
+    train_unet.main(unet_args(dataset, tmp_path, 1, *options, "--resume_from_checkpoint", "latest"))
+    checkpoint = checkpoint_tensors(tmp_path / "checkpoint-1")["ema-0.5.safetensors"]
+    published = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(published[key], tensor) for key, tensor in checkpoint.items())
+    picture = (tmp_path / "samples" / "step-1.png").read_bytes()
+    assert (tmp_path / "pipeline" / "samples" / "grid.png").read_bytes() == picture
+
+
+def test_losses_before_a_stop_are_logged(dataset, tmp_path):
+    options = classifier_args(dataset, tmp_path, 4, "--logging_steps", "4")
+    accelerator = set_up_accelerator(options)
+    images, _ = load_training_images(options)
+    config = model_config(options.architecture, options.format)
+    trainer = Trainer(options, accelerator, NoisyClassifier(num_classes=2, **config).train(), images)
+
+    def objective(model, batch):
+        trainer.stop.received = trainer.global_step == 1  # asked to stop during the second step
+        timestep = torch.zeros_like(batch["label"])
+        return LossTerms(classifier_loss(model(batch["image"], timestep).logits, batch["label"]), {}, timestep)
+
+    trainer.train(objective)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [2]
 
 
 def test_published_unet_is_the_average_not_the_raw_weights(dataset, tmp_path):
