@@ -94,7 +94,7 @@ COMMANDS = {
         "page.command",
         "add_page_arguments",
         "serve_page",
-        "open a page in the browser that shows the effect of guidance",
+        "serve a page for the browser that shows the effect of guidance",
     ),
 }
 

@@ -220,6 +220,10 @@ def check_with_gradients(
         raise ValueError("`with_gradients` does not support `entropy_scaling`, whose factor has no gradient.")
     if guidance_options.smoothing:
         raise ValueError("`with_gradients` does not support `smoothing`, whose noise would be drawn again.")
+    if any(getattr(part, "generator", None) is not None for part in summands(options.guidance_fn)):
+        raise ValueError(
+            "`with_gradients` does not support CLIPGuidance with a generator, which would be drawn from again."
+        )
 
 
 def check_finite(x_0: torch.Tensor) -> None:

@@ -254,7 +254,9 @@ class GuidedSamplingMixin(InversionMixin, SavingMixin, DenoisingMixin):
         with gradients(options.with_gradients):
             low_res = None if low_res is None else low_res.to(device)
         guidance_options = GuidanceOptions.parse(options.guidance_options)
-        counts = [guidance_options.recurrence if factor else 1 for factor in factors]
+        guides = any(per_image(options.guidance_scale, batch_size, "guidance_scale")) or options.guider is not None
+        guides = guides or any(per_image(options.cfg_weight, batch_size, "cfg_weight"))
+        counts = [guidance_options.recurrence if factor and guides else 1 for factor in factors]
         factors = [factor for factor, count in zip(factors, counts) for _ in range(count)]
         solver.repeat(counts)
         solver.spherical = guidance_options.spherical

@@ -1,7 +1,5 @@
 """Predictions of a pipeline's UNet for given images, and inversion of images to noise."""
 
-import math
-
 import torch
 from diffusers import DDIMScheduler
 
@@ -111,8 +109,10 @@ class InversionMixin:
         check_takes_timesteps(self.unet, "invert")
         check_eval_mode({"unet": self.unet})
         x, labels, low_res = self._prepare_images("images", images, class_labels, low_res)
+        if not len(images):
+            raise ValueError("`images` must be one or more images, but got none.")
         largest = images.abs().max().item()
-        if LARGEST_PIXEL < largest < math.inf:
+        if not largest <= LARGEST_PIXEL:
             raise ValueError(f"`images` must be in [-1, 1], but got values up to {largest:.4g}.")
         scheduler = DDIMScheduler.from_config(full_config(self.scheduler))
         solver = build_solver(scheduler, num_inference_steps, None, 0.0)

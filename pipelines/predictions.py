@@ -95,12 +95,12 @@ def build_denoiser(
     weights = per_image(options.cfg_weight, batch_size, "cfg_weight")
     predictions, combination = None, None
     if any(weights) or options.guider is not None:
-        predictions = _predictions(pipeline, options, class_labels, generator)
+        predictions = _predictions(pipeline, options, class_labels, generator, weights)
     if any(weights):
         weight = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
         combination = WeightedCombination(weight, factors)
     elif options.guider is not None:
-        combination = GuiderCombination(parse_guider(options.guider), timesteps_of(solver), factors)
+        combination = GuiderCombination(parse_guider(options.guider), timesteps_of(solver), factors, solver.jumps_to)
     scales = epsilon_scales(pipeline, options, solver)
     return RunDenoiser(unet, solver, class_labels, low_res, predictions, combination, scales, options.with_gradients)
 
@@ -110,8 +110,9 @@ def _predictions(
     options: SamplingOptions,
     class_labels: torch.Tensor | None,
     generator: torch.Generator | list[torch.Generator] | None,
+    weights: list[float],
 ) -> Predictions:
-    """Returns the stronger and the weaker prediction of a run."""
+    """Returns the stronger and the weaker prediction of a run. The arguments are those of `build_denoiser`."""
     unet, weaker = pipeline.unet, WeakerPrediction.parse(options.weaker)
     if isinstance(weaker, torch.nn.Module):
         return OtherUNet(weaker)
@@ -124,8 +125,15 @@ def _predictions(
     if weaker.kind == "null_class":
         return OtherClass(lambda: torch.full_like(class_labels, unet.null_class))
 
+    guided = [row for row, weight in enumerate(weights) if weight or options.guider is not None]
+
     def random_classes() -> torch.Tensor:
-        drawn = draw_labels(unet.config.num_class_embeds, len(class_labels), generator)
+        if not isinstance(generator, list):
+            drawn = draw_labels(unet.config.num_class_embeds, len(class_labels), generator)
+        else:  # images that are not guided draw nothing, so that their noise is the same in any batch
+            own = [generator[row] for row in guided]
+            drawn = torch.zeros(len(weights), dtype=torch.long, device=own[0].device)
+            drawn[guided] = draw_labels(unet.config.num_class_embeds, len(own), own)
         return drawn.to(class_labels.device, non_blocking=True)
 
     return OtherClass(random_classes)

@@ -19,6 +19,17 @@ from diffusers_adm.openai.released import guiding_classifier, released_checkpoin
 from diffusers_adm.saved_folders import check_safe_serialization, loading
 
 
+def check_is_not_prefixed(name: str | os.PathLike) -> None:
+    """Raises a ValueError if a pipeline is given as `released:NAME` or `shipped:NAME`, which only commands accept."""
+    prefix, _, rest = str(name).partition(":")
+    advice = {
+        "released": f"Call from_released({rest!r}).",
+        "shipped": "Pass default_model(), default_photo_model() or the like.",
+    }
+    if rest and prefix.lower() in advice:
+        raise ValueError(f"Only commands accept names such as {str(name)!r}. {advice[prefix.lower()]}")
+
+
 class SavingMixin:
     """Mixin that loads and saves a `DiffusionPipeline` together with the code of its classes."""
 
@@ -32,10 +43,15 @@ class SavingMixin:
             kwargs: Arguments of every pipeline of diffusers: `dtype`, `variant`, `revision`, `token`, components, ...
 
         Raises:
-            ValueError: If the pipeline or a component has another class, or the configs do not describe a pipeline.
+            ValueError: If the pipeline or a component has another class, the configs do not describe a pipeline, or `dtype` is not a
+                floating-point type.
             OSError: If a file is missing or damaged.
         """
         kwargs.pop("trust_remote_code", None)  # ignored, because no code of the folder is run
+        check_is_not_prefixed(pretrained_model_name_or_path)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+            check_dtype(one)
         folder = download(pretrained_model_name_or_path, kwargs)
         check_index(Path(folder), cls, kwargs)
         with loading(cls.__name__, folder):

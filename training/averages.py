@@ -36,7 +36,7 @@ class MovingAverages:
 
     def _build(self, decay: float, device: torch.device, max_train_steps: int) -> EMAModel:
         options = self.options
-        if not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
+        if decay and not options.use_ema_warmup and max_train_steps < 5 / (1 - decay):
             fitting = math.floor(1e4 * max(0, 1 - 10 / max_train_steps)) / 1e4  # averages over half of the run
             logger.warning(
                 "The pipeline of the moving average with --ema_decay %g will be close to the initial weights, because it averages over %d"

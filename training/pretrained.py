@@ -142,7 +142,6 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     """
     pretrained = read_pretrained(kind_of(model), name, subfolder, flags)
     differing = differing_options(model, pretrained, name)
-    pairs = ", ".join(differing.values())
     ours, theirs = _config_of(model), _config_of(pretrained)
     kinds = theirs.get("preconditioning"), ours.get("preconditioning")
     if kinds == ("consistency", "edm"):
@@ -167,10 +166,12 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     ):
         logger.warning("The null class of %s is left out. To keep it, pass --label_dropout.", name)
     if random_keys:
-        logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), pairs)
+        reasons = ", ".join(words for option, words in differing.items() if option not in SIZE_OPTIONS)
+        logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), reasons)
     if SIZE_OPTIONS & differing.keys():
+        reasons = ", ".join(words for option, words in differing.items() if option in SIZE_OPTIONS)
         logger.warning(
-            "All other weights are pretrained, and weights of new channels begin at 0, because of %s.", pairs
+            "All other weights are pretrained, and weights of new channels begin at 0, because of %s.", reasons
         )
 
 

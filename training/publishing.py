@@ -36,8 +36,8 @@ PUBLISHED = [
 ATTEMPTS = 3
 # Next step of the user, by the class that was saved.
 NEXT_STEPS = {
-    "ClassifierGuidedPipeline": "diffusers-adm sample --model {folder} --num_samples 16 --output {run}/drawn",
-    "ADMUpsamplePipeline": "diffusers-adm sample --model {folder} --low_res SMALL.npz --num_samples 16 --output {run}/drawn",
+    "ClassifierGuidedPipeline": "diffusers-adm sample --model {folder} --num_samples 16 --batch_size 16 --output {run}/drawn",
+    "ADMUpsamplePipeline": "diffusers-adm sample --model {folder} --low_res SMALL.npz --num_samples 16 --batch_size 16 --output {run}/drawn",
     "NoisyClassifier": 'ClassifierGuidedPipeline.from_pretrained("UNET/pipeline",'
     ' classifier=NoisyClassifier.from_pretrained("{folder}"))',
 }
@@ -207,7 +207,7 @@ def write_card(
         model_name=name,
         eval_results=_held_out_results(metrics, dataset) or None,
     )
-    identity = f'"{hub.hub_model_id or folder.name}"'
+    identity = f'"{hub.hub_model_id or "path/to/this/folder"}"'
     if hub.hub_revision is not None:
         identity += f', revision="{hub.hub_revision}"'
     body = f"""# {name}

@@ -137,7 +137,7 @@ def check_number_of_images(batch_size: int, num_images: int | None, num_processe
     if num_images is not None and num_images < batch_size * num_processes:
         raise ValueError(
             f"--train_batch_size {batch_size} on {num_processes} processes requires at least {batch_size * num_processes} images,"
-            f" but got {num_images}."
+            f" but got {num_images}. Pass a smaller --train_batch_size, and --total_batch_size."
         )
 
 

@@ -115,11 +115,10 @@ def base_options(given: dict[str, Any], output: Path) -> UNetTrainingOptions:
     Raises:
         ValueError: If the options contradict each other, or upload to the Hub.
     """
-    from diffusers_adm.training.configuration import table_as_words
-    from diffusers_adm.training.train_unet import parse_args
+    from diffusers_adm.training.configuration import parse, table_as_words
 
     words = table_as_words(UNetTrainingOptions, given, "The command line")
-    base = parse_args([*words, "--output_dir", str(output)])
+    base = parse(UNetTrainingOptions, "diffusers-adm ablate", "", (), [*words, "--output_dir", str(output)])
     if base.hub.push_to_hub:
         raise ValueError(
             "ablate uploads nothing to the Hub, so push_to_hub is not supported. Leave it out of --config."

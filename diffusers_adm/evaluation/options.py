@@ -31,6 +31,14 @@ SCHEDULERS = (
 # Schedulers that only UNets with preconditioning support.
 PRECONDITIONED_SCHEDULERS = ("EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")
 
+
+def parsed_scheduler(text: str) -> str:
+    """Returns the name of a scheduler as the commands spell it, from a name in any case that may have the suffix `Scheduler`."""
+    kind, dash, settings = text.partition("-")
+    name = f"{kind.lower().removesuffix('scheduler')}{dash}{settings.lower()}"
+    return next((known for known in (*SCHEDULERS, *PRECONDITIONED_SCHEDULERS) if known.lower() == name), text)
+
+
 # Arguments of a pipeline's call that can be written on a command line, with the type of the value and the help.
 SAMPLING_OPTIONS = {
     "guidance_scale": ("FLOAT", "Scale of classifier guidance. 0 means no guidance. Default: the pipeline's."),
@@ -126,6 +134,6 @@ class RunOptions:
     seed: int = option(0, help="Seed of the run. The seed of each image is derived from it.", check=at_least(0))
     batch_size: int = option(
         50,
-        help="Number of images per batch. Whole batches are drawn, so fewer images need a smaller batch.",
+        help="Number of images per batch. All batches are whole: with 50, even one image takes as long as 50.",
         check=in_range(1, MAX_BATCH_SIZE),
     )

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 
 import torch
 from diffusers import ConfigMixin, guiders
@@ -81,16 +82,21 @@ class GuiderCombination:
         guider: Guider, one of `GUIDERS`.
         timesteps: Training timestep of each step of the run.
         factors: Factor at each step of the run, by which the guider's change of the prediction is multiplied.
+        jumps_to: Function that returns whether noise is added before a step of the run.
     """
 
-    def __init__(self, guider: ConfigMixin, timesteps: list[float], factors: list[float]):
+    def __init__(
+        self, guider: ConfigMixin, timesteps: list[float], factors: list[float], jumps_to: Callable[[int], bool]
+    ):
         self.guider = copy.deepcopy(guider)
         self.timesteps = timesteps
         self.factors = factors
-        self._begin_step(0)
-        self.guider.prepare_inputs({})  # forgets the momentum of an earlier run
+        self.jumps_to = jumps_to
 
     def _begin_step(self, step: int) -> None:
+        if step == 0 or self.jumps_to(step):
+            self.guider.set_state(0, len(self.timesteps), self.timesteps[step])
+            self.guider.prepare_inputs({})  # forgets the momentum of an earlier run, or of an earlier part of this run
         self.guider.set_state(step, len(self.timesteps), self.timesteps[step])
 
     def acts(self, step: int) -> bool:

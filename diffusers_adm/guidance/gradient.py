@@ -150,17 +150,11 @@ def guidance_gradient(
             x_t, x_0 = leaf(x_t), leaf(x_0)
         # Clones are made outside inference mode, because autograd cannot save tensors that inference mode made.
         value = guidance_fn(x_t, timestep.clone(), x_0, None if class_labels is None else class_labels.clone())
-        is_real = isinstance(value, torch.Tensor) and not value.is_complex()
-        if not is_real or value.shape not in (x_t.shape, x_t.shape[:1]):
-            is_tensor = isinstance(value, torch.Tensor)
-            got = f"{tuple(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__
-            raise ValueError(
-                f"`guidance_fn` must return one log-probability per image, {tuple(x_t.shape[:1])}, or a gradient,"
-                f" {tuple(x_t.shape)}, but it returned {got}."
-            )
+        check_value(value, x_t)
         if value.shape == x_t.shape:
             return (value if create_graph else value.detach()).to(x_t.dtype)
         inputs = [x_t] if depends else [x_t, x_0]
+        inputs = [x_0] if getattr(guidance_fn, "of_x_0_alone", False) else inputs
         gradients = [None]
         value = value.float()  # (batch,)
         loss_scale = torch.full_like(value, FLOAT16_LOSS_SCALE if half else 1.0)  # powers of two do not round
@@ -181,3 +175,15 @@ def guidance_gradient(
             )
         gradient = sum(gradients)
     return (gradient / loss_scale[:, None, None, None]).to(x_t.dtype)
+
+
+def check_value(value: torch.Tensor, x_t: torch.Tensor) -> None:
+    """Raises a ValueError if what a guidance function has returned is neither a log-probability per image nor a gradient."""
+    is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor and not value.is_complex() and value.shape in (x_t.shape, x_t.shape[:1]):
+        return
+    got = f"{tuple(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__
+    raise ValueError(
+        f"`guidance_fn` must return one log-probability per image, {tuple(x_t.shape[:1])}, or a gradient,"
+        f" {tuple(x_t.shape)}, but it returned {got}."
+    )

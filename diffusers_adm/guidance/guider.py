@@ -22,7 +22,7 @@ from diffusers_adm.guidance.gradient import (
     without_gradients,
 )
 from diffusers_adm.guidance.options import GuidanceOptions
-from diffusers_adm.guidance.training_free import GuidanceAtX0, SmoothedGuidance
+from diffusers_adm.guidance.training_free import GuidanceAtX0, SmoothedGuidance, log_probability
 from diffusers_adm.solvers import Denoised, Solver
 from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL
 
@@ -199,7 +199,7 @@ class Guider:
         """
         if not self.acts or self.options.x_0_weight == 0:
             return denoised
-        guidance_fn, move = GuidanceAtX0(self._smoothed_function()), torch.zeros_like(x_t)
+        guidance_fn, move = GuidanceAtX0(self._smoothed_function(), self.with_gradients), torch.zeros_like(x_t)
         for _ in range(self.options.x_0_iterations):
             gradient = self._differentiate(guidance_fn, x_t, timestep, denoised.x_0 + move, self.class_labels)
             gradient = normalized(gradient) if self.options.normalize else gradient
@@ -220,7 +220,7 @@ class Guider:
             return self.guidance_fn
         sigma = self.solver.sigmas[self.step]
         deviation = self.options.smoothing * sigma / (1 + sigma**2) ** 0.5  # gamma * sqrt(1 - alpha_bar)
-        return SmoothedGuidance(self.guidance_fn, deviation, self.options.smoothing_samples, self.generator)
+        return SmoothedGuidance(self.guidance_fn, deviation, self.options.smoothing_samples, self.generator, self.rows)
 
     def _new_gradient(self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         if self.through_unet and not x_0.requires_grad:
@@ -289,11 +289,7 @@ class Guider:
             value = log_probabilities.gather(1, self.class_labels[:, None])[:, 0]  # (batch,)
         else:
             value = self.guidance_fn(x_t, timestep, x_0, self.class_labels)
-        if value.shape != x_t.shape[:1]:
-            raise ValueError(
-                f"`guidance_fn` must return one log-probability per image with `particles`, {tuple(x_t.shape[:1])}, but it returned"
-                f" {tuple(value.shape)}."
-            )
+            value = log_probability(value, x_t, self.guidance_fn, "particles")
         return value.float() * self.scale.flatten()
 
 

@@ -1,11 +1,27 @@
 """Sums of guidance functions, and guidance by a discriminator."""
 
+import math
+
 import torch
 from torch import nn
 
 from diffusers_adm.checks import is_number
 from diffusers_adm.guidance.functions import ClassifierGuidance
-from diffusers_adm.guidance.gradient import GuidanceFunction, moves_weights
+from diffusers_adm.guidance.gradient import GuidanceFunction, check_value, moves_weights
+
+
+class ValueOfGradient(torch.autograd.Function):
+    """Value per image, of no meaning, that has a given gradient with respect to x_t. The gradient may have a graph itself."""
+
+    @staticmethod
+    def forward(ctx, x_t: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros_like(x_t[:, 0, 0, 0])
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_output[:, None, None, None] * gradient, None
 
 
 class WeightedSum:
@@ -22,9 +38,12 @@ class WeightedSum:
         through_unet: Whether at least one function guides through the UNet.
         weights_may_move: Whether the weights of a network may be replaced between the forward and the backward pass.
         frozen_weights: Weights of the functions' networks. They are frozen while the gradient is computed.
+        has_gradient: Whether a function returned a gradient in the last call. The sum is then no log-probability, but has the right
+            gradient.
 
     Raises:
-        ValueError: If no function is given, one of them is not callable, or the numbers of weights and functions differ.
+        ValueError: If no function is given, one of them is not callable, the numbers of weights and functions differ, or a weight is
+            not finite.
     """
 
     def __init__(self, *functions: GuidanceFunction, weights: list[float] | None = None):
@@ -34,9 +53,12 @@ class WeightedSum:
         if (
             not isinstance(weights, (list, tuple))
             or len(weights) != len(functions)
-            or not all(map(is_number, weights))
+            or not all(is_number(weight) and math.isfinite(weight) for weight in weights)
         ):
-            raise ValueError(f"`weights` must be one number per function ({len(functions)}), but got {weights!r}.")
+            raise ValueError(
+                f"`weights` must be one finite number per function ({len(functions)}), but got {weights!r}."
+            )
+        self.has_gradient = False
         self.functions = functions
         self.weights = list(weights)
         self.through_unet = any(getattr(function, "through_unet", False) for function in functions)
@@ -53,15 +75,17 @@ class WeightedSum:
     ) -> torch.Tensor:
         """Returns the weighted sum of the log-probabilities, `(batch,)`."""
         # The gradient with respect to direct_x_0 reaches x_t unchanged, as for functions that do not guide through the UNet.
-        # If x_t needs no gradient, x_0 itself is the variable.
-        through = self.through_unet and x_t.requires_grad
+        # If x_t needs no gradient or is no leaf, x_0 itself is a variable.
+        through = self.through_unet and x_t.requires_grad and x_t.is_leaf
         direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if through else x_0
-        total = torch.zeros(len(x_t), device=x_t.device)
+        total, self.has_gradient = torch.zeros(len(x_t), device=x_t.device), False
         for function, weight in zip(self.functions, self.weights):
             own_x_0 = x_0 if getattr(function, "through_unet", False) else direct_x_0
             value = function(x_t, timestep, own_x_0, class_labels)
-            if value.shape == x_t.shape:  # a gradient, which the product below has with respect to x_t
-                value = (value.detach() * x_t).sum(dim=(1, 2, 3))
+            check_value(value, x_t)
+            self.has_gradient |= value.shape == x_t.shape or getattr(function, "has_gradient", False)
+            if value.shape == x_t.shape:
+                value = ValueOfGradient.apply(x_t, value)
             total = total + weight * value.float()
         return total
 

@@ -1,5 +1,6 @@
 """Guidance functions of the predicted x_0 in training-free guidance (Ye et al. 2024, arXiv 2409.15761)."""
 
+import functools
 import math
 
 import torch
@@ -36,6 +37,8 @@ class SmoothedGuidance(WrappedGuidance):
         deviation: Standard deviation of the noise.
         samples: Number of samples.
         generator: Generator of the noise, one for all images or one per image.
+        rows: Images that are guided. The others draw no noise from generators of their own, so that they are the same in any batch.
+            `None` means all images.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class SmoothedGuidance(WrappedGuidance):
         deviation: float,
         samples: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        rows: list[int] | None = None,
     ):
         super().__init__(guidance_fn)
+        self.rows = rows
         self.deviation = deviation
         self.samples = samples
         self.generator = generator
@@ -56,40 +61,68 @@ class SmoothedGuidance(WrappedGuidance):
         """Returns the logarithm of the mean probability of each image, `(batch,)`."""
         values = []
         for _ in range(self.samples):  # one batch per sample, because a function may keep a tensor per image
-            noise = randn_tensor(x_0.shape, generator=self.generator, device=x_0.device, dtype=x_0.dtype)
-            value = self.guidance_fn(x_t, timestep, x_0 + self.deviation * noise, class_labels)
-            values.append(log_probability(value, x_t, "smoothing").float())
+            value = self.guidance_fn(x_t, timestep, x_0 + self.deviation * self._noise(x_0), class_labels)
+            values.append(log_probability(value, x_t, self.guidance_fn, "smoothing").float())
         return torch.stack(values).logsumexp(dim=0) - math.log(self.samples)
+
+    def _noise(self, x_0: torch.Tensor) -> torch.Tensor:
+        draw = functools.partial(randn_tensor, device=x_0.device, dtype=x_0.dtype)
+        if not isinstance(self.generator, list):
+            return draw(x_0.shape, generator=self.generator)
+        rows = list(range(len(x_0))) if self.rows is None else self.rows
+        noise, own = torch.zeros_like(x_0), [self.generator[row] for row in rows]
+        noise[rows] = draw((len(own), *x_0.shape[1:]), generator=own)
+        return noise
 
 
 class GuidanceAtX0(WrappedGuidance):
-    """Guidance function of x_0 alone, at a fixed x_t. The argument is that of [`WrappedGuidance`]."""
+    """
+    Guidance function of x_0 alone, at a fixed x_t.
+
+    Args:
+        guidance_fn: Guidance function, see the docstring of `diffusers_adm.guidance`.
+        with_gradients: Whether the gradient with respect to x_0 is itself differentiated with respect to x_t.
+    """
+
+    of_x_0_alone = True
+
+    def __init__(self, guidance_fn: GuidanceFunction, with_gradients: bool = False):
+        super().__init__(guidance_fn)
+        self.with_gradients = with_gradients
 
     def __call__(
         self, x_t: torch.Tensor, timestep: torch.Tensor, x_0: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns the log-probability of each image, `(batch,)`."""
-        value = log_probability(self.guidance_fn(x_t.detach(), timestep, x_0, class_labels), x_t, "x_0_weight")
+        x_t = x_t if self.with_gradients else x_t.detach()
+        value = self.guidance_fn(x_t, timestep, x_0, class_labels)
+        value = log_probability(value, x_t, self.guidance_fn, "x_0_weight")
         if not value.requires_grad:
             raise ValueError("`x_0_weight` requires a `guidance_fn` that computes the log-probability from x_0.")
         return value
 
 
-def log_probability(value: torch.Tensor, x_t: torch.Tensor, option: str) -> torch.Tensor:
+def log_probability(
+    value: torch.Tensor, x_t: torch.Tensor, guidance_fn: GuidanceFunction, option: str
+) -> torch.Tensor:
     """
     Returns what a guidance function has returned.
 
     Args:
         value: Value of the function.
         x_t: Noised images, `(batch, channels, height, width)`.
+        guidance_fn: The function.
         option: Option that requires a log-probability.
 
     Raises:
-        ValueError: If the value has another shape than that of a log-probability per image.
+        ValueError: If the value has another shape than that of a log-probability per image, or is the sum of a gradient.
     """
-    if not isinstance(value, torch.Tensor) or value.shape != x_t.shape[:1]:
-        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(
-            f"`guidance_fn` must return one log-probability per image with `{option}`, {tuple(x_t.shape[:1])}, but it returned {got}."
-        )
-    return value
+    is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor and value.shape == x_t.shape[:1] and not getattr(guidance_fn, "has_gradient", False):
+        return value
+    got = tuple(value.shape) if is_tensor else type(value).__name__
+    if is_tensor and value.shape == x_t.shape[:1]:
+        got = "the sum of a gradient and others"
+    raise ValueError(
+        f"`guidance_fn` must return one log-probability per image with `{option}`, {tuple(x_t.shape[:1])}, but it returned {got}."
+    )

@@ -96,7 +96,7 @@ def example_call(class_name: str, label: str | None) -> str:
 def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None:
     """
     Adds a card to a folder, unless the folder has one. If the pipeline or model was loaded from a folder with a card, that card is
-    copied. Otherwise, a card is made from the config.
+    copied. Otherwise, or if the pipeline has a network that is not in that folder, a card is made from the config.
 
     Args:
         model: Pipeline or model of this package.
@@ -104,10 +104,19 @@ def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None
         name: Title of a card that is made. `None` means the name of the folder.
     """
     folder = Path(folder)
-    if (folder / CARD_FILE).exists() or copy_card(model, folder):
+    if (folder / CARD_FILE).exists() or (not _has_new_networks(model) and copy_card(model, folder)):
         return
     with atomic_write(folder / CARD_FILE) as partial:
         partial.write_text(str(config_card(model, name or final_name(folder))), encoding="utf-8")
+
+
+def _has_new_networks(model) -> bool:
+    """Returns whether a pipeline has a network that is not in the folder it was loaded from. Its card does not describe the network."""
+    if isinstance(model, torch.nn.Module):
+        return False
+    source = Path(model.config.get("_name_or_path") or "")
+    networks = [name for name, part in model.components.items() if isinstance(part, torch.nn.Module)]
+    return not all((source / name).is_dir() for name in networks)
 
 
 def config_card(model, name: str) -> ModelCard:
@@ -174,10 +183,14 @@ def conversion_commands(released: ReleasedCheckpoint) -> str:
 diffusers-adm convert --released {released.name}{terms} --output {name}
 hf upload me/{name} {name}
 ```"""
+    loader = "load_released" if released.kind == "classifier" else f"{CLASS_NAMES[released.kind]}.from_released"
     files = f"--classifier {released.file}" if released.kind == "classifier" else f"--unet {released.file}"
     files += f" --classifier {classifier.file}" if classifier is not None else ""
     downloads = " ".join(f"-O {source.url}" for source in (released, classifier) if source is not None)
-    return f"""```sh
+    return f"""`{loader}("{released.name}")` downloads and converts the checkpoint by itself. To publish the converted
+checkpoint under your own name in place of `me`:
+
+```sh
 curl -L {downloads}
 diffusers-adm convert {files} --output {name}
 hf upload me/{name} {name}

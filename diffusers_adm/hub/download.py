@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from diffusers_adm.betas import NoiseConfig, betas_from_config
 from diffusers_adm.hub.saved_files import CARD_FILE, SAVED_CLASSES, card_pictures
@@ -60,7 +61,14 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
     if os.path.isdir(name_or_path):
         return os.path.abspath(name_or_path)
     repo_id, variant = str(name_or_path), options.get("variant")
-    index = Path(hf_hub_download(repo_id, "model_index.json", **download_options))
+    try:
+        index = Path(hf_hub_download(repo_id, "model_index.json", **download_options))
+    except LocalEntryNotFoundError as error:
+        if "/" in repo_id:
+            raise
+        raise LocalEntryNotFoundError(
+            f"There is no folder {repo_id!r}, and the Hub cannot be reached. Ids on the Hub look like 'owner/name'."
+        ) from error
     # Pin the commit of the index, so that a concurrent push cannot mix two versions.
     download_options["revision"] = index.parent.name
     components = _components(read_config(index), options)

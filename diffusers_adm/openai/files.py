@@ -108,6 +108,10 @@ def _unwrap(content: Mapping, source: str) -> Mapping:
 
 
 def _load_file(path: Path) -> object:
+    if path.is_dir():
+        raise ValueError(
+            f"{str(path)!r} must be a file of the original code, but is a folder. Saved models need no conversion."
+        )
     if not path.is_file():
         released = find_released(path)
         advice = f" Download it from {released.url}" if released else ""

@@ -3,7 +3,6 @@
 A solver is one run of a diffusers scheduler. It works on a local copy and never changes the scheduler.
 """
 
-import copy
 import inspect
 import math
 from dataclasses import dataclass
@@ -207,6 +206,15 @@ class Solver:
             index: First step of the part, in the schedule.
         """
 
+    def take_over(self, change: torch.Tensor, index: int) -> None:
+        """
+        Applies a change of x_t, by a callback, to what the solver keeps of earlier evaluations, so that the next steps do not undo it.
+
+        Args:
+            change: Difference of the images after and before the change, `(batch, channels, height, width)`.
+            index: Next evaluation, in the schedule.
+        """
+
 
 def check_variance_type(variance_type: str) -> None:
     """Raises a ValueError if a variance of DDPM is not supported."""
@@ -363,86 +371,3 @@ class EpsilonSolver(Solver):
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""
         return self.scheduler.step(x_0, self.timesteps[index], x_t, **step_kwargs).prev_sample
-
-
-class SigmaSolver(EpsilonSolver):
-    """
-    One run of a scheduler that counts its steps and may keep earlier predictions.
-
-    Args:
-        scheduler: Scheduler that the run belongs to.
-        schedule: Evaluations of the run, least noisy first.
-        prepared: Local copy of the scheduler whose steps have been set. Each descending part of the run begins with a copy of it.
-        timesteps: Timesteps of the copy, in the order of the schedule.
-        visits: Indices into the schedule, in the order of the run.
-        starts: Evaluations with which a step begins. `None` means all.
-    """
-
-    def __init__(
-        self,
-        scheduler: SchedulerMixin,
-        schedule: NoiseSchedule,
-        prepared: SchedulerMixin,
-        timesteps: torch.Tensor,
-        visits: list[int] | None = None,
-        starts: list[int] | None = None,
-    ):
-        super().__init__(scheduler, schedule, prepared, timesteps, visits, starts=starts)
-        self.prepared = prepared
-        self.begin_part(self.visits[0])
-
-    def begin_part(self, index: int) -> None:
-        """Begins with a copy of the scheduler without earlier predictions. The argument is that of `Solver.begin_part`."""
-        self.scheduler = begun_at(self.prepared, len(self.schedule) - 1 - index)
-
-
-def begun_at(prepared: SchedulerMixin, place: int) -> SchedulerMixin:
-    """
-    Returns a copy of a scheduler that begins in the middle of its steps.
-
-    Args:
-        prepared: Scheduler whose steps have been set, and none has been taken.
-        place: Number of the first step, in the order of the scheduler.
-    """
-    begun = copy.deepcopy(prepared)
-    begun.set_begin_index(place)
-    return begun
-
-
-class VarianceExplodingSolver(SigmaSolver):
-    """One run of a scheduler whose noised images are x_0 + sigma * epsilon, without a factor below 1 on x_0."""
-
-    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
-        """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""
-        before = self.schedule.x_0_from_x_t[index].item()  # sqrt(1 + sigma^2)
-        if index:
-            after = self.schedule.x_0_from_x_t[index - 1].item()
-        else:
-            after = (1 + self.scheduler.sigmas[-1].item() ** 2) ** 0.5
-        epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
-        return self.scheduler.step(epsilon, self.timesteps[index], x_t * before, **step_kwargs).prev_sample / after
-
-
-class PNDMSolver(EpsilonSolver):
-    """One run of PNDM's pseudo linear multistep method. The scheduler's `step` is given epsilon instead of x_0."""
-
-    @property
-    def entries(self) -> dict[int, float]:
-        """Timestep of each step of the run at which the run may begin. The second evaluation belongs to the first step."""
-        return {step: timestep for step, timestep in super().entries.items() if step != 1}
-
-    def begin_at(self, step: int) -> None:
-        """Leaves out the steps of the run before a step. The step that is now the first is taken twice."""
-        if step:
-            first = self.visits[step]
-            lower = list(range(first - 1, -1, -1))
-            self._visit([first, *lower[:1], *lower])
-
-    def jumps_to(self, step: int) -> bool:
-        """Returns False, because an index that is visited twice stands for the two evaluations of the first step."""
-        return False
-
-    def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
-        """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""
-        epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
-        return super().advance(epsilon, index, x_t, **step_kwargs)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -43,6 +44,27 @@ def check_sigmas(sigmas: list[float], sigma_range: tuple[float, float]) -> None:
     for sigma, next_sigma in zip(ascending, ascending[1:]):
         if next_sigma < sigma * (1 + _CLOSEST):
             raise ValueError(f"`sigmas` must differ by 0.01 % or more, but got {sigma!r} and {next_sigma!r}.")
+
+
+def check_own_range(scheduler: SchedulerMixin, sigma_range: tuple[float, float]) -> None:
+    """
+    Checks the noise levels of a scheduler that has its own.
+
+    Args:
+        scheduler: Scheduler whose config has `sigma_min` and `sigma_max`.
+        sigma_range: Lowest and highest noise level of the UNet.
+
+    Raises:
+        ValueError: If they lie outside of the range, or a consistency model has another lowest level.
+    """
+    lowest, highest = scheduler.config.sigma_min, scheduler.config.sigma_max
+    inside = lowest >= sigma_range[0] * (1 - _RANGE_ROUNDING) and highest <= sigma_range[1] * (1 + _RANGE_ROUNDING)
+    consistency = isinstance(scheduler, CMStochasticIterativeScheduler)
+    if not inside or (consistency and lowest > sigma_range[0] * (1 + _RANGE_ROUNDING)):
+        raise ValueError(
+            f"The noise levels of {type(scheduler).__name__} must be those of the UNet, sigma_min={sigma_range[0]:.4g} and"
+            f" sigma_max={sigma_range[1]:.4g}, but got {lowest:.4g} and {highest:.4g}."
+        )
 
 
 def listed_schedule(trained: NoiseSchedule, sigmas: list[float]) -> NoiseSchedule:

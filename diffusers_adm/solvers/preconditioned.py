@@ -21,9 +21,9 @@ from diffusers import (
 
 from diffusers_adm.checks import is_integer
 from diffusers_adm.respacing import check_consistency_steps, consistency_steps
-from diffusers_adm.solvers.algorithms import begun_at
 from diffusers_adm.solvers.karras import Churn, Evaluation, KarrasSolver, ancestral_evaluations, churned_solver
-from diffusers_adm.solvers.levels import check_sigmas
+from diffusers_adm.solvers.levels import check_own_range, check_sigmas
+from diffusers_adm.solvers.multistep import begun_at
 from diffusers_adm.solvers.visits import Restart, Route, check_route
 
 
@@ -114,12 +114,16 @@ def build_sigma_solver(
         ValueError: If the scheduler is not supported, or an argument is out of its range or does not fit the scheduler.
     """
     check_sigma_scheduler(scheduler)
-    name, churn, route = type(scheduler).__name__, Churn.parse(churn), Route.of_call(None, sigmas, restart)
+    name, churn = type(scheduler).__name__, Churn.parse(churn)
+    # Steps of a consistency model are numbers, not a list of noise levels to visit.
+    route = Route.of_call(None if sigmas is None else timesteps, sigmas, restart)
     if eta:
         raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")
     without_churn = (CMStochasticIterativeScheduler, EulerAncestralDiscreteScheduler, EDMDPMSolverMultistepScheduler)
     if isinstance(scheduler, without_churn) and churn.s_churn:
         raise ValueError(f"`churn` must not be given with {name}, which does not support it, but got {churn}.")
+    if isinstance(scheduler, (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)):
+        check_own_range(scheduler, sigma_range)
     if sigmas is not None:
         check_sigmas(sigmas, sigma_range)
     check_route(scheduler, route, adds_noise=bool(churn.s_churn))
@@ -166,7 +170,7 @@ def consistency_solver(
     Returns a run of a consistency model. The arguments are those of `build_sigma_solver`.
 
     Raises:
-        ValueError: If the steps do not begin at the highest noise level and go down.
+        ValueError: If numbered steps do not begin at the highest noise level and go down.
     """
     if sigmas is None:
         sigmas = consistency_levels(scheduler, num_inference_steps, timestep_respacing, timesteps)

@@ -29,14 +29,7 @@ from diffusers_adm.checks import check_types, is_integer
 from diffusers_adm.choices import PREDICTION_TYPES
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
-from diffusers_adm.solvers.algorithms import (
-    HIGH_NOISE_LEVEL,
-    DDPMSolver,
-    EpsilonSolver,
-    PNDMSolver,
-    SigmaSolver,
-    VarianceExplodingSolver,
-)
+from diffusers_adm.solvers.algorithms import HIGH_NOISE_LEVEL, DDPMSolver, EpsilonSolver
 from diffusers_adm.solvers.karras import Churn, churned_solver
 from diffusers_adm.solvers.levels import (
     TWO_STAGE,
@@ -45,6 +38,7 @@ from diffusers_adm.solvers.levels import (
     noise_levels,
     place_levels,
 )
+from diffusers_adm.solvers.multistep import PNDMSolver, SigmaSolver, VarianceExplodingSolver
 from diffusers_adm.solvers.visits import Restart, Route, check_route
 
 
@@ -149,11 +143,9 @@ def respaced_steps(
         return respaced_timesteps(timestep_respacing, num_train_timesteps)
     if count == 1:
         return [num_train_timesteps - 1]  # the step begins with noise
-    if isinstance(scheduler, PNDMScheduler):
-        return evenly_spaced_timesteps(count, num_train_timesteps)
     if scheduler.config.timestep_spacing == "trailing":
         return trailing_timesteps(count, num_train_timesteps)
-    if isinstance(scheduler, DDIMScheduler):
+    if isinstance(scheduler, (DDIMScheduler, PNDMScheduler)):
         return evenly_spaced_timesteps(count, num_train_timesteps)
     return respaced_timesteps(str(count), num_train_timesteps)
 
@@ -380,6 +372,12 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"{type(scheduler).__name__} is not supported. Use one of {names}.")
     config = scheduler.config
     check_types(SamplingConfig, config)
+    ratio = config.get("dynamic_thresholding_ratio", 1.0)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"`dynamic_thresholding_ratio` must be in [0, 1], but got {ratio}.")
+    for name in ("clip_sample_range", "sample_max_value"):
+        if config.get(name, 1.0) <= 0:
+            raise ValueError(f"`{name}` must be above 0, but got {config[name]}.")
     betas_from_config(config)
     if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but got {config.prediction_type!r}.")

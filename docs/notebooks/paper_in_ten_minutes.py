@@ -79,7 +79,7 @@ plt.show()
 # ## Algorithm 1 by hand
 #
 # Each step draws $x_{t-1}$ from a Gaussian. Guidance shifts its mean $\mu$ by $s \Sigma \nabla \log p(y \mid x_t)$, see
-# {doc}`/concepts/classifier_guidance`. These are the ten lines:
+# {doc}`/concepts/classifier_guidance`. In code:
 
 # %%
 schedule = NoiseSchedule.from_config(pipe.scheduler.config, "50")
@@ -113,8 +113,8 @@ assert torch.equal(x, steps[-1].latents)
 # %% [markdown]
 # ## The trade-off of the scale
 #
-# A larger scale makes images fit their class better, and makes them more alike. All columns below start from noise of their own, all
-# rows from the same noise. From here on, 25 steps of DDIM are enough.
+# A larger scale makes images fit their class better, and makes them more alike. Each column below starts from other noise. All
+# images of a column start from the same noise. From here on, 25 steps of DDIM are enough.
 
 # %%
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

@@ -50,7 +50,7 @@ def test_steps_churn_and_restart_are_options_of_the_command(model, tmp_path):
     drawn = {}
     for name, value in options.items():
         extra = [f"--{name}", json.dumps(value)] if value else []
-        words = ["--scheduler", "HeunDiscrete", "--sigmas", "[50,10,1]", *extra]
+        words = ["--scheduler", "heunDiscreteScheduler", "--sigmas", "[50,10,1]", *extra]
         found = sample(model, tmp_path / name, *words, num_samples=2)
         drawn[name] = found["arr_0"]
         call = json.loads(str(found["metadata"]))["call"]

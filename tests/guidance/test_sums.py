@@ -84,6 +84,25 @@ def test_a_sum_within_a_sum_is_checked_as_the_sum_is():
             guidance_gradient(function, images(), TIMESTEP, images(), None)
 
 
+def returns(value):
+    return lambda x_t, timestep, x_0, class_labels: value
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), None, 1.0, torch.ones(3)], ids=str)
+def test_what_a_function_of_a_sum_returns_is_checked_as_of_the_function_alone(value):
+    for function in (returns(value), WeightedSum(brighter, returns(value))):
+        with pytest.raises(ValueError, match=r"must return one log-probability per image, \(2,\), or a gradient"):
+            gradient_of(function)
+
+
+@pytest.mark.parametrize("call", [{"particles": 2}, {"guidance_options": {"smoothing": 0.1}}], ids=str)
+@pytest.mark.parametrize("function", [pull, WeightedSum(brighter, pull), WeightedSum(WeightedSum(pull))])
+def test_a_gradient_is_no_log_probability_in_a_sum_either(function, call):
+    pipeline = tiny_pipeline(with_classifier=False)
+    with pytest.raises(ValueError, match="must return one log-probability per image with"):
+        draw(pipeline, guidance_fn=function, guidance_scale=1.0, **call)
+
+
 def test_a_discriminator_guides_by_the_log_ratio():
     discriminator, x_t = tiny_classifier(num_classes=2), images().requires_grad_()
     logits = discriminator(x_t, TIMESTEP).logits
@@ -97,8 +116,9 @@ def test_a_discriminator_guides_by_the_log_ratio():
     [
         (lambda: WeightedSum(), "at least one guidance function"),
         (lambda: WeightedSum("classifier"), "at least one guidance function"),
-        (lambda: WeightedSum(brighter, weights=[1.0, 2.0]), r"one number per function \(1\)"),
-        (lambda: WeightedSum(brighter, weights=["1"]), "one number per function"),
+        (lambda: WeightedSum(brighter, weights=[1.0, 2.0]), r"one finite number per function \(1\)"),
+        (lambda: WeightedSum(brighter, weights=["1"]), "one finite number per function"),
+        (lambda: WeightedSum(brighter, weights=[float("inf")]), "one finite number per function"),
         (lambda: DiscriminatorGuidance(tiny_classifier()), "must have 2 classes, real and generated, but got 5"),
         (lambda: DiscriminatorGuidance(tiny_classifier(num_classes=2), real_class=2), "`real_class` must be 0 or 1"),
     ],

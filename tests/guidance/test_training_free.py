@@ -130,7 +130,8 @@ def test_recurrence_keeps_the_marginal():
     options = {"recurrence": 3, "step_fractions": (0.0, 0.8)}
     call = {"num_inference_steps": 5, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     rows = calls_of(pipeline.unet)
-    steps = list(pipeline.steps(batch_size=20000, guidance_options=options, **call))
+    still = {"guidance_fn": lambda x_t, timestep, x_0, class_labels: torch.zeros_like(x_t), "guidance_scale": 1.0}
+    steps = list(pipeline.steps(batch_size=20000, guidance_options=options, **still, **call))
     assert rows == [20000] * 13 and steps[0].num_steps == 13
     for step in steps:
         alpha_bar = 1 / (1 + step.sigma**2)
@@ -138,6 +139,14 @@ def test_recurrence_keeps_the_marginal():
         assert step.x_t.var().item() == pytest.approx(1.0, abs=0.03)
     assert [step.sigma for step in steps[:12:3]] == [step.sigma for step in steps[2:12:3]]
     assert not torch.equal(steps[0].x_t, steps[1].x_t)
+
+
+def test_run_that_nothing_guides_repeats_no_step():
+    pipeline = gaussian_pipeline(DDPMScheduler, variance_type="fixed_large")
+    rows = calls_of(pipeline.unet)
+    call = {"num_inference_steps": 5, "guidance_options": {"recurrence": 3}, "output_type": "latent"}
+    pipeline(batch_size=2, **call)
+    assert rows == [2] * 5
 
 
 @pytest.mark.parametrize("scheduler_class, eta", [(DDPMScheduler, 0.0), (DDIMScheduler, 1.0)])
@@ -214,6 +223,19 @@ def test_a_seeds_image_is_the_same_in_any_batch():
     call |= {"num_inference_steps": 3, "output_type": "latent"}
     both = pipeline(LABELS, generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], **call).images
     alone = pipeline(LABELS[1:], generator=[torch.Generator().manual_seed(2)], **call).images
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_is_not_guided_draws_no_noise_of_smoothing():
+    def near(x_t, timestep, x_0, class_labels):
+        return -x_0.square().sum(dim=(1, 2, 3))
+
+    pipeline = tiny_pipeline(with_classifier=False)
+    call = {"guidance_fn": near, "guidance_options": {"smoothing": 0.5, "smoothing_samples": 2}}
+    call |= {"num_inference_steps": 3, "output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = pipeline(LABELS, generator=generators, guidance_scale=[0.1, 0.0], **call).images
+    alone = pipeline(LABELS[1:], generator=[torch.Generator().manual_seed(2)], guidance_scale=0.0, **call).images
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 
 

@@ -17,6 +17,7 @@ from tiny_models import NUM_CLASSES, images, tiny_pipeline, tiny_scheduler, tiny
 from diffusers_adm import ADMUNet2DModel
 from diffusers_adm.guidance import WeakerPrediction, combine_predictions
 from diffusers_adm.guidance.attention import attention_layers
+from diffusers_adm.guidance.combination import GuiderCombination
 from diffusers_adm.guidance.weaker import attended_places, blurred
 from diffusers_adm.pipelines.class_labels import draw_labels
 
@@ -48,6 +49,15 @@ def test_a_seeds_image_does_not_depend_on_the_others():
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = pipeline(LABELS, generator=generators, **call).images
     alone = pipeline(LABELS[1:], generator=torch.Generator().manual_seed(2), **call).images
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_of_weight_0_draws_no_random_class():
+    pipeline = tiny_pipeline()  # DDPM, whose noise comes from the same generators
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = pipeline(LABELS, generator=generators, cfg_weight=[2.0, 0.0], weaker="random_class", **call).images
+    alone = pipeline(LABELS[1:], generator=[torch.Generator().manual_seed(2)], **call).images
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -228,6 +238,22 @@ def test_momentum_begins_anew_with_each_run():
     assert torch.equal(draw(pipeline, guider=guider), first)
     without = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=None)
     assert (draw(pipeline, guider=without) - first).abs().max() > 1e-4
+
+
+def test_momentum_begins_anew_after_a_jump():
+    guider = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.5)
+    without = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=None)
+    guided = {}
+    for name, one in (("momentum", guider), ("none", without)):
+        combination = GuiderCombination(one, [800.0, 400.0, 800.0], [1.0] * 3, lambda step: step == 2)
+        shifts = []
+        for step in range(3):
+            assert combination.acts(step)
+            pair = [images(), images() + 0.1 * (step + 1)]
+            shifts.append(combination.guider.forward(*pair).pred)
+        guided[name] = shifts
+    equal = [torch.equal(*pair) for pair in zip(guided["momentum"], guided["none"])]
+    assert equal == [True, False, True]
 
 
 def test_the_other_guiders_act_and_leave_out_the_weaker_prediction_when_they_stop():

@@ -106,6 +106,15 @@ def test_card_in_the_current_folder_is_not_that_of_a_new_model(tmp_path, monkeyp
     assert "downloaded" not in Path("out/README.md").read_text()
 
 
+def test_card_of_a_pipeline_without_classifier_is_not_that_of_one_with_a_classifier(tmp_path):
+    tiny_pipeline(with_classifier=False).save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet" / "README.md").write_text("trained without")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "unet", classifier=tiny_classifier())
+    pipeline.save_pretrained(tmp_path / "both")
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "trained without" not in card and "Parameters of the classifier" in card
+
+
 def test_card_that_a_folder_has_is_kept(tmp_path):
     pipeline = tiny_pipeline()
     (tmp_path / "README.md").write_text("mine")

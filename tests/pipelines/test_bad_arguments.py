@@ -166,8 +166,10 @@ def test_invert_refuses_images_and_weights_that_are_not_finite():
     pipeline = tiny_pipeline(scheduler=tiny_scheduler(DDIMScheduler))
     sample = images()
     sample[1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"Images \[1\] of 2 are not finite"):
+    with pytest.raises(ValueError, match=r"`images` must be in \[-1, 1\], but got values up to nan"):
         pipeline.invert(sample, [1, 2], 2)
+    with pytest.raises(ValueError, match="`images` must be one or more images, but got none"):
+        pipeline.invert(images()[:0], [], 2)
     with torch.no_grad():
         pipeline.unet.class_embedding.weight[1] = torch.nan
     with pytest.raises(ValueError, match=r"Images \[0\] of 2 are not finite"):

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
-from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, rows_seen, solver_pipeline, visited
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from pipeline_calls import SCALE, STEPS, differ, draw, every_solver, rows_seen, seeded, solver_pipeline, visited
 from tiny_models import images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 
@@ -36,6 +47,54 @@ def test_callback_changes_the_latents(solver):
 
     assert not zero_at(STEPS - 1).any()
     assert zero_at(0).any() and differ(zero_at(0), draw(pipeline, **call))
+
+
+DETERMINISTIC = [
+    (DDIMScheduler, {}),
+    (DPMSolverMultistepScheduler, {}),
+    (DPMSolverSinglestepScheduler, {"solver_order": 3}),
+    (UniPCMultistepScheduler, {}),
+    (UniPCMultistepScheduler, {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    (DEISMultistepScheduler, {}),
+    (PNDMScheduler, {"skip_prk_steps": True}),
+    (EulerDiscreteScheduler, {}),
+    (HeunDiscreteScheduler, {}),
+    (KDPM2DiscreteScheduler, {}),
+]
+
+
+@pytest.mark.parametrize("when", ["callback_on_step_start", "callback_on_step_end"])
+@pytest.mark.parametrize(("scheduler_class", "options"), DETERMINISTIC)
+def test_no_solver_undoes_a_change_of_the_latents(scheduler_class, options, when):
+    """If the predicted x_0 stays the same, a change shrinks as the noise does."""
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, **options))
+    check_changes(pipeline, when, lambda sigma: sigma / (1 + sigma**2) ** 0.5)
+
+
+def test_heuns_method_with_preconditioning_does_not_undo_a_change_of_the_latents():
+    unet = tiny_unet(out_channels=3, preconditioning="edm", timestep_scale=1000.0)
+    pipeline = tiny_pipeline(unet, HeunDiscreteScheduler(), with_classifier=False)
+    check_changes(pipeline, "callback_on_step_end", lambda sigma: sigma / (1 + sigma**2) ** 0.5)
+
+
+def check_changes(pipeline, when, noise_scale):
+    def steps_of(changed=None):
+        def callback(_, step, timestep, kwargs):
+            return {"latents": kwargs["latents"] + 0.1} if step == changed else {}
+
+        call = {"x_0_fn": lambda x_0, timestep: torch.full_like(x_0, 0.3), when: callback, "generator": seeded()}
+        return list(pipeline.steps([1, 3], num_inference_steps=6, guidance_scale=0.0, output_type="latent", **call))
+
+    plain = steps_of()
+    levels = [noise_scale(step.sigma) for step in plain]
+    for place in range(len(plain) - 1):
+        if levels[place + 1] == levels[place]:
+            continue  # the two evaluations of PNDM's first step
+        changed = place if when == "callback_on_step_start" else place - 1
+        if changed >= 0:
+            change = steps_of(changed)[place].latents - plain[place].latents
+            expected = 0.1 * levels[place + 1] / levels[place]
+            torch.testing.assert_close(change, torch.full_like(change, expected), rtol=5e-3, atol=5e-4)
 
 
 @every_solver

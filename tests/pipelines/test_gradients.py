@@ -11,7 +11,7 @@ from tiny_models import SIZE, images, tiny_pipeline, tiny_scheduler, tiny_unet
 
 from diffusers_adm import ADMUpsamplePipeline
 from diffusers_adm.diffusion import NoiseSchedule
-from diffusers_adm.guidance import ClassifierGuidance
+from diffusers_adm.guidance import ClassifierGuidance, WeightedSum
 from diffusers_adm.solvers import SUPPORTED_SCHEDULERS
 
 
@@ -110,6 +110,19 @@ def x_0_is_dark(x_t, timestep, x_0, class_labels):
     return -x_0.square().sum(dim=(1, 2, 3))
 
 
+def x_0_is_like_x_t(x_t, timestep, x_0, class_labels):
+    return -(x_0 - x_t).square().sum(dim=(1, 2, 3))
+
+
+def pulled(x_t, timestep, x_0, class_labels):
+    return -x_t * x_0
+
+
+def dark_through_the_unet(x_t, timestep, x_0, class_labels):
+    return x_0_is_dark(x_t, timestep, x_0, class_labels)
+
+
+dark_through_the_unet.through_unet = True
 GUIDANCE = {
     "null class": {"cfg_weight": 1.0},
     "random class": {"cfg_weight": 1.0, "weaker": "random_class"},
@@ -118,7 +131,13 @@ GUIDANCE = {
     "guider": {"guider": AdaptiveProjectedGuidance(2.0)},
     "epsilon scale": {"epsilon_scale": 1.1},
     "function of x_0": {"guidance_fn": x_0_is_dark, "guidance_scale": 0.1},
-    "gradient": {"guidance_fn": lambda x_t, timestep, x_0, labels: -x_t * x_0, "guidance_scale": 0.1},
+    "gradient": {"guidance_fn": pulled, "guidance_scale": 0.1},
+    "gradient in a sum": {"guidance_fn": WeightedSum(x_0_is_dark, pulled), "guidance_scale": 0.1},
+    "sum that could guide through the UNet": {
+        "guidance_fn": WeightedSum(dark_through_the_unet, x_0_is_dark),
+        "guidance_options": {"through_unet": False},
+        "guidance_scale": 0.1,
+    },
     "one of the images": {"guidance_scale": [5.0, 0.0]},
     "normalized": {"guidance_options": {"normalize": True}, "guidance_scale": [1.0, 0.0]},
     "every second step": {"guidance_options": {"every": 2}},
@@ -140,6 +159,10 @@ OF_DDPM = {
     "gradient at the mean": {"guidance_options": {"gradient_at": "mean"}},
     "noise that is turned": {"guidance_options": {"spherical": 0.2}, "guidance_scale": [1.0, 0.0]},
     "steps that are taken again": {"guidance_options": {"recurrence": 2}},
+    "x_0 that is moved towards x_t": {
+        "guidance_fn": x_0_is_like_x_t,
+        "guidance_options": {"x_t_weight": 0.0, "x_0_weight": 0.1},
+    },
     "x_0 that is moved": {
         "guidance_fn": x_0_is_dark,
         "guidance_options": {"x_t_weight": 0.0, "x_0_weight": 0.1, "x_0_iterations": 2},

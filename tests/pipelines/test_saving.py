@@ -66,6 +66,25 @@ def test_pipeline_saved_in_half_precision_with_a_variant(tmp_path):
     assert loaded.unet.dtype == loaded.classifier.dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("released:imagenet-64", {}, r"Only commands accept names such as 'released:.* Call from_released\('imagenet-64'\)"),
+        ("shipped:adm-cifar-32", {}, r"Only commands accept names such as 'shipped:.* default_photo_model\(\)"),
+        ("saved", {"dtype": "float16"}, "`dtype` must be a floating-point type, such as torch.float16, but got 'float16'"),
+        ("saved", {"dtype": {"unet": "half"}}, "`dtype` must be a floating-point type"),
+    ],
+)  # fmt: skip
+def test_names_and_types_that_only_commands_accept_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClassifierGuidedPipeline.from_pretrained(name, **options)
+
+
+def test_misspelt_folder_is_named(tmp_path):
+    with pytest.raises(OSError, match="There is no folder 'my-modle'"):
+        ClassifierGuidedPipeline.from_pretrained("my-modle", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_numbers_of_numpy_are_saved(tmp_path):
     tiny_pipeline(guidance_scale=np.float32(2), num_inference_steps=np.int64(3)).save_pretrained(tmp_path)
     config = ClassifierGuidedPipeline.from_pretrained(tmp_path).config

@@ -213,15 +213,27 @@ def test_pndm_begins_where_there_is_nothing_but_noise_and_ends_where_there_is_no
     torch.testing.assert_close(x, x_0, rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
 def test_trailing_timesteps_are_those_of_diffusers(scheduler_class):
     scheduler = tiny_scheduler(scheduler_class, timestep_spacing="trailing")
     for steps in (1, 7, 10, 16, 999, 1000):
         scheduler.set_timesteps(steps)
-        assert (
-            build_solver(scheduler, steps, None, 0.0).schedule.timesteps.flip(0).tolist()
-            == scheduler.timesteps.tolist()
-        )
+        visited = build_solver(scheduler, steps, None, 0.0).schedule.timesteps.flip(0).tolist()
+        assert sorted(set(visited)) == sorted(set(scheduler.timesteps.tolist()))
+        assert visited[0] == 999
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_sample_range": -1.0}, "`clip_sample_range` must be above 0, but got -1.0"),
+        ({"sample_max_value": 0.0}, "`sample_max_value` must be above 0, but got 0.0"),
+        ({"dynamic_thresholding_ratio": 1.5}, r"`dynamic_thresholding_ratio` must be in \[0, 1\], but got 1.5"),
+    ],
+)
+def test_options_of_a_scheduler_that_draw_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_solver(tiny_scheduler(DDIMScheduler, **options), 4, None, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,12 @@ def moved(model, options, steps=3):
     return averages
 
 
+def test_average_of_rate_0_is_the_current_weights_in_runs_of_any_length(model, caplog):
+    PartialState()
+    MovingAverages(model, AverageOptions(ema_decay=(0.0,)), torch.device("cpu"), max_train_steps=2)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_rates_are_constant_from_the_first_step(model, offload):
     averages = moved(model, AverageOptions(ema_decay=(0.5, 0.9), offload_ema=offload))

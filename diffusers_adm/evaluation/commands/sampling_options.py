@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers_adm.choices import WEAKER_KINDS
-from diffusers_adm.evaluation.options import PRECONDITIONED_SCHEDULERS, SAMPLING_OPTIONS, SCHEDULERS
+from diffusers_adm.evaluation.options import (
+    PRECONDITIONED_SCHEDULERS,
+    SAMPLING_OPTIONS,
+    SCHEDULERS,
+    parsed_scheduler,
+)
 from diffusers_adm.options import text_as
 
 
@@ -91,12 +96,14 @@ def add_sampling_options(
     if "scheduler" not in without:
         group.add_argument(
             "--scheduler",
+            type=parsed_scheduler,
             choices=names,
             default=None if nargs is None else [None],
             nargs=nargs,
             metavar="NAME",
             help=f"Scheduler of diffusers: {', '.join(names)}. -guided: with the settings that its authors advise for guided sampling."
-            " -Karras: with the noise levels of Karras et al. 2022. Default: the pipeline's.",
+            " -Karras: with the noise levels of Karras et al. 2022. Names of classes, such as DDIMScheduler, are also accepted. Default:"
+            " the pipeline's.",
         )
     for name, (metavar, text) in SAMPLING_OPTIONS.items():
         if name not in without:
