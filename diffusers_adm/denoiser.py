@@ -18,6 +18,7 @@ from diffusers_adm.models.preconditioning import training_schedule
 from diffusers_adm.pipelines import ClassifierGuidedPipeline
 from diffusers_adm.pipelines.checks import check_classifier, check_parts, check_scheduler_fits
 from diffusers_adm.pipelines.class_labels import ClassLabels, check_labels
+from diffusers_adm.pipelines.options import per_image
 
 
 class Denoiser(nn.Module):
@@ -64,6 +65,8 @@ class Denoiser(nn.Module):
         super().__init__()
         numbers = {"guidance_scale": guidance_scale, "cfg_weight": cfg_weight, "max_x_0_shift": max_x_0_shift}
         check_types(type(self).__init__, {**numbers, "unit_range": unit_range})
+        for name in ("guidance_scale", "cfg_weight"):
+            per_image(numbers[name], 1, name)  # raises if the number is not finite
         self.pipeline = _as_pipeline(model, scheduler)
         self.unet, self.classifier = self.pipeline.unet, self.pipeline.classifier
         self.class_labels, self.unit_range = class_labels, unit_range

@@ -192,6 +192,7 @@ BAD_ARGUMENTS = [
     ({"max_x_0_shift": 0.0}, "`max_x_0_shift` must be above 0"),
     ({"cfg_weight": 1.0}, "null class"),
     ({"cfg_weight": float("nan")}, "`cfg_weight` must be a number"),
+    ({"cfg_weight": float("inf")}, "`cfg_weight` must be finite"),
     ({"scheduler": tiny_scheduler()}, "`scheduler` must be None for a pipeline"),
     ({"model": tiny_unet()}, "`scheduler` is required"),
     ({"model": "folder"}, "`unet` must be an instance of ADMUNet2DModel"),

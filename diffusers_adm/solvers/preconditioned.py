@@ -140,6 +140,10 @@ def build_sigma_solver(
     else:
         visited = sorted(set(sigmas), reverse=True)
         levels = [*visited, karras_levels(scheduler, sigma_range, len(visited))[-1]]
+        if levels[-1] >= levels[-2]:
+            raise ValueError(
+                f"`sigmas` must be above {levels[-1]:.4g}, where the run of this {name} ends, but got {sigmas}."
+            )
     if isinstance(scheduler, EDMDPMSolverMultistepScheduler):
         return MultistepSolver(scheduler, levels, route)
     if isinstance(scheduler, EulerAncestralDiscreteScheduler):

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from numbers import Real
 from typing import TypedDict
 
 import torch
@@ -25,7 +24,7 @@ from diffusers import (
 )
 
 from diffusers_adm.betas import betas_from_config
-from diffusers_adm.checks import check_types, is_integer
+from diffusers_adm.checks import check_types, is_integer, is_number
 from diffusers_adm.choices import PREDICTION_TYPES
 from diffusers_adm.diffusion import NoiseSchedule
 from diffusers_adm.respacing import evenly_spaced_timesteps, respaced_timesteps, trailing_timesteps
@@ -160,7 +159,7 @@ def _check_steps(
 ) -> None:
     """Raises a `ValueError` if the scheduler cannot take the requested steps."""
     num_train_timesteps, name = scheduler.config.num_train_timesteps, type(scheduler).__name__
-    if not (isinstance(eta, Real) and 0 <= eta <= 1):
+    if not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f"`eta` must be a number in [0, 1], but got {eta!r}.")
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"`eta` requires DDIMScheduler, but got {eta} with {name}.")

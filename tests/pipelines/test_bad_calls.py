@@ -49,6 +49,7 @@ BAD_CALLS = {
     "negative respacing": ({"timestep_respacing": "-3"}, ["-3"]),
     "eta of ddpm": ({"eta": 0.5}, ["0.5", "DDIMScheduler"]),
     "eta out of range": ({"eta": 1.5}, ["1.5", "[0, 1]"]),
+    "eta of another type": ({"eta": True}, ["True", "[0, 1]"]),
     "output type": ({"output_type": "jpeg"}, ["jpeg", "pil"]),
     "height": ({"height": 7}, ["7", "2"]),
     "width": ({"width": 9}, ["9", "2"]),

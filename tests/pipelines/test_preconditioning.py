@@ -335,6 +335,11 @@ def test_saved_pipeline_draws_the_same(tmp_path):
         ),
         (CMStochasticIterativeScheduler(), {"sigmas": [9.0, 1.0, 9.0, 1.0]}, "`sigmas` must go down with CMStoch"),
         (CMStochasticIterativeScheduler(), {"timesteps": [22, 0], "sigmas": [80.0, 1.0]}, "both list the steps"),
+        (
+            EDMDPMSolverMultistepScheduler(final_sigmas_type="sigma_min", sigma_min=0.5),
+            {"sigmas": [10.0, 0.3]},
+            "`sigmas` must be above 0.5, where the run of this EDMDPMSolverMultistepScheduler ends",
+        ),
         (CMStochasticIterativeScheduler(sigma_max=90.0), {}, "sigma_max=80, but got 0.002 and 90"),
         (CMStochasticIterativeScheduler(sigma_min=0.01), {}, "sigma_min=0.002 and sigma_max=80, but got 0.01 and 80"),
         (EDMEulerScheduler(sigma_min=0.001), {}, "The noise levels of EDMEulerScheduler must be those of the UNet"),

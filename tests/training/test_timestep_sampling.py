@@ -74,5 +74,7 @@ def test_logged_parts_have_the_weights_of_the_loss():
     objective = DenoisingObjective(options, tiny_scheduler(), Accelerator(cpu=True), lambda batch: {})
     objective.sampler.counts.fill_(10)
     objective.sampler.history.copy_(torch.arange(1, 11) * torch.rand(len(objective.sampler.history), 1))
+    probabilities = objective.sampler.probabilities()
     terms = objective(unet, {"image": images()})
     torch.testing.assert_close(terms.logged["simple"] + terms.logged["vlb"], terms.loss)
+    torch.testing.assert_close(terms.weight, 1 / (len(probabilities) * probabilities[terms.timestep]))
