@@ -67,7 +67,7 @@ def draw_cascade(
     images = None
     for number, (stage, call) in enumerate(zip(stages, calls)):
         arguments = {"class_labels": class_labels, "generator": generator, **call}
-        if number and known_classes(stage) is None and not {"guidance_fn", "class_labels"} & call.keys():
+        if number and known_classes(stage) is None and call.get("guidance_fn") is None and "class_labels" not in call:
             arguments["class_labels"] = None  # this upsampler has no classes
         arguments["output_type"] = output_type if number == len(stages) - 1 else "pt"
         output = stage(**arguments) if images is None else stage(images, **arguments)

@@ -60,7 +60,9 @@ class DenoisingMixin(RunStateMixin):
                 with self._runs.step_of(run), gradients(options.with_gradients):
                     x_t = solver.renoise(x_t, step - 1, generator) if step else x_t
                     t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
-                    x_t = taken_over(solver, index, x_t, hooks.start(step, t, x_t))
+                    x_t, change = hooks.start(step, t, x_t)
+                    if change is not None:
+                        solver.take_over(change, index)
                     guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
 
                     with guider.tracking(x_t, self.unet) as x_in:  # x_0 and Sigma, from the UNet at x_t
@@ -90,9 +92,9 @@ class DenoisingMixin(RunStateMixin):
                         _classify=guider.classification(x_t, timestep),
                         _make_images=make_images,
                     )
-                    x_t = hooks.end(taken)
-                    if step + 1 < len(visits):
-                        x_t = taken_over(solver, visits[step + 1], latents, x_t)
+                    x_t, change = hooks.end(taken)
+                    if change is not None and step + 1 < len(visits):
+                        solver.take_over(change, visits[step + 1])
                     taken = replace(taken, latents=x_t)
                 progress_bar.update()
                 yield taken
@@ -119,10 +121,3 @@ class DenoisingMixin(RunStateMixin):
         with gradients(with_gradients):
             images = make_images(x_0)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def taken_over(solver: Solver, index: int, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Returns the images after a callback, and tells the solver if they are others. `index` is the next evaluation."""
-    if after is not before:
-        solver.take_over(after - before, index)
-    return after

@@ -64,12 +64,19 @@ class StepHooks:
         self.end_inputs = end_inputs
         self.finite = FiniteCheck("The output of `x_0_fn` for")
 
-    def start(self, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Calls `callback_on_step_start`. Returns x_t or its replacement, `(batch, channels, height, width)`."""
+    def start(self, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Calls `callback_on_step_start`.
+
+        Returns:
+            x_t or its replacement, `(batch, channels, height, width)`, and how much it has changed. `None` without a callback.
+        """
         if self.on_step_start is None:
-            return x_t
+            return x_t, None
+        before = x_t.clone()  # the callback may change x_t in place
         returned = self.on_step_start(self.pipeline, step, timestep, {"latents": x_t})
-        return returned_latents(returned, x_t, "callback_on_step_start")
+        x_t = returned_latents(returned, x_t, "callback_on_step_start")
+        return x_t, x_t - before
 
     def x_0(self, step: int, timestep: torch.Tensor, denoised: Denoised) -> Denoised:
         """Calls `x_0_fn`. Returns the prediction, whose x_0 may be replaced."""
@@ -79,13 +86,21 @@ class StepHooks:
         self.finite.see(x_0, step)
         return replace(denoised, x_0=x_0)
 
-    def end(self, taken: SamplingStep) -> torch.Tensor:
-        """Calls `callback_on_step_end`. Returns the latents or their replacement, `(batch, channels, height, width)`."""
+    def end(self, taken: SamplingStep) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Calls `callback_on_step_end`.
+
+        Returns:
+            The latents or their replacement, `(batch, channels, height, width)`, and how much they have changed. `None` without a
+            callback.
+        """
         if self.on_step_end is None:
-            return taken.latents
+            return taken.latents, None
+        before = taken.latents.clone()  # the callback may change them in place
         given = {name: getattr(taken, name) for name in self.end_inputs}
         returned = self.on_step_end(self.pipeline, taken.index, taken.timestep, given)
-        return returned_latents(returned, taken.latents, "callback_on_step_end")
+        latents = returned_latents(returned, taken.latents, "callback_on_step_end")
+        return latents, latents - before
 
 
 def check_function(name: str, function: Callable | None) -> None:

@@ -72,7 +72,8 @@ def configured_words(options: type[TrainingOptions], argv: list[str]) -> list[st
     says the architecture, they begin with the options of the model that training starts from, or of the run that is resumed.
 
     Raises:
-        ValueError: If a file is not a table of the script's options, or the model to start from cannot be read.
+        ValueError: If a file is not a table of the script's options, or the model to start from or the checkpoint to resume cannot be
+            read.
     """
     words = _preset_and_config_words(options, argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -101,8 +102,12 @@ def _options_of_resumed_run(output_dir: str | None, resume_from_checkpoint: str 
     folder = resume_from_checkpoint
     if folder == "latest":
         folder = next(reversed(list_checkpoints(Path(output_dir or ""))), None)
-    file = None if folder is None else Path(folder) / "options.yaml"
-    return None if file is None or not file.is_file() else read_table(file.read_text(), str(file))
+    if folder is None:
+        return None
+    file = Path(folder) / "options.yaml"
+    if not file.is_file():
+        raise ValueError(f"--resume_from_checkpoint must be the folder of a checkpoint, but there is no file {file}.")
+    return read_table(file.read_text(), str(file))
 
 
 def _preset_and_config_words(options: type[TrainingOptions], argv: list[str]) -> list[str]:

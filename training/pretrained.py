@@ -166,7 +166,8 @@ def load_pretrained(model: ModelMixin, name: str, subfolder: str | None = None, 
     ):
         logger.warning("The null class of %s is left out. To keep it, pass --label_dropout.", name)
     if random_keys:
-        reasons = ", ".join(words for option, words in differing.items() if option not in SIZE_OPTIONS)
+        channels = ("in_channels", "out_channels")  # weights of new channels begin at 0
+        reasons = ", ".join(words for option, words in differing.items() if option not in channels)
         logger.warning("The weights %s begin at random values, because of %s.", ", ".join(random_keys), reasons)
     if SIZE_OPTIONS & differing.keys():
         reasons = ", ".join(words for option, words in differing.items() if option in SIZE_OPTIONS)

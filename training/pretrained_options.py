@@ -31,16 +31,18 @@ SAME_NAMES = (
 # Options that follow from the pretrained model, or from the run that is resumed.
 FOLLOWING = (
     *SAME_NAMES,
-    *(
-        "resample_type",
-        "resolution",
-        "pool",
-        "learn_sigma",
-        "prediction_type",
-        "noise_schedule",
-        "num_train_timesteps",
-    ),
-    *("preconditioning", "sigma_data", "sigma_min", "sigma_max", "noise_embedding"),
+    "resample_type",
+    "resolution",
+    "pool",
+    "learn_sigma",
+    "prediction_type",
+    "noise_schedule",
+    "num_train_timesteps",
+    "preconditioning",
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+    "noise_embedding",
 )
 
 

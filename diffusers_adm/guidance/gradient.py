@@ -145,7 +145,7 @@ def guidance_gradient(
             # The fast kernels of attention have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             # The derivative is taken of each as if it were alone.
-            x_t, x_0 = (one.view_as(one) if one.requires_grad else leaf(one) for one in (x_t, x_0))
+            x_t, x_0 = ((one if one.requires_grad else leaf(one)).view_as(one) for one in (x_t, x_0))
         elif not depends:
             x_t, x_0 = leaf(x_t), leaf(x_0)
         # Clones are made outside inference mode, because autograd cannot save tensors that inference mode made.

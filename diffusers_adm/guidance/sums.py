@@ -75,7 +75,7 @@ class WeightedSum:
     ) -> torch.Tensor:
         """Returns the weighted sum of the log-probabilities, `(batch,)`."""
         # The gradient with respect to direct_x_0 reaches x_t unchanged, as for functions that do not guide through the UNet.
-        # If x_t needs no gradient or is no leaf, x_0 itself is a variable.
+        # If x_t needs no gradient, or is no leaf because the gradient itself is differentiated, x_0 itself is a variable.
         through = self.through_unet and x_t.requires_grad and x_t.is_leaf
         direct_x_0 = x_0.detach() + (x_t - x_t.detach()) if through else x_0
         total, self.has_gradient = torch.zeros(len(x_t), device=x_t.device), False

@@ -96,7 +96,7 @@ def example_call(class_name: str, label: str | None) -> str:
 def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None:
     """
     Adds a card to a folder, unless the folder has one. If the pipeline or model was loaded from a folder with a card, that card is
-    copied. Otherwise, or if the pipeline has a network that is not in that folder, a card is made from the config.
+    copied. Otherwise, or if the pipeline has a network from elsewhere, a card is made from the config.
 
     Args:
         model: Pipeline or model of this package.
@@ -111,12 +111,14 @@ def save_card(model, folder: str | os.PathLike, name: str | None = None) -> None
 
 
 def _has_new_networks(model) -> bool:
-    """Returns whether a pipeline has a network that is not in the folder it was loaded from. Its card does not describe the network."""
-    if isinstance(model, torch.nn.Module):
-        return False
+    """Returns whether a pipeline has a network from elsewhere, which the card in the pipeline's folder does not describe."""
     source = Path(model.config.get("_name_or_path") or "")
-    networks = [name for name, part in model.components.items() if isinstance(part, torch.nn.Module)]
-    return not all((source / name).is_dir() for name in networks)
+    networks = {} if isinstance(model, torch.nn.Module) else model.components
+    return any(
+        Path(network.config.get("_name_or_path") or "") != source / name
+        for name, network in networks.items()
+        if isinstance(network, torch.nn.Module)
+    )
 
 
 def config_card(model, name: str) -> ModelCard:

@@ -67,7 +67,7 @@ def download(name_or_path: str | os.PathLike, options: dict) -> str:
         if "/" in repo_id:
             raise
         raise LocalEntryNotFoundError(
-            f"There is no folder {repo_id!r}, and the Hub cannot be reached. Ids on the Hub look like 'owner/name'."
+            f"There is no folder {repo_id!r}, and no repository of this name in the cache. Ids on the Hub look like 'owner/name'."
         ) from error
     # Pin the commit of the index, so that a concurrent push cannot mix two versions.
     download_options["revision"] = index.parent.name

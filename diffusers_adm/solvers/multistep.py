@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from diffusers import DPMSolverSinglestepScheduler, SchedulerMixin
+from diffusers import DPMSolverSinglestepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from diffusers_adm.diffusion import NoiseSchedule, epsilon_from_x_0, read_table
 from diffusers_adm.solvers.algorithms import EpsilonSolver
@@ -41,10 +41,11 @@ class SigmaSolver(EpsilonSolver):
 
     def take_over(self, change: torch.Tensor, index: int) -> None:
         """Changes images and predictions of epsilon that the scheduler keeps. The arguments are those of `Solver.take_over`."""
-        if hasattr(self.scheduler, "last_sample"):
-            self.scheduler.last_sample = None  # the corrector of UniPC and SA-Solver would begin with it
         # With the same x_0, the change is one of epsilon, which is the same at all noise levels.
         epsilon_change = change / read_table(self.schedule.noise_scale, index, change)
+        if getattr(self.scheduler, "last_sample", None) is not None:  # with which a corrector begins
+            before = read_table(self.schedule.noise_scale, index + 1, change)
+            self.scheduler.last_sample = self.scheduler.last_sample + epsilon_change * before
         if keeps_epsilon(self.scheduler):
             kept = self.scheduler.model_outputs
             self.scheduler.model_outputs = [None if one is None else one + epsilon_change for one in kept]
@@ -66,9 +67,11 @@ class SigmaSolver(EpsilonSolver):
 
 
 def keeps_epsilon(scheduler: SchedulerMixin) -> bool:
-    """Returns whether a multistep scheduler keeps predictions of epsilon. Others keep predictions of x_0, or none."""
+    """Returns whether a scheduler keeps predictions of epsilon. Others keep predictions of x_0, or none."""
+    if isinstance(scheduler, UniPCMultistepScheduler):  # a config may also have the entries of another class
+        return not scheduler.config.predict_x0
     kinds = ("deis", "dpmsolver", "sde-dpmsolver", "noise_prediction")
-    return scheduler.config.get("algorithm_type") in kinds or scheduler.config.get("predict_x0") is False
+    return hasattr(scheduler, "model_outputs") and scheduler.config.algorithm_type in kinds
 
 
 def begun_at(prepared: SchedulerMixin, place: int) -> SchedulerMixin:

@@ -89,7 +89,7 @@ def test_card_travels_with_its_pictures_and_nothing_else(tmp_path, monkeypatch):
     card = f"![grid](samples/grid.png) ![](../secret.png) ![]({tmp_path}/secret.png) ![](absent.png) [](other.png)"
     (tmp_path / "one" / "README.md").write_text(card)
     monkeypatch.chdir(tmp_path)
-    pipeline = ClassifierGuidedPipeline.from_pretrained("one", classifier=tiny_classifier(seed=5))
+    pipeline = ClassifierGuidedPipeline.from_pretrained("one")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     pipeline.save_pretrained("two")
@@ -113,6 +113,10 @@ def test_card_of_a_pipeline_without_classifier_is_not_that_of_one_with_a_classif
     pipeline.save_pretrained(tmp_path / "both")
     card = (tmp_path / "both" / "README.md").read_text()
     assert "trained without" not in card and "Parameters of the classifier" in card
+    (tmp_path / "both" / "README.md").write_text("trained with")
+    for name, replaced in (("same", {}), ("other", {"classifier": tiny_classifier(seed=5)})):
+        ClassifierGuidedPipeline.from_pretrained(tmp_path / "both", **replaced).save_pretrained(tmp_path / name)
+        assert ("trained with" in (tmp_path / name / "README.md").read_text()) is (not replaced)
 
 
 def test_card_that_a_folder_has_is_kept(tmp_path):

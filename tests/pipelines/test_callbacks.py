@@ -52,7 +52,9 @@ def test_callback_changes_the_latents(solver):
 DETERMINISTIC = [
     (DDIMScheduler, {}),
     (DPMSolverMultistepScheduler, {}),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     (DPMSolverSinglestepScheduler, {"solver_order": 3}),
+    (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     (UniPCMultistepScheduler, {}),
     (UniPCMultistepScheduler, {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
     (DEISMultistepScheduler, {}),
@@ -63,10 +65,41 @@ DETERMINISTIC = [
 ]
 
 
+OLD_METHODS = pytest.mark.filterwarnings("ignore:.*dpmsolver.* is deprecated:FutureWarning")
+
+
+@OLD_METHODS
 @pytest.mark.parametrize("when", ["callback_on_step_start", "callback_on_step_end"])
 @pytest.mark.parametrize(("scheduler_class", "options"), DETERMINISTIC)
 def test_no_solver_undoes_a_change_of_the_latents(scheduler_class, options, when):
     check_changes(tiny_pipeline(scheduler=tiny_scheduler(scheduler_class, **options)), when)
+
+
+@OLD_METHODS
+@pytest.mark.parametrize(
+    "scheduler_class", [EulerDiscreteScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler]
+)
+def test_entries_of_other_schedulers_in_the_config_mean_nothing(scheduler_class):
+    end = {"final_sigmas_type": "sigma_min"}
+    for first, options in (
+        (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}),
+        (UniPCMultistepScheduler, {"predict_x0": False}),
+    ):
+        if first is not scheduler_class:
+            config = {**first(**options, **end).config, **tiny_scheduler(DDIMScheduler).config}
+            scheduler = scheduler_class.from_config(config, **end)
+            check_changes(tiny_pipeline(scheduler=scheduler), "callback_on_step_end")
+
+
+@every_solver
+def test_callback_that_changes_nothing_changes_nothing(solver):
+    pipeline, call = solver_pipeline(solver)
+
+    def callback(_, step, timestep, kwargs):
+        return {"latents": kwargs["latents"].clone()}
+
+    both = {"callback_on_step_start": callback, "callback_on_step_end": callback}
+    torch.testing.assert_close(draw(pipeline, **call, **both), draw(pipeline, **call), rtol=0, atol=0)
 
 
 def test_heuns_method_with_preconditioning_does_not_undo_a_change_of_the_latents():
@@ -78,9 +111,12 @@ def test_heuns_method_with_preconditioning_does_not_undo_a_change_of_the_latents
 def check_changes(pipeline, when):
     """If the predicted x_0 stays the same, a change shrinks as the noise does."""
 
-    def steps_of(changed=None):
+    def steps_of(changed=None, in_place=False):
         def callback(_, step, timestep, kwargs):
-            return {"latents": kwargs["latents"] + 0.1} if step == changed else {}
+            if step != changed:
+                return {}
+            latents = kwargs["latents"]
+            return {"latents": latents.add_(0.1) if in_place else latents + 0.1}
 
         call = {"x_0_fn": lambda x_0, timestep: torch.full_like(x_0, 0.3), when: callback, "generator": seeded()}
         return list(pipeline.steps([1, 3], num_inference_steps=6, guidance_scale=0.0, output_type="latent", **call))
@@ -90,7 +126,7 @@ def check_changes(pipeline, when):
     for place in range(len(plain) - 1):
         changed = place if when == "callback_on_step_start" else place - 1
         if changed >= 0:
-            change = steps_of(changed)[place].latents - plain[place].latents
+            change = steps_of(changed, in_place=place % 2 == 1)[place].latents - plain[place].latents
             expected = 0.1 * levels[place + 1] / levels[place]
             torch.testing.assert_close(change, torch.full_like(change, expected), rtol=5e-3, atol=5e-4)
 

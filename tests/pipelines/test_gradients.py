@@ -106,6 +106,14 @@ def test_results_are_those_of_a_call_without_gradients(scheduler_class):
     torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
 
 
+def test_a_sum_draws_the_same_with_gradients():
+    pipeline = pipeline_with(DDPMScheduler)
+    options = {"x_t_weight": 0.0, "through_unet": False, "x_0_weight": 1.0}
+    call = {"guidance_fn": WeightedSum(dark_through_the_unet, x_0_is_dark), "guidance_options": options}
+    drawn = [draw(pipeline, guidance_scale=0.1, with_gradients=on, **call) for on in (True, False)]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+
+
 def x_0_is_dark(x_t, timestep, x_0, class_labels):
     return -x_0.square().sum(dim=(1, 2, 3))
 

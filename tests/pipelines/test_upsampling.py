@@ -171,6 +171,8 @@ def test_a_cascade_is_its_stages_one_after_the_other():
         for labels in ([1, 2], [1, 3])
     )
     assert torch.equal(found.images[0], other.images[0]) and not torch.equal(found.images[1], other.images[1])
+    none = draw_cascade([base, unconditional], [1, 2], [calls[0], {**calls[1], "guidance_fn": None}])
+    assert len(none.images) == 2
     with pytest.raises(ValueError, match="`class_labels` must be None"):
         draw_cascade([base, unconditional], [1, 2], [calls[0], {"class_labels": [99, 99]}])
     base.register_to_config(id2label={number: f"class {number}" for number in range(NUM_CLASSES)})

@@ -5,11 +5,11 @@ import torch
 from golden_cases import draw_weights, load_case, published_flags
 from training_runs import unet_args
 
-from diffusers_adm import ClassifierGuidedPipeline
+from diffusers_adm import ClassifierGuidedPipeline, default_consistency_model, default_model
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.objective import build_noise_scheduler
-from diffusers_adm.training.pretrained_options import warn_of_another_schedule
+from diffusers_adm.training.pretrained_options import FOLLOWING, options_of_pretrained, warn_of_another_schedule
 from diffusers_adm.training.setup import build_unet
 
 
@@ -40,8 +40,18 @@ def test_run_takes_architecture_and_schedule_from_the_model(start, tmp_path):
     resume = ["--max_train_steps", "2", "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "latest"]
     train_unet.main(train_unet.parse_args([*start, *resume]))
     assert (tmp_path / "run" / "checkpoint-2").exists()
+    with pytest.raises(ValueError, match="--resume_from_checkpoint must be the folder of a checkpoint, but .*nowhere"):
+        train_unet.parse_args([*start, *resume[:-1], str(tmp_path / "nowhere")])
     config = tmp_path / "run" / "checkpoint-1" / "options.yaml"
     assert train_unet.parse_args(["--config", str(config)]).architecture.layers_per_block == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["unet", "classifier", "consistency"])
+def test_a_resumed_run_takes_all_options_that_the_model_gave(kind):
+    folder = default_model()
+    assert set(options_of_pretrained(kind, folder)) <= set(FOLLOWING)
+    if kind == "consistency":
+        assert set(options_of_pretrained(kind, default_consistency_model())) <= set(FOLLOWING)
 
 
 def test_given_options_take_precedence_and_another_resolution_keeps_the_layers(start, tmp_path):

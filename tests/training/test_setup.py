@@ -6,18 +6,19 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors.torch import load_file
-from tiny_models import draw_parameters
+from tiny_models import draw_parameters, tiny_classifier
 from training_runs import ARCHITECTURE, checkpoint_tensors, classifier_args, unet_args
 
 from diffusers_adm import ClassifierGuidedPipeline
 from diffusers_adm.training import train_classifier, train_unet
 from diffusers_adm.training.objective import build_noise_scheduler, sampling_defaults
 from diffusers_adm.training.options import LR_SCHEDULERS, OptimisationOptions
+from diffusers_adm.training.pretrained import load_pretrained
 from diffusers_adm.training.setup import build_lr_scheduler, build_unet, prepare_model, set_up_accelerator
 
 
@@ -70,6 +71,13 @@ def test_attention_backend_of_a_training_stays_its_own(dataset, tmp_path, monkey
 def test_normalisation_that_takes_away_the_brightness_is_named(groups, warned, dataset, tmp_path, caplog):
     train_unet.main(unet_args(dataset, tmp_path, 1, "--norm_num_groups", str(groups)))
     assert ("Pass a smaller --norm_num_groups, such as 2" in caplog.text) is warned
+
+
+def test_positions_of_another_resolution_begin_at_random_for_that_reason(tmp_path, caplog):
+    PartialState()
+    tiny_classifier(sample_size=8).save_pretrained(tmp_path)
+    load_pretrained(tiny_classifier(sample_size=16, attention_resolutions=(8,)), str(tmp_path))
+    assert "positional_embedding begin at random values, because of sample_size 16 instead of 8" in caplog.text
 
 
 def test_training_starts_from_a_model_of_other_classes(dataset, tmp_path, caplog):
