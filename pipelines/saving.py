@@ -109,7 +109,10 @@ class SavingMixin:
             return cls.from_pretrained(folder, dtype=dtype)
         guiding_folder = converted_folder(guiding, NoisyClassifier.from_openai, **cache)
         network = NoisyClassifier.from_pretrained(guiding_folder, dtype=dtype)
-        return cls.from_pretrained(folder, classifier=network, dtype=dtype)
+        pipeline = cls.from_pretrained(folder, classifier=network, dtype=dtype)
+        if classifier is True:
+            pipeline._described_by_card = ("classifier",)  # the card of a released UNet names its classifier
+        return pipeline
 
     @classmethod
     def load_config(cls, *args, **kwargs):

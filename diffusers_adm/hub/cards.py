@@ -117,7 +117,7 @@ def _has_new_networks(model) -> bool:
     return any(
         Path(network.config.get("_name_or_path") or "") != source / name
         for name, network in networks.items()
-        if isinstance(network, torch.nn.Module)
+        if isinstance(network, torch.nn.Module) and name not in getattr(model, "_described_by_card", ())
     )
 
 

@@ -29,7 +29,7 @@ def test_missing_released_file_says_where_it_is_to_be_had(tmp_path):
         ADMUNet2DModel.from_openai(tmp_path / "256x256_diffusion.pt")
     with pytest.raises(ValueError, match="does not exist"):
         ADMUNet2DModel.from_openai(tmp_path / "mine.pt", "--image_size 32")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is a folder. Saved models need no conversion"):
         ADMUNet2DModel.from_openai(tmp_path, "--image_size 32")
 
 
