@@ -93,8 +93,10 @@ class DenoisingMixin(RunStateMixin):
                         _make_images=make_images,
                     )
                     x_t, change = hooks.end(taken)
-                    if change is not None and step + 1 < len(visits):
-                        solver.take_over(change, visits[step + 1])
+                    if change is not None and step + 1 < len(visits) and not solver.jumps_to(step + 1):
+                        solver.take_over(
+                            change, visits[step + 1]
+                        )  # before a jump, the solver forgets all that it keeps
                     taken = replace(taken, latents=x_t)
                 progress_bar.update()
                 yield taken
