@@ -60,9 +60,7 @@ class DenoisingMixin(RunStateMixin):
                 with self._runs.step_of(run), gradients(options.with_gradients):
                     x_t = solver.renoise(x_t, step - 1, generator) if step else x_t
                     t, timestep = timesteps[index], timesteps[index].expand(batch_size)  # (), (batch,)
-                    x_t, change = hooks.start(step, t, x_t)
-                    if change is not None:
-                        solver.take_over(change, index)
+                    x_t = hooks.start(solver, step, t, x_t)
                     guider.begin_step(step, per_image(run.guidance_scale, batch_size, "guidance_scale"), x_t)
 
                     with guider.tracking(x_t, self.unet) as x_in:  # x_0 and Sigma, from the UNet at x_t
@@ -92,11 +90,7 @@ class DenoisingMixin(RunStateMixin):
                         _classify=guider.classification(x_t, timestep),
                         _make_images=make_images,
                     )
-                    x_t, change = hooks.end(taken)
-                    if change is not None and step + 1 < len(visits) and not solver.jumps_to(step + 1):
-                        solver.take_over(
-                            change, visits[step + 1]
-                        )  # before a jump, the solver forgets all that it keeps
+                    x_t = hooks.end(solver, taken)
                     taken = replace(taken, latents=x_t)
                 progress_bar.update()
                 yield taken

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers_adm.guidance import FiniteCheck
 from diffusers_adm.models import NoisyClassifier
 from diffusers_adm.pipelines.sampling_steps import SamplingStep
-from diffusers_adm.solvers import Denoised
+from diffusers_adm.solvers import Denoised, Solver
 
 
 class StepHooks:
@@ -64,19 +64,18 @@ class StepHooks:
         self.end_inputs = end_inputs
         self.finite = FiniteCheck("The output of `x_0_fn` for")
 
-    def start(self, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def start(self, solver: Solver, step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """
-        Calls `callback_on_step_start`.
-
-        Returns:
-            x_t or its replacement, `(batch, channels, height, width)`, and how much it has changed. `None` without a callback.
+        Calls `callback_on_step_start`, and tells the solver how x_t has changed. Returns x_t or its replacement,
+        `(batch, channels, height, width)`.
         """
         if self.on_step_start is None:
-            return x_t, None
+            return x_t
         before = x_t.clone()  # the callback may change x_t in place
         returned = self.on_step_start(self.pipeline, step, timestep, {"latents": x_t})
         x_t = returned_latents(returned, x_t, "callback_on_step_start")
-        return x_t, x_t - before
+        solver.take_over(x_t - before, step)
+        return x_t
 
     def x_0(self, step: int, timestep: torch.Tensor, denoised: Denoised) -> Denoised:
         """Calls `x_0_fn`. Returns the prediction, whose x_0 may be replaced."""
@@ -86,21 +85,19 @@ class StepHooks:
         self.finite.see(x_0, step)
         return replace(denoised, x_0=x_0)
 
-    def end(self, taken: SamplingStep) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def end(self, solver: Solver, taken: SamplingStep) -> torch.Tensor:
         """
-        Calls `callback_on_step_end`.
-
-        Returns:
-            The latents or their replacement, `(batch, channels, height, width)`, and how much they have changed. `None` without a
-            callback.
+        Calls `callback_on_step_end`, and tells the solver how the latents have changed. Returns the latents or their replacement,
+        `(batch, channels, height, width)`.
         """
         if self.on_step_end is None:
-            return taken.latents, None
+            return taken.latents
         before = taken.latents.clone()  # the callback may change them in place
         given = {name: getattr(taken, name) for name in self.end_inputs}
         returned = self.on_step_end(self.pipeline, taken.index, taken.timestep, given)
         latents = returned_latents(returned, taken.latents, "callback_on_step_end")
-        return latents, latents - before
+        solver.take_over(latents - before, taken.index + 1)
+        return latents
 
 
 def check_function(name: str, function: Callable | None) -> None:

@@ -206,12 +206,25 @@ class Solver:
             index: First step of the part, in the schedule.
         """
 
-    def take_over(self, change: torch.Tensor, index: int) -> None:
+    def take_over(self, change: torch.Tensor, step: int) -> None:
         """
         Applies a change of x_t, by a callback, to what the solver keeps of earlier evaluations, so that the next steps do not undo it.
 
         Args:
             change: Difference of the images after and before the change, `(batch, channels, height, width)`.
+            step: Number of the next step of the run.
+        """
+        if step < len(self.visits) and not self.jumps_to(step):  # before a jump, nothing is kept
+            # With the same x_0, the change is one of epsilon, which is the same at all noise levels.
+            index = self.visits[step]
+            self.change_epsilon(change / read_table(self.schedule.noise_scale, index, change), index)
+
+    def change_epsilon(self, change: torch.Tensor, index: int) -> None:
+        """
+        Changes epsilon in the images and predictions that the solver keeps of earlier evaluations.
+
+        Args:
+            change: Change of epsilon, `(batch, channels, height, width)`.
             index: Next evaluation, in the schedule.
         """
 

@@ -146,13 +146,12 @@ class KarrasSolver(EpsilonSolver):
             origin = evaluation.origin
         return (x + (evaluation.target - origin) * slope) / math.sqrt(1 + evaluation.target**2)
 
-    def take_over(self, change: torch.Tensor, index: int) -> None:
-        """Changes the images and the slope of the first evaluation of a step. The arguments are those of `Solver.take_over`."""
-        evaluation = self.evaluations[index]
-        if evaluation.origin is not None:
+    def change_epsilon(self, change: torch.Tensor, index: int) -> None:
+        """Changes images and slope of the first evaluation of a step. The arguments are those of `Solver.change_epsilon`."""
+        origin = self.evaluations[index].origin
+        if origin is not None:
             x, slope = self.first
-            slope_change = change * math.sqrt(1 + evaluation.sigma**2) / evaluation.sigma
-            self.first = x + evaluation.origin * slope_change, slope + slope_change
+            self.first = x + origin * change, slope + change
 
     def renoise(
         self, x: torch.Tensor, step: int, generator: torch.Generator | list[torch.Generator] | None = None

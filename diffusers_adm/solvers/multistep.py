@@ -39,19 +39,26 @@ class SigmaSolver(EpsilonSolver):
         """Begins with a copy of the scheduler without earlier predictions. The argument is that of `Solver.begin_part`."""
         self.scheduler = begun_at(self.prepared, len(self.schedule) - 1 - index)
 
-    def take_over(self, change: torch.Tensor, index: int) -> None:
-        """Changes images and predictions of epsilon that the scheduler keeps. The arguments are those of `Solver.take_over`."""
-        # With the same x_0, the change is one of epsilon, which is the same at all noise levels.
-        epsilon_change = change / read_table(self.schedule.noise_scale, index, change)
-        if getattr(self.scheduler, "last_sample", None) is not None:  # with which a corrector begins
-            before = read_table(self.schedule.noise_scale, index + 1, change)
-            self.scheduler.last_sample = self.scheduler.last_sample + epsilon_change * before
-        if keeps_epsilon(self.scheduler):
-            kept = self.scheduler.model_outputs
-            self.scheduler.model_outputs = [None if one is None else one + epsilon_change for one in kept]
+    @property
+    def epsilon_factors(self) -> torch.Tensor:
+        """Factor of epsilon in the images of the scheduler at each evaluation, `(evaluations,)`."""
+        return self.schedule.noise_scale
+
+    def change_epsilon(self, change: torch.Tensor, index: int) -> None:
+        """Changes images and predictions that the scheduler keeps. The arguments are those of `Solver.change_epsilon`."""
+        scheduler = self.scheduler
+        if getattr(scheduler, "last_sample", None) is not None:  # of the previous evaluation, for a corrector
+            scheduler.last_sample = (
+                scheduler.last_sample + read_table(self.epsilon_factors, index + 1, change) * change
+            )
+        if keeps_epsilon(scheduler):
+            scheduler.model_outputs = [None if one is None else one + change for one in scheduler.model_outputs]
         evaluations = self.evaluations_since_start(index)
         if evaluations:
-            self.change_kept(epsilon_change, index + evaluations)
+            start = index + evaluations
+            scheduler.sample = scheduler.sample + read_table(self.epsilon_factors, start, change) * change
+            if getattr(scheduler, "prev_derivative", None) is not None:
+                scheduler.prev_derivative = scheduler.prev_derivative + change
 
     def evaluations_since_start(self, index: int) -> int:
         """Returns how many evaluations an evaluation is after the first one of its step."""
@@ -59,11 +66,6 @@ class SigmaSolver(EpsilonSolver):
         if isinstance(self.scheduler, DPMSolverSinglestepScheduler):
             return min(self.scheduler.order_list[place] - 1, place - self.scheduler.begin_index)
         return int(index not in self.starts)
-
-    def change_kept(self, epsilon_change: torch.Tensor, start: int) -> None:
-        """Changes epsilon in the images that the scheduler keeps, which are those of the evaluation `start`."""
-        change = epsilon_change * read_table(self.schedule.noise_scale, start, epsilon_change)
-        self.scheduler.sample = self.scheduler.sample + change
 
 
 def keeps_epsilon(scheduler: SchedulerMixin) -> bool:
@@ -90,12 +92,10 @@ def begun_at(prepared: SchedulerMixin, place: int) -> SchedulerMixin:
 class VarianceExplodingSolver(SigmaSolver):
     """One run of a scheduler whose noised images are x_0 + sigma * epsilon, without a factor below 1 on x_0."""
 
-    def change_kept(self, epsilon_change: torch.Tensor, start: int) -> None:
-        """Changes epsilon in the images and the slope that the scheduler keeps. The arguments are those of `SigmaSolver.change_kept`."""
-        change = epsilon_change * read_table(self.schedule.sigma, start, epsilon_change)
-        self.scheduler.sample = self.scheduler.sample + change
-        if getattr(self.scheduler, "prev_derivative", None) is not None:
-            self.scheduler.prev_derivative = self.scheduler.prev_derivative + epsilon_change
+    @property
+    def epsilon_factors(self) -> torch.Tensor:
+        """Factor of epsilon in the images of the scheduler at each evaluation, `(evaluations,)`."""
+        return self.schedule.sigma
 
     def advance(self, x_0: torch.Tensor, index: int, x_t: torch.Tensor, **step_kwargs) -> torch.Tensor:
         """Returns x_{t-1}, one step of the scheduler towards the guided x_0."""
@@ -132,10 +132,9 @@ class PNDMSolver(EpsilonSolver):
         epsilon = epsilon_from_x_0(self.schedule, x_t, index, x_0)
         return super().advance(epsilon, index, x_t, **step_kwargs)
 
-    def take_over(self, change: torch.Tensor, index: int) -> None:
-        """Changes images and predictions of epsilon that the scheduler keeps. The arguments are those of `Solver.take_over`."""
-        epsilon_change = change / read_table(self.schedule.noise_scale, index, change)
-        self.scheduler.ets = [one + epsilon_change for one in self.scheduler.ets]
+    def change_epsilon(self, change: torch.Tensor, index: int) -> None:
+        """Changes images and predictions that the scheduler keeps. The arguments are those of `Solver.change_epsilon`."""
+        self.scheduler.ets = [one + change for one in self.scheduler.ets]
         if self.scheduler.counter == 1:  # the second evaluation of the first step
-            first_change = epsilon_change * read_table(self.schedule.noise_scale, self.visits[0], change)
-            self.scheduler.cur_sample = self.scheduler.cur_sample + first_change
+            factor = read_table(self.schedule.noise_scale, self.visits[0], change)
+            self.scheduler.cur_sample = self.scheduler.cur_sample + factor * change
