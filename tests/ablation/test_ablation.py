@@ -214,6 +214,13 @@ def test_what_cannot_be_run_is_refused_in_one_line(words, message, folder, capsy
     assert not (folder / "new").exists()
 
 
+def test_length_is_required(folder, capsys):
+    length = ABLATE.index("--max_train_steps")
+    words = (*ABLATE[:length], *ABLATE[length + 2 :])
+    assert run(*words, "--variants", "two.yaml") == 2
+    assert capsys.readouterr().err.startswith("diffusers-adm ablate: error: one of --max_train_steps")
+
+
 def test_reference_must_have_the_channels_of_the_training_images(folder, capsys):
     assert run("ablate", "colour.npz", *ABLATE[2:], "--variants", "two.yaml") == 2
     assert "must have the size and channels of the reference, 32x32 pixels in colour" in capsys.readouterr().err

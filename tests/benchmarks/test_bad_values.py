@@ -12,6 +12,11 @@ import pytest
         ("metrics", "--rounds 0", "--rounds 0 must be at least 1."),
         ("overhead", "--steps -1", "--steps -1 must be at least 1."),
         ("step", "--batch_size 0", "--batch_size 0 must be at least 1."),
+        (
+            "gpu",
+            "--classifier_channels 32",
+            "--classifier_channels 32 must be a multiple of 64, the channels of a head.",
+        ),
         ("training", "--rounds 0", "--rounds 0 must be at least 1."),
         ("sampling", "reference.npz --output new --num_samples 3", "--num_samples 3 must be in [4, 100000000]."),
     ],

@@ -46,6 +46,8 @@ def test_inspection_tells_what_training_would_see(folder, capsys):
     assert "24x20 (6), 30x10 (1)" in out and "RGB (6), L (1)" in out
     assert "1 smaller than 16 pixels" in out
     assert re.search(r"1 unreadable\n.*1\.png: it is damaged", out)
+    assert main(["inspect-data", "--train_data_dir", str(folder), "--resolution", "24", "--crop", "pad"]) == 0
+    assert "1 larger than 24 pixels: --crop pad would refuse them" in capsys.readouterr().out
     assert main(["inspect-data", "--train_data_dir", str(folder), "--label_column", "colour"]) == 2
 
 

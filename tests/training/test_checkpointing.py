@@ -24,6 +24,12 @@ def test_old_checkpoints_are_removed_only_up_to_the_limit(dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-6", "checkpoint-9"]
 
 
+def test_dry_run_of_a_finished_run_prints_its_plan(dataset, tmp_path, capsys):
+    train_unet.main(unet_args(dataset, tmp_path, 1))
+    train_unet.main(unet_args(dataset, tmp_path, 1, "--resume_from_checkpoint", "latest", "--dry_run"))
+    assert "million parameters" in capsys.readouterr().out
+
+
 def test_resumed_run_must_be_the_same_run(dataset, tmp_path):
     train_unet.main(unet_args(dataset, tmp_path, 3))
     resume = ["--resume_from_checkpoint", "latest"]
